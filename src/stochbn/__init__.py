@@ -1,0 +1,18 @@
+"""Calibrated uncertainty for trained, batch-normalised PyTorch networks.
+
+Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
+
+    posterior = stochbn.fit(model, train_loader)
+    predictive = stochbn.Predictive(model, posterior, draws=50)
+    prediction = predictive(x)
+    prediction.probs, prediction.entropy, prediction.mutual_information
+"""
+
+from stochbn import metrics
+from stochbn.fitting import fit
+from stochbn.posteriors import Factorized, load
+from stochbn.predictive import Ensemble, MCDropout, Prediction, Predictive
+
+__all__ = ["Ensemble", "Factorized", "MCDropout", "Prediction", "Predictive", "fit", "load", "metrics"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,213 @@
+"""Images and labels as tensors, from scikit-learn's digits, the Hugging Face Hub or a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["HUB", "DataError", "Images", "load"]
+
+HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST"}
+"""Short names of data sets on the Hugging Face Hub."""
+
+FOLDER_VARIABLE = "STOCHBN_DATA"
+"""The environment variable that names a folder with local copies, one subfolder for each data set."""
+
+
+class DataError(RuntimeError):
+    """A data set that cannot be had or used; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A data set in memory.
+
+    Attributes:
+        pixels: ``[N, C, H, W]``, uint8.
+        labels: ``[N]``, int64, from 0 to K - 1.
+        classes: the names of the K classes.
+        name: what was loaded, as given to `load`, with the split.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of pixels and labels: the same data has the same one, however it was loaded."""
+        digest = hashlib.sha256(str(list(self.pixels.shape)).encode())
+        digest.update(self.pixels.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def take(self, index: Tensor) -> Images:
+        """The objects at these positions."""
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+    def only(self, first: int, last: int) -> Images:
+        """The objects of the classes `first` to `last`, renumbered from 0.
+
+        Raises:
+            DataError: there are no such classes.
+        """
+        if not 0 <= first <= last < len(self.classes):
+            raise DataError(f"{self.name} has the classes 0 to {len(self.classes) - 1}, not {first} to {last}")
+        chosen = self.take(((self.labels >= first) & (self.labels <= last)).nonzero()[:, 0])
+        return replace(chosen, labels=chosen.labels - first, classes=self.classes[first : last + 1])
+
+    def shuffled(self, seed: int) -> Images:
+        """The same objects in a random order that depends on the seed alone."""
+        return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Consecutive batches of inputs in [0, 1], ``[n, C, H, W]`` float32, and labels; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield as_input(self.pixels[start : start + size]), self.labels[start : start + size]
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """Pixels from 0 to 255 as a network's input from 0 to 1, in channels-last layout (faster convolutions)."""
+    return pixels.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def load(source: str, split: str) -> Images:
+    """Load one split of a data set.
+
+    Args:
+        source: ``digits`` (scikit-learn's, enlarged to 28x28), ``mnist``, ``notmnist``, any other data set on the
+            Hugging Face Hub, or a local folder in a layout that ``datasets.load_dataset`` reads (Parquet files, or
+            one folder of images for each class). A range of classes after a colon selects them: ``digits:0-4``.
+            The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
+        split: ``train`` or ``test``.
+
+    Raises:
+        DataError: the data set cannot be had, or holds no usable images and labels.
+    """
+    match = re.fullmatch(r"(.+):(\d+)(?:-(\d+))?", source)
+    name = match[1] if match else source
+    images = _digits(split) if name == "digits" else _dataset(name, split)
+    if match:
+        images = images.only(int(match[2]), int(match[3] or match[2]))
+    if not len(images):
+        raise DataError(f"{source} ({split}) holds no images")
+    return replace(images, name=f"{source} ({split})")
+
+
+def _digits(split: str) -> Images:
+    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 28x28: a fixed, stratified 70 % for training."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(np.arange(len(labels)), test_size=0.3, stratify=labels, random_state=0)
+    if split not in ("train", "test"):
+        raise DataError(f"digits has the splits train and test, not {split!r}")
+    index = torch.from_numpy(parts[("train", "test").index(split)])
+    small = torch.from_numpy(images).float().div(16).view(-1, 1, 8, 8)[index]
+    large = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear")
+    return Images(
+        (large * 255).round().to(torch.uint8),
+        torch.from_numpy(labels).long()[index],
+        tuple(map(str, range(10))),
+        "digits",
+    )
+
+
+def _dataset(name: str, split: str) -> Images:
+    import datasets
+
+    location = _local_copy(name) or HUB.get(name, name)
+    local = Path(location).is_dir()
+    advice = (
+        f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir "
+        f"FOLDER/{Path(name).name}`, bring the folder here and set {FOLDER_VARIABLE}=FOLDER; "
+        "or name a local folder in place of the data set"
+    )
+    if not local and name not in HUB and "/" not in name:
+        raise DataError(
+            f"unknown data set {name!r}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
+            "nor a Hub name of the form owner/name"
+        )
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    try:
+        datasets.disable_progress_bars()
+        loaded = datasets.load_dataset(location)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
+    except (ConnectionError, OSError) as error:
+        if local:
+            raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
+        raise DataError(f"cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
+    except Exception as error:  # the readers of each format raise errors of their own kinds
+        raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    if split not in loaded:
+        raise DataError(f"{location!r} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
+    return _decode(loaded[split], location)
+
+
+def _local_copy(name: str) -> str | None:
+    """The folder of a data set that is on disk."""
+    if Path(name).is_dir():
+        return name
+    root = os.environ.get(FOLDER_VARIABLE)
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise DataError(f"{FOLDER_VARIABLE} is set to {root!r}, which is not a folder")
+    copy = Path(root) / Path(name).name
+    return str(copy) if copy.is_dir() else None
+
+
+def _decode(table: Any, location: str) -> Images:
+    import datasets
+
+    def column(kind: type, fallback: str) -> str:
+        found: list[str] = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+        found = found or [name for name in table.features if name == fallback]
+        if not found:
+            raise DataError(
+                f"{location!r} has no {fallback} column; its columns are {', '.join(table.features)}. "
+                "Expected images in a column of type Image and labels in one of type ClassLabel"
+            )
+        return found[0]
+
+    image, label = column(datasets.Image, "image"), column(datasets.ClassLabel, "label")
+    try:
+        arrays = [np.asarray(picture) for picture in table[image]]
+    except Exception as error:  # Pillow and pyarrow raise errors of many kinds for damaged images
+        raise DataError(f"{location!r} holds an image that cannot be decoded: {error}") from error
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1 or any(array.dtype != np.uint8 for array in arrays[:1]):
+        raise DataError(
+            f"{location!r} holds images of different sizes or depths ({sorted(shapes)[:3]}...); "
+            "expected 8-bit images of one size"
+        )
+    pixels = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, 0, 0, dtype=torch.uint8)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.movedim(-1, 1)
+    labels = torch.tensor(table[label][:], dtype=torch.int64)
+    feature = table.features[label]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
+    return Images(pixels.contiguous(), labels, tuple(names), location)

@@ -1,0 +1,123 @@
+"""Training a classifier on images that lie in memory as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stochbn.files import read_tensors, write_tensors
+from stochbn.paper.data import Images, as_input
+
+__all__ = ["Schedule", "train"]
+
+STATE = "stochbn.training/1"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained: the paper's protocol is Adam, 1e-3 decaying linearly to 0, batch size 16."""
+
+    epochs: int
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or not 0 < self.learning_rate < float("inf"):
+            raise ValueError(
+                "expected at least 1 epoch, a batch size of at least 2 and a positive learning rate, got "
+                f"{self.epochs}, {self.batch_size} and {self.learning_rate}"
+            )
+
+
+def train(
+    build: Callable[[], nn.Module],
+    images: Images,
+    schedule: Schedule,
+    *,
+    state: Path | None = None,
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> nn.Module:
+    """Train a network and return it in evaluation mode.
+
+    Weights, the order of the objects and dropout masks depend on the seed alone: two runs on a CPU with the same
+    number of threads give the same network. PyTorch's global generator is left as it was.
+
+    Args:
+        build: makes the network with fresh weights, which come from the seed.
+        images: the training data.
+        schedule: how long, in which batches and at which rate.
+        state: a file that holds the state after the last finished epoch; a run that was stopped continues
+            from there and gives what an uninterrupted one would. It is deleted at the end.
+        report: called now and then with the step, the number of steps and the mean loss in nats since the last call.
+
+    Raises:
+        ValueError: fewer objects than one batch, or the loss is not finite.
+    """
+    per_epoch = len(images) // schedule.batch_size
+    if not per_epoch:
+        raise ValueError(
+            f"{images.name} has {len(images)} images, fewer than one batch of {schedule.batch_size}; "
+            "use more data or a smaller batch size"
+        )
+    steps = per_epoch * schedule.epochs
+    with torch.random.fork_rng():
+        torch.manual_seed(schedule.seed)
+        model: nn.Module = build().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        first = _restore(state, model, optimizer) if state is not None and state.exists() else 0
+        for epoch in range(first, schedule.epochs):
+            # A seed of its own for every epoch: an interrupted run needs no generator state to continue alike.
+            torch.manual_seed((schedule.seed + 1) * 1_000_003 + epoch)
+            order = torch.randperm(len(images))
+            total, count = torch.zeros(()), 0
+            for i in range(per_epoch):
+                step = epoch * per_epoch + i
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.learning_rate * (1 - step / steps)
+                chosen = order[i * schedule.batch_size : (i + 1) * schedule.batch_size]
+                total += _step(model, optimizer, as_input(images.pixels[chosen]), images.labels[chosen])
+                count += 1
+                if count == 50 or i == per_epoch - 1:
+                    loss = total.item() / count
+                    if loss != loss or loss == float("inf"):
+                        raise ValueError(f"the training loss is {loss} at step {step}; use a lower learning rate")
+                    report(step + 1, steps, loss)
+                    total, count = torch.zeros(()), 0
+            if state is not None and epoch + 1 < schedule.epochs:
+                _store(state, model, optimizer, epoch + 1)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return model.eval()
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    loss = cross_entropy(model(inputs), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def _store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    write_tensors(path, STATE, tensors, {"epoch": epoch})
+
+
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors, about = read_tensors(path, STATE)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(about["epoch"])

@@ -1,0 +1,281 @@
+"""Predictive distributions: a network under draws of its statistics, with dropout left on, and ensembles of these."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from stochbn.calling import Batch, call, find_logits, modes, network_input
+from stochbn.posteriors import Factorized, check_draws
+
+__all__ = ["Ensemble", "MCDropout", "Prediction", "Predictive", "entropy"]
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """The entropy in nats over the class axis (axis 1) of probabilities ``[N, K, ...]``, as ``[N, ...]``."""
+    total: Tensor = torch.special.entr(probs).sum(1)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a predictive says of N objects; for dense outputs every tensor has their spatial axes at its end.
+
+    Attributes:
+        probs: probabilities ``[N, K]``, the mean over draws.
+        expected_entropy: ``[N]``, nats: the mean over draws of each draw's entropy, the uncertainty that
+            remains when the statistics are known (aleatoric).
+        log_probs: ``[S, N, K]``, the log-probabilities of each draw, if ``keep_draws=True`` asked for them.
+    """
+
+    probs: Tensor
+    expected_entropy: Tensor
+    log_probs: Tensor | None = None
+
+    @property
+    def entropy(self) -> Tensor:
+        """``[N]``, nats: the entropy of `probs`, the total uncertainty."""
+        return entropy(self.probs)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """``[N]``, nats: entropy of the mean minus mean of the entropies, the part due to the draws (epistemic)."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @staticmethod
+    def cat(predictions: Sequence[Prediction]) -> Prediction:
+        """One prediction for the objects of several, in their order.
+
+        Raises:
+            ValueError: there are none, or they differ in their classes or draws.
+        """
+        if not predictions:
+            raise ValueError("there are no predictions to join; expected at least one")
+        kept = [p.log_probs for p in predictions if p.log_probs is not None]
+        if len(kept) not in (0, len(predictions)):
+            raise ValueError("some of the predictions to join kept their draws and others did not")
+        try:
+            return Prediction(
+                torch.cat([p.probs for p in predictions]),
+                torch.cat([p.expected_entropy for p in predictions]),
+                torch.cat(kept, dim=1) if kept else None,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"the predictions differ in their classes or draws: {error}") from error
+
+
+class Predictor(Protocol):
+    """Anything that turns a batch into a `Prediction`."""
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Prediction: ...
+
+
+class Predictive:
+    """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
+
+    Probabilities are averaged over draws as they come, so memory does not grow with their number. The network runs in
+    evaluation mode without gradients and ends exactly as it began. One network can serve one call at a time: during
+    a call its buffers are exchanged, so threads need a copy each.
+
+    Args:
+        model: the network. Its output may be logits ``[N, K]`` or, for dense predictions, ``[N, K, H, W]``.
+        posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
+            its running averages.
+        draws: the number of draws, at least 1.
+        logits: where the logits are in an output that is not a tensor: a key, a field or a position. None looks for
+            ``logits``, then ``out``, then the first entry of a tuple.
+        generator: where draws come from; None is PyTorch's global generator, and with one given that is
+            left alone.
+        keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or a posterior of another network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Factorized | None = None,
+        draws: int = 50,
+        *,
+        logits: str | int | None = None,
+        generator: torch.Generator | None = None,
+        keep_draws: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
+        check_draws(draws)
+        if posterior is not None:
+            if not isinstance(posterior, Factorized):
+                raise TypeError(
+                    f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
+                )
+            posterior.check(model)
+        self.model = model
+        self.posterior = posterior
+        self.draws = draws
+        self.logits = logits
+        self.generator = generator
+        self.keep_draws = keep_draws
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Prediction:
+        """Predict a batch: a tensor, an ``(input, ...)`` tuple, or a mapping of argument names to tensors.
+
+        Args:
+            x: the batch, moved to the network's device.
+            generator: in place of the one given at construction.
+            keep_draws: in place of what was given at construction.
+
+        Raises:
+            RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
+            TypeError: the batch or the network's output is of a type that is not supported.
+        """
+        inputs = network_input(self.model, x)
+        keep = self.keep_draws if keep_draws is None else keep_draws
+        generator = self.generator if generator is None else generator
+        mean = expected = None
+        kept = []
+        with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(generator)) as passes:
+            for count, buffers in enumerate(passes, start=1):
+                logits = find_logits(call(self.model, buffers, inputs), self.logits)
+                if logits.dtype.itemsize < 4:  # half precision is too coarse to average in
+                    logits = logits.float()
+                probs = logits.softmax(1)
+                if mean is None or expected is None:
+                    mean, expected = probs, entropy(probs)
+                else:
+                    mean.lerp_(probs, 1 / count)
+                    expected.lerp_(entropy(probs), 1 / count)
+                if keep:
+                    kept.append(logits.log_softmax(1))
+        assert mean is not None
+        assert expected is not None
+        if not mean.isfinite().all():
+            raise ValueError(
+                "the network's output is not finite (NaN or infinity) for some of these objects; check the input "
+                "for NaN and infinity"
+            )
+        return Prediction(mean, expected, torch.stack(kept) if keep else None)
+
+    def _trains(self, module: nn.Module) -> bool:
+        return False
+
+    def _passes(self, generator: torch.Generator | None) -> Generator[Mapping[str, Tensor], None, None]:
+        """The buffers of each forward pass."""
+        if self.posterior is None:
+            yield {}
+            return
+        own = dict(self.model.named_buffers(remove_duplicate=False))
+        for buffers in self.posterior.iter_draws(self.draws, generator):
+            yield {name: value.to(own[name]) for name, value in buffers.items()}
+
+
+class MCDropout(Predictive):
+    """The predictive distribution of a network with its dropout layers left on (Gal and Ghahramani, 2016).
+
+    With a posterior every pass also draws the batch-norm statistics: the paper's "Dropout + SBN". All other
+    layers are in evaluation mode. Arguments are those of `Predictive`; a generator also seeds the
+    dropout masks.
+
+    Raises:
+        ValueError: also for a network without dropout layers of a positive rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draws: int = 50,
+        posterior: Factorized | None = None,
+        *,
+        logits: str | int | None = None,
+        generator: torch.Generator | None = None,
+        keep_draws: bool = False,
+    ) -> None:
+        super().__init__(model, posterior, draws, logits=logits, generator=generator, keep_draws=keep_draws)
+        if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has no dropout layers with a positive rate, so every pass would be the "
+                "same; use Predictive for it, or a network trained with torch.nn.Dropout layers"
+            )
+
+    def _trains(self, module: nn.Module) -> bool:
+        return isinstance(module, _DropoutNd)
+
+    def _passes(self, generator: torch.Generator | None) -> Generator[Mapping[str, Tensor], None, None]:
+        passes = super()._passes(generator) if self.posterior is not None else ({} for _ in range(self.draws))
+        if generator is None:
+            yield from passes
+            return
+        seeds = torch.randint(2**62, (self.draws,), generator=generator, device=generator.device).tolist()
+        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        for seed, buffers in zip(seeds, passes, strict=True):
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                yield buffers
+
+
+class Ensemble:
+    """The equally weighted mixture of several predictives: Deep Ensembles (Lakshminarayanan et al., 2017).
+
+    Members can be any predictives: ``Predictive(model)`` for a plain network, with a posterior for the paper's
+    "Deep Ensembles + SBN". Entropy and mutual information are those of the mixture over all members' draws.
+
+    Args:
+        members: at least one predictive; all predict the same classes.
+
+    Raises:
+        ValueError: there are no members.
+        TypeError: a member is not a predictive.
+    """
+
+    def __init__(self, members: Sequence[Predictor]) -> None:
+        self.members = list(members)
+        if not self.members:
+            raise ValueError("an ensemble needs at least one member, got none")
+        for member in self.members:
+            if not callable(member) or isinstance(member, nn.Module):
+                raise TypeError(
+                    f"expected predictives as members, got {type(member).__name__}; "
+                    "wrap a plain network as stochbn.Predictive(network)"
+                )
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Prediction:
+        """Predict a batch with every member, one after another; arguments as for `Predictive`.
+
+        ``log_probs`` are the draws of all members, one member's after another's.
+
+        Raises:
+            ValueError: the members predict different numbers of classes.
+        """
+        total: Prediction | None = None
+        kept: list[Tensor] = []
+        for count, member in enumerate(self.members, start=1):
+            p = member(x, generator=generator, keep_draws=keep_draws)
+            if p.log_probs is not None:
+                kept.append(p.log_probs)
+            if total is None:
+                total = Prediction(p.probs, p.expected_entropy)
+                continue
+            if p.probs.shape != total.probs.shape:
+                raise ValueError(
+                    f"member {count} predicts {list(p.probs.shape)}, those before it {list(total.probs.shape)}; "
+                    "all members of an ensemble must predict the same classes"
+                )
+            total = Prediction(
+                total.probs.lerp(p.probs.to(total.probs), 1 / count),
+                total.expected_entropy.lerp(p.expected_entropy.to(total.probs), 1 / count),
+            )
+        assert total is not None
+        return Prediction(total.probs, total.expected_entropy, torch.cat(kept) if kept else None)
