@@ -68,7 +68,7 @@ def train(
     steps = per_epoch * schedule.epochs
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
-        model: nn.Module = build().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        model = build().train()
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
         first = _restore(state, model, optimizer) if state is not None and state.exists() else 0
         for epoch in range(first, schedule.epochs):

@@ -1,0 +1,66 @@
+"""Trained networks of the paper's experiments as files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stochbn.files import read_tensors, write_tensors
+from stochbn.paper.networks import build
+
+__all__ = ["Checkpoint", "load", "save"]
+
+FORMAT = "stochbn.network/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained network, and what it takes to build and use it again.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        network: its name in `stochbn.paper.networks`.
+        arguments: what it was built with.
+        data: what it was trained on, as `stochbn.paper.data.load` takes it.
+        classes: the names of its classes.
+    """
+
+    model: nn.Module
+    network: str
+    arguments: dict[str, Any]
+    data: str
+    classes: tuple[str, ...]
+
+
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Save weights and description as safetensors, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    about = {
+        "network": checkpoint.network,
+        "arguments": checkpoint.arguments,
+        "data": checkpoint.data,
+        "classes": list(checkpoint.classes),
+    }
+    write_tensors(path, FORMAT, checkpoint.model.state_dict(), about)
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Load a checkpoint that `save` wrote; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt, not a network, or of another format version.
+    """
+    tensors, about = read_tensors(path, FORMAT)
+    try:
+        model = build(about["network"], **about["arguments"])
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} does not hold a network of this release: {error}") from error
+    return Checkpoint(model.eval(), about["network"], about["arguments"], about["data"], tuple(about["classes"]))

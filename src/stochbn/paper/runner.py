@@ -1,0 +1,253 @@
+"""Running a recipe: every member is trained, fitted and evaluated in a folder of its own.
+
+A run folder holds ``run.json`` (recipe, versions, data fingerprints), a folder for each member with its ``network``,
+``posterior`` and ``predictions`` (log-probabilities), and what `stochbn.paper.report` makes of the predictions. Every
+file is written whole, and a file that is there is not made again: a run that was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stochbn
+from stochbn.files import write_json, write_tensors
+from stochbn.paper import checkpoints, data, networks
+from stochbn.paper.checkpoints import Checkpoint
+from stochbn.paper.data import Images
+from stochbn.paper.recipes import Member, Recipe
+from stochbn.paper.training import train
+from stochbn.posteriors import Factorized
+from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
+
+__all__ = ["PREDICTIONS", "fit_posterior", "predict_all", "run"]
+
+PREDICTIONS = "stochbn.predictions/1"
+PREDICT_BATCH = 250
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with a member's name, its stage (train, fit, predict), and how much of how much is done."""
+
+
+def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lambda *_: None) -> None:
+    """Train, fit and evaluate every member of a recipe in a run folder, continuing what is there.
+
+    Args:
+        recipe: what to run.
+        folder: the run folder; it is made, or belongs to a run of the same recipe on the same data.
+        jobs: members side by side, each in a process of its own with an equal share of the cores.
+        progress: called with a member's name, its stage, and how much of how much is done.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+        RuntimeError: a member's process failed.
+        stochbn.paper.data.DataError: the data cannot be had.
+        OSError: the folder cannot be written.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    _claim(recipe, folder)
+    waiting = [m for m in recipe.all_members() if not _predictions(folder, m).exists()]
+    if jobs == 1:
+        for member in waiting:
+            _run_member(recipe, member, folder, progress)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    running: dict[Connection, tuple[Member, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                member = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(recipe, member, folder, threads, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = member, process
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                member, process = running[pipe]
+                try:
+                    event = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del running[pipe]
+                    if process.exitcode:
+                        raise RuntimeError(f"{member.name} ended with exit code {process.exitcode}") from None
+                    continue
+                if isinstance(event, str):
+                    raise RuntimeError(f"{member.name} failed: {event}")
+                progress(*event)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _work(recipe: Recipe, member: Member, folder: Path, threads: int, pipe: Connection) -> None:
+    """A member's process. Once the process that started it is gone, its next report ends it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
+    torch.set_num_threads(threads)
+    try:
+        _run_member(recipe, member, folder, lambda *event: pipe.send(event))
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _run_member(recipe: Recipe, member: Member, folder: Path, progress: Progress) -> None:
+    home = folder / member.name
+    home.mkdir(exist_ok=True)
+    images = _load(recipe.data, "train", recipe.train_images)
+    started = time.perf_counter()
+
+    network = home / "network.safetensors"
+    arguments = recipe.network_arguments(member, images)
+    if not network.exists():
+        model = train(
+            functools.partial(networks.build, recipe.network, **arguments),
+            images,
+            recipe.schedule(member),
+            state=home / "training.safetensors",
+            report=lambda step, steps, loss: progress(member.name, "train", step, steps),
+        )
+        checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
+    model = checkpoints.load(network).model
+
+    posterior = home / "posterior.safetensors"
+    if not posterior.exists():
+        fit_posterior(
+            model,
+            images,
+            recipe.statistics_batch,
+            recipe.schedule(member).seed,
+            lambda done, total: progress(member.name, "fit", done, total),
+        ).save(posterior)
+    fitted = stochbn.load(posterior)
+
+    known = _load(recipe.data, "test", recipe.test_images)
+    unknown = _load(recipe.unknown, "test", recipe.test_images)
+    methods: dict[str, Predictor]
+    if member.kind == "dropout":
+        methods = {"plain": MCDropout(model, recipe.draws), "sbn": MCDropout(model, recipe.draws, fitted)}
+    else:
+        methods = {"plain": Predictive(model), "sbn": Predictive(model, fitted, recipe.draws)}
+    total = len(methods) * (len(known) + len(unknown))
+    before = 0
+    tensors: dict[str, Tensor] = {"labels": known.labels}
+    for method, predictor in methods.items():
+        for part, objects in (("known", known), ("unknown", unknown)):
+            generator = torch.Generator().manual_seed(recipe.schedule(member).seed)
+            prediction = predict_all(
+                predictor,
+                objects,
+                generator,
+                lambda done, size, before=before: progress(member.name, "predict", before + done, total),  # type: ignore[misc]
+            )
+            tensors[f"{method}.{part}"] = prediction.probs.log()
+            before += len(objects)
+    about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
+    write_tensors(_predictions(folder, member), PREDICTIONS, tensors, about)
+
+
+def fit_posterior(
+    model: torch.nn.Module,
+    images: Images,
+    batch_size: int,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Factorized:
+    """Fit a posterior on training images in a random order, which the seed determines.
+
+    Args:
+        model: the network.
+        images: its training data.
+        batch_size: objects in a mini-batch whose statistics are observed.
+        seed: where the order comes from, and the masks of dropout.
+        report: called with the number of images done and of all.
+    """
+
+    def batches() -> Any:
+        done = 0
+        for inputs, labels in images.shuffled(seed).batches(32 * batch_size):
+            yield inputs
+            done += len(labels)
+            report(done, len(images))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return stochbn.fit(model, batches(), batch_size)
+
+
+def predict_all(
+    predictor: Predictor,
+    images: Images,
+    generator: torch.Generator | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Prediction:
+    """Predict a data set batch by batch; `report` is called with the number of images done and of all."""
+    predictions = []
+    done = 0
+    for inputs, labels in images.batches(PREDICT_BATCH):
+        predictions.append(predictor(inputs, generator=generator))
+        done += len(labels)
+        report(done, len(images))
+    return Prediction.cat(predictions)
+
+
+def _load(source: str, split: str, most: int | None) -> Images:
+    images = _cached(source, split)
+    return images if most is None or most >= len(images) else images.shuffled(0).take(torch.arange(most))
+
+
+@functools.lru_cache(maxsize=4)
+def _cached(source: str, split: str) -> Images:
+    return data.load(source, split)
+
+
+def _predictions(folder: Path, member: Member) -> Path:
+    return folder / member.name / "predictions.safetensors"
+
+
+def _claim(recipe: Recipe, folder: Path) -> None:
+    """Make the run folder, or check that it belongs to this recipe and this data."""
+    images = {
+        "train": _load(recipe.data, "train", recipe.train_images),
+        "known": _load(recipe.data, "test", recipe.test_images),
+        "unknown": _load(recipe.unknown, "test", recipe.test_images),
+    }
+    ours = {
+        "recipe": recipe.as_dict(),
+        "data": {part: {"name": i.name, "images": len(i), "sha256": i.fingerprint} for part, i in images.items()},
+    }
+    file = folder / "run.json"
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        differing = [
+            f"{field} is {theirs[part].get(field)!r} there and {value!r} here"
+            for part in ("recipe", "data")
+            for field, value in ours[part].items()
+            if theirs[part].get(field) != value
+        ]
+        if differing:
+            raise ValueError(f"{str(folder)!r} holds another run: {'; '.join(differing)}. Name another folder")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
+    write_json(file, {**ours, "versions": versions, "machine": machine})
