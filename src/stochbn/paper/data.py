@@ -169,8 +169,8 @@ def _dataset(name: str, split: str) -> Images:
 
 
 def _local_copy(name: str) -> str | None:
-    """The folder of a data set that is on disk."""
-    if Path(name).is_dir():
+    """The folder of a data set that is on disk; a folder here that is called like a short name needs a ./ before it."""
+    if name not in HUB and Path(name).is_dir():
         return name
     root = os.environ.get(FOLDER_VARIABLE)
     if not root:
