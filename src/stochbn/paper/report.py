@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.files import read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
+from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS
+from stochbn.paper.tables import Table
 from stochbn.predictive import entropy
 
-__all__ = ["Method", "read_run", "write"]
+__all__ = ["Method", "methods", "tabulate", "write", "write_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,70 +53,82 @@ class Method:
         return found
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[Method]]:
-    """A run's description and the paper's methods, each without and with SBN, from its stored predictions.
+def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str, Tensor]]) -> list[Method]:
+    """The paper's methods, each without and, where there are posteriors, with SBN.
+
+    Args:
+        plain: what `stochbn.paper.runner.predict_member` returned for networks without dropout: the first is the
+            single network, several are also a Deep Ensemble.
+        dropout: likewise for networks with dropout; several are averaged.
+    """
+    groups = {"SBN": plain[:1], "Deep Ensembles": plain if len(plain) > 1 else [], "Dropout": dropout}
+
+    def mean(members: Sequence[Mapping[str, Tensor]], key: str) -> Tensor | None:
+        return torch.stack([m[key].exp() for m in members]).mean(0) if all(key in m for m in members) else None
+
+    found = []
+    for name, members in groups.items():
+        for sbn, kind in ((False, "plain"), (True, "sbn")):
+            if members and (known := mean(members, f"{kind}.known")) is not None:
+                unknown = mean(members, f"{kind}.unknown")
+                found.append(Method(name, sbn, len(members), known, members[0]["labels"], unknown))
+    return found
+
+
+def tabulate(scores: Sequence[dict[str, Any]], known: str, unknown: str | None) -> list[Table]:
+    """The table of errors and calibration and, with unknown data, the out-of-domain table, from `Method.scores`."""
+    return [tables.accuracy(scores, known), *([tables.out_of_domain(scores, unknown)] if unknown else [])]
+
+
+def write(
+    folder: Path, about: Mapping[str, Any], found: Sequence[Method], known: str, unknown: str | None, title: str
+) -> list[Table]:
+    """Write tables and entropy figure into a folder, and return the tables.
+
+    ``results.json`` has every number with the settings, ``results.md`` the tables, ``entropy-cdf.png`` and ``.svg``
+    the figure, where there is unknown data.
+
+    Args:
+        folder: an existing folder.
+        about: the settings to record.
+        found: the methods.
+        known: name of the data of known classes.
+        unknown: name of the data of unknown classes, if any.
+        title: the figure's title.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    scores = [method.scores() for method in found]
+    shown = tabulate(scores, known, unknown)
+    write_json(folder / "results.json", {**about, "scores": scores})
+    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
+    if entropies:
+        classes = found[0].known.shape[1]
+        figures.save_entropy_cdf(folder / "entropy-cdf", entropies, classes=classes, title=title)
+    return shown
+
+
+def write_run(folder: Path) -> list[Table]:
+    """Write a run's tables and figure into its folder, from its stored predictions alone, and return the tables.
 
     Raises:
         FileNotFoundError: this is no run folder, or predictions of a member are missing.
         ValueError: a file in it is damaged.
+        OSError: the folder cannot be written.
     """
     file = folder / "run.json"
     if not file.exists():
         raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
     about = json.loads(file.read_text())
-    count = about["recipe"]["members"]
-    groups = {
-        "SBN": ["plain-0"],
-        "Deep Ensembles": [f"plain-{i}" for i in range(count)],
-        "Dropout": ["dropout-0"],
-    }
-    stored: dict[str, dict[str, Tensor]] = {}
+    recipe = Recipe(**about["recipe"])
+    stored: dict[str, list[dict[str, Tensor]]] = {"plain": [], "dropout": []}
     about["seconds"] = {}
-    for member in dict.fromkeys(name for names in groups.values() for name in names):
-        stored[member], described = read_tensors(folder / member / "predictions.safetensors", PREDICTIONS)
-        about["seconds"][member] = described["seconds"]
-
-    def mean(members: Sequence[str], key: str) -> Tensor:
-        return torch.stack([stored[name][key].exp() for name in members]).mean(0)
-
-    methods = [
-        Method(
-            name,
-            sbn,
-            len(members),
-            mean(members, f"{kind}.known"),
-            stored[members[0]]["labels"],
-            mean(members, f"{kind}.unknown"),
-        )
-        for name, members in groups.items()
-        for sbn, kind in ((False, "plain"), (True, "sbn"))
-    ]
-    return about, methods
-
-
-def write(folder: Path) -> list[tables.Table]:
-    """Write a run's tables and entropy figure into its folder, from its stored predictions, and return the tables.
-
-    ``results.json`` has every number with the run's settings, ``results.md`` the tables, ``entropy-cdf.png`` and
-    ``.svg`` the figure.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_run`.
-        OSError: the folder cannot be written.
-    """
-    about, methods = read_run(folder)
-    scores = [method.scores() for method in methods]
-    recipe = about["recipe"]
-    shown = [
-        tables.accuracy(scores, about["data"]["known"]["name"]),
-        tables.out_of_domain(scores, about["data"]["unknown"]["name"]),
-    ]
-    write_json(folder / "results.json", {**about, "scores": scores})
-    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
-    figures.save_entropy_cdf(
-        folder / "entropy-cdf",
-        {(m.name, m.sbn): entropy(m.unknown) for m in methods if m.unknown is not None},
-        classes=methods[0].known.shape[1],
-        title=f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}",
-    )
-    return shown
+    for member in recipe.all_members():
+        tensors, described = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
+        stored[member.kind].append(tensors)
+        about["seconds"][member.name] = described["seconds"]
+    title = f"{recipe.network} trained on {recipe.data}, tested on {recipe.unknown}"
+    known, unknown = (about["data"][part]["name"] for part in ("known", "unknown"))
+    return write(folder, about, methods(stored["plain"], stored["dropout"]), known, unknown, title)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import write_json, write_tensors
@@ -32,10 +32,13 @@ from stochbn.paper.training import train
 from stochbn.posteriors import Factorized
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
-__all__ = ["PREDICTIONS", "fit_posterior", "predict_all", "run"]
+__all__ = ["PREDICTIONS", "fit_posterior", "predict_all", "predict_member", "run"]
 
 PREDICTIONS = "stochbn.predictions/1"
 PREDICT_BATCH = 250
+
+Report = Callable[[int, int], None]
+"""Called with how much of how much is done."""
 
 Progress = Callable[[str, str, int, int], None]
 """Called with a member's name, its stage (train, fit, predict), and how much of how much is done."""
@@ -136,39 +139,61 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, progress: Progress
             recipe.schedule(member).seed,
             lambda done, total: progress(member.name, "fit", done, total),
         ).save(posterior)
-    fitted = stochbn.load(posterior)
-
-    known = _load(recipe.data, "test", recipe.test_images)
-    unknown = _load(recipe.unknown, "test", recipe.test_images)
-    methods: dict[str, Predictor]
-    if member.kind == "dropout":
-        methods = {"plain": MCDropout(model, recipe.draws), "sbn": MCDropout(model, recipe.draws, fitted)}
-    else:
-        methods = {"plain": Predictive(model), "sbn": Predictive(model, fitted, recipe.draws)}
-    total = len(methods) * (len(known) + len(unknown))
-    before = 0
-    tensors: dict[str, Tensor] = {"labels": known.labels}
-    for method, predictor in methods.items():
-        for part, objects in (("known", known), ("unknown", unknown)):
-            generator = torch.Generator().manual_seed(recipe.schedule(member).seed)
-            prediction = predict_all(
-                predictor,
-                objects,
-                generator,
-                lambda done, size, before=before: progress(member.name, "predict", before + done, total),  # type: ignore[misc]
-            )
-            tensors[f"{method}.{part}"] = prediction.probs.log()
-            before += len(objects)
+    tensors = predict_member(
+        model,
+        stochbn.load(posterior),
+        _load(recipe.data, "test", recipe.test_images),
+        _load(recipe.unknown, "test", recipe.test_images),
+        recipe.draws,
+        recipe.schedule(member).seed,
+        lambda done, total: progress(member.name, "predict", done, total),
+    )
     about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
     write_tensors(_predictions(folder, member), PREDICTIONS, tensors, about)
 
 
+def predict_member(
+    model: nn.Module,
+    posterior: Factorized | None,
+    known: Images,
+    unknown: Images | None,
+    draws: int,
+    seed: int,
+    report: Report = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """Log-probabilities of one network's methods: as it is, and with SBN where there is a posterior.
+
+    A network with dropout keeps it on.
+
+    Returns:
+        ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
+        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``.
+    """
+    kind = MCDropout if any(isinstance(m, nn.Dropout) for m in model.modules()) else Predictive
+    predictors = {"plain": kind(model, posterior=None, draws=draws)}
+    if posterior is not None:
+        predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
+    parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
+    total = len(predictors) * sum(map(len, parts.values()))
+    tensors = {"labels": known.labels}
+    for method, predictor in predictors.items():
+        for part, images in parts.items():
+            before = sum(map(len, tensors.values())) - len(known)
+            tensors[f"{method}.{part}"] = predict_all(
+                predictor,
+                images,
+                torch.Generator().manual_seed(seed),
+                lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
+            ).probs.log()
+    return tensors
+
+
 def fit_posterior(
-    model: torch.nn.Module,
+    model: nn.Module,
     images: Images,
     batch_size: int,
     seed: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> Factorized:
     """Fit a posterior on training images in a random order, which the seed determines.
 
@@ -196,7 +221,7 @@ def predict_all(
     predictor: Predictor,
     images: Images,
     generator: torch.Generator | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> Prediction:
     """Predict a data set batch by batch; `report` is called with the number of images done and of all."""
     predictions = []

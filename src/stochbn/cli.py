@@ -1,0 +1,378 @@
+"""The command line: train, fit, evaluate, predict and the demonstration."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # torch and the experiments are imported by the commands that use them: --help answers at once
+    from stochbn.paper.checkpoints import Checkpoint
+    from stochbn.paper.data import Images
+    from stochbn.posteriors import Factorized
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Calibrated uncertainty for trained, batch-normalised networks: Stochastic Batch Normalization (SBN).\n\n"
+    "Start with 'stochbn demo'. Or step by step: train a network, fit a posterior over its batch-norm statistics, "
+    "evaluate both on data of known and unknown classes, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+DATA_HELP = (
+    "digits, mnist, notmnist, a data set on the Hugging Face Hub, or a local folder; "
+    "NAME:0-4 selects classes. The folder in the environment variable STOCHBN_DATA is searched first."
+)
+NetworkFile = Annotated[
+    Path, typer.Argument(metavar="NETWORK", help="A network that 'stochbn train' saved.", show_default=False)
+]
+NetworkFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="NETWORK...",
+        help="Networks that 'stochbn train' saved; several are a Deep Ensemble.",
+        show_default=False,
+    ),
+]
+DataFromNetwork = Annotated[
+    str | None,
+    typer.Option("--data", help=f"{DATA_HELP} \\[default: what the network was trained on]", show_default=False),
+]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
+Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
+PosteriorFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--posterior",
+        help="A posterior that 'stochbn fit' saved. \\[default: NETWORK.sbn.safetensors]",
+        show_default=False,
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
+    from stochbn.paper.data import DataError
+
+    try:
+        app()
+    except (DataError, OSError, ValueError) as error:
+        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or mnist (against notmnist).")] = "digits",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. \\[default: demo-DATA]", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")] = 0,
+) -> None:
+    """Train, fit and compare SBN, Deep Ensembles and Dropout, on known and unknown classes.
+
+    Prints the paper's table and the out-of-domain table, and writes them with the entropy figure, the networks
+    and their posteriors to a folder. A demonstration that was stopped continues where it was.
+    """
+    from stochbn.paper import report, runner
+    from stochbn.paper.recipes import DEMOS
+
+    if data not in DEMOS:
+        raise ValueError(f"the demonstration runs on {' or '.join(DEMOS)}, not on {data!r}")
+    recipe, folder = DEMOS[data], folder or Path(f"demo-{data}")
+    out.print(
+        f"{recipe.network} on {recipe.data}, unknown classes from {recipe.unknown}: {recipe.members} plain networks "
+        f"and one with dropout, {recipe.epochs} epochs; {recipe.draws} draws."
+    )
+    names = {"train": "training", "fit": "fitting SBN", "predict": "predicting"}
+    with _bars("images or steps") as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def advance(member: str, stage: str, done: int, total: int) -> None:
+            key = member, stage
+            if key not in tasks:
+                tasks[key] = bars.add_task(f"{member}: {names[stage]}", total=total)
+            bars.update(tasks[key], completed=done)
+
+        runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe.members + 1), progress=advance)
+    for table in report.write_run(folder):
+        out.print(table.rich())
+    out.print(
+        f"Everything is in [bold]{folder}[/]: results.json, results.md, entropy-cdf.png, and each network with its"
+    )
+    out.print("posterior. Lower NLL is better; unknown objects should have more entropy than known ones.")
+    if data == "digits":
+        program = "stochbn" if shutil.which("stochbn") == str(Path(sys.argv[0]).resolve()) else sys.argv[0]
+        out.print(
+            f"\nNext, on real data (some minutes):\n\n    {shlex.quote(program)} demo --data mnist\n", highlight=False
+        )
+
+
+@app.command()
+def train(
+    path: Annotated[Path, typer.Option("--out", help="File for the network (safetensors).")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    network: Annotated[str, typer.Option(help="Name of the network.")] = "lenet5",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, decaying linearly to 0.")] = 1e-3,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout rate; above 0 for MC Dropout.")] = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Train a network on images as in the paper: Adam, batch size 16, learning rate decaying to 0."""
+    from stochbn.paper import checkpoints, networks, training
+    from stochbn.paper.data import load
+
+    _check_folder(path)
+    images = load(data, "train")
+    channels, size, _ = images.shape
+    arguments: dict[str, Any] = {"classes": len(images.classes), "channels": channels, "size": size}
+    arguments |= {"dropout": dropout} if dropout else {}
+    schedule = training.Schedule(epochs, batch_size, learning_rate, seed)
+    with _bars("img") as bars:
+        task = bars.add_task("training", total=None)
+        model = training.train(
+            functools.partial(networks.build, network, **arguments),
+            images,
+            schedule,
+            report=lambda step, steps, loss: bars.update(
+                task, completed=step * batch_size, total=steps * batch_size, description=f"training, loss {loss:.4f}"
+            ),
+        )
+    checkpoints.save(path, checkpoints.Checkpoint(model, network, arguments, data, images.classes))
+    out.print(f"Saved the network as [bold]{path}[/]. Next: stochbn fit {shlex.quote(str(path))}", highlight=False)
+
+
+@app.command()
+def fit(
+    network: NetworkFile,
+    data: DataFromNetwork = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
+    ] = 16,
+    path: Annotated[
+        Path | None, typer.Option("--out", help="File for it. \\[default: NETWORK.sbn.safetensors]", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
+    from stochbn.paper import checkpoints
+    from stochbn.paper.data import load
+    from stochbn.paper.runner import fit_posterior
+
+    checkpoint = checkpoints.load(network)
+    path = path or _default_posterior(network)
+    _check_folder(path)
+    images = load(data or checkpoint.data, "train")
+    _check_images(checkpoint, images)
+    with _bars("img") as bars:
+        posterior = fit_posterior(checkpoint.model, images, batch_size, seed, _follow(bars, "fitting"))
+    posterior.save(path)
+    out.print(
+        f"Saved the posterior as [bold]{path}[/]: {sum(posterior.layers.values())} channels in "
+        f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
+        f"Next: stochbn evaluate {shlex.quote(str(network))}",
+        highlight=False,
+    )
+
+
+@app.command()
+def evaluate(
+    networks: NetworkFiles,
+    data: DataFromNetwork = None,
+    ood: Annotated[
+        str | None, typer.Option(help="Data of unknown classes, named like --data.", show_default=False)
+    ] = None,
+    posteriors: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--posterior",
+            help="A posterior for each network, in their order. \\[default: NETWORK.sbn.safetensors where it exists]",
+            show_default=False,
+        ),
+    ] = None,
+    draws: Draws = 50,
+    seed: Seed = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
+    ] = None,
+) -> None:
+    """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
+
+    Networks trained with dropout keep it on (MC Dropout). Several networks are also evaluated as an ensemble.
+    """
+    from stochbn.paper import checkpoints, report
+    from stochbn.paper.data import load
+    from stochbn.paper.runner import predict_member
+
+    named: list[Path | None] = list(posteriors) if posteriors else [None] * len(networks)
+    if len(named) != len(networks):
+        raise ValueError(f"got {len(named)} posteriors for {len(networks)} networks; name one for each, or none")
+    loaded = [checkpoints.load(path) for path in networks]
+    fitted = [_posterior(path, given) for path, given in zip(networks, named, strict=True)]
+    known = load(data or loaded[0].data, "test")
+    unknown = load(ood, "test") if ood else None
+    for checkpoint in loaded:
+        _check_images(checkpoint, known, labelled=True)
+        if unknown is not None:
+            _check_images(checkpoint, unknown)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    predictions: dict[bool, list[Any]] = {False: [], True: []}
+    with _bars("img") as bars:
+        for path, checkpoint, posterior in zip(networks, loaded, fitted, strict=True):
+            follow = _follow(bars, f"predicting, {path.name}")
+            predictions[bool(checkpoint.arguments.get("dropout"))].append(
+                predict_member(checkpoint.model, posterior, known, unknown, draws, seed, follow)
+            )
+    found = report.methods(predictions[False], predictions[True])
+    names = known.name, unknown.name if unknown is not None else None
+    if folder is None:
+        shown = report.tabulate([method.scores() for method in found], *names)
+    else:
+        about = {"networks": list(map(str, networks)), "data": names[0], "ood": names[1], "draws": draws, "seed": seed}
+        shown = report.write(folder, about, found, *names, f"trained on {loaded[0].data}, tested on {ood}")
+    for table in shown:
+        out.print(table.rich())
+    if None in fitted:
+        out.print("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
+    if folder is not None:
+        out.print(f"Results are in [bold]{folder}[/].")
+
+
+@app.command()
+def predict(
+    network: NetworkFile,
+    path: Annotated[Path, typer.Option("--out", help="CSV file: one line for each image.")],
+    data: DataFromNetwork = None,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "test",
+    posterior: PosteriorFile = None,
+    draws: Draws = 50,
+    seed: Seed = 0,
+) -> None:
+    """Predict images with SBN: class, probability, entropy and mutual information of each, as CSV."""
+    import torch
+
+    from stochbn.files import write_bytes
+    from stochbn.paper import checkpoints
+    from stochbn.paper.data import load
+    from stochbn.paper.runner import predict_all
+    from stochbn.predictive import Predictive
+
+    checkpoint = checkpoints.load(network)
+    fitted = _posterior(network, posterior or _default_posterior(network))
+    predictive = Predictive(checkpoint.model, fitted, draws)
+    _check_folder(path)
+    images = load(data or checkpoint.data, split)
+    _check_images(checkpoint, images)
+    with _bars("img") as bars:
+        generator = torch.Generator().manual_seed(seed)
+        prediction = predict_all(predictive, images, generator, _follow(bars, "predicting"))
+    probability, label = prediction.probs.max(1)
+    rows = list(
+        zip(
+            [checkpoint.classes[i] for i in label.tolist()],
+            probability.tolist(),
+            prediction.entropy.tolist(),
+            prediction.mutual_information.tolist(),
+            strict=True,
+        )
+    )
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["image", "class", "probability", "entropy", "mutual_information"])
+    writer.writerows([i, row[0], *(f"{value:.6g}" for value in row[1:])] for i, row in enumerate(rows))
+    write_bytes(path, text.getvalue().encode())
+    table = Table("image", "class", "probability", "entropy", "mutual information", title="least certain")
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i][2])[:5]:
+        table.add_row(str(i), rows[i][0], *(f"{value:.3f}" for value in rows[i][1:]))
+    out.print(table)
+    out.print(f"Saved {len(rows)} predictions as [bold]{path}[/]; entropies are in nats.")
+
+
+class _RateColumn(ProgressColumn):
+    """Steps per second, in the unit of the bars."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s", style="progress.data.speed")
+
+
+def _bars(unit: str) -> Progress:
+    """Progress bars with rate and time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _RateColumn(unit))
+    return Progress(*columns, TimeRemainingColumn(), console=out)
+
+
+def _follow(bars: Progress, description: str) -> Callable[[int, int], None]:
+    """A new bar, as the function that moves it."""
+    task = bars.add_task(description, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _side_by_side(members: int) -> int:
+    """How many members to train at once by default: one for each core, or one after another on a GPU."""
+    return min(members, os.cpu_count() or 1)
+
+
+def _default_posterior(network: Path) -> Path:
+    return network.with_name(f"{network.name.removesuffix('.safetensors')}.sbn.safetensors")
+
+
+def _posterior(network: Path, path: Path | None) -> Factorized | None:
+    """The posterior in a file or, if none is named, in the default place, if there is one."""
+    from stochbn.posteriors import load
+
+    if path is None and not _default_posterior(network).exists():
+        return None
+    return load(path or _default_posterior(network))
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {str(path.parent)!r} is not writable; name a file elsewhere")
+
+
+def _check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False) -> None:
+    """Refuse images that a network was not built for."""
+    arguments = checkpoint.arguments
+    expected = (arguments["channels"], arguments["size"], arguments["size"])
+    if images.shape != expected:
+        raise ValueError(
+            f"{images.name} has images of {list(images.shape)} (channels, height, width), the network takes "
+            f"{list(expected)}"
+        )
+    if labelled and len(images.classes) != arguments["classes"]:
+        raise ValueError(
+            f"{images.name} has {len(images.classes)} classes, the network {arguments['classes']}; "
+            f"select them as in NAME:0-{arguments['classes'] - 1}"
+        )
