@@ -23,6 +23,7 @@ from rich.text import Text
 if TYPE_CHECKING:  # torch and the experiments are imported by the commands that use them: --help answers at once
     from stochbn.paper.checkpoints import Checkpoint
     from stochbn.paper.data import Images
+    from stochbn.paper.recipes import Recipe
     from stochbn.posteriors import Factorized
 
 __all__ = ["main"]
@@ -60,6 +61,8 @@ DataFromNetwork = Annotated[
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
 Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")]
+Override = functools.partial(typer.Option, show_default=False)
 PosteriorFile = Annotated[
     Path | None,
     typer.Option(
@@ -87,45 +90,132 @@ def demo(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Run folder. \\[default: demo-DATA]", show_default=False)
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")] = 0,
+    jobs: Jobs = 0,
 ) -> None:
     """Train, fit and compare SBN, Deep Ensembles and Dropout, on known and unknown classes.
 
     Prints the paper's table and the out-of-domain table, and writes them with the entropy figure, the networks
     and their posteriors to a folder. A demonstration that was stopped continues where it was.
     """
-    from stochbn.paper import report, runner
     from stochbn.paper.recipes import DEMOS
 
     if data not in DEMOS:
         raise ValueError(f"the demonstration runs on {' or '.join(DEMOS)}, not on {data!r}")
-    recipe, folder = DEMOS[data], folder or Path(f"demo-{data}")
-    out.print(
-        f"{recipe.network} on {recipe.data}, unknown classes from {recipe.unknown}: {recipe.members} plain networks "
-        f"and one with dropout, {recipe.epochs} epochs; {recipe.draws} draws."
-    )
-    names = {"train": "training", "fit": "fitting SBN", "predict": "predicting"}
-    with _bars("images or steps") as bars:
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def advance(member: str, stage: str, done: int, total: int) -> None:
-            key = member, stage
-            if key not in tasks:
-                tasks[key] = bars.add_task(f"{member}: {names[stage]}", total=total)
-            bars.update(tasks[key], completed=done)
-
-        runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe.members + 1), progress=advance)
-    for table in report.write_run(folder):
-        out.print(table.rich())
-    out.print(
-        f"Everything is in [bold]{folder}[/]: results.json, results.md, entropy-cdf.png, and each network with its"
-    )
-    out.print("posterior. Lower NLL is better; unknown objects should have more entropy than known ones.")
+    _run(DEMOS[data], folder or Path(f"demo-{data}"), jobs)
     if data == "digits":
         program = "stochbn" if shutil.which("stochbn") == str(Path(sys.argv[0]).resolve()) else sys.argv[0]
         out.print(
             f"\nNext, on real data (some minutes):\n\n    {shlex.quote(program)} demo --data mnist\n", highlight=False
         )
+
+
+@app.command()
+def reproduce(
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11 or resnet18.", show_default=False)],
+    preset: Annotated[
+        str,
+        typer.Option(help="paper (the published protocol), reduced (an hour or so on two cores) or smoke (a minute)."),
+    ] = "reduced",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. \\[default: runs/NETWORK-PRESET]", show_default=False)
+    ] = None,
+    jobs: Jobs = 0,
+    data: Annotated[str | None, Override("--data", help=f"Known classes: {DATA_HELP}")] = None,
+    unknown: Annotated[str | None, Override("--unknown", help="Unknown classes, or 'none'.")] = None,
+    epochs: Annotated[int | None, Override("--epochs", help="Passes over the training data.")] = None,
+    members: Annotated[int | None, Override("--members", help="Networks in the Deep Ensemble.")] = None,
+    batch_size: Annotated[int | None, Override("--batch-size", help="Objects in a training mini-batch.")] = None,
+    learning_rate: Annotated[float | None, Override("--learning-rate", help="Adam's, decaying to 0.")] = None,
+    statistics_batch: Annotated[
+        int | None, Override("--statistics-batch", help="Objects in a mini-batch whose statistics are observed.")
+    ] = None,
+    draws: Annotated[int | None, Override("--draws", help="Draws, or dropout passes, of each network.")] = None,
+    seed: Annotated[int | None, Override("--seed", help="Where all randomness comes from.")] = None,
+    width: Annotated[float | None, Override("--width", help="Factor on the network's channels.")] = None,
+    dropout: Annotated[
+        float | None, Override("--dropout", help="Dropout rate after ReLUs; 0: no such network.")
+    ] = None,
+    classifier_dropout: Annotated[
+        float | None, Override("--classifier-dropout", help="Dropout rate before the classifier (vgg11).")
+    ] = None,
+    augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
+    compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
+    held_out: Annotated[
+        float | None, Override("--held-out", help="Evaluate on this part of the training data, to make choices.")
+    ] = None,
+    train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
+    test_images: Annotated[
+        int | None, Override("--test-images", help="Use this many test images of each kind.")
+    ] = None,
+) -> None:
+    """Repeat one of the paper's experiments: SBN, Deep Ensembles and Dropout on known and unknown classes.
+
+    A preset can be changed field by field. A run that was stopped continues where it was.
+    """
+    from dataclasses import replace
+
+    from stochbn.paper.recipes import PRESETS
+
+    if network not in PRESETS:
+        raise ValueError(f"there is no experiment with {network!r}; there are {', '.join(PRESETS)}")
+    if preset not in PRESETS[network]:
+        raise ValueError(f"{network} has no preset {preset!r}; there are {', '.join(PRESETS[network])}")
+    recipe = PRESETS[network][preset]
+    changes: dict[str, Any] = {
+        "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
+        "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
+        "compile": compile, "held_out": held_out, "train_images": train_images, "test_images": test_images,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if unknown is not None:
+        changes["unknown"] = None if unknown == "none" else unknown
+    if width is not None:
+        changes["arguments"] = {**recipe.arguments, "width": width}
+    rates = {"dropout": dropout, "classifier_dropout": classifier_dropout}
+    rates = {**(recipe.dropout or {}), **{name: rate for name, rate in rates.items() if rate is not None}}
+    changes["dropout"] = rates if any(rates.values()) else None
+    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run folder.", show_default=False)],
+) -> None:
+    """Make a run's tables and figures again, from its stored predictions alone."""
+    from stochbn.paper.report import write_run
+
+    for table in write_run(folder):
+        out.print(table.rich())
+
+
+def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
+    """Run a recipe with progress bars, and show what came out."""
+    from stochbn.paper import report, runner
+
+    dropout = " and one with dropout" if recipe.dropout else ""
+    out.print(
+        f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
+        f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
+    )
+    stages = {"train": "training", "fit": "fitting SBN", "predict": "predicting"}
+    with _bars("steps or images") as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def advance(member: str, stage: str, done: int, total: int) -> None:
+            key = member, stage
+            if key not in tasks:
+                tasks[key] = bars.add_task(f"{member}: {stages[stage]}", total=total)
+            bars.update(tasks[key], completed=done)
+
+        runner.run(recipe, folder, jobs=jobs or _side_by_side(len(recipe.all_members())), progress=advance)
+    for table in report.write_run(folder):
+        out.print(table.rich())
+    out.print(
+        "Lower NLL is better; unknown objects should have more entropy than known ones. "
+        f"Everything is in [bold]{folder}[/]: results.json, results.md, entropy-cdf.png, and a folder for each "
+        "network with its posterior."
+    )
 
 
 @app.command()

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HUB", "DataError", "Images", "load"]
+__all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
 
-HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST"}
+HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
 """Short names of data sets on the Hugging Face Hub."""
 
 FOLDER_VARIABLE = "STOCHBN_DATA"
@@ -79,6 +79,12 @@ class Images:
         """The same objects in a random order that depends on the seed alone."""
         return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
 
+    def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
+        """Two random parts, the second with this fraction of the objects: to train on, and to make choices on."""
+        mixed = self.shuffled(seed)
+        cut = len(self) - round(fraction * len(self))
+        return mixed.take(torch.arange(cut)), mixed.take(torch.arange(cut, len(self)))
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Consecutive batches of inputs in [0, 1], ``[n, C, H, W]`` float32, and labels; the last may be smaller."""
         for start in range(0, len(self), size):
@@ -90,14 +96,42 @@ def as_input(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
+def augment(pixels: Tensor) -> Tensor:
+    """The paper's augmentation for CIFAR: reflect-pad by 4, random crop to the old size, random horizontal flip.
+
+    One gather for the whole batch; noise from PyTorch's global generator of the pixels' device.
+
+    Args:
+        pixels: ``[N, C, H, W]``, uint8.
+
+    Returns:
+        ``[N, C, H, W]``, uint8, in channels-last layout.
+    """
+    count, _, height, width = pixels.shape
+    device = pixels.device
+    top, left = torch.randint(9, (2, count, 1), device=device)
+    flipped = torch.rand(count, 1, device=device) < 0.5
+    across = torch.arange(width, device=device)
+    rows = _reflect(torch.arange(height, device=device) + top - 4, height)
+    columns = _reflect(torch.where(flipped, width - 1 - across, across) + left - 4, width)
+    index = torch.arange(count, device=device)
+    return pixels[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Positions outside an axis, mirrored at its first and last element."""
+    position = position.abs()
+    return torch.where(position >= size, 2 * (size - 1) - position, position)
+
+
 def load(source: str, split: str) -> Images:
     """Load one split of a data set.
 
     Args:
-        source: ``digits`` (scikit-learn's, enlarged to 28x28), ``mnist``, ``notmnist``, any other data set on the
-            Hugging Face Hub, or a local folder in a layout that ``datasets.load_dataset`` reads (Parquet files, or
-            one folder of images for each class). A range of classes after a colon selects them: ``digits:0-4``.
-            The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
+        source: ``digits`` (scikit-learn's, enlarged to 28x28), ``mnist``, ``notmnist``, ``cifar10``, any other data
+            set on the Hugging Face Hub, or a local folder in a layout that ``datasets.load_dataset`` reads (Parquet
+            files, or one folder of images for each class). A range of classes after a colon selects them:
+            ``digits:0-4``. The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
         split: ``train`` or ``test``.
 
     Raises:

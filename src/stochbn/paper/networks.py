@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "build", "lenet5"]
+__all__ = ["NETWORKS", "PreActivationBlock", "build", "lenet5", "resnet18", "vgg11"]
 
 
 def lenet5(classes: int = 10, channels: int = 1, size: int = 28, dropout: float = 0.0) -> nn.Sequential:
@@ -27,7 +28,7 @@ def lenet5(classes: int = 10, channels: int = 1, size: int = 28, dropout: float 
         raise ValueError(f"LeNet-5 needs inputs of at least 16x16 pixels, got {size}x{size}")
 
     def activation() -> list[nn.Module]:
-        return [nn.ReLU(inplace=True), *([nn.Dropout(dropout)] if dropout else [])]
+        return [nn.ReLU(inplace=True), *_dropout(dropout)]
 
     return nn.Sequential(
         nn.Conv2d(channels, 20, 5), nn.BatchNorm2d(20), *activation(), nn.MaxPool2d(2),
@@ -37,7 +38,94 @@ def lenet5(classes: int = 10, channels: int = 1, size: int = 28, dropout: float 
     )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5}
+def vgg11(
+    classes: int = 10,
+    channels: int = 3,
+    size: int = 32,
+    width: float = 1.0,
+    dropout: float = 0.0,
+    classifier_dropout: float = 0.0,
+) -> nn.Sequential:
+    """VGG-11 for small images: eight 3x3 convolutions with batch norm, five poolings and one linear layer.
+
+    Args:
+        classes: number of classes K; the output is logits ``[N, K]``.
+        channels: input channels.
+        size: height and width of the input in pixels, at least 32.
+        width: factor on the number of channels of every layer.
+        dropout: rate of the dropout after each ReLU that no pooling follows; 0 leaves it out.
+        classifier_dropout: rate of the dropout before the linear layer; 0 leaves it out.
+
+    Raises:
+        ValueError: the input is too small for five 2x2 poolings, or the width leaves a layer without channels.
+    """
+    side = size // 32
+    if side < 1:
+        raise ValueError(f"VGG-11 needs inputs of at least 32x32 pixels, got {size}x{size}")
+    plan = [(64, True), (128, True), (256, False), (256, True), (512, False), (512, True), (512, False), (512, True)]
+    widths = [channels, *(_scaled(outputs, width) for outputs, _ in plan)]
+    layers: list[nn.Module] = []
+    for (inputs, outputs), (_, pooled) in zip(pairwise(widths), plan, strict=True):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(inplace=True), *([nn.MaxPool2d(2)] if pooled else _dropout(dropout))]
+    return nn.Sequential(*layers, nn.Flatten(), *_dropout(classifier_dropout), nn.Linear(widths[-1] * side**2, classes))
+
+
+def resnet18(
+    classes: int = 10, channels: int = 3, size: int = 32, width: float = 1.0, dropout: float = 0.0
+) -> nn.Sequential:
+    """Pre-activation ResNet-18 for small images (He et al., 2016): 3x3 stem, stages of 2 blocks, 64 to 512 channels.
+
+    Args:
+        classes: number of classes K; the output is logits ``[N, K]``.
+        channels: input channels.
+        size: height and width of the input in pixels, at least 8.
+        width: factor on the number of channels of every layer.
+        dropout: rate of the dropout between the two convolutions of every block; 0 leaves it out.
+
+    Raises:
+        ValueError: the input is too small for three strides of 2, or the width leaves a layer without channels.
+    """
+    if size < 8:
+        raise ValueError(f"ResNet-18 needs inputs of at least 8x8 pixels, got {size}x{size}")
+    widths = [_scaled(64, width), *(_scaled(outputs, width) for outputs in (64, 128, 256, 512))]
+    blocks: list[nn.Module] = []
+    for stage, (inputs, outputs) in enumerate(pairwise(widths)):
+        blocks.append(PreActivationBlock(inputs, outputs, stride=2 if stage else 1, dropout=dropout))
+        blocks.append(PreActivationBlock(outputs, outputs, stride=1, dropout=dropout))
+    return nn.Sequential(
+        nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), *blocks,
+        nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(widths[-1], classes),
+    )  # fmt: skip
+
+
+class PreActivationBlock(nn.Module):
+    """A residual block that normalises before each of its two 3x3 convolutions.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the first activation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.dropout = nn.Sequential(*_dropout(dropout))
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C_in, H, W]`` to ``[N, C_out, H / stride, W / stride]``."""
+        activated = self.bn1(x).relu_()
+        residual = self.conv2(self.dropout(self.bn2(self.conv1(activated)).relu_()))
+        output: Tensor = residual + (x if self.shortcut is None else self.shortcut(activated))
+        return output
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "vgg11": vgg11, "resnet18": resnet18}
 
 
 def build(name: str, **arguments: object) -> nn.Module:
@@ -50,3 +138,14 @@ def build(name: str, **arguments: object) -> nn.Module:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")
     model: nn.Module = NETWORKS[name](**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _dropout(rate: float) -> list[nn.Module]:
+    return [nn.Dropout(rate)] if rate else []
+
+
+def _scaled(channels: int, width: float) -> int:
+    scaled = round(channels * width)
+    if scaled < 1:
+        raise ValueError(f"a width factor of {width} leaves a layer without channels; use a larger one")
+    return scaled

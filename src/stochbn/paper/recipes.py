@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stochbn.paper.data import Images
 from stochbn.paper.training import Schedule
 
-__all__ = ["DEMOS", "Member", "Recipe"]
+__all__ = ["DEMOS", "PRESETS", "Member", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,41 @@ class Recipe:
     Attributes:
         network: its name in `stochbn.paper.networks`.
         data: known classes, as `stochbn.paper.data.load` takes them.
-        unknown: unknown classes, likewise.
+        unknown: unknown classes, likewise; None leaves out everything out of domain.
         epochs: passes over the training data.
         members: the number of plain networks; the first is the one of the row SBN, all are the Deep Ensemble.
-        dropout: network arguments that turn its dropout on.
+        dropout: network arguments that turn its dropout on; None leaves out the network with dropout.
         arguments: further network arguments.
         batch_size: objects in a training mini-batch.
         learning_rate: Adam's, decaying linearly to 0.
         statistics_batch: objects in a mini-batch whose statistics are observed.
         draws: draws, or dropout passes, of each network at test time.
         seed: what all randomness comes from.
+        augment: whether training images are cropped and flipped at random.
+        precision: Lightning Fabric's name of the arithmetic in training.
+        compile: whether training steps are compiled.
+        held_out: a random part of the training images to evaluate on in place of the test images: every choice
+            is made with it, and the final numbers without.
         train_images: use this many training images only; None is all.
         test_images: likewise for the known and for the unknown test images.
     """
 
     network: str
     data: str
-    unknown: str
+    unknown: str | None
     epochs: int
     members: int
-    dropout: dict[str, float]
+    dropout: dict[str, float] | None
     arguments: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 16
     learning_rate: float = 1e-3
     statistics_batch: int = 16
     draws: int = 50
     seed: int = 0
+    augment: bool = False
+    precision: str = "32-true"
+    compile: bool = False
+    held_out: float = 0.0
     train_images: int | None = None
     test_images: int | None = None
 
@@ -65,6 +74,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be a fraction from 0 to 1, got {self.held_out}")
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON holds it."""
@@ -72,22 +83,59 @@ class Recipe:
 
     def all_members(self) -> list[Member]:
         """The networks to train."""
-        return [*(Member("plain", i) for i in range(self.members)), Member("dropout", 0)]
+        dropout = [Member("dropout", 0)] if self.dropout is not None else []
+        return [*(Member("plain", i) for i in range(self.members)), *dropout]
 
     def schedule(self, member: Member) -> Schedule:
         """How a member is trained; every member has a seed of its own."""
         offset = member.index + (500 if member.kind == "dropout" else 0)
-        return Schedule(self.epochs, self.batch_size, self.learning_rate, self.seed * 1000 + offset)
+        seed = self.seed * 1000 + offset
+        return Schedule(
+            self.epochs, self.batch_size, self.learning_rate, seed, self.augment, self.precision, self.compile
+        )
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:
         """What a member is built with, for these training images."""
         channels, size, _ = images.shape
         common = {"classes": len(images.classes), "channels": channels, "size": size, **self.arguments}
-        return common | (self.dropout if member.kind == "dropout" else {})
+        return common | (self.dropout or {} if member.kind == "dropout" else {})
 
+
+_LENET = Recipe("lenet5", "mnist", "notmnist", epochs=50, members=6, dropout={"dropout": 0.5})
+_VGG = Recipe(
+    "vgg11",
+    "cifar10:0-4",
+    "cifar10:5-9",
+    epochs=200,
+    members=6,
+    dropout={"dropout": 0.1, "classifier_dropout": 0.5},
+    augment=True,
+)
+_RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
+_SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images": 256, "test_images": 64}
+
+PRESETS = {
+    "lenet5": {
+        "paper": _LENET,
+        "reduced": replace(_LENET, epochs=10),
+        "smoke": replace(_LENET, data="digits:0-4", unknown="digits:5-9", **_SMOKE),
+    },
+    "vgg11": {
+        "paper": _VGG,
+        "reduced": replace(_VGG, epochs=12, batch_size=64, members=3, arguments={"width": 0.5}),
+        "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
+    },
+    "resnet18": {
+        "paper": _RESNET,
+        "reduced": replace(_RESNET, epochs=12, batch_size=64, members=3, arguments={"width": 0.25}),
+        "smoke": replace(_RESNET, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
+    },
+}
+"""What ``stochbn reproduce`` runs: ``paper`` is the published protocol on five classes of CIFAR-10 (for all ten,
+override the data), ``reduced`` takes about an hour on two CPU cores, ``smoke`` less than a minute."""
 
 DEMOS = {
-    "digits": Recipe("lenet5", "digits:0-4", "digits:5-9", epochs=12, members=3, dropout={"dropout": 0.5}),
-    "mnist": Recipe("lenet5", "mnist", "notmnist", epochs=5, members=3, dropout={"dropout": 0.5}),
+    "digits": replace(_LENET, data="digits:0-4", unknown="digits:5-9", epochs=12, members=3),
+    "mnist": replace(_LENET, epochs=5, members=3),
 }
 """What ``stochbn demo`` runs, by the name of its data."""

@@ -130,5 +130,5 @@ def write_run(folder: Path) -> list[Table]:
         stored[member.kind].append(tensors)
         about["seconds"][member.name] = described["seconds"]
     title = f"{recipe.network} trained on {recipe.data}, tested on {recipe.unknown}"
-    known, unknown = (about["data"][part]["name"] for part in ("known", "unknown"))
+    known, unknown = (about["data"].get(part, {}).get("name") for part in ("known", "unknown"))
     return write(folder, about, methods(stored["plain"], stored["dropout"]), known, unknown, title)

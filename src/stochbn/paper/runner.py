@@ -61,11 +61,12 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    _claim(recipe, folder)
+    parts = _parts(recipe)
+    _claim(recipe, folder, parts)
     waiting = [m for m in recipe.all_members() if not _predictions(folder, m).exists()]
     if jobs == 1:
         for member in waiting:
-            _run_member(recipe, member, folder, progress)
+            _run_member(recipe, member, folder, parts, progress)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -75,7 +76,8 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             while waiting and len(running) < jobs:
                 member = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(recipe, member, folder, threads, theirs), daemon=True)
+                arguments = recipe, member, folder, _packed(parts), threads, theirs
+                process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = member, process
@@ -99,22 +101,34 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             process.join()
 
 
-def _work(recipe: Recipe, member: Member, folder: Path, threads: int, pipe: Connection) -> None:
+def _work(recipe: Recipe, member: Member, folder: Path, packed: dict[str, Any], threads: int, pipe: Connection) -> None:
     """A member's process. Once the process that started it is gone, its next report ends it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
     torch.set_num_threads(threads)
     try:
-        _run_member(recipe, member, folder, lambda *event: pipe.send(event))
+        _run_member(recipe, member, folder, _unpacked(packed), lambda *event: pipe.send(event))
     except BrokenPipeError:
         raise SystemExit(1) from None
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _run_member(recipe: Recipe, member: Member, folder: Path, progress: Progress) -> None:
+def _packed(parts: dict[str, Images]) -> dict[str, Any]:
+    """Data as arrays, which travel by value: tensors would need as much shared memory, which containers lack."""
+    return {name: (i.pixels.numpy(), i.labels.numpy(), i.classes, i.name) for name, i in parts.items()}
+
+
+def _unpacked(packed: dict[str, Any]) -> dict[str, Images]:
+    return {
+        part: Images(torch.from_numpy(pixels), torch.from_numpy(labels), classes, name)
+        for part, (pixels, labels, classes, name) in packed.items()
+    }
+
+
+def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, Images], progress: Progress) -> None:
     home = folder / member.name
     home.mkdir(exist_ok=True)
-    images = _load(recipe.data, "train", recipe.train_images)
+    images = parts["train"]
     started = time.perf_counter()
 
     network = home / "network.safetensors"
@@ -142,8 +156,8 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, progress: Progress
     tensors = predict_member(
         model,
         stochbn.load(posterior),
-        _load(recipe.data, "test", recipe.test_images),
-        _load(recipe.unknown, "test", recipe.test_images),
+        parts["known"],
+        parts.get("unknown"),
         recipe.draws,
         recipe.schedule(member).seed,
         lambda done, total: progress(member.name, "predict", done, total),
@@ -233,30 +247,36 @@ def predict_all(
     return Prediction.cat(predictions)
 
 
-def _load(source: str, split: str, most: int | None) -> Images:
-    images = _cached(source, split)
+def _parts(recipe: Recipe) -> dict[str, Images]:
+    """The data of a recipe: ``train``, ``known`` and, if it has any, ``unknown``."""
+    train = data.load(recipe.data, "train")
+    if recipe.held_out:
+        train, known = train.held_out(recipe.held_out, seed=0)
+    else:
+        known = data.load(recipe.data, "test")
+    parts = {"train": _first(train, recipe.train_images), "known": _first(known, recipe.test_images)}
+    if recipe.unknown is not None:
+        parts["unknown"] = _first(data.load(recipe.unknown, "test"), recipe.test_images)
+    return parts
+
+
+def _first(images: Images, most: int | None) -> Images:
+    """A random `most` of the images, always the same ones."""
     return images if most is None or most >= len(images) else images.shuffled(0).take(torch.arange(most))
-
-
-@functools.lru_cache(maxsize=4)
-def _cached(source: str, split: str) -> Images:
-    return data.load(source, split)
 
 
 def _predictions(folder: Path, member: Member) -> Path:
     return folder / member.name / "predictions.safetensors"
 
 
-def _claim(recipe: Recipe, folder: Path) -> None:
+def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
     """Make the run folder, or check that it belongs to this recipe and this data."""
-    images = {
-        "train": _load(recipe.data, "train", recipe.train_images),
-        "known": _load(recipe.data, "test", recipe.test_images),
-        "unknown": _load(recipe.unknown, "test", recipe.test_images),
-    }
     ours = {
         "recipe": recipe.as_dict(),
-        "data": {part: {"name": i.name, "images": len(i), "sha256": i.fingerprint} for part, i in images.items()},
+        "data": {
+            part: {"name": images.name, "images": len(images), "sha256": images.fingerprint}
+            for part, images in parts.items()
+        },
     }
     file = folder / "run.json"
     if file.exists():

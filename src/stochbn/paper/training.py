@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stochbn.files import read_tensors, write_tensors
-from stochbn.paper.data import Images, as_input
+from stochbn.paper.data import Images, as_input, augment
 
 __all__ = ["Schedule", "train"]
 
@@ -20,12 +22,25 @@ STATE = "stochbn.training/1"
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network is trained: the paper's protocol is Adam, 1e-3 decaying linearly to 0, batch size 16."""
+    """How a network is trained: the paper's protocol is Adam, 1e-3 decaying linearly to 0, batch size 16.
+
+    Attributes:
+        epochs: passes over the training data; what is left of it after the last full mini-batch is dropped.
+        batch_size: objects in a mini-batch.
+        learning_rate: Adam's at the first step.
+        seed: what weights, order, augmentation and dropout come from.
+        augment: whether images are cropped and flipped at random, as the paper does for CIFAR.
+        precision: Lightning Fabric's name of the arithmetic, such as ``32-true`` or ``bf16-mixed``.
+        compile: whether the training step's forward and backward passes are compiled.
+    """
 
     epochs: int
     batch_size: int = 16
     learning_rate: float = 1e-3
     seed: int = 0
+    augment: bool = False
+    precision: str = "32-true"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or not 0 < self.learning_rate < float("inf"):
@@ -43,10 +58,11 @@ def train(
     state: Path | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> nn.Module:
-    """Train a network and return it in evaluation mode.
+    """Train a network and return it on the CPU in evaluation mode.
 
-    Weights, the order of the objects and dropout masks depend on the seed alone: two runs on a CPU with the same
-    number of threads give the same network. PyTorch's global generator is left as it was.
+    It trains on the accelerator that Lightning Fabric finds, with all images there as one tensor. Everything random
+    depends on the seed alone: two runs on a CPU with the same number of threads give the same network. PyTorch's
+    global generator is left as it was.
 
     Args:
         build: makes the network with fresh weights, which come from the seed.
@@ -54,7 +70,8 @@ def train(
         schedule: how long, in which batches and at which rate.
         state: a file that holds the state after the last finished epoch; a run that was stopped continues
             from there and gives what an uninterrupted one would. It is deleted at the end.
-        report: called now and then with the step, the number of steps and the mean loss in nats since the last call.
+        report: called about every 50 steps with the step, the number of steps and the mean loss in nats since the
+            last call.
 
     Raises:
         ValueError: fewer objects than one batch, or the loss is not finite.
@@ -66,42 +83,43 @@ def train(
             "use more data or a smaller batch size"
         )
     steps = per_epoch * schedule.epochs
+    fabric = Fabric(devices=1, precision=schedule.precision)  # type: ignore[arg-type]
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
         model = build().train()
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        first = _restore(state, model, optimizer) if state is not None and state.exists() else 0
+        adam = torch.optim.Adam(model.parameters(), fused=True)
+        compiled: nn.Module = torch.compile(model) if schedule.compile else model  # type: ignore[assignment]
+        network, optimizer = fabric.setup(compiled, adam)
+        pixels, labels = images.pixels.to(fabric.device), images.labels.to(fabric.device)
+        first = _restore(state, model, adam) if state is not None and state.exists() else 0
         for epoch in range(first, schedule.epochs):
             # A seed of its own for every epoch: an interrupted run needs no generator state to continue alike.
             torch.manual_seed((schedule.seed + 1) * 1_000_003 + epoch)
-            order = torch.randperm(len(images))
-            total, count = torch.zeros(()), 0
+            order = torch.randperm(len(images)).to(fabric.device)
+            total, count = torch.zeros((), device=fabric.device), 0
             for i in range(per_epoch):
                 step = epoch * per_epoch + i
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.learning_rate * (1 - step / steps)
                 chosen = order[i * schedule.batch_size : (i + 1) * schedule.batch_size]
-                total += _step(model, optimizer, as_input(images.pixels[chosen]), images.labels[chosen])
+                batch = pixels[chosen]
+                optimizer.zero_grad()
+                loss = cross_entropy(network(as_input(augment(batch) if schedule.augment else batch)), labels[chosen])
+                fabric.backward(loss)
+                optimizer.step()
+                total += loss.detach()
                 count += 1
                 if count == 50 or i == per_epoch - 1:
-                    loss = total.item() / count
-                    if loss != loss or loss == float("inf"):
-                        raise ValueError(f"the training loss is {loss} at step {step}; use a lower learning rate")
-                    report(step + 1, steps, loss)
-                    total, count = torch.zeros(()), 0
+                    mean = total.item() / count
+                    if not math.isfinite(mean):
+                        raise ValueError(f"the training loss is {mean} at step {step}; use a lower learning rate")
+                    report(step + 1, steps, mean)
+                    total, count = torch.zeros_like(total), 0
             if state is not None and epoch + 1 < schedule.epochs:
-                _store(state, model, optimizer, epoch + 1)
+                _store(state, model, adam, epoch + 1)
     if state is not None:
         state.unlink(missing_ok=True)
-    return model.eval()
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> Tensor:
-    optimizer.zero_grad(set_to_none=True)
-    loss = cross_entropy(model(inputs), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach()
+    return model.cpu().eval()
 
 
 def _store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
