@@ -117,17 +117,17 @@ _SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images":
 PRESETS = {
     "lenet5": {
         "paper": _LENET,
-        "reduced": replace(_LENET, epochs=10),
+        "reduced": replace(_LENET, epochs=8),
         "smoke": replace(_LENET, data="digits:0-4", unknown="digits:5-9", **_SMOKE),
     },
     "vgg11": {
         "paper": _VGG,
-        "reduced": replace(_VGG, epochs=12, batch_size=64, members=3, arguments={"width": 0.5}),
+        "reduced": replace(_VGG, epochs=10, batch_size=64, members=3, arguments={"width": 0.5}),
         "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
     },
     "resnet18": {
         "paper": _RESNET,
-        "reduced": replace(_RESNET, epochs=12, batch_size=64, members=3, arguments={"width": 0.25}),
+        "reduced": replace(_RESNET, epochs=10, batch_size=64, members=3, arguments={"width": 0.25}),
         "smoke": replace(_RESNET, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
     },
 }
