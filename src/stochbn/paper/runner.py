@@ -1,7 +1,7 @@
 """Running a recipe: every member is trained, fitted and evaluated in a folder of its own.
 
 A run folder holds ``run.json`` (recipe, versions, data fingerprints), a folder for each member with its ``network``,
-``posterior`` and ``predictions`` (log-probabilities), and what `stochbn.paper.report` makes of the predictions. Every
+posterior (``network.sbn``) and ``predictions`` (log-probabilities), and what `stochbn.paper.report` makes of the predictions. Every
 file is written whole, and a file that is there is not made again: a run that was stopped continues where it was.
 """
 
@@ -144,7 +144,7 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
     model = checkpoints.load(network).model
 
-    posterior = home / "posterior.safetensors"
+    posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
         fit_posterior(
             model,
