@@ -180,12 +180,27 @@ def reproduce(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run folder.", show_default=False)],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Finished run folders.", show_default=False)
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the tables of several runs. \\[default: seeds]", show_default=False),
+    ] = None,
 ) -> None:
-    """Make a run's tables and figures again, from its stored predictions alone."""
-    from stochbn.paper.report import write_run
+    """Make a run's tables and figures again, from its stored predictions alone.
 
-    for table in write_run(folder):
+    Several runs that differ in their seeds give one table, of means and standard deviations.
+    """
+    from stochbn.paper.report import write_run, write_seeds
+
+    if len(folders) == 1:
+        shown = write_run(folders[0])
+    else:
+        folder = folder or Path("seeds")
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = write_seeds(folders, folder)
+    for table in shown:
         out.print(table.rich())
 
 
@@ -198,7 +213,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
         f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
         f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
     )
-    stages = {"train": "training", "fit": "fitting SBN", "predict": "predicting"}
+    stages = {"train": "training", "fit": "fitting SBN", "observe": "observing", "predict": "predicting"}
     with _bars("steps or images") as bars:
         tasks: dict[tuple[str, str], Any] = {}
 

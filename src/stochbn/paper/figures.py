@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+from scipy.stats import norm
 from torch import Tensor
 
 from stochbn.files import write
 from stochbn.metrics import entropy_cdf
+from stochbn.paper.goodness import distances, layer_parameters
+from stochbn.posteriors import Factorized
 
-__all__ = ["save_entropy_cdf"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["save_entropy_cdf", "save_statistics"]
 
 COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
 
@@ -33,7 +42,6 @@ def save_entropy_cdf(
     Returns:
         The files written.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
@@ -52,9 +60,65 @@ def save_entropy_cdf(
     axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9, title="lower and further right is better", title_fontsize=8)
+    return _save(figure, path)
+
+
+def save_statistics(
+    path: Path, observations: Mapping[str, Tensor], posterior: Factorized, *, layers: int = 3, channels: int = 2
+) -> list[Path]:
+    """Draw observed statistics against the fitted Normal and LogNormal: PNG and SVG.
+
+    Each row is a layer: the first, the last and some between them. For its first channels that vary, the row has the
+    histogram of the mini-batch means and that of the log-variances, and the fitted densities as lines. The row's
+    label gives the layer's mean Kolmogorov-Smirnov distances.
+
+    Args:
+        path: where to, without an ending.
+        observations: what `stochbn.paper.goodness.observe` returned.
+        posterior: the distribution fitted to the same network.
+        layers: how many layers to show.
+        channels: how many channels of each.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(posterior.layers)
+    chosen = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(layers, len(names)))]
+    distance = distances(observations, posterior)
+    parameters = layer_parameters(posterior)
+    figure = Figure(figsize=(2.6 * 2 * channels, 2.1 * len(chosen)), layout="constrained")
+    grid = figure.subplots(len(chosen), 2 * channels, squeeze=False)
+    for row, layer in zip(grid, chosen, strict=True):
+        m, s, m_log, s_log = parameters[layer]
+        varying = (s > 0).nonzero()[:channels, 0].tolist()
+        for i, channel in enumerate(varying):
+            means, variances = observations[layer][:, :, channel].unbind(1)
+            for axes, values, location, scale, name, color in (
+                (row[2 * i], means, m, s, "mean", "#1f77b4"),
+                (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", "#ff7f0e"),
+            ):
+                axes.hist(values.tolist(), bins=40, density=True, color=color, alpha=0.45)
+                low, high = axes.get_xlim()
+                x = np.linspace(low, high, 200)
+                axes.plot(x, norm.pdf(x, location[channel].item(), scale[channel].item()), color="black", lw=1.2)
+                axes.set_title(f"channel {channel}: {name}", fontsize=8)
+                axes.set_yticks([])
+                axes.tick_params(labelsize=7)
+        d = distance[layer]
+        row[0].set_ylabel(f"layer {layer}\nKS mean {d['mean']:.3f}\nKS variance {d['variance']:.3f}", fontsize=8)
+    size = f"mini-batches of {posterior.batch_size}" if posterior.batch_size else "mini-batches"
+    figure.suptitle(f"Statistics of {size} (bars) and the fitted Normal and LogNormal (lines)", fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    import matplotlib as mpl
+
     files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
     with mpl.rc_context({"svg.hashsalt": "stochbn"}):  # the same figure is the same file
         for file in files:
             metadata = {"Date": None} if file.suffix == ".svg" else None
-            write(file, lambda temporary, metadata=metadata: figure.savefig(temporary, dpi=160, metadata=metadata))  # type: ignore[misc]
+            write(file, functools.partial(figure.savefig, dpi=160, metadata=metadata))
     return files

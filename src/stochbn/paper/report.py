@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.files import read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
+from stochbn.paper.goodness import distances
 from stochbn.paper.recipes import Recipe
-from stochbn.paper.runner import PREDICTIONS
+from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
+from stochbn.posteriors import load
 from stochbn.predictive import entropy
 
-__all__ = ["Method", "methods", "tabulate", "write", "write_run"]
+__all__ = ["Method", "methods", "read_run", "tabulate", "write", "write_run", "write_seeds"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +78,28 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
     return found
 
 
-def tabulate(scores: Sequence[dict[str, Any]], known: str, unknown: str | None) -> list[Table]:
-    """The table of errors and calibration and, with unknown data, the out-of-domain table, from `Method.scores`."""
-    return [tables.accuracy(scores, known), *([tables.out_of_domain(scores, unknown)] if unknown else [])]
+def tabulate(
+    scores: Sequence[dict[str, Any]], known: str, unknown: str | None, published: str | None = None
+) -> list[Table]:
+    """The table of errors and calibration and, with unknown data, the out-of-domain table, from `Method.scores`.
+
+    Args:
+        scores: of every method.
+        known: name of the data of known classes.
+        unknown: name of the data of unknown classes, if any.
+        published: the network whose published numbers to show beside the measured ones, if any.
+    """
+    return [tables.accuracy(scores, known, published), *([tables.out_of_domain(scores, unknown)] if unknown else [])]
 
 
 def write(
-    folder: Path, about: Mapping[str, Any], found: Sequence[Method], known: str, unknown: str | None, title: str
+    folder: Path,
+    about: Mapping[str, Any],
+    found: Sequence[Method],
+    known: str,
+    unknown: str | None,
+    title: str,
+    published: str | None = None,
 ) -> list[Table]:
     """Write tables and entropy figure into a folder, and return the tables.
 
@@ -95,14 +113,13 @@ def write(
         known: name of the data of known classes.
         unknown: name of the data of unknown classes, if any.
         title: the figure's title.
+        published: as for `tabulate`.
 
     Raises:
         OSError: the folder cannot be written.
     """
     scores = [method.scores() for method in found]
-    shown = tabulate(scores, known, unknown)
-    write_json(folder / "results.json", {**about, "scores": scores})
-    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    shown = _write_tables(folder, {**about, "scores": scores}, tabulate(scores, known, unknown, published))
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
         classes = found[0].known.shape[1]
@@ -110,25 +127,87 @@ def write(
     return shown
 
 
-def write_run(folder: Path) -> list[Table]:
-    """Write a run's tables and figure into its folder, from its stored predictions alone, and return the tables.
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Method]]:
+    """A run's description (its ``run.json``, and each member's seconds) and what its methods predict.
 
     Raises:
         FileNotFoundError: this is no run folder, or predictions of a member are missing.
         ValueError: a file in it is damaged.
-        OSError: the folder cannot be written.
     """
     file = folder / "run.json"
     if not file.exists():
         raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
     about = json.loads(file.read_text())
-    recipe = Recipe(**about["recipe"])
     stored: dict[str, list[dict[str, Tensor]]] = {"plain": [], "dropout": []}
     about["seconds"] = {}
-    for member in recipe.all_members():
+    for member in Recipe(**about["recipe"]).all_members():
         tensors, described = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
         stored[member.kind].append(tensors)
         about["seconds"][member.name] = described["seconds"]
-    title = f"{recipe.network} trained on {recipe.data}, tested on {recipe.unknown}"
-    known, unknown = (about["data"].get(part, {}).get("name") for part in ("known", "unknown"))
-    return write(folder, about, methods(stored["plain"], stored["dropout"]), known, unknown, title)
+    return about, methods(stored["plain"], stored["dropout"])
+
+
+def write_run(folder: Path) -> list[Table]:
+    """Write a run's tables and figures into its folder, from what is stored there, and return the tables.
+
+    Beside what `write` makes, ``statistics.png`` and ``.svg`` show observed and fitted statistics, and
+    ``results.json`` has their distances for every layer.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_run`.
+        OSError: the folder cannot be written.
+    """
+    about, found = read_run(folder)
+    home = folder / "plain-0"
+    if (home / "statistics.safetensors").exists():
+        observations, _ = read_tensors(home / "statistics.safetensors", STATISTICS)
+        posterior = load(home / "network.sbn.safetensors")
+        about["kolmogorov_smirnov"] = distances(observations, posterior)
+        figures.save_statistics(folder / "statistics", observations, posterior)
+    recipe = about["recipe"]
+    known, unknown = _names(about)
+    title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
+    return write(folder, about, found, known, unknown, title, recipe["network"])
+
+
+def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
+    """Write the tables of several runs that differ in their seeds: mean and standard deviation of every number.
+
+    Args:
+        runs: at least two finished run folders.
+        folder: an existing folder for ``results.json`` and ``results.md``.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_run`; the runs differ in more than the seed, or not in the seed.
+        OSError: the folder cannot be written.
+    """
+    loaded = [read_run(run) for run in runs]
+    recipes = [about["recipe"] for about, _ in loaded]
+    seeds = [recipe["seed"] for recipe in recipes]
+    first = loaded[0][0]
+    if any({**recipe, "seed": 0} != {**recipes[0], "seed": 0} for recipe in recipes):
+        raise ValueError("these runs differ in more than their seeds, so their numbers are not averaged")
+    if any(about["data"] != first["data"] for about, _ in loaded):
+        raise ValueError("these runs used different data, so their numbers are not averaged")
+    if len(set(seeds)) < len(seeds) or len(seeds) < 2:
+        raise ValueError(f"expected runs with at least two different seeds, got the seeds {seeds}")
+    scores = [
+        {
+            name: (statistics.mean(values), statistics.stdev(values)) if isinstance(values[0], float) else values[0]
+            for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
+        }
+        for rows in zip(*([method.scores() for method in found] for _, found in loaded), strict=True)
+    ]
+    about = {"recipe": {**recipes[0], "seed": seeds}, "data": first["data"], "runs": [str(run) for run in runs]}
+    return _write_tables(folder, {**about, "scores": scores}, tabulate(scores, *_names(first), recipes[0]["network"]))
+
+
+def _names(about: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The names of a run's known and, if it has any, unknown data."""
+    return about["data"]["known"]["name"], about["data"].get("unknown", {}).get("name")
+
+
+def _write_tables(folder: Path, results: Any, shown: list[Table]) -> list[Table]:
+    write_json(folder / "results.json", results)
+    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    return shown

@@ -1,8 +1,9 @@
 """Running a recipe: every member is trained, fitted and evaluated in a folder of its own.
 
 A run folder holds ``run.json`` (recipe, versions, data fingerprints), a folder for each member with its ``network``,
-posterior (``network.sbn``) and ``predictions`` (log-probabilities), and what `stochbn.paper.report` makes of the predictions. Every
-file is written whole, and a file that is there is not made again: a run that was stopped continues where it was.
+posterior (``network.sbn``) and ``predictions`` (log-probabilities; the first plain network's also the observed
+``statistics``), and what `stochbn.paper.report` makes of these. Every file is written whole, and a file that is there
+is not made again: a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -27,21 +28,23 @@ from stochbn.files import write_json, write_tensors
 from stochbn.paper import checkpoints, data, networks
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
+from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import train
 from stochbn.posteriors import Factorized
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
-__all__ = ["PREDICTIONS", "fit_posterior", "predict_all", "predict_member", "run"]
+__all__ = ["PREDICTIONS", "STATISTICS", "fit_posterior", "predict_all", "predict_member", "run"]
 
 PREDICTIONS = "stochbn.predictions/1"
+STATISTICS = "stochbn.statistics/1"
 PREDICT_BATCH = 250
 
 Report = Callable[[int, int], None]
 """Called with how much of how much is done."""
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with a member's name, its stage (train, fit, predict), and how much of how much is done."""
+"""Called with a member's name, its stage (train, fit, observe, predict), and how much of how much is done."""
 
 
 def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lambda *_: None) -> None:
@@ -63,7 +66,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     parts = _parts(recipe)
     _claim(recipe, folder, parts)
-    waiting = [m for m in recipe.all_members() if not _predictions(folder, m).exists()]
+    waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
     if jobs == 1:
         for member in waiting:
             _run_member(recipe, member, folder, parts, progress)
@@ -153,6 +156,19 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
             recipe.schedule(member).seed,
             lambda done, total: progress(member.name, "fit", done, total),
         ).save(posterior)
+    predictions, *statistics = _outputs(folder, member)
+    for path in statistics:
+        if not path.exists():
+            observed = observe(
+                model,
+                images,
+                recipe.statistics_batch,
+                recipe.schedule(member).seed,
+                lambda done, total: progress(member.name, "observe", done, total),
+            )
+            write_tensors(path, STATISTICS, observed, {"batch_size": recipe.statistics_batch})
+    if predictions.exists():
+        return
     tensors = predict_member(
         model,
         stochbn.load(posterior),
@@ -163,7 +179,7 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         lambda done, total: progress(member.name, "predict", done, total),
     )
     about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
-    write_tensors(_predictions(folder, member), PREDICTIONS, tensors, about)
+    write_tensors(predictions, PREDICTIONS, tensors, about)
 
 
 def predict_member(
@@ -265,8 +281,10 @@ def _first(images: Images, most: int | None) -> Images:
     return images if most is None or most >= len(images) else images.shuffled(0).take(torch.arange(most))
 
 
-def _predictions(folder: Path, member: Member) -> Path:
-    return folder / member.name / "predictions.safetensors"
+def _outputs(folder: Path, member: Member) -> list[Path]:
+    """What a member leaves for the report: predictions, and for the first plain network statistics."""
+    names = ["predictions", "statistics"] if member == Member("plain", 0) else ["predictions"]
+    return [folder / member.name / f"{name}.safetensors" for name in names]
 
 
 def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-__all__ = ["Table", "accuracy", "out_of_domain"]
+__all__ = ["PUBLISHED", "PUBLISHED_DATA", "Table", "accuracy", "out_of_domain"]
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,59 @@ class Table:
         return table
 
 
-def accuracy(scores: Sequence[dict[str, Any]], data: str) -> Table:
-    """The paper's table 1: error and negative log-likelihood of every method, without and with SBN."""
+PUBLISHED: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
+    "lenet5": {
+        "SBN": {"error": (None, 0.53), "nll": (None, 0.025)},
+        "Deep Ensembles": {"error": (0.40, 0.40), "nll": (0.016, 0.015)},
+        "Dropout": {"error": (0.42, 0.42), "nll": (0.014, 0.014)},
+    },
+    "vgg11": {
+        "SBN": {"error": (None, 5.76), "nll": (None, 0.302)},
+        "Deep Ensembles": {"error": (4.81, 4.81), "nll": (0.191, 0.162)},
+        "Dropout": {"error": (5.32, 5.38), "nll": (0.155, 0.149)},
+    },
+    "resnet18": {
+        "SBN": {"error": (None, 4.35), "nll": (None, 0.255)},
+        "Deep Ensembles": {"error": (3.37, 3.34), "nll": (0.138, 0.110)},
+    },
+}
+"""Table 1 of Atanov et al., 2018: for every network and method, error (percent) and NLL (nats) without and with SBN."""
+
+PUBLISHED_DATA = {"lenet5": ("mnist",), "vgg11": ("cifar10", "cifar10:0-4"), "resnet18": ("cifar10", "cifar10:0-4")}
+"""What the published numbers are from, or, as the paper does not say which of the two it is, may be from."""
+
+
+def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None = None) -> Table:
+    """The paper's table 1: error and negative log-likelihood of every method, without and with SBN.
+
+    Args:
+        scores: of every method, each number a value or a pair of mean and standard deviation over seeds.
+        data: what they are from.
+        published: the network whose published numbers to put in brackets behind the measured ones, if any.
+    """
     rows = []
     for plain, sbn in _pairs(scores):
-        cells = [
-            [f"{100 * s['ece']:.2f}" if key == "ece" else f"{s[key]:.{digits}f}" if s else "-" for s in (plain, sbn)]
-            for key, digits in (("error", 2), ("nll", 4), ("ece", 2))
-        ]
-        rows.append([_label(plain or sbn), *(cell for pair in cells for cell in pair)])
+        row = [_label(plain or sbn)]
+        for key, digits in (("error", 2), ("nll", 4), ("ece", 2)):
+            paper = PUBLISHED.get(published or "", {}).get((plain or sbn)["method"], {}).get(key, (None, None))
+            for found, theirs in zip((plain, sbn), paper, strict=True):
+                cell = _number(found[key], digits, 100 if key == "ece" else 1) if found else "-"
+                row.append(cell if theirs is None else f"{cell} ({theirs:.{2 if key == 'error' else 3}f})")
+        rows.append(row)
     columns = ["method", "error %", "+ SBN", "NLL (nats)", "+ SBN", "ECE %", "+ SBN"]
-    return Table(f"{data}: test error and calibration", columns, rows)
+    brackets = ", published in brackets" if published else ""
+    return Table(f"{data}: test error and calibration{brackets}", columns, rows)
 
 
 def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
     """How well entropy tells unknown objects from known ones, for every method without and with SBN."""
     rows = [
         [
-            _label(s) + (" + SBN" if s["sbn"] else ", no SBN"),
-            f"{s['entropy_known']:.3f}",
-            f"{s['entropy_unknown']:.3f}",
-            f"{s['auroc']:.4f}",
-            f"{100 * s['fpr95']:.1f}",
+            _label(s) + (" + SBN" if s["sbn"] else ""),
+            _number(s["entropy_known"], 3),
+            _number(s["entropy_unknown"], 3),
+            _number(s["auroc"], 4),
+            _number(s["fpr95"], 1, 100),
         ]
         for s in scores
         if "auroc" in s
@@ -69,6 +100,13 @@ def _pairs(scores: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[
     names = dict.fromkeys(s["method"] for s in scores)
     found = {(s["method"], s["sbn"]): s for s in scores}
     return [(found.get((name, False), {}), found.get((name, True), {})) for name in names]
+
+
+def _number(value: float | tuple[float, float], digits: int, factor: float = 1) -> str:
+    """A number or, from several seeds, mean ± standard deviation."""
+    if isinstance(value, tuple):
+        return f"{factor * value[0]:.{digits}f} ± {factor * value[1]:.{digits}f}"
+    return f"{factor * value:.{digits}f}"
 
 
 def _label(scores: dict[str, Any]) -> str:
