@@ -59,7 +59,7 @@ def save_entropy_cdf(
     ticks = [tick for tick in axes.get_xticks() if tick < 0.93 * limit]
     axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=9, title="lower and further right is better", title_fontsize=8)
+    axes.legend(loc="best", fontsize=9, title="lower and further right is better", title_fontsize=8)
     return _save(figure, path)
 
 
@@ -99,12 +99,13 @@ def save_statistics(
                 (row[2 * i], means, m, s, "mean", "#1f77b4"),
                 (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", "#ff7f0e"),
             ):
-                axes.hist(values.tolist(), bins=40, density=True, color=color, alpha=0.45)
+                axes.hist(values.tolist(), bins="auto", density=True, color=color, alpha=0.45)
                 low, high = axes.get_xlim()
                 x = np.linspace(low, high, 200)
                 axes.plot(x, norm.pdf(x, location[channel].item(), scale[channel].item()), color="black", lw=1.2)
                 axes.set_title(f"channel {channel}: {name}", fontsize=8)
                 axes.set_yticks([])
+                axes.locator_params(axis="x", nbins=4)
                 axes.tick_params(labelsize=7)
         d = distance[layer]
         row[0].set_ylabel(f"layer {layer}\nKS mean {d['mean']:.3f}\nKS variance {d['variance']:.3f}", fontsize=8)

@@ -167,7 +167,7 @@ def write_run(folder: Path) -> list[Table]:
     recipe = about["recipe"]
     known, unknown = _names(about)
     title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
-    return write(folder, about, found, known, unknown, title, recipe["network"])
+    return write(folder, about, found, known, unknown, title, _published(recipe))
 
 
 def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
@@ -199,7 +199,13 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
         for rows in zip(*([method.scores() for method in found] for _, found in loaded), strict=True)
     ]
     about = {"recipe": {**recipes[0], "seed": seeds}, "data": first["data"], "runs": [str(run) for run in runs]}
-    return _write_tables(folder, {**about, "scores": scores}, tabulate(scores, *_names(first), recipes[0]["network"]))
+    return _write_tables(folder, {**about, "scores": scores}, tabulate(scores, *_names(first), _published(recipes[0])))
+
+
+def _published(recipe: Mapping[str, Any]) -> str | None:
+    """The network whose published numbers are from this recipe's data, if there are any."""
+    network: str = recipe["network"]
+    return network if recipe["data"] in tables.PUBLISHED_DATA.get(network, ()) else None
 
 
 def _names(about: Mapping[str, Any]) -> tuple[str, str | None]:
