@@ -19,10 +19,20 @@ from stochbn.paper.goodness import distances
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
-from stochbn.posteriors import load
+from stochbn.posteriors import Factorized, load
 from stochbn.predictive import entropy
 
-__all__ = ["Method", "methods", "read_run", "tabulate", "write", "write_run", "write_seeds"]
+__all__ = [
+    "Method",
+    "methods",
+    "read_run",
+    "read_statistics",
+    "tabulate",
+    "tabulate_run",
+    "write",
+    "write_run",
+    "write_seeds",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,16 +168,28 @@ def write_run(folder: Path) -> list[Table]:
         OSError: the folder cannot be written.
     """
     about, found = read_run(folder)
-    home = folder / "plain-0"
-    if (home / "statistics.safetensors").exists():
-        observations, _ = read_tensors(home / "statistics.safetensors", STATISTICS)
-        posterior = load(home / "network.sbn.safetensors")
-        about["kolmogorov_smirnov"] = distances(observations, posterior)
-        figures.save_statistics(folder / "statistics", observations, posterior)
+    observations, posterior = read_statistics(folder)
+    about["kolmogorov_smirnov"] = distances(observations, posterior)
+    figures.save_statistics(folder / "statistics", observations, posterior)
     recipe = about["recipe"]
     known, unknown = _names(about)
     title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
     return write(folder, about, found, known, unknown, title, _published(recipe))
+
+
+def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized]:
+    """The first plain network's observed statistics, ``[M, 2, C]`` for every layer, and the posterior fitted to them.
+
+    Raises:
+        FileNotFoundError, ValueError: they are missing or damaged.
+    """
+    home = folder / "plain-0"
+    return read_tensors(home / "statistics.safetensors", STATISTICS)[0], load(home / "network.sbn.safetensors")
+
+
+def tabulate_run(about: Mapping[str, Any], scores: Sequence[dict[str, Any]]) -> list[Table]:
+    """The tables of a run, from its description and its methods' scores."""
+    return tabulate(scores, *_names(about), _published(about["recipe"]))
 
 
 def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
@@ -199,7 +221,7 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
         for rows in zip(*([method.scores() for method in found] for _, found in loaded), strict=True)
     ]
     about = {"recipe": {**recipes[0], "seed": seeds}, "data": first["data"], "runs": [str(run) for run in runs]}
-    return _write_tables(folder, {**about, "scores": scores}, tabulate(scores, *_names(first), _published(recipes[0])))
+    return _write_tables(folder, {**about, "scores": scores}, tabulate_run(first, scores))
 
 
 def _published(recipe: Mapping[str, Any]) -> str | None:
