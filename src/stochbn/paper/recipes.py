@@ -112,6 +112,7 @@ _VGG = Recipe(
     augment=True,
 )
 _RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
+_REDUCED: dict[str, Any] = {"epochs": 8, "batch_size": 64, "members": 3, "test_images": 2500}
 _SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images": 256, "test_images": 64}
 
 PRESETS = {
@@ -122,12 +123,12 @@ PRESETS = {
     },
     "vgg11": {
         "paper": _VGG,
-        "reduced": replace(_VGG, epochs=10, batch_size=64, members=3, arguments={"width": 0.5}),
+        "reduced": replace(_VGG, arguments={"width": 0.5}, **_REDUCED),
         "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
     },
     "resnet18": {
         "paper": _RESNET,
-        "reduced": replace(_RESNET, epochs=10, batch_size=64, members=3, arguments={"width": 0.25}),
+        "reduced": replace(_RESNET, arguments={"width": 0.25}, **_REDUCED),
         "smoke": replace(_RESNET, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
     },
 }
