@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # torch and the experiments are imported by the commands that use them: --help answers at once
+if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.checkpoints import Checkpoint
     from stochbn.paper.data import Images
     from stochbn.paper.recipes import Recipe
@@ -75,11 +75,11 @@ PosteriorFile = Annotated[
 
 def main() -> None:
     """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
-    from stochbn.paper.data import DataError
+    from stochbn.paper import ExperimentError
 
     try:
         app()
-    except (DataError, OSError, ValueError) as error:
+    except (ExperimentError, OSError, ValueError) as error:
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 

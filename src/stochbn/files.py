@@ -24,6 +24,8 @@ def write(path: str | os.PathLike[str], producer: Callable[[Path], object]) -> N
         OSError: the folder does not exist, is not writable or is full; `path` is then as it was.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +21,8 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("got a scripted or traced network, whose buffers cannot be exchanged; pass the original module")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     if not layers:
         raise ValueError(

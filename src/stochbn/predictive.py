@@ -143,6 +143,8 @@ class Predictive:
         inputs = network_input(self.model, x)
         keep = self.keep_draws if keep_draws is None else keep_draws
         generator = self.generator if generator is None else generator
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
         mean = expected = None
         kept = []
         with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(generator)) as passes:

@@ -69,8 +69,11 @@ def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | N
         raise TypeError(f"batch_size must be a whole number or None, got {batch_size!r}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if isinstance(batches, Tensor):
-        raise TypeError("expected an iterable of batches, got one tensor; pass [tensor] to treat it as a single batch")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
+            "pass [tensor] to treat one tensor as a single batch"
+        )
     largest = None
     for batch in batches:
         inputs = network_input(model, batch)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.paper import ExperimentError
+
 __all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
 
 HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
@@ -23,7 +25,7 @@ FOLDER_VARIABLE = "STOCHBN_DATA"
 """The environment variable that names a folder with local copies, one subfolder for each data set."""
 
 
-class DataError(RuntimeError):
+class DataError(ExperimentError):
     """A data set that cannot be had or used; the message says what to do."""
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import write_json, write_tensors
-from stochbn.paper import checkpoints, data, networks
+from stochbn.paper import ExperimentError, checkpoints, data, networks
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.goodness import observe
@@ -34,7 +34,7 @@ from stochbn.paper.training import train
 from stochbn.posteriors import Factorized
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
-__all__ = ["PREDICTIONS", "STATISTICS", "fit_posterior", "predict_all", "predict_member", "run"]
+__all__ = ["PREDICTIONS", "STATISTICS", "RunError", "fit_posterior", "predict_all", "predict_member", "run"]
 
 PREDICTIONS = "stochbn.predictions/1"
 STATISTICS = "stochbn.statistics/1"
@@ -45,6 +45,10 @@ Report = Callable[[int, int], None]
 
 Progress = Callable[[str, str, int, int], None]
 """Called with a member's name, its stage (train, fit, observe, predict), and how much of how much is done."""
+
+
+class RunError(ExperimentError):
+    """A member of a run failed; what is finished is kept."""
 
 
 def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lambda *_: None) -> None:
@@ -58,7 +62,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
 
     Raises:
         ValueError: the folder holds another run, or something else.
-        RuntimeError: a member's process failed.
+        RunError: a member's process failed.
         stochbn.paper.data.DataError: the data cannot be had.
         OSError: the folder cannot be written.
     """
@@ -93,10 +97,13 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
                     process.join()
                     del running[pipe]
                     if process.exitcode:
-                        raise RuntimeError(f"{member.name} ended with exit code {process.exitcode}") from None
+                        raise RunError(
+                            f"the process of {member.name} ended with exit code {process.exitcode} (negative: by that "
+                            "signal, as when memory runs out); run again to continue, with fewer jobs if memory is short"
+                        ) from None
                     continue
                 if isinstance(event, str):
-                    raise RuntimeError(f"{member.name} failed: {event}")
+                    raise RunError(f"{member.name} failed, run again to continue after mending this: {event}")
                 progress(*event)
     finally:
         for _, process in running.values():
