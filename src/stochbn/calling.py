@@ -101,7 +101,7 @@ def call(model: nn.Module, buffers: Mapping[str, Tensor], inputs: Tensor | dict[
     """
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
     try:
-        return functional_call(model, dict(buffers), args, kwargs)
+        return functional_call(model, dict(buffers), args, kwargs, tie_weights=False)
     except (RuntimeError, ValueError) as error:
         if type(error) not in (RuntimeError, ValueError):  # a subclass, such as out of memory, says more than we could
             raise
@@ -140,7 +140,7 @@ def find_logits(output: Any, place: str | int | None = None) -> Tensor:
 
 def _entry(output: Any, place: str | int | None) -> Any:
     for candidate in ("logits", "out") if place is None else (place,):
-        if isinstance(candidate, str) and isinstance(output, Mapping) and candidate in output:
+        if isinstance(output, Mapping) and candidate in output:
             return output[candidate]
         if isinstance(candidate, str) and not isinstance(output, (Tensor, Mapping)) and hasattr(output, candidate):
             return getattr(output, candidate)

@@ -141,6 +141,7 @@ def reproduce(
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
     precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
+    processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
     held_out: Annotated[
         float | None, Override("--held-out", help="Evaluate on this part of the training data, to make choices.")
     ] = None,
@@ -165,7 +166,8 @@ def reproduce(
     changes: dict[str, Any] = {
         "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
-        "compile": compile, "held_out": held_out, "train_images": train_images, "test_images": test_images,
+        "compile": compile, "processes": processes, "held_out": held_out, "train_images": train_images,
+        "test_images": test_images,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:
@@ -223,7 +225,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
                 tasks[key] = bars.add_task(f"{member}: {stages[stage]}", total=total)
             bars.update(tasks[key], completed=done)
 
-        runner.run(recipe, folder, jobs=jobs or _side_by_side(len(recipe.all_members())), progress=advance)
+        runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe), progress=advance)
     for table in report.write_run(folder):
         out.print(table.rich())
     out.print(
@@ -439,9 +441,13 @@ def _follow(bars: Progress, description: str) -> Callable[[int, int], None]:
     return lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _side_by_side(members: int) -> int:
-    """How many members to train at once by default: one for each core, or one after another on a GPU."""
-    return min(members, os.cpu_count() or 1)
+def _side_by_side(recipe: Recipe) -> int:
+    """How many members to train at once by default: one for each core, or one after another on an accelerator."""
+    import torch
+
+    if recipe.processes > 1 or torch.accelerator.is_available():
+        return 1
+    return min(len(recipe.all_members()), os.cpu_count() or 1)
 
 
 def _default_posterior(network: Path) -> Path:

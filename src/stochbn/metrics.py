@@ -58,8 +58,9 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
             f"found {labels.min().item()} to {labels.max().item()}"
         )
     classification = _torchmetrics()
-    # Rounding may leave a probability just above 1, which torchmetrics would take as a sign that these are logits.
-    clipped = probs.clamp(0, 1)
+    # torchmetrics puts a confidence of exactly 1 into a bin of its own, and takes one above 1, which rounding may
+    # leave, as a sign that these are logits.
+    clipped = probs.clamp(0, 1 - 2**-24)
     chosen = probs.gather(1, labels[:, None]).double().clamp(min=torch.finfo(probs.dtype).tiny)
     one_hot = torch.nn.functional.one_hot(labels, classes)
     return {
@@ -114,7 +115,7 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
         ValueError: the argument is empty, not finite or not a vector.
     """
     values, counts = torch.unique(_scores(entropy, "entropy"), return_counts=True)
-    return values, counts.cumsum(0) / counts.sum()
+    return values, counts.cumsum(0).double() / counts.sum()
 
 
 def _check_probabilities(probs: Tensor) -> None:

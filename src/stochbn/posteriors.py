@@ -54,6 +54,10 @@ class Factorized:
     skipped: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype}")
+        if not all(isinstance(channels, int) and channels > 0 for channels in self.layers.values()):
+            raise ValueError(f"layers must have whole numbers of channels of at least 1, got {dict(self.layers)}")
         size = sum(self.layers.values())
         for name in _VECTORS:
             vector = getattr(self, name)
@@ -109,7 +113,7 @@ class Factorized:
         # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean and variance when s'^2 = ln(1 + cv^2),
         # and needs no logarithm of a dead channel's 0.
         alive = self.variance_mean > 0
-        cv2 = torch.where(alive, self.variance_variance / self.variance_mean.where(alive, 1).square(), 0)
+        cv2 = torch.where(alive, (self.variance_variance.sqrt() / self.variance_mean.where(alive, 1)).square(), 0)
         m, s, v, log_s2 = (
             t.to(source) for t in (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, cv2.log1p())
         )

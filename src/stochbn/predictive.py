@@ -219,10 +219,12 @@ class MCDropout(Predictive):
             yield from passes
             return
         seeds = torch.randint(2**62, (self.draws,), generator=generator, device=generator.device).tolist()
-        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         for seed, buffers in zip(seeds, passes, strict=True):
             with torch.random.fork_rng(devices):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
+                for device in devices:
+                    torch.cuda.default_generators[device].manual_seed(seed)
                 yield buffers
 
 
@@ -280,4 +282,6 @@ class Ensemble:
                 total.expected_entropy.lerp(p.expected_entropy.to(total.probs), 1 / count),
             )
         assert total is not None
-        return Prediction(total.probs, total.expected_entropy, torch.cat(kept) if kept else None)
+        return Prediction(
+            total.probs, total.expected_entropy, torch.cat(kept) if len(kept) == len(self.members) else None
+        )

@@ -114,7 +114,12 @@ def observing(model: nn.Module) -> Iterator[Callable[[Any], Observation]]:
     """
     layers = batch_norms(model)
     originals = {name: tuple(t.clone() for t in running_statistics(layer)) for name, layer in layers.items()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    copies: dict[int, Tensor] = {}
+    buffers = {
+        f"{prefix}.{name}" if prefix else name: copies.setdefault(id(buffer), buffer.clone())
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    }
     calls: dict[str, list[tuple[Tensor, int]]] = {}
     frozen: set[str] = set()
     checked: set[str] = set()
@@ -124,7 +129,8 @@ def observing(model: nn.Module) -> Iterator[Callable[[Any], Observation]]:
             mean, var = running_statistics(layer)
             if name not in checked:
                 checked.add(name)
-                if torch.equal(mean, originals[name][0]) and torch.equal(var, originals[name][1]):
+                unchanged = torch.equal(mean, originals[name][0]) and torch.equal(var, originals[name][1])
+                if unchanged and not _updates(layer, args, kwargs):
                     frozen.add(name)
                     warnings.warn(
                         f"batch-norm layer {name!r} does not update its running statistics in training mode; "
@@ -150,6 +156,20 @@ def observing(model: nn.Module) -> Iterator[Callable[[Any], Observation]]:
             layer.momentum = 1.0
             stack.callback(layer.register_forward_hook(recorder(name), with_kwargs=True).remove)
         yield observe
+
+
+def _updates(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer replaces its running averages when it is called, asked of other ones than it has."""
+    statistics = running_statistics(layer)
+    before = [t.clone() for t in statistics]
+    for t in statistics:
+        t.copy_((t == 0).to(t))
+    marks = [t.clone() for t in statistics]
+    layer.forward(*args, **kwargs)
+    changed = not all(torch.equal(t, mark) for t, mark in zip(statistics, marks, strict=True))
+    for t, old in zip(statistics, before, strict=True):
+        t.copy_(old)
+    return changed
 
 
 def _collect(calls: dict[str, list[tuple[Tensor, int]]]) -> Observation:

@@ -44,6 +44,7 @@ class Recipe:
         augment: whether training images are cropped and flipped at random.
         precision: Lightning Fabric's name of the arithmetic in training.
         compile: whether training steps are compiled.
+        processes: how many processes train one network together.
         held_out: a random part of the training images to evaluate on in place of the test images: every choice
             is made with it, and the final numbers without.
         train_images: use this many training images only; None is all.
@@ -65,6 +66,7 @@ class Recipe:
     augment: bool = False
     precision: str = "32-true"
     compile: bool = False
+    processes: int = 1
     held_out: float = 0.0
     train_images: int | None = None
     test_images: int | None = None
@@ -91,7 +93,14 @@ class Recipe:
         offset = member.index + (500 if member.kind == "dropout" else 0)
         seed = self.seed * 1000 + offset
         return Schedule(
-            self.epochs, self.batch_size, self.learning_rate, seed, self.augment, self.precision, self.compile
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=seed,
+            augment=self.augment,
+            precision=self.precision,
+            compile=self.compile,
+            processes=self.processes,
         )
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if jobs > 1 and recipe.processes > 1:
+        raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
     parts = _parts(recipe)
     _claim(recipe, folder, parts)
     waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
@@ -98,8 +100,8 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
                     del running[pipe]
                     if process.exitcode:
                         raise RunError(
-                            f"the process of {member.name} ended with exit code {process.exitcode} (negative: by that "
-                            "signal, as when memory runs out); run again to continue, with fewer jobs if memory is short"
+                            f"the process of {member.name} ended with exit code {process.exitcode} (a negative one is "
+                            "a signal, as when memory runs out); run again to continue, with fewer jobs if so"
                         ) from None
                     continue
                 if isinstance(event, str):
@@ -144,14 +146,18 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
     network = home / "network.safetensors"
     arguments = recipe.network_arguments(member, images)
     if not network.exists():
+        state = home / "training.safetensors"
         model = train(
             functools.partial(networks.build, recipe.network, **arguments),
             images,
             recipe.schedule(member),
-            state=home / "training.safetensors",
-            report=lambda step, steps, loss: progress(member.name, "train", step, steps),
+            state=state,
+            report=None
+            if recipe.processes > 1
+            else lambda step, steps, loss: progress(member.name, "train", step, steps),
         )
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
+        state.unlink(missing_ok=True)
     model = checkpoints.load(network).model
 
     posterior = home / "network.sbn.safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from stochbn.paper.data import Images, as_input, augment
 __all__ = ["Schedule", "train"]
 
 STATE = "stochbn.training/1"
+WEIGHTS = "stochbn.weights/1"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Schedule:
         augment: whether images are cropped and flipped at random, as the paper does for CIFAR.
         precision: Lightning Fabric's name of the arithmetic, such as ``32-true`` or ``bf16-mixed``.
         compile: whether the training step's forward and backward passes are compiled.
+        processes: how many processes train one network together, each on its own accelerator if there are any. Every
+            one takes mini-batches of `batch_size`, whose statistics are its own, and their gradients are averaged.
     """
 
     epochs: int
@@ -41,12 +46,13 @@ class Schedule:
     augment: bool = False
     precision: str = "32-true"
     compile: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or not 0 < self.learning_rate < float("inf"):
+        if self.epochs < 1 or self.batch_size < 2 or not 0 < self.learning_rate < float("inf") or self.processes < 1:
             raise ValueError(
-                "expected at least 1 epoch, a batch size of at least 2 and a positive learning rate, got "
-                f"{self.epochs}, {self.batch_size} and {self.learning_rate}"
+                "expected at least 1 epoch, a batch size of at least 2, a positive learning rate and at least 1 "
+                f"process, got {self.epochs}, {self.batch_size}, {self.learning_rate} and {self.processes}"
             )
 
 
@@ -56,7 +62,7 @@ def train(
     schedule: Schedule,
     *,
     state: Path | None = None,
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    report: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
     """Train a network and return it on the CPU in evaluation mode.
 
@@ -68,22 +74,45 @@ def train(
         build: makes the network with fresh weights, which come from the seed.
         images: the training data.
         schedule: how long, in which batches and at which rate.
-        state: a file that holds the state after the last finished epoch; a run that was stopped continues
-            from there and gives what an uninterrupted one would. It is deleted at the end.
+        state: a file that holds the state after the last finished epoch but the last; a run that was stopped
+            continues from there and gives what an uninterrupted one would. The caller deletes it once the network
+            is saved.
         report: called about every 50 steps with the step, the number of steps and the mean loss in nats since the
-            last call.
+            last call; with several processes it must be picklable.
 
     Raises:
         ValueError: fewer objects than one batch, or the loss is not finite.
     """
-    per_epoch = len(images) // schedule.batch_size
-    if not per_epoch:
+    at_once = schedule.batch_size * schedule.processes
+    if len(images) < at_once:
         raise ValueError(
-            f"{images.name} has {len(images)} images, fewer than one batch of {schedule.batch_size}; "
+            f"{images.name} has {len(images)} images, fewer than one batch of {at_once}; "
             "use more data or a smaller batch size"
         )
+    strategy = "auto" if schedule.processes == 1 else "ddp_spawn"
+    fabric = Fabric(devices=schedule.processes, strategy=strategy, precision=schedule.precision)  # type: ignore[arg-type]
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        model = build()
+        result = Path(folder) / "weights.safetensors"  # several processes cannot return as much through a pipe
+        loop = functools.partial(_train, build=build, images=images, schedule=schedule, state=state, report=report)
+        fabric.launch(functools.partial(loop, result=result))
+        model.load_state_dict(read_tensors(result, WEIGHTS)[0])
+    return model.eval()
+
+
+def _train(
+    fabric: Fabric,
+    build: Callable[[], nn.Module],
+    images: Images,
+    schedule: Schedule,
+    state: Path | None,
+    report: Callable[[int, int, float], None] | None,
+    result: Path,
+) -> None:
+    """The training loop, in every process; the first one writes the weights to `result`."""
+    size, rank = schedule.batch_size, fabric.global_rank
+    per_epoch = len(images) // (size * fabric.world_size)
     steps = per_epoch * schedule.epochs
-    fabric = Fabric(devices=1, precision=schedule.precision)  # type: ignore[arg-type]
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
         model = build().train()
@@ -94,14 +123,18 @@ def train(
         first = _restore(state, model, adam) if state is not None and state.exists() else 0
         for epoch in range(first, schedule.epochs):
             # A seed of its own for every epoch: an interrupted run needs no generator state to continue alike.
-            torch.manual_seed((schedule.seed + 1) * 1_000_003 + epoch)
+            seed = (schedule.seed + 1) * 1_000_003 + epoch
+            torch.manual_seed(seed)
             order = torch.randperm(len(images)).to(fabric.device)
+            if rank:
+                torch.manual_seed(seed + 7919 * rank)
             total, count = torch.zeros((), device=fabric.device), 0
             for i in range(per_epoch):
                 step = epoch * per_epoch + i
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.learning_rate * (1 - step / steps)
-                chosen = order[i * schedule.batch_size : (i + 1) * schedule.batch_size]
+                start = (i * fabric.world_size + rank) * size
+                chosen = order[start : start + size]
                 batch = pixels[chosen]
                 optimizer.zero_grad()
                 loss = cross_entropy(network(as_input(augment(batch) if schedule.augment else batch)), labels[chosen])
@@ -113,13 +146,13 @@ def train(
                     mean = total.item() / count
                     if not math.isfinite(mean):
                         raise ValueError(f"the training loss is {mean} at step {step}; use a lower learning rate")
-                    report(step + 1, steps, mean)
+                    if report is not None and rank == 0:
+                        report(step + 1, steps, mean)
                     total, count = torch.zeros_like(total), 0
-            if state is not None and epoch + 1 < schedule.epochs:
+            if state is not None and rank == 0 and epoch + 1 < schedule.epochs:
                 _store(state, model, adam, epoch + 1)
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return model.cpu().eval()
+        if rank == 0:
+            write_tensors(result, WEIGHTS, model.state_dict(), {})
 
 
 def _store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_posterior, normal, settled
+from stochbn.files import write_tensors
+from stochbn.paper import checkpoints
+from stochbn.paper.checkpoints import Checkpoint
+from stochbn.paper.networks import build
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "lenet5": {"classes": 3, "channels": 1, "size": 16},
+    "vgg11": {"classes": 4, "channels": 3, "size": 32, "width": 0.05, "dropout": 0.1, "classifier_dropout": 0.5},
+    "resnet18": {"classes": 5, "channels": 2, "size": 8, "width": 0.05},
+}
+
+
+def checkpoint(network: str = "lenet5", seed: int = 0, **more: Any) -> Checkpoint:
+    arguments = ARGUMENTS[network] | more
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = settled(build(network, **arguments), arguments["channels"], arguments["size"], arguments["size"])
+    names = tuple(f"class {i}" for i in range(arguments["classes"]))
+    return Checkpoint(model, network, arguments, "digits:0-2", names)
+
+
+@pytest.mark.parametrize("network", ARGUMENTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_network_comes_back_bit_for_bit(network: str, dropout: float, tmp_path: Path) -> None:
+    saved = checkpoint(network, dropout=dropout)
+    checkpoints.save(tmp_path / "n.safetensors", saved)
+    loaded = checkpoints.load(tmp_path / "n.safetensors")
+    ours, theirs = saved.model.state_dict(), loaded.model.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert theirs[name].dtype == value.dtype
+        assert theirs[name].equal(value), name
+    assert (loaded.network, loaded.arguments, loaded.data) == (saved.network, saved.arguments, saved.data)
+    assert loaded.classes == saved.classes
+    assert not any(module.training for module in loaded.model.modules())
+    x = normal(5, saved.arguments["channels"], saved.arguments["size"], saved.arguments["size"])
+    with torch.no_grad():
+        assert loaded.model(x).equal(saved.model(x))
+
+
+@given(classes=st.lists(st.text(max_size=5), min_size=3, max_size=3), data=st.text(max_size=20))
+@settings(max_examples=10)
+def test_names_of_any_kind_come_back(classes: list[str], data: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("names") / "n.safetensors"
+    saved = checkpoint()
+    checkpoints.save(path, Checkpoint(saved.model, "lenet5", saved.arguments, data, tuple(classes)))
+    loaded = checkpoints.load(path)
+    assert (loaded.classes, loaded.data) == (tuple(classes), data)
+
+
+def test_saving_leaves_one_file_and_the_network_alone(tmp_path: Path) -> None:
+    saved = checkpoint()
+    before = {name: value.clone() for name, value in saved.model.state_dict().items()}
+    for _ in range(2):
+        checkpoints.save(tmp_path / "n.safetensors", saved)
+    assert [file.name for file in tmp_path.iterdir()] == ["n.safetensors"]
+    assert all(value.equal(before[name]) for name, value in saved.model.state_dict().items())
+
+
+def test_a_posterior_is_no_network(tmp_path: Path) -> None:
+    make_posterior().save(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match=r"p\.safetensors' is a safetensors file, but not a stochbn\.network file"):
+        checkpoints.load(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_network_is_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "n.safetensors"
+    checkpoints.save(path, checkpoint())
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"n\.safetensors' is truncated, corrupt or not a safetensors file"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("position", [0.3, 0.6, 0.99])
+def test_a_network_with_a_wrong_byte_is_refused(position: float, tmp_path: Path) -> None:
+    path = tmp_path / "n.safetensors"
+    checkpoints.save(path, checkpoint())
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is corrupt: its checksum does not match"):
+        checkpoints.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            checkpoints.load(path)
+
+
+def about(**changes: Any) -> dict[str, Any]:
+    return {"network": "lenet5", "arguments": ARGUMENTS["lenet5"], "data": "digits", "classes": list("abc")} | changes
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        about(network="lenet6"),
+        about(arguments={**ARGUMENTS["lenet5"], "size": 20}),
+        about(arguments={**ARGUMENTS["lenet5"], "depth": 3}),
+        about(arguments={**ARGUMENTS["lenet5"], "size": 3}),
+        {key: value for key, value in about().items() if key != "network"},
+        {key: value for key, value in about().items() if key != "data"},
+        {key: value for key, value in about().items() if key != "classes"},
+        ["lenet5"],
+    ],
+    ids=["unknown network", "other shapes", "unknown argument", "too small", "no network", "no data", "no classes",
+         "a list"],
+)  # fmt: skip
+def test_a_description_that_does_not_fit_is_refused(described: Any, tmp_path: Path) -> None:
+    path = tmp_path / "n.safetensors"
+    checkpoints.save(path, checkpoint())
+    write_tensors(path, "stochbn.network/1", checkpoint().model.state_dict(), described)
+    with pytest.raises(ValueError, match=r"n\.safetensors' does not hold a network of this release"):
+        checkpoints.load(path)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, "stochbn.network/99", checkpoint().model.state_dict(), about())
+    with pytest.raises(ValueError, match="version '99'"):
+        checkpoints.load(path)
+
+
+def test_a_network_cannot_be_saved_where_there_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        checkpoints.save(tmp_path / "none" / "n.safetensors", checkpoint())

@@ -1,0 +1,636 @@
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import typer.main
+from typer.testing import CliRunner
+
+import stochbn
+import stochbn.__main__
+from conftest import make_posterior, seeded
+from stochbn import cli
+from stochbn.paper import checkpoints, data, figures, recipes, runner
+from stochbn.paper.checkpoints import Checkpoint
+from stochbn.paper.networks import build
+from test_runner import TINY
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in an empty folder, know no local data sets and keep caches to themselves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STOCHBN_DATA", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def stochbn_(*args: object) -> str:
+    """What a command prints that succeeds."""
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.output
+    return result.stdout
+
+
+def words(text: str) -> str:
+    """The text without the frames of tables and with single spaces."""
+    return " ".join(re.sub(r"[─-╿|]", " ", text).split())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Two plain networks and one with dropout, with posteriors, and what training and fitting the first printed."""
+
+    networks: tuple[Path, Path, Path]
+    output: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("a folder with a name so long that no line of a terminal holds it " + 30 * "x")
+    networks = folder / "a.safetensors", folder / "b.safetensors", folder / "dropout.safetensors"
+    output = ""
+    for seed, network in enumerate(networks):
+        common = "train", "--data", "digits:0-4", "--epochs", 1, "--out", network, "--seed", seed
+        text = stochbn_(*common, *(("--dropout", 0.2) if seed == 2 else ()))
+        text += stochbn_("fit", network, "--seed", seed)
+        output = output or text
+    return Trained(networks, output)
+
+
+@pytest.fixture
+def alone(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the first network, without its posterior."""
+    return Path(shutil.copy(trained.networks[0], tmp_path / "alone.safetensors"))
+
+
+def write_images(folder: Path, pixels: Any, labels: list[int], classes: str = "abcde") -> Path:
+    """A local data set with the same images for training and testing."""
+    folder.mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
+    table = datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
+    for split in ("train", "test"):
+        table.to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def noise(n: int, *shape: int) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------- what each command does
+
+
+def test_training_and_fitting_leave_a_network_and_its_posterior(trained: Trained) -> None:
+    for number, path in enumerate(trained.networks):
+        checkpoint = checkpoints.load(path)
+        assert checkpoint.data == "digits:0-4"
+        assert checkpoint.classes == tuple("01234")
+        assert checkpoint.arguments.get("dropout", 0) == (0.2 if number == 2 else 0)
+        posterior = stochbn.load(path.with_name(path.name.replace(".safetensors", ".sbn.safetensors")))
+        posterior.check(checkpoint.model)
+        assert posterior.batch_size == 16
+        assert posterior.mini_batches == len(data.load("digits:0-4", "train")) // 16
+    assert sorted(path.name for path in trained.networks[0].parent.iterdir()) == [
+        "a.safetensors", "a.sbn.safetensors", "b.safetensors", "b.sbn.safetensors", "dropout.safetensors",
+        "dropout.sbn.safetensors",
+    ]  # fmt: skip
+
+
+def test_training_and_fitting_say_what_to_run_next_in_a_line_that_can_be_copied(trained: Trained) -> None:
+    network = str(trained.networks[0])
+    commands = [shlex.split(line.split("Next: ")[1]) for line in trained.output.splitlines() if "Next: " in line]
+    assert commands == [["stochbn", "fit", network], ["stochbn", "evaluate", network]]
+
+
+def test_the_same_seed_gives_the_same_network_and_posterior(trained: Trained) -> None:
+    stochbn_("train", "--data", "digits:0-4", "--epochs", 1, "--out", "again.safetensors", "--seed", 0)
+    stochbn_("fit", "again.safetensors", "--seed", 0)
+    first, again, other = (
+        checkpoints.load(path).model.state_dict()
+        for path in (trained.networks[0], "again.safetensors", trained.networks[1])
+    )
+    assert all(value.equal(again[name]) for name, value in first.items())
+    assert not all(value.equal(other[name]) for name, value in first.items())
+    posteriors = stochbn.load("again.sbn.safetensors"), stochbn.load(trained.networks[0].with_name("a.sbn.safetensors"))
+    for name in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
+        assert getattr(posteriors[0], name).equal(getattr(posteriors[1], name))
+
+
+def test_a_posterior_can_be_fitted_with_other_settings_to_another_place(trained: Trained) -> None:
+    before = trained.networks[0].read_bytes()
+    stochbn_("fit", trained.networks[0], "--data", "digits:0-1", "--batch-size", 4, "--out", "other.safetensors")
+    posterior = stochbn.load("other.safetensors")
+    images = len(data.load("digits:0-1", "train"))
+    assert (posterior.batch_size, posterior.mini_batches) == (4, images // 4)
+    assert trained.networks[0].read_bytes() == before
+
+
+def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = stochbn_("evaluate", *trained.networks, "--ood", "digits:5-9", "--draws", 3, "--out", "results")
+    results = json.loads(Path("results/results.json").read_text())
+    assert [(row["method"], row["sbn"], row["members"]) for row in results["scores"]] == [
+        ("SBN", False, 1), ("SBN", True, 1), ("Deep Ensembles", False, 2), ("Deep Ensembles", True, 2),
+        ("Dropout", False, 1), ("Dropout", True, 1),
+    ]  # fmt: skip
+    scores = results["scores"]
+    assert all(row["error"] < 20 for row in scores)
+    assert all(row["entropy_unknown"] > row["entropy_known"] for row in scores)
+    for i, label in enumerate(("Single network", "Deep Ensembles (2)", "Dropout")):
+        plain, sbn = scores[2 * i : 2 * i + 2]
+        cells = [f"{s['error']:.2f}" for s in (plain, sbn)] + [f"{s['nll']:.4f}" for s in (plain, sbn)]
+        assert f"{label} {' '.join(cells)}" in words(text)
+        assert f"{label} + SBN {sbn['entropy_known']:.3f}" in words(text)
+    assert "digits:0-4 (test)" in text
+    assert "digits:5-9 (test)" in text
+    assert (results["data"], results["ood"], results["draws"], results["seed"]) == (
+        "digits:0-4 (test)", "digits:5-9 (test)", 3, 0,
+    )  # fmt: skip
+    assert results["networks"] == [str(path) for path in trained.networks]
+    assert Path("results/entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path("results/entropy-cdf.svg").read_text()
+    assert "| Deep Ensembles (2) |" in Path("results/results.md").read_text()
+
+
+def test_evaluation_gives_the_scores_of_the_networks_predictions(trained: Trained) -> None:
+    stochbn_("evaluate", *trained.networks[:2], "--draws", 2, "--seed", 4, "--out", "results")
+    results = json.loads(Path("results/results.json").read_text())
+    known = data.load("digits:0-4", "test")
+    x = known.pixels.float() / 255
+    with torch.no_grad():
+        probs = [checkpoints.load(path).model(x).softmax(1) for path in trained.networks[:2]]
+    for row, expected in ((results["scores"][0], probs[0]), (results["scores"][2], (probs[0] + probs[1]) / 2)):
+        for key, value in stochbn.metrics.evaluate(expected, known.labels).items():
+            assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_evaluation_without_out_writes_nothing(trained: Trained) -> None:
+    text = stochbn_("evaluate", trained.networks[0], "--draws", 2)
+    assert "Single network" in text
+    assert "Deep Ensembles" not in text
+    assert not list(Path().iterdir())
+
+
+def test_a_network_without_a_posterior_is_evaluated_without_sbn_and_that_is_said(alone: Path) -> None:
+    text = stochbn_("evaluate", alone, "--ood", "digits:5-9", "--out", "results")
+    results = json.loads(Path("results/results.json").read_text())
+    assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("SBN", False)]
+    assert "run 'stochbn fit' on them first" in words(text)
+
+
+def test_posteriors_can_be_named_in_the_order_of_the_networks(trained: Trained, alone: Path) -> None:
+    files = [path.with_name(path.name.replace(".safetensors", ".sbn.safetensors")) for path in trained.networks]
+    stochbn_("evaluate", alone, trained.networks[1], "--posterior", files[0], "--posterior", files[1], "--draws", 2,
+             "--out", "named")  # fmt: skip
+    stochbn_("evaluate", *trained.networks[:2], "--draws", 2, "--out", "default")
+    named, default = (json.loads(Path(f"{name}/results.json").read_text())["scores"] for name in ("named", "default"))
+    assert named == default
+
+
+def test_any_network_with_dropout_counts_as_dropout(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", noise(20, 32, 32, 3), [i % 5 for i in range(20)])
+    arguments = {"classes": 5, "channels": 3, "size": 32, "width": 0.05, "classifier_dropout": 0.5}
+    checkpoints.save("v.safetensors", Checkpoint(build("vgg11", **arguments), "vgg11", arguments, str(folder), ()))
+    text = stochbn_("evaluate", "v.safetensors", "--draws", 2)
+    assert "Dropout" in text
+    assert "Single network" not in text
+
+
+def read_csv(path: str) -> list[dict[str, str]]:
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_a_csv_with_a_line_for_each_image(trained: Trained) -> None:
+    text = stochbn_("predict", trained.networks[0], "--draws", 4, "--out", "p.csv")
+    known = data.load("digits:0-4", "test")
+    rows = read_csv("p.csv")
+    assert len(Path("p.csv").read_text().splitlines()) == len(known) + 1
+    assert [row["image"] for row in rows] == [str(i) for i in range(len(known))]
+    for row in rows:
+        probability, entropy, information = (
+            float(row[key]) for key in ("probability", "entropy", "mutual_information")
+        )
+        assert 0.2 <= probability <= 1 + 1e-6
+        assert 0 <= information <= entropy + 1e-5 <= math.log(5) + 2e-5
+    right = sum(row["class"] == known.classes[label] for row, label in zip(rows, known.labels.tolist(), strict=True))
+    assert right > 0.85 * len(known)
+    least_certain = max(rows, key=lambda row: float(row["entropy"]))
+    assert least_certain["image"] in words(text).split()
+    assert f"Saved {len(known)} predictions" in words(text)
+
+
+def test_predictions_are_those_of_the_library(trained: Trained) -> None:
+    stochbn_("predict", trained.networks[0], "--data", "digits:5-9", "--draws", 3, "--seed", 8, "--out", "p.csv")
+    unknown = data.load("digits:5-9", "test")
+    posterior = stochbn.load(trained.networks[0].with_name("a.sbn.safetensors"))
+    predictive = stochbn.Predictive(checkpoints.load(trained.networks[0]).model, posterior, 3)
+    expected = runner.predict_all(predictive, unknown, seeded(8))
+    rows = read_csv("p.csv")
+    for key, values in (
+        ("probability", expected.probs.max(1).values),
+        ("entropy", expected.entropy),
+        ("mutual_information", expected.mutual_information),
+    ):
+        np.testing.assert_allclose([float(row[key]) for row in rows], values.numpy(), rtol=1e-3, atol=1e-5)
+    assert [row["class"] for row in rows] == [str(i) for i in expected.probs.argmax(1).tolist()]
+
+
+def test_predictions_depend_on_the_seed_and_on_nothing_else(trained: Trained) -> None:
+    for name, seed in (("a.csv", 1), ("b.csv", 1), ("c.csv", 2)):
+        stochbn_("predict", trained.networks[0], "--data", "digits:0-4", "--draws", 2, "--seed", seed, "--out", name)
+    first, second, other = (Path(name).read_bytes() for name in ("a.csv", "b.csv", "c.csv"))
+    assert first == second != other
+
+
+def test_names_with_brackets_are_shown_as_they_are(trained: Trained, tmp_path: Path) -> None:
+    network = Path(shutil.copy(trained.networks[0], "net[draft].safetensors"))
+    assert "net[draft].sbn.safetensors" in stochbn_("fit", network, "--data", "digits:0-1")
+    assert "p[v].csv" in stochbn_("predict", network, "--data", "digits:0-1", "--draws", 1, "--out", "p[v].csv")
+    assert "out[x]" in stochbn_("evaluate", network, "--data", "digits", "--data", "digits:0-4", "--draws", 1, "--out",
+                                "out[x]")  # fmt: skip
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(TINY, epochs=1, train_images=32, test_images=20, draws=2)
+    monkeypatch.setitem(recipes.DEMOS, "digits", recipe)
+    monkeypatch.setitem(recipes.PRESETS, "lenet5", recipes.PRESETS["lenet5"] | {"smoke": recipe})
+
+
+def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is_next(
+    tiny_demo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path(stochbn.__main__.__file__)), "demo"])  # as in python -m stochbn
+    text = stochbn_("demo", "--jobs", 1)
+    folder = Path("demo-digits")
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["scores"]) == 6
+    assert results["recipe"]["draws"] == 2
+    for name in ("dropout-0", "plain-0", "plain-1"):
+        posterior = stochbn.load(folder / name / "network.sbn.safetensors")
+        posterior.check(checkpoints.load(folder / name / "network.safetensors").model)
+    assert (folder / "entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "entropy-cdf.svg").read_text()
+    assert (folder / "results.md").stat().st_size
+    for row in ("Single network", "Deep Ensembles (2)", "Dropout"):
+        assert row in text
+    assert "demo-digits" in text
+    (command,) = [shlex.split(line) for line in text.splitlines() if "demo --data mnist" in line]
+    assert shutil.which(command[0]), f"{command[0]} is no program"
+
+    monkeypatch.setattr(figures, "save_statistics", lambda *_, **__: [])  # takes long
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    assert "demo --data mnist" in stochbn_("demo", "--jobs", 1)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+    (folder / "results.json").unlink()
+    stochbn_("report", folder)
+    assert json.loads((folder / "results.json").read_text())["scores"] == results["scores"]
+    evaluated = stochbn_("evaluate", folder / "plain-0" / "network.safetensors", "--draws", 2)
+    assert "Single network" in evaluated
+
+
+def test_reproducing_an_experiment_changes_its_preset_field_by_field(
+    tiny_demo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "save_statistics", lambda *_, **__: [])  # takes long
+    stochbn_("reproduce", "lenet5", "--preset", "smoke", "--jobs", 1, "--members", 1, "--dropout", 0, "--draws", 1,
+             "--unknown", "none", "--seed", 3, "--learning-rate", 0.002, "--statistics-batch", 8, "--out", "run",
+             "--no-augment")  # fmt: skip
+    about = json.loads(Path("run/run.json").read_text())
+    expected = recipes.PRESETS["lenet5"]["smoke"]
+    changes = {"members": 1, "dropout": None, "draws": 1, "unknown": None, "seed": 3, "learning_rate": 0.002}
+    assert about["recipe"] == {**expected.as_dict(), **changes, "statistics_batch": 8, "augment": False}
+    assert [row["method"] for row in json.loads(Path("run/results.json").read_text())["scores"]] == ["SBN", "SBN"]
+    assert stochbn.load("run/plain-0/network.sbn.safetensors").batch_size == 8
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_names_every_option_with_its_meaning(command: str) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "250", "TERM": "dumb"})
+    assert result.exit_code == 0
+    shown = words(result.stdout)
+    if not command:
+        for name, found in COMMANDS.items():
+            assert name in shown
+            assert words(found.help.split("\n")[0].removesuffix("."))[:40] in shown
+        return
+    for parameter in COMMANDS[command].params:
+        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+        assert name in shown
+        assert parameter.help, f"{name} is not explained"
+        plain = words(parameter.help.replace("\\[", "[")).split()
+        assert " ".join(plain[:6]) in shown, f"{name}: {parameter.help}"
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = CliRunner().invoke(cli.app, [])
+    assert all(name in result.output for name in COMMANDS)
+    assert "Traceback" not in result.output
+
+
+# ---------------------------------------------------------------- errors
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    output: str
+    error: str
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the program as its script does."""
+
+    def call(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["stochbn", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            stochbn.__main__.main()
+        captured = capsys.readouterr()
+        code = caught.value.code
+        error = captured.err + (f"{code}\n" if isinstance(code, str) else "")
+        return Ended(1 if isinstance(code, str) else code or 0, captured.out, error)
+
+    return call
+
+
+def assert_told(ended: Ended, *parts: str) -> None:
+    """The command failed with one line on stderr that has these parts."""
+    assert ended.code == 1, ended
+    assert len(ended.error.strip().splitlines()) == 1, ended.error
+    assert "Traceback" not in ended.output + ended.error
+    for part in parts:
+        assert part in ended.error
+
+
+def test_success_is_exit_code_0_with_nothing_on_stderr(main: Callable[..., Ended]) -> None:
+    ended = main("--help")
+    assert (ended.code, ended.error) == (0, "")
+    assert "Usage" in ended.output
+
+
+@pytest.mark.parametrize("args", [["fit"], ["train", "--data", "digits"], ["evaluat"], ["fit", "x", "--batchsize", 3],
+                                  ["predict", "x", "--out", "y", "--draws", 0]], ids=str)  # fmt: skip
+def test_wrong_usage_is_exit_code_2(args: list[object], main: Callable[..., Ended]) -> None:
+    ended = main(*args)
+    assert ended.code == 2
+    assert "Traceback" not in ended.error
+    assert ended.error
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+def test_a_missing_network_is_told(command: str, main: Callable[..., Ended]) -> None:
+    more = ["--out", "p.csv"] if command == "predict" else []
+    assert_told(main(command, "none.safetensors", *more), "there is no file 'none.safetensors'")
+    assert not Path("p.csv").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+def test_a_damaged_network_and_a_posterior_in_its_place_are_told(
+    command: str, alone: Path, main: Callable[..., Ended]
+) -> None:
+    more = ["--out", "p.csv"] if command == "predict" else []
+    alone.write_bytes(alone.read_bytes()[:-100])
+    assert_told(main(command, alone, *more), "alone.safetensors", "is truncated")
+    make_posterior().save(alone)
+    assert_told(main(command, alone, *more), "alone.safetensors", "not a stochbn.network file")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_damaged_posterior_and_one_of_another_network_are_told(
+    command: str, alone: Path, main: Callable[..., Ended]
+) -> None:
+    more = ["--out", "p.csv"] if command == "predict" else []
+    posterior = alone.with_name("alone.sbn.safetensors")
+    make_posterior({"norm": 3}).save(posterior)
+    assert_told(main(command, alone, *more), "layer 'norm'", "it was fitted to another network")
+    posterior.write_bytes(posterior.read_bytes()[:-10])
+    assert_told(main(command, alone, *more), "alone.sbn.safetensors", "is truncated")
+    assert_told(main(command, alone, "--posterior", alone, *more), "not a stochbn.posterior file")
+    assert_told(main(command, alone, "--posterior", "none", *more), "there is no file 'none'")
+    assert not Path("p.csv").exists()
+
+
+def test_predicting_without_a_posterior_is_told(alone: Path, main: Callable[..., Ended]) -> None:
+    assert_told(main("predict", alone, "--out", "p.csv"), "alone.sbn.safetensors")
+
+
+def test_images_that_the_network_does_not_take_are_told(
+    trained: Trained, tmp_path: Path, main: Callable[..., Ended]
+) -> None:
+    network = trained.networks[0]
+    small = write_images(tmp_path / "small", noise(6, 20, 20), [0, 1, 2, 3, 4, 0])
+    colour = write_images(tmp_path / "colour", noise(6, 28, 28, 3), [0, 1, 2, 3, 4, 0])
+    for folder, shape in ((small, "[1, 20, 20]"), (colour, "[3, 28, 28]")):
+        for command in (
+            ["fit", network, "--data", folder, "--out", "new.safetensors"],
+            ["evaluate", network, "--data", folder],
+            ["evaluate", network, "--ood", folder],
+            ["predict", network, "--data", folder, "--out", "p.csv"],
+        ):
+            assert_told(main(*command), shape, "the network takes [1, 28, 28]")
+    assert_told(main("evaluate", network, "--data", "digits"), "has 10 classes, the network 5", "NAME:0-4")
+    assert not Path("p.csv").exists()
+    assert not Path("new.safetensors").exists()
+
+
+def test_images_that_are_not_square_are_told(tmp_path: Path, main: Callable[..., Ended]) -> None:
+    folder = write_images(tmp_path / "wide", noise(20, 20, 28), [0] * 20)
+    assert_told(main("train", "--data", folder, "--epochs", 1, "--out", "n.safetensors"), "square")
+    assert not Path("n.safetensors").exists()
+
+
+def test_data_that_cannot_be_had_is_told(trained: Trained, main: Callable[..., Ended]) -> None:
+    for command in (
+        ["train", "--data", "minst", "--out", "n.safetensors"],
+        ["fit", trained.networks[0], "--data", "minst"],
+        ["evaluate", trained.networks[0], "--ood", "minst"],
+        ["predict", trained.networks[0], "--data", "minst", "--out", "p.csv"],
+    ):
+        assert_told(main(*command), "unknown data set 'minst'")
+    assert_told(main("predict", trained.networks[0], "--split", "dev", "--out", "p.csv"), "not 'dev'")
+    assert_told(main("train", "--data", "digits:5-12", "--out", "n.safetensors"), "the classes 0 to 9, not 5 to 12")
+
+
+def test_without_a_connection_it_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'ylecun/mnist' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for command in (["train", "--data", "mnist", "--out", "n.safetensors"], ["demo", "--data", "mnist"]):
+        assert_told(main(*command), "hf download ylecun/mnist", "STOCHBN_DATA")
+    assert not Path("demo-mnist").exists()
+
+
+def test_files_that_cannot_be_written_are_told_before_the_work(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
+) -> None:
+    network = trained.networks[0]
+
+    def load(*_: Any) -> Any:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(data, "load", load)
+    commands: tuple[list[object], ...] = (["train", "--data", "digits"], ["fit", network], ["predict", network])
+    for command in commands:
+        assert_told(main(*command, "--out", tmp_path / "none" / "file"), "there is no folder", "make it first")
+        assert_told(main(*command, "--out", tmp_path), "is a folder; name a file")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_folders_without_permission_are_told(trained: Trained, read_only: Path, main: Callable[..., Ended]) -> None:
+    network = trained.networks[0]
+    commands: tuple[list[object], ...] = (["train", "--data", "digits"], ["fit", network], ["predict", network])
+    for command in commands:
+        assert_told(main(*command, "--out", read_only / "file"), "is not writable")
+    assert_told(main("evaluate", network, "--out", read_only / "results"), "read-only")
+    assert_told(main("demo", "--out", read_only / "run"), "read-only")
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(trained: Trained, tmp_path: Path, main: Callable[..., Ended]) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert_told(main("evaluate", trained.networks[0], "--draws", 1, "--out", tmp_path / "file"), "file")
+    assert_told(main("demo", "--out", tmp_path / "file"), "name another folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("precious")
+    assert_told(main("demo", "--out", tmp_path / "folder"), "not empty and not a run folder")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["train", "--network", "lenet6"], "unknown network 'lenet6'"),
+        (["train", "--learning-rate", -1], "a positive learning rate"),
+        (["train", "--learning-rate", "nan"], "a positive learning rate"),
+        (["train", "--batch-size", 9999], "fewer than one batch of 9999"),
+        (["train", "--learning-rate", 1e30, "--epochs", 1], "use a lower learning rate"),
+    ],
+    ids=str,
+)
+def test_impossible_training_is_told(args: list[object], part: str, main: Callable[..., Ended]) -> None:
+    assert_told(main(*args, "--data", "digits:0-1", "--out", "n.safetensors"), part)
+    assert not list(Path().iterdir())
+
+
+def test_impossible_evaluation_is_told(trained: Trained, main: Callable[..., Ended]) -> None:
+    posterior = trained.networks[0].with_name("a.sbn.safetensors")
+    networks = trained.networks[:2]
+    assert_told(main("evaluate", *networks, "--posterior", posterior), "got 1 posteriors for 2 networks")
+    assert_told(main("fit", networks[0], "--batch-size", 10**6, "--out", "x"), "1000000")
+
+
+def test_impossible_runs_are_told(tiny_demo: None, main: Callable[..., Ended]) -> None:
+    assert_told(main("demo", "--data", "imagenet"), "digits or mnist", "'imagenet'")
+    assert_told(main("report", "none"), "is no run folder")
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["alexnet"], "alexnet"),
+        (["lenet5", "--preset", "huge"], "huge"),
+        (["lenet5", "--preset", "smoke", "--epochs", 0], "epochs"),
+        (["lenet5", "--preset", "smoke", "--batch-size", 1], "batch size"),
+        (["lenet5", "--preset", "smoke", "--learning-rate", 0], "learning rate"),
+        (["lenet5", "--preset", "smoke", "--held-out", 1], "held_out"),
+        (["lenet5", "--preset", "smoke", "--width", 0.5], "width"),
+        (["lenet5", "--preset", "smoke", "--classifier-dropout", 0.5], "classifier_dropout"),
+        (["lenet5", "--preset", "smoke", "--precision", "float"], "float"),
+    ],
+    ids=str,
+)
+def test_impossible_experiments_are_told_and_claim_no_folder(
+    args: list[object], part: str, tiny_demo: None, main: Callable[..., Ended]
+) -> None:
+    assert_told(main("reproduce", *args, "--jobs", 1, "--out", "run"), part)
+    assert not Path("run").exists(), "the folder now belongs to a run that cannot be made"
+
+
+def test_the_failure_of_a_members_process_is_told(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise runner.RunError("plain-0 failed: OSError: [Errno 28] No space left on device")
+
+    monkeypatch.setattr(runner, "run", fail)
+    assert_told(main("demo"), "plain-0 failed", "[Errno 28] No space left on device")
+
+
+def test_errors_of_several_lines_are_told_in_one(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("An error occurred while generating the dataset\n\nAll the data files must match\n")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert_told(main("train", "--data", "mnist", "--out", "n.safetensors"), "All the data files must match")
+
+
+@pytest.mark.parametrize("name", ["typer", "rich"])
+def test_a_command_line_that_is_not_installed_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
+) -> None:
+    monkeypatch.delattr(stochbn, "cli")
+    for module in list(sys.modules):
+        if module == "stochbn.cli" or module.split(".")[0] == name:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[paper]'")
+
+
+@pytest.mark.parametrize("name", ["sklearn", "torchmetrics"])
+def test_experiments_that_are_not_installed_say_what_to_install(
+    name: str, trained: Trained, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
+) -> None:
+    for module in list(sys.modules):
+        if module.split(".")[0] == name:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert_told(main("evaluate", trained.networks[0], "--draws", 1), name, "pip install 'stochbn[")
+
+
+def test_the_module_tells_errors_in_one_line_too(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "broken", noise(4, 28, 28), [0, 1, 2, 3])
+    file = folder / "test.parquet"
+    file.write_bytes(file.read_bytes()[:-200])
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    ended = run([sys.executable, "-m", "stochbn", "train", "--data", folder, "--out", "n"], env=environment)
+    assert_told(Ended(ended.returncode, ended.stdout, ended.stderr), "a file may be damaged", str(folder))

@@ -1,0 +1,65 @@
+"""The numbers in the documents are those of the committed results."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import stochbn
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "benchmarks" / "README.md"]
+
+
+def table_rows(text: str) -> set[str]:
+    """The rows with a number that has a decimal point."""
+    return {line for line in text.splitlines() if line.startswith("| ") and re.search(r"\d\.\d", line)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_row_of_numbers_stands_in_a_measured_result(document: Path) -> None:
+    measured = [*ROOT.glob("results/*/results.md"), *ROOT.glob("benchmarks/*.md")]
+    rows = set().union(*(table_rows(path.read_text()) for path in measured if path not in DOCUMENTS))
+    shown = table_rows(document.read_text())
+    assert shown, "the document shows no numbers"
+    assert shown <= rows, f"not measured: {shown - rows}"
+
+
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_link_and_figure_exists(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("results", sorted(ROOT.glob("results/*/results.json")), ids=lambda path: path.parent.name)
+def test_tables_of_the_results_come_from_their_numbers(results: Path) -> None:
+    from stochbn.paper import report
+
+    about = json.loads(results.read_text())
+    tables = [table.markdown() for table in report.tabulate_run(about, about["scores"])]
+    assert "\n\n".join(tables) + "\n" == results.with_name("results.md").read_text()
+
+
+def test_python_in_the_readme_uses_public_names_that_exist() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "stochbn":
+                assert node.attr in stochbn.__all__
+
+
+def test_readme_names_only_commands_that_exist() -> None:
+    from stochbn.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    used = set(re.findall(r"^    stochbn (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    assert used
+    assert used <= names

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import Tensor
+
+import stochbn
+from conftest import seeded
+from stochbn.paper.figures import save_entropy_cdf, save_statistics
+from stochbn.statistics import Moments
+
+METHODS = [(name, sbn) for name in ("SBN", "Deep Ensembles", "Dropout") for sbn in (False, True)]
+
+
+def entropies(classes: int = 5, n: int = 40) -> dict[tuple[str, bool], Tensor]:
+    return {key: torch.rand(n, generator=seeded(i)) * math.log(classes) for i, key in enumerate(METHODS)}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
+    """Every figure that is made in the test."""
+    figures: list[matplotlib.figure.Figure] = []
+
+    class Recorded(matplotlib.figure.Figure):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(matplotlib.figure, "Figure", Recorded)
+    return figures
+
+
+def assert_png_and_svg(files: list[Path]) -> None:
+    png, svg = files
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(png)
+    assert pixels.shape[0] > 200
+    assert pixels.shape[1] > 300
+    assert len(np.unique(pixels[::3, ::3, :3])) > 5
+    assert "<svg" in svg.read_text()
+    assert svg.read_text().rstrip().endswith("</svg>")
+
+
+def curves(figure: matplotlib.figure.Figure) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], str]]:
+    (axes,) = figure.axes
+    return {
+        str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), str(line.get_linestyle()))
+        for line in axes.get_lines()
+    }
+
+
+def test_the_figure_has_the_papers_five_curves_in_two_files(tmp_path: Path, drawn: list[Any]) -> None:
+    files = save_entropy_cdf(tmp_path / "entropy-cdf", entropies(), classes=5, title="known and unknown")
+    assert [file.name for file in files] == ["entropy-cdf.png", "entropy-cdf.svg"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["entropy-cdf.png", "entropy-cdf.svg"]
+    assert_png_and_svg(files)
+    (figure,) = drawn
+    assert set(curves(figure)) == {
+        "SBN", "Deep Ensembles", "Deep Ensembles + SBN", "Dropout", "Dropout + SBN",
+    }  # fmt: skip
+    (axes,) = figure.axes
+    assert len(axes.get_lines()) == 5
+    assert axes.get_title() == "known and unknown"
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves(figure))
+
+
+def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn: list[Any]) -> None:
+    given = entropies()
+    given["Dropout", True] = torch.tensor([0.5, 0.25, 0.5, 1.0])
+    save_entropy_cdf(tmp_path / "f", given, classes=5, title="x")
+    found = curves(drawn[0])
+    keys = {"SBN": ("SBN", True), "Deep Ensembles + SBN": ("Deep Ensembles", True), "Dropout": ("Dropout", False)}
+    for label, key in keys.items():
+        x, y, _ = found[label]
+        values = given[key].double().numpy()
+        for point in np.linspace(0, math.log(5), 57):
+            at = y[np.searchsorted(x, point, side="right") - 1]
+            assert at == pytest.approx((values <= point).mean())
+    np.testing.assert_allclose(found["Dropout + SBN"][0], [0, 0.25, 0.5, 1.0])
+    np.testing.assert_allclose(found["Dropout + SBN"][1], [0, 0.25, 0.75, 1.0])
+    styles = {label: style for label, (_, _, style) in found.items()}
+    assert styles["Deep Ensembles + SBN"] == styles["Dropout + SBN"] == "--"
+    assert styles["Deep Ensembles"] == styles["Dropout"] == styles["SBN"] == "-"
+    lines = {str(line.get_label()): line for line in drawn[0].axes[0].get_lines()}
+    assert lines["Dropout"].get_color() == lines["Dropout + SBN"].get_color() != lines["SBN"].get_color()
+    assert {line.get_drawstyle() for line in lines.values()} == {"steps-post"}
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10, 100])
+def test_the_axis_ends_at_the_entropy_of_a_uniform_distribution(classes: int, tmp_path: Path, drawn: list[Any]) -> None:
+    save_entropy_cdf(tmp_path / "f", entropies(classes), classes=classes, title="x")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlim() == pytest.approx((0, math.log(classes)))
+    assert axes.get_ylim() == (0, 1)
+    assert axes.get_xticklabels()[-1].get_text() == f"ln {classes}"
+    assert axes.get_xticks()[-1] == pytest.approx(math.log(classes))
+    assert "nats" in axes.get_xlabel()
+
+
+def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
+    first, second = (save_entropy_cdf(tmp_path / name, entropies(), classes=5, title="x") for name in "ab")
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+    other = save_entropy_cdf(tmp_path / "c", entropies(n=41), classes=5, title="x")
+    assert all(file.read_bytes() != before.read_bytes() for file, before in zip(other, first, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {("SBN", True): torch.zeros(7)},
+        {("Dropout", False): torch.full((7,), math.log(5) * (1 + 1e-7))},
+        {("Deep Ensembles", True): torch.tensor([0.3])},
+    ],
+    ids=["all certain", "all uniform, rounded up", "one object"],
+)
+def test_curves_at_the_limits_can_be_drawn(given: dict[tuple[str, bool], Tensor], tmp_path: Path) -> None:
+    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", given, classes=5, title="x"))
+
+
+def test_a_file_that_is_there_is_replaced_and_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "f.png").write_text("old")
+    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", entropies(), classes=5, title="x"))
+    with pytest.raises(OSError):
+        save_entropy_cdf(tmp_path / "none" / "f", entropies(), classes=5, title="x")
+
+
+# ---------------------------------------------------------------- observed and fitted statistics
+
+
+def observations(layers: dict[str, int], n: int = 60) -> dict[str, Tensor]:
+    """Normal means and LogNormal variances: ``[n, 2, C]`` for every layer."""
+    source = seeded(1)
+    return {
+        layer: torch.stack([torch.randn(n, c, generator=source), torch.randn(n, c, generator=source).exp()], 1)
+        for layer, c in layers.items()
+    }
+
+
+def fitted(observed: dict[str, Tensor]) -> stochbn.Factorized:
+    moments = {layer: Moments.of(rows.double()) for layer, rows in observed.items()}
+    return stochbn.Factorized.from_moments(moments, batch_size=16, mini_batches=len(next(iter(observed.values()))))
+
+
+def test_statistics_are_drawn_as_histograms_with_fitted_densities(tmp_path: Path, drawn: list[Any]) -> None:
+    observed = observations({"a": 3, "b": 2, "c": 4, "d": 2, "e": 5})
+    posterior = fitted(observed)
+    files = save_statistics(tmp_path / "statistics", observed, posterior, layers=3, channels=1)
+    assert [file.name for file in files] == ["statistics.png", "statistics.svg"]
+    assert_png_and_svg(files)
+    rows = [drawn[0].axes[i : i + 2] for i in range(0, 6, 2)]
+    assert len(drawn[0].axes) == 6
+    for row, layer in zip(rows, ("a", "c", "e"), strict=True):
+        assert f"layer {layer}" in row[0].get_ylabel()
+        m, v = observed[layer][:, :, 0].double().unbind(1)
+        (line,) = row[0].get_lines()
+        x, std = np.asarray(line.get_xdata()), m.std().item()
+        density = np.exp(-0.5 * ((x - m.mean().item()) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), density, rtol=1e-4)
+        s2 = math.log(1 + (v.var() / v.mean() ** 2).item())
+        (line,) = row[1].get_lines()
+        x, location = np.asarray(line.get_xdata()), math.log(v.mean().item()) - s2 / 2
+        density = np.exp(-0.5 * (x - location) ** 2 / s2) / math.sqrt(2 * math.pi * s2)
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), density, rtol=1e-4)
+        for axes in row:
+            assert sum(patch.get_width() * patch.get_height() for patch in axes.patches) == pytest.approx(1)
+
+
+def test_a_network_with_one_layer_of_one_channel_can_be_drawn(tmp_path: Path) -> None:
+    observed = observations({"only": 1})
+    assert_png_and_svg(save_statistics(tmp_path / "statistics", observed, fitted(observed)))
+
+
+def test_channels_that_never_vary_are_passed_over(tmp_path: Path, drawn: list[Any]) -> None:
+    observed = observations({"a": 4, "dead": 2})
+    observed["a"][:, 0, 1], observed["a"][:, 1, 1] = 2.0, 0.0
+    observed["dead"][:] = 0.0
+    assert_png_and_svg(save_statistics(tmp_path / "statistics", observed, fitted(observed), layers=2, channels=2))
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles[:4] == ["channel 0: mean", "channel 0: log-variance", "channel 2: mean", "channel 2: log-variance"]
+    assert titles[4:] == [""] * 4
+
+
+def test_a_channel_whose_variance_is_zero_in_one_mini_batch_does_not_stop_the_figure(tmp_path: Path) -> None:
+    observed = observations({"a": 2})
+    observed["a"][7, 1, 0] = 0.0
+    assert_png_and_svg(save_statistics(tmp_path / "statistics", observed, fitted(observed)))
+
+
+def test_the_same_statistics_are_the_same_files(tmp_path: Path) -> None:
+    observed = observations({"a": 2})
+    first, second = (save_statistics(tmp_path / name, observed, fitted(observed)) for name in "ab")
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import stochbn
+from conftest import (
+    CASES,
+    ByName,
+    Case,
+    Failing,
+    Frozen,
+    Twice,
+    Untouched,
+    Unused,
+    mixed_up,
+    mlp,
+    normal,
+    per_layer,
+    settled,
+    slow_statistics,
+)
+
+
+def assert_moments(
+    posterior: stochbn.Factorized, rows: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
+    """The posterior has the mean and unbiased variance over the observations ``[n, 2, C]`` of every layer."""
+    assert dict(posterior.layers) == {name: found.shape[2] for name, found in rows.items()}
+    for name, found in per_layer(posterior).items():
+        n = len(rows[name])
+        mean = rows[name].sum(0) / n
+        var = (rows[name] - mean).square().sum(0) / max(n - 1, 1)
+        torch.testing.assert_close(found["mean_mean"], mean[0], rtol=rtol, atol=atol)
+        torch.testing.assert_close(found["variance_mean"], mean[1], rtol=rtol, atol=atol)
+        torch.testing.assert_close(found["mean_variance"], var[0], rtol=rtol, atol=atol)
+        torch.testing.assert_close(found["variance_variance"], var[1], rtol=rtol, atol=atol)
+
+
+def same(one: stochbn.Factorized, other: stochbn.Factorized) -> None:
+    assert one.layers == other.layers
+    assert one.skipped == other.skipped
+    assert one.mini_batches == other.mini_batches
+    for key in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
+        assert torch.equal(getattr(one, key), getattr(other, key)), key
+
+
+def test_the_moments_are_those_of_the_statistics_of_a_slow_loop(case: Case) -> None:
+    model = case.model()
+    incoming = [case.inputs(20, seed=1), case.inputs(17, seed=2), case.inputs(5, seed=3)]
+    pieces = [x[i : i + 6] for x in incoming for i in range(0, len(x) - 5, 6)]
+    posterior = stochbn.fit(model, incoming, batch_size=6)
+    assert posterior.mini_batches == len(pieces) == 5
+    assert posterior.batch_size == 6
+    assert posterior.dtype == torch.float32
+    assert_moments(posterior, slow_statistics(model, pieces, case.channel_axis))
+
+
+@given(
+    inputs=st.integers(1, 4),
+    hidden=st.integers(1, 6),
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=4),
+    batch_size=st.integers(2, 8),
+    scale=st.floats(0.1, 10),
+    seed=st.integers(0, 10**6),
+)
+def test_it_agrees_with_two_passes_for_all_sizes(
+    inputs: int, hidden: int, sizes: list[int], batch_size: int, scale: float, seed: int
+) -> None:
+    model = settled(mlp(inputs, hidden), inputs, seed=seed).double()
+    batches = [scale * normal(n, inputs, seed=seed + i, dtype=torch.float64) for i, n in enumerate(sizes)]
+    pieces = [x[i : i + batch_size] for x in batches for i in range(0, len(x) - batch_size + 1, batch_size)]
+    if not pieces:
+        with pytest.raises(ValueError, match="smaller than batch_size"):
+            stochbn.fit(model, batches, batch_size)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only one mini-batch")
+        posterior = stochbn.fit(model, batches, batch_size)
+    assert posterior.dtype == torch.float64
+    assert_moments(posterior, slow_statistics(model, pieces), rtol=1e-9, atol=1e-11 * (1 + scale**4))
+
+
+def test_normal_activations_give_the_moments_of_sampling_theory() -> None:
+    """Means of n normal values have variance v/n; biased variances have mean v(n-1)/n and variance 2v^2(n-1)/n^2."""
+    n, count, location, v = 8, 4000, 1.5, 4.0
+    x = location + v**0.5 * normal(n * count, 3, seed=8)
+    found = per_layer(stochbn.fit(nn.BatchNorm1d(3), [x], batch_size=n))[""]
+    wanted = {
+        "mean_mean": location,
+        "mean_variance": v / n,
+        "variance_mean": v * (n - 1) / n,
+        "variance_variance": 2 * v**2 * (n - 1) / n**2,
+    }
+    errors = {  # five standard errors
+        "mean_mean": 5 * (v / n / count) ** 0.5,
+        "mean_variance": 5 * (v / n) * (2 / count) ** 0.5,
+        "variance_mean": 5 * (wanted["variance_variance"] / count) ** 0.5,
+        "variance_variance": 5 * wanted["variance_variance"] * ((2 + 12 / (n - 1)) / count) ** 0.5,
+    }
+    for key, value in wanted.items():
+        assert (found[key] - value).abs().max().item() < errors[key], key
+
+
+def test_the_paper_batch_size_of_16_is_the_default() -> None:
+    posterior = stochbn.fit(settled(mlp(), 4), [normal(40, 4)])
+    assert (posterior.batch_size, posterior.mini_batches) == (16, 2)
+
+
+def test_incoming_batches_are_taken_whole_without_a_batch_size() -> None:
+    model = settled(mlp(), 4)
+    batches = [normal(n, 4, seed=n) for n in (5, 9, 2)]
+    posterior = stochbn.fit(model, batches, batch_size=None)
+    assert (posterior.batch_size, posterior.mini_batches) == (None, 3)
+    assert_moments(posterior, slow_statistics(model, batches))
+
+
+def test_every_form_of_batches_gives_the_same_posterior() -> None:
+    model = ByName()
+    settled(model.body, 4)
+    tensors = [normal(16, 4, seed=i) for i in range(3)]
+    wanted = stochbn.fit(model, [{"features": x} for x in tensors], 8)
+    label = torch.zeros(16)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        for x in tensors:
+            yield x, label
+
+    for form in (
+        tensors,
+        tuple(tensors),
+        iter(tensors),
+        stream(),
+        [(x, label) for x in tensors],
+        [[x, label] for x in tensors],
+        [({"features": x, "extra": 1}, label) for x in tensors],
+        [{"labels": label, "features": x, "idx": "a"} for x in tensors],
+        DataLoader(TensorDataset(torch.cat(tensors), torch.zeros(48)), batch_size=16),
+        DataLoader(TensorDataset(torch.cat(tensors)), batch_size=48),
+    ):
+        same(stochbn.fit(model, form, 8), wanted)
+
+
+def test_a_used_up_generator_is_refused() -> None:
+    model = settled(mlp(), 4)
+    stream = (normal(16, 4, seed=i) for i in range(2))
+    stochbn.fit(model, stream, 8)
+    with pytest.raises(ValueError, match="already used up"):
+        stochbn.fit(model, stream, 8)
+
+
+def test_a_layer_called_twice_has_one_observation_per_call() -> None:
+    model = settled(Twice(), 4)
+    batches = [normal(8, 4, seed=i) for i in range(3)]
+    rows = slow_statistics(model, batches)
+    assert rows["norm"].shape[0] == 6
+    posterior = stochbn.fit(model, batches, 8)
+    assert posterior.mini_batches == 3
+    assert posterior.skipped == ()
+    assert_moments(posterior, rows)
+
+
+def test_a_layer_that_is_never_called_is_skipped() -> None:
+    posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8)
+    assert posterior.skipped == ("auxiliary",)
+    assert list(posterior.layers) == ["norm"]
+    posterior.check(Unused())
+
+
+def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
+    batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
+    with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
+        posterior = stochbn.fit(model, batches, 8)
+    assert posterior.skipped == ("1",)
+    assert_moments(posterior, {"3": slow_statistics(model, batches)["3"]})
+
+
+def test_a_network_with_only_frozen_layers_is_refused() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5)), 2, 6, 5)
+    with (
+        pytest.warns(UserWarning, match="does not update"),
+        pytest.raises(ValueError, match="none was called, or all are frozen"),
+    ):
+        stochbn.fit(model, [normal(8, 2, 6, 5)], 4)
+
+
+def test_a_network_whose_layers_are_never_called_is_refused() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="none was called"):
+        stochbn.fit(Idle(), [normal(32, 4)], 4)
+
+
+def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
+    """Statistics estimated anew from one batch equal what is then observed; the layer is not frozen."""
+    layer = nn.BatchNorm1d(4, momentum=None)
+    x = normal(16, 4)
+    layer.train()(x)
+    layer.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = stochbn.fit(layer, [x, normal(16, 4, seed=1)], 16)
+    assert posterior.skipped == ()
+
+
+def test_a_single_mini_batch_warns_and_has_no_spread() -> None:
+    model = settled(mlp(), 4)
+    with pytest.warns(UserWarning, match="only one mini-batch was observed") as caught:
+        posterior = stochbn.fit(model, [normal(31, 4)])
+    assert [str(w.filename) for w in caught] == [__file__], "the warning should point at the caller"
+    assert not posterior.mean_variance.any()
+    assert not posterior.variance_variance.any()
+    drawn = posterior.draw(3)
+    assert all(torch.equal(values[0], values[2]) for values in drawn.values())
+
+
+def test_two_mini_batches_do_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stochbn.fit(settled(mlp(), 4), [normal(32, 4)])
+
+
+def test_the_network_ends_exactly_as_it_began(case: Case) -> None:
+    model = mixed_up(case.model())
+    before = Untouched(model)
+    stochbn.fit(model, [case.inputs(24), case.inputs(11, seed=1)], 8)
+    before.check()
+
+
+def test_the_network_ends_as_it_began_when_the_data_raises_midway(case: Case) -> None:
+    model = mixed_up(case.model())
+    before = Untouched(model)
+
+    def stream() -> Iterator[Tensor]:
+        yield case.inputs(16)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        stochbn.fit(model, stream(), 8)
+    before.check()
+
+
+def test_the_network_ends_as_it_began_when_it_raises_midway(case: Case) -> None:
+    model = Failing(case.model(), after=2)
+    mixed_up(model)
+    before = Untouched(model)
+    with pytest.raises(KeyError, match="the network's own error"):
+        stochbn.fit(model, [case.inputs(32)], 8)
+    before.check()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_activations_are_refused_and_leave_the_network_as_it_was(bad: float) -> None:
+    model = mixed_up(settled(mlp(), 4))
+    before = Untouched(model)
+    x = normal(32, 4)
+    x[20, 1] = bad
+    with pytest.raises(ValueError, match="layer '1' saw non-finite activations"):
+        stochbn.fit(model, [x], 8)
+    before.check()
+
+
+def test_fitting_twice_gives_the_same_posterior() -> None:
+    for case in CASES.values():
+        model, batches = case.model(), [case.inputs(24)]
+        same(stochbn.fit(model, batches, 8), stochbn.fit(model, batches, 8))
+
+
+def test_the_train_flags_of_the_network_do_not_matter() -> None:
+    model = settled(mlp(), 4)
+    wanted = stochbn.fit(model.eval(), [normal(32, 4)], 8)
+    same(stochbn.fit(model.train(), [normal(32, 4)], 8), wanted)
+    same(stochbn.fit(mixed_up(model), [normal(32, 4)], 8), wanted)
+
+
+def test_dead_channels_have_no_variance() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3))
+    model.get_parameter("0.weight").data[1] = 0
+    model.get_parameter("0.bias").data[1] = -1
+    found = per_layer(stochbn.fit(model, [normal(64, 4)], 8))["2"]
+    for key, values in found.items():
+        assert values[1] == 0, key
+        assert values[0] != 0, key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((nn.Linear(4, 3), [normal(16, 4)]), ValueError, "Linear has no batch-norm layers"),
+        ((nn.BatchNorm1d(4, track_running_stats=False), [normal(16, 4)]), ValueError, "keeps no running statistics"),
+        (("model.pt", [normal(16, 4)]), TypeError, r"expected a torch\.nn\.Module"),
+        ((mlp(), []), ValueError, "no batches to observe"),
+        ((mlp(), [normal(15, 4), normal(3, 4)]), ValueError, r"batch_size=16 \(the largest has 15 objects\)"),
+        ((mlp(), normal(32, 4)), TypeError, "expected an iterable of batches"),
+        ((mlp(), [normal(32, 4)], 0), ValueError, "batch_size must be at least 1"),
+        ((mlp(), [normal(32, 4)], 8.0), TypeError, "batch_size must be a whole number"),
+        ((mlp(), [normal(32, 4)], 8, "gaussian"), ValueError, "unknown kind 'gaussian'.*'factorized'"),
+        ((mlp(), [normal(32, 5)], 8), RuntimeError, r"Sequential failed on an input of shape \[8, 5\]"),
+        ((mlp(), [normal(32, 4)], 1), ValueError, r"shape \[1, 4\].*more than 1 value per channel"),
+        ((nn.BatchNorm2d(4), [normal(32, 4)], 8), ValueError, r"shape \[8, 4\].*expected 4D input"),
+        ((mlp(), [{"image": normal(32, 4)}]), TypeError, "none of which is a tensor argument"),
+        ((mlp(), ["a.png"]), TypeError, "batch of type str"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        stochbn.fit(*arguments)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stochbn
+from conftest import normal, settled
+from stochbn.layers import batch_norms
+from stochbn.paper.networks import NETWORKS, PreActivationBlock, build, lenet5, resnet18, vgg11
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def dropouts(model: nn.Module) -> list[float]:
+    return [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+
+
+@given(classes=st.integers(1, 20), channels=st.integers(1, 4), size=st.integers(16, 70))
+def test_lenet5_has_the_parameters_of_its_layers(classes: int, channels: int, size: int) -> None:
+    with torch.device("meta"):
+        model = lenet5(classes, channels, size)
+    side = size
+    for _ in range(2):
+        side = (side - 5 + 1) // 2
+    convolutions = 25 * channels * 20 + 20 + 25 * 20 * 50 + 50
+    linear = 50 * side**2 * 500 + 500 + 500 * classes + classes
+    norms = 2 * (20 + 50 + 500)
+    assert count(model) == convolutions + linear + norms
+    assert {m.num_features for m in batch_norms(model).values()} == {20, 50, 500}
+
+
+def test_lenet5_for_mnist_has_as_many_parameters_as_the_papers() -> None:
+    # 20 and 50 channels, 500 hidden units: 520 + 25,050 + 400,500 + 5,010, and two for each of 570 normalised channels
+    assert count(lenet5()) == 431_080 + 1_140
+
+
+@given(classes=st.integers(1, 20), channels=st.integers(1, 4), size=st.integers(32, 100), eighths=st.integers(1, 16))
+def test_vgg11_has_the_parameters_of_its_layers(classes: int, channels: int, size: int, eighths: int) -> None:
+    with torch.device("meta"):
+        model = vgg11(classes, channels, size, width=eighths / 8)
+    widths = [channels, *(outputs * eighths // 8 for outputs in (64, 128, 256, 256, 512, 512, 512, 512))]
+    convolutions = sum(9 * widths[i] * widths[i + 1] for i in range(8))
+    side = size
+    for _ in range(5):
+        side //= 2
+    assert count(model) == convolutions + 2 * sum(widths[1:]) + widths[-1] * side**2 * classes + classes
+    assert [m.num_features for m in batch_norms(model).values()] == widths[1:]
+
+
+@given(classes=st.integers(1, 20), channels=st.integers(1, 4), size=st.integers(8, 100), eighths=st.integers(1, 16))
+def test_resnet18_has_the_parameters_of_its_layers(classes: int, channels: int, size: int, eighths: int) -> None:
+    with torch.device("meta"):
+        model = resnet18(classes, channels, size, width=eighths / 8)
+    widths = [outputs * eighths // 8 for outputs in (64, 64, 128, 256, 512)]
+    expected = 9 * channels * widths[0] + 2 * widths[-1] + widths[-1] * classes + classes
+    convolutions = 2  # the first and the linear layer
+    for stage in range(4):
+        for block in range(2):
+            inputs, outputs = widths[stage + block : stage + 2][0], widths[stage + 1]
+            expected += 2 * inputs + 9 * inputs * outputs + 2 * outputs + 9 * outputs**2
+            if stage and not block:
+                expected += inputs * outputs  # the projection of the shortcut
+            convolutions += 2
+    assert count(model) == expected
+    assert convolutions == 18
+
+
+def slow_block(block: PreActivationBlock, x: Tensor) -> Tensor:
+    def norm(layer: nn.BatchNorm2d, value: Tensor) -> Tensor:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, var, weight, bias = (
+            t[:, None, None] for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        )
+        return (value - mean) / (var + layer.eps).sqrt() * weight + bias
+
+    activated = norm(block.bn1, x).clamp(min=0)
+    stride = block.conv1.stride[0]
+    hidden = norm(block.bn2, F.conv2d(activated, block.conv1.weight, padding=1)[:, :, ::stride, ::stride]).clamp(min=0)
+    residual = F.conv2d(hidden, block.conv2.weight, padding=1)
+    if block.shortcut is None:
+        return x + residual
+    weight = block.shortcut.weight
+    assert isinstance(weight, Tensor)
+    return F.conv2d(activated[:, :, ::stride, ::stride], weight) + residual
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(4, 4, 1), (4, 6, 2), (3, 5, 1)])
+def test_a_block_normalises_and_activates_before_each_convolution(inputs: int, outputs: int, stride: int) -> None:
+    block = settled(PreActivationBlock(inputs, outputs, stride).double(), inputs, 8, 6)
+    assert isinstance(block, PreActivationBlock)
+    x = normal(3, inputs, 8, 6, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), slow_block(block, x))
+    assert x.equal(before), "the input was overwritten"
+    assert (block.shortcut is None) == (stride == 1 and inputs == outputs)
+
+
+@given(rate=st.floats(0.01, 0.99), name=st.sampled_from(sorted(NETWORKS)))
+@settings(max_examples=10)
+def test_dropout_layers_are_there_if_and_only_if_the_rate_is_positive(rate: float, name: str) -> None:
+    with torch.device("meta"):
+        without, explicit, dropped = build(name), build(name, dropout=0.0), build(name, dropout=rate)
+    assert dropouts(without) == dropouts(explicit) == []
+    assert set(dropouts(dropped)) == {rate}
+    assert count(dropped) == count(without)
+
+
+def test_dropout_follows_every_relu_of_lenet5() -> None:
+    kinds = [type(layer) for layer in lenet5(dropout=0.5)]
+    assert [kinds[i + 1] for i, kind in enumerate(kinds) if kind is nn.ReLU] == [nn.Dropout] * 3
+    assert kinds.count(nn.Dropout) == 3
+
+
+def test_dropout_of_vgg11_follows_the_relus_without_pooling_and_precedes_the_classifier() -> None:
+    layers = list(vgg11(dropout=0.1, classifier_dropout=0.5, width=0.125))
+    after = [type(layers[i + 1]) for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    assert after == [nn.MaxPool2d, nn.MaxPool2d, *[nn.Dropout, nn.MaxPool2d] * 3]
+    assert isinstance(layers[-2], nn.Dropout)
+    assert dropouts(vgg11(dropout=0.1, classifier_dropout=0.5, width=0.125)) == [0.1, 0.1, 0.1, 0.5]
+    assert dropouts(vgg11(classifier_dropout=0.5, width=0.125)) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("lenet5", {"classes": 5, "channels": 3, "size": 19}),
+        ("lenet5", {"classes": 10, "channels": 1, "size": 16, "dropout": 0.5}),
+        ("vgg11", {"classes": 4, "channels": 1, "size": 32, "width": 0.1, "dropout": 0.1, "classifier_dropout": 0.5}),
+        ("vgg11", {"classes": 5, "channels": 3, "size": 64, "width": 0.1}),
+        ("resnet18", {"classes": 7, "channels": 3, "size": 32, "width": 0.1}),
+        ("resnet18", {"classes": 2, "channels": 2, "size": 9, "width": 0.1, "dropout": 0.3}),
+    ],
+)
+def test_networks_give_logits_and_work_with_sbn(name: str, arguments: dict[str, Any]) -> None:
+    shape = arguments["channels"], arguments["size"], arguments["size"]
+    torch.manual_seed(0)
+    model = build(name, **arguments)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+    model = settled(model, *shape)
+    x = normal(6, *shape)
+    assert model(x).shape == (6, arguments["classes"])
+    posterior = stochbn.fit(model, [normal(16, *shape, seed=1)], batch_size=4)
+    assert list(posterior.layers) == list(batch_norms(model))
+    assert posterior.skipped == ()
+    prediction = stochbn.Predictive(model, posterior, draws=3)(x)
+    assert prediction.probs.shape == (6, arguments["classes"])
+    assert (prediction.mutual_information > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("lenet5", {"size": 15}, "LeNet-5 needs inputs of at least 16x16 pixels, got 15x15"),
+        ("vgg11", {"size": 31}, "VGG-11 needs inputs of at least 32x32 pixels, got 31x31"),
+        ("resnet18", {"size": 7}, "ResNet-18 needs inputs of at least 8x8 pixels, got 7x7"),
+        ("vgg11", {"width": 0.001}, "leaves a layer without channels"),
+        ("resnet18", {"width": 0.001}, "leaves a layer without channels"),
+        ("lenet6", {}, "unknown network 'lenet6'; there are lenet5"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, **arguments)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_a_network_is_named_after_its_function(name: str) -> None:
+    assert NETWORKS[name].__name__ == name

@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochbn
+from conftest import seeded
+from stochbn.files import read_tensors
+from stochbn.paper import checkpoints, data
+from stochbn.paper.data import Images
+from stochbn.paper.networks import build
+from stochbn.paper.recipes import DEMOS, PRESETS, Member, Recipe
+from stochbn.paper.runner import PREDICTIONS, fit_posterior, predict_all, predict_member, run
+
+TINY = Recipe(
+    "lenet5",
+    "digits:0-4",
+    "digits:5-9",
+    epochs=2,
+    members=2,
+    dropout={"dropout": 0.5},
+    draws=3,
+    train_images=48,
+    test_images=30,
+)
+NAMES = ("dropout-0", "plain-0", "plain-1")
+
+
+class StopHereError(Exception):
+    """What stops a run that is to be continued."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str, int, int]]]:
+    """A run in this process with one thread, and what it reported."""
+    folder, events = tmp_path_factory.mktemp("runs") / "whole", list[tuple[str, str, int, int]]()
+    assert torch.get_num_threads() == 1
+    run(TINY, folder, progress=lambda *event: events.append(event))
+    return folder, events
+
+
+def predictions(folder: Path, names: Iterable[str] = NAMES) -> dict[str, dict[str, Tensor]]:
+    return {name: read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)[0] for name in names}
+
+
+def assert_same_numbers(folder: Path, other: Path, names: Iterable[str] = NAMES) -> None:
+    for name, tensors in predictions(folder, names).items():
+        theirs = predictions(other)[name]
+        assert tensors.keys() == theirs.keys()
+        for key, value in tensors.items():
+            assert value.equal(theirs[key]), f"{name}: {key}"
+        ours, others = (checkpoints.load(f / name / "network.safetensors").model.state_dict() for f in (folder, other))
+        assert all(value.equal(others[key]) for key, value in ours.items()), f"{name}: weights"
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_every_member_has_a_seed_of_its_own_also_under_other_seeds() -> None:
+    recipes = [replace(TINY, members=6, seed=seed) for seed in range(4)]
+    seeds = [recipe.schedule(member).seed for recipe in recipes for member in recipe.all_members()]
+    assert len(seeds) == len(set(seeds)) == 28
+
+
+def test_members_are_the_plain_networks_and_if_wanted_one_with_dropout() -> None:
+    assert {member.name for member in TINY.all_members()} == set(NAMES)
+    assert {member.name for member in replace(TINY, dropout=None).all_members()} == {"plain-0", "plain-1"}
+
+
+def test_members_are_built_for_the_images_and_only_one_with_dropout() -> None:
+    images = Images(torch.zeros(4, 3, 20, 20, dtype=torch.uint8), torch.zeros(4).long(), tuple("abcd"), "x")
+    recipe = replace(TINY, arguments={"width": 0.5})
+    plain = {"classes": 4, "channels": 3, "size": 20, "width": 0.5}
+    assert recipe.network_arguments(Member("plain", 1), images) == plain
+    assert recipe.network_arguments(Member("dropout", 0), images) == plain | {"dropout": 0.5}
+
+
+def test_the_schedule_of_a_member_is_that_of_the_recipe() -> None:
+    recipe = replace(TINY, epochs=7, batch_size=5, learning_rate=0.125, augment=True)
+    for member in recipe.all_members():
+        schedule = recipe.schedule(member)
+        assert (schedule.epochs, schedule.batch_size, schedule.learning_rate) == (7, 5, 0.125)
+        assert schedule.augment
+        assert (schedule.precision, schedule.compile) == (recipe.precision, recipe.compile)
+
+
+@pytest.mark.parametrize("recipe", [TINY, *DEMOS.values(), *(r for p in PRESETS.values() for r in p.values())])
+def test_recipes_survive_json_and_can_be_built(recipe: Recipe) -> None:
+    assert Recipe(**json.loads(json.dumps(recipe.as_dict()))) == recipe
+    assert set(recipe.as_dict()) == {field.name for field in fields(Recipe)}
+    channels, size = (3, 32) if recipe.data.startswith("cifar") else (1, 28)
+    with torch.device("meta"):
+        for member in recipe.all_members():
+            images = Images(torch.zeros(1, channels, size, size).to(torch.uint8), torch.zeros(1).long(), ("a",), "x")
+            model = build(recipe.network, **recipe.network_arguments(member, images))
+            assert any(isinstance(m, nn.Dropout) for m in model.modules()) == (member.kind == "dropout")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 0}, {"members": 0}, {"draws": 0}, {"statistics_batch": 0}, {"train_images": 0}, {"test_images": -1},
+     {"held_out": 1.0}, {"held_out": -0.1}, {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": -1.0}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_settings_are_refused_before_a_folder_is_made(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        run(replace(TINY, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- fitting and predicting
+
+
+@functools.cache
+def lenet(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return build("lenet5", classes=5, dropout=dropout).eval()
+
+
+def part(source: str, split: str, n: int) -> Images:
+    return data.load(source, split).take(torch.arange(n))
+
+
+def test_a_posterior_is_fitted_to_all_images_in_the_order_of_the_seed() -> None:
+    images = part("digits:0-4", "train", 70)
+    lenet()
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    calls: list[tuple[int, int]] = []
+    posteriors = [fit_posterior(lenet(), images, 2, seed, lambda *call: calls.append(call)) for seed in (3, 3, 4)]
+    assert torch.random.get_rng_state().equal(state)
+    order = torch.randperm(70, generator=seeded(3))
+    slow = stochbn.fit(lenet(), [images.pixels[order].float() / 255], 2)
+    for name in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
+        torch.testing.assert_close(getattr(posteriors[0], name), getattr(slow, name), rtol=1e-4, atol=1e-7)
+        assert getattr(posteriors[0], name).equal(getattr(posteriors[1], name))
+        assert not getattr(posteriors[0], name).equal(getattr(posteriors[2], name))
+    assert posteriors[0].mini_batches == 35
+    assert calls[-1] == (70, 70)
+
+
+def test_masks_of_dropout_come_from_the_seed_when_a_posterior_is_fitted() -> None:
+    images = part("digits:0-4", "train", 32)
+    first, second = (fit_posterior(lenet(0.5), images, 16, seed=1) for _ in range(2))
+    assert first.variance_mean.equal(second.variance_mean)
+
+
+def test_a_data_set_is_predicted_in_its_order_batch_by_batch() -> None:
+    images = data.load("digits:0-4", "test").take(torch.arange(260))
+    calls: list[tuple[int, int]] = []
+    found = predict_all(stochbn.Predictive(lenet()), images, report=lambda *call: calls.append(call))
+    with torch.no_grad():
+        torch.testing.assert_close(found.probs, lenet()(images.pixels.float() / 255).softmax(1))
+    assert [total for _, total in calls] == [260] * len(calls)
+    assert calls[-1] == (260, 260)
+    assert len(calls) > 1
+
+
+def test_a_plain_member_predicts_as_it_is_and_with_sbn() -> None:
+    known, unknown = part("digits:0-4", "test", 12), part("digits:5-9", "test", 7)
+    posterior = fit_posterior(lenet(), part("digits:0-4", "train", 64), 16)
+    found = predict_member(lenet(), posterior, known, unknown, 4, seed=9)
+    assert set(found) == {"labels", "plain.known", "plain.unknown", "sbn.known", "sbn.unknown"}
+    assert found["labels"].equal(known.labels)
+    with torch.no_grad():
+        for key, images in (("known", known), ("unknown", unknown)):
+            x = images.pixels.float() / 255
+            torch.testing.assert_close(found[f"plain.{key}"], lenet()(x).log_softmax(1))
+            slow = stochbn.Predictive(lenet(), posterior, 4)(x, generator=seeded(9)).probs.log()
+            torch.testing.assert_close(found[f"sbn.{key}"], slow)
+            assert not torch.allclose(found[f"sbn.{key}"], found[f"plain.{key}"], atol=1e-3)
+
+
+def test_a_member_with_dropout_keeps_it_on() -> None:
+    known = part("digits:0-4", "test", 12)
+    posterior = fit_posterior(lenet(0.5), part("digits:0-4", "train", 64), 16)
+    found = predict_member(lenet(0.5), posterior, known, None, 4, seed=9)
+    x = known.pixels.float() / 255
+    for key, given in (("plain", None), ("sbn", posterior)):
+        slow = stochbn.MCDropout(lenet(0.5), 4, given)(x, generator=seeded(9)).probs.log()
+        torch.testing.assert_close(found[f"{key}.known"], slow)
+    with torch.no_grad():
+        assert not torch.allclose(found["plain.known"], lenet(0.5)(x).log_softmax(1), atol=1e-3)
+
+
+def test_without_posterior_or_unknown_data_a_member_predicts_less() -> None:
+    known, unknown = part("digits:0-4", "test", 5), part("digits:5-9", "test", 4)
+    calls: list[tuple[int, int]] = []
+    assert set(predict_member(lenet(), None, known, None, 2, 0)) == {"labels", "plain.known"}
+    found = predict_member(lenet(), None, known, unknown, 2, 0, lambda *call: calls.append(call))
+    assert set(found) == {"labels", "plain.known", "plain.unknown"}
+    assert calls == [(5, 9), (9, 9)]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_leaves_every_members_network_posterior_and_predictions(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    assert not list(folder.rglob("training*")), "the state of training was left behind"
+    assert not list(folder.rglob(".*")), "temporary files were left behind"
+    for name in NAMES:
+        checkpoint = checkpoints.load(folder / name / "network.safetensors")
+        assert checkpoint.data == "digits:0-4"
+        assert checkpoint.classes == tuple("01234")
+        assert checkpoint.arguments.get("dropout", 0) == (0.5 if name == "dropout-0" else 0)
+        posterior = stochbn.load(folder / name / "network.sbn.safetensors")
+        posterior.check(checkpoint.model)
+        assert (posterior.batch_size, posterior.mini_batches) == (16, 3)
+    for tensors in predictions(folder).values():
+        assert set(tensors) == {"labels", "plain.known", "plain.unknown", "sbn.known", "sbn.unknown"}
+        for key, value in tensors.items():
+            assert len(value) == 30
+            if key != "labels":
+                torch.testing.assert_close(value.exp().sum(1), torch.ones(30))
+
+
+def test_members_differ(finished: tuple[Path, Any]) -> None:
+    found = predictions(finished[0])
+    assert not found["plain-0"]["plain.known"].equal(found["plain-1"]["plain.known"])
+    assert found["plain-0"]["labels"].equal(found["plain-1"]["labels"])
+
+
+def test_a_members_predictions_are_those_of_its_network_on_the_test_images(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    about = json.loads((folder / "run.json").read_text())
+    test = data.load("digits:0-4", "test")
+    chosen = test.take(torch.randperm(len(test), generator=seeded(0))[:30])
+    assert about["data"]["known"]["sha256"] == chosen.fingerprint
+    assert predictions(folder)["plain-1"]["labels"].equal(chosen.labels)
+    model = checkpoints.load(folder / "plain-1" / "network.safetensors").model
+    with torch.no_grad():
+        expected = model(chosen.pixels.float() / 255).log_softmax(1)
+    torch.testing.assert_close(predictions(folder)["plain-1"]["plain.known"], expected)
+
+
+def test_a_run_records_recipe_data_and_versions(finished: tuple[Path, Any]) -> None:
+    about = json.loads((finished[0] / "run.json").read_text())
+    assert Recipe(**about["recipe"]) == TINY
+    assert {part: entry["images"] for part, entry in about["data"].items()} == {"train": 48, "known": 30, "unknown": 30}
+    assert about["versions"]["stochbn"] == stochbn.__version__
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["machine"]["cores"] == os.cpu_count()
+
+
+def test_every_stage_is_reported_up_to_its_end(finished: tuple[Path, list[tuple[str, str, int, int]]]) -> None:
+    for name in NAMES:
+        for stage in ("train", "fit", "predict"):
+            events = [(done, total) for member, at, done, total in finished[1] if (member, at) == (name, stage)]
+            assert [done for done, _ in events] == sorted(done for done, _ in events)
+            assert len({total for _, total in events}) == 1
+            assert events[-1][0] == events[-1][1]
+
+
+def test_a_finished_run_does_nothing_again(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    before, events = contents(folder), []
+    run(TINY, folder, progress=lambda *event: events.append(event))
+    run(TINY, folder, jobs=2, progress=lambda *event: events.append(event))
+    assert events == []
+    assert contents(folder) == before
+
+
+def test_the_global_generator_is_left_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(77)
+    state = torch.random.get_rng_state()
+    run(replace(TINY, epochs=1, members=1, train_images=32, test_images=4), tmp_path / "run")
+    assert torch.random.get_rng_state().equal(state)
+
+
+def test_members_side_by_side_give_the_numbers_of_members_one_after_another(
+    finished: tuple[Path, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # for two jobs: one thread each, as in this process
+    events: list[tuple[str, str, int, int]] = []
+    run(replace(TINY, members=1), tmp_path / "run", jobs=2, progress=lambda *event: events.append(event))
+    names = "dropout-0", "plain-0"
+    assert_same_numbers(tmp_path / "run", finished[0], names)
+    assert sorted(events) == sorted(event for event in finished[1] if event[0] in names)
+
+
+@pytest.mark.parametrize(
+    ("member", "stage", "done"),
+    [("dropout-0", "train", 3), ("plain-0", "train", 6), ("plain-1", "fit", 48), ("plain-0", "predict", 60)],
+)
+def test_a_stopped_run_continues_and_ends_with_the_same_numbers(
+    member: str, stage: str, done: int, finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    def stop(*event: Any) -> None:
+        if event[:3] == (member, stage, done):
+            raise StopHereError
+
+    folder = tmp_path / "run"
+    with pytest.raises(StopHereError):
+        run(TINY, folder, progress=stop)
+    before = contents(folder)
+    events = []
+    run(TINY, folder, progress=lambda *event: events.append(event))
+    assert_same_numbers(folder, finished[0])
+    after = contents(folder)
+    for file, content in before.items():
+        if "training" not in file:
+            assert after[file] == content, f"{file} was made again"
+    finished_before = {name for name in NAMES if f"{name}/predictions.safetensors" in before}
+    assert not finished_before & {event[0] for event in events}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_runner import TINY, run
+torch.set_num_threads(1)
+def kill(*event):
+    if event[:3] == ("plain-0", "train", 6):
+        os.kill(os.getpid(), signal.SIGKILL)
+run(TINY, Path(sys.argv[1]), progress=kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which this system does not have")
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = KILLED.format(tests=str(Path(__file__).parent))
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "plain-0" / "network.safetensors").exists()
+    run(TINY, folder)
+    assert_same_numbers(folder, finished[0])
+    assert {file for file in contents(folder) if "training" in file} == set()
+
+
+def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path) -> None:
+    recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=32, test_images=5)
+    run(recipe, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"plain-0"}
+    tensors, _ = read_tensors(tmp_path / "run" / "plain-0" / "predictions.safetensors", PREDICTIONS)
+    assert set(tensors) == {"labels", "plain.known", "sbn.known"}
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["data"]) == {"train", "known"}
+
+
+def test_choices_can_be_made_on_a_part_of_the_training_images(tmp_path: Path) -> None:
+    recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=None, test_images=None)
+    recipe = replace(recipe, data="digits:0-1", held_out=0.2, draws=1)
+    run(recipe, tmp_path / "run")
+    entries = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    whole = len(data.load("digits:0-1", "train"))
+    assert entries["known"]["images"] == round(0.2 * whole)
+    assert entries["train"]["images"] == whole - round(0.2 * whole)
+    assert "train" in entries["known"]["name"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 3}, {"seed": 1}, {"draws": 4}, {"members": 3}, {"learning_rate": 1e-4}, {"unknown": "digits:6-9"},
+     {"dropout": {"dropout": 0.25}}, {"train_images": 32}],
+    ids=str,
+)  # fmt: skip
+def test_a_folder_of_a_run_with_other_settings_is_refused_with_the_difference(
+    change: dict[str, Any], finished: tuple[Path, Any]
+) -> None:
+    folder, _ = finished
+    before = contents(folder)
+    (field, value), = change.items()  # fmt: skip
+    with pytest.raises(ValueError, match="holds another run") as caught:
+        run(replace(TINY, **change), folder)
+    assert f"{field} is {getattr(TINY, field)!r} there and {value!r} here" in str(caught.value)
+    assert all(f"{name} is" not in str(caught.value) for name in ("network", "statistics_batch", "augment"))
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def folder_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local copy of some digits as Parquet files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "some-digits"
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("01"))})
+    for split in ("train", "test"):
+        images = data.load("digits:0-1", split).take(torch.arange(32))
+        rows = {"image": list(images.pixels[:, 0].numpy()), "label": images.labels.tolist()}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def test_other_data_under_the_same_name_is_refused(folder_of_digits: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, data=str(folder_of_digits), unknown=None, dropout=None, members=1, epochs=1)
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run")
+    table = datasets.Dataset.from_parquet(str(folder_of_digits / "train.parquet"), cache_dir=str(tmp_path / "other"))
+    table.select([1, 0, *range(2, 32)]).to_parquet(str(folder_of_digits / "train.parquet"))
+    with pytest.raises(ValueError, match=r"holds another run: train is .* there and .* here\. Name another folder"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty and not a run folder; name another folder"):
+        run(TINY, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+        run(TINY, tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize("text", ['{"name": "another program\'s"}', "[]", "", "{"])
+def test_a_folder_with_a_run_json_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="another folder"):
+        run(TINY, tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_an_empty_folder_and_a_missing_one_with_missing_parents_are_used(tmp_path: Path) -> None:
+    recipe = replace(TINY, unknown=None, dropout=None, members=1, epochs=1, train_images=32, test_images=2, draws=1)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "a" / "b"):
+        run(recipe, folder)
+        assert (folder / "plain-0" / "predictions.safetensors").exists()
+
+
+def test_unknown_data_and_zero_jobs_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="unknown data set 'minst'"):
+        run(replace(TINY, unknown="minst"), tmp_path / "run")
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        run(TINY, tmp_path / "run", jobs=0)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- members that fail
+
+
+@pytest.fixture
+def nearly_finished(tmp_path: Path) -> tuple[Recipe, Path]:
+    """A run of two members, of which plain-1 has only its network."""
+    recipe = replace(TINY, dropout=None, epochs=1, train_images=32, test_images=4)
+    run(recipe, tmp_path / "run")
+    for file in (tmp_path / "run" / "plain-1").iterdir():
+        if file.name != "network.safetensors":
+            file.unlink()
+    return recipe, tmp_path / "run"
+
+
+def test_the_error_of_a_members_process_is_told_with_its_name(nearly_finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = nearly_finished
+    network = folder / "plain-1" / "network.safetensors"
+    network.write_bytes(network.read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match=r"plain-1 failed.*network\.safetensors' is truncated"):
+        run(recipe, folder, jobs=2)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which this system does not have")
+def test_a_members_process_that_dies_is_told_and_the_run_can_continue(nearly_finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = nearly_finished
+
+    def kill(*_: Any) -> None:
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="plain-1 ended with exit code -9"):
+        run(recipe, folder, jobs=2, progress=kill)
+    assert multiprocessing.active_children() == []
+    run(recipe, folder)
+    assert (folder / "plain-1" / "predictions.safetensors").exists()
+
+
+def test_the_processes_of_members_end_when_the_run_is_stopped(nearly_finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = nearly_finished
+    alive = []
+
+    def stop(*_: Any) -> None:
+        alive.extend(multiprocessing.active_children())
+        raise StopHereError
+
+    with pytest.raises(StopHereError):
+        run(recipe, folder, jobs=2, progress=stop)
+    assert len(alive) == 1
+    assert multiprocessing.active_children() == []

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stochbn.paper.tables import PUBLISHED, PUBLISHED_DATA, Table, accuracy, out_of_domain
+
+
+def score(method: str, sbn: bool, members: int = 1, **changes: Any) -> dict[str, Any]:
+    numbers = {"error": 1.234, "nll": 0.05678, "brier": 0.1, "ece": 0.01234, "entropy_known": 0.1239}
+    known = {"method": method, "sbn": sbn, "members": members, **numbers}
+    return known | {"entropy_unknown": 1.2, "auroc": 0.98765, "aupr": 0.9, "fpr95": 0.1234} | changes
+
+
+def without_unknown(scores: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in scores.items() if key not in ("entropy_unknown", "auroc", "aupr", "fpr95")}
+
+
+def test_the_table_of_errors_has_a_row_for_each_method_and_columns_without_and_with_sbn() -> None:
+    scores = [
+        score("SBN", False),
+        score("SBN", True, error=0.5, nll=0.04, ece=0.5),
+        score("Deep Ensembles", False, 6, error=12.0),
+        score("Deep Ensembles", True, 6, error=11.0),
+        score("Dropout", False, error=100.0),
+        score("Dropout", True, error=0.0),
+    ]
+    table = accuracy(scores, "digits (test)")
+    assert table.title.startswith("digits (test)")
+    assert len(table.columns) == 7
+    assert [list(row) for row in table.rows] == [
+        ["Single network", "1.23", "0.50", "0.0568", "0.0400", "1.23", "50.00"],
+        ["Deep Ensembles (6)", "12.00", "11.00", "0.0568", "0.0568", "1.23", "1.23"],
+        ["Dropout", "100.00", "0.00", "0.0568", "0.0568", "1.23", "1.23"],
+    ]
+
+
+def test_methods_without_a_posterior_have_dashes() -> None:
+    table = accuracy([score("SBN", False), score("Dropout", False), score("Dropout", True)], "x")
+    assert [list(row) for row in table.rows] == [
+        ["Single network", "1.23", "-", "0.0568", "-", "1.23", "-"],
+        ["Dropout", "1.23", "1.23", "0.0568", "0.0568", "1.23", "1.23"],
+    ]
+
+
+@pytest.mark.parametrize("network", sorted(PUBLISHED))
+def test_published_numbers_stand_in_brackets_behind_the_measured_ones(network: str) -> None:
+    scores = [score(method, sbn) for method in PUBLISHED[network] for sbn in (False, True)]
+    table = accuracy(scores, "x", network)
+    assert "published" in table.title
+    for row, numbers in zip(table.rows, PUBLISHED[network].values(), strict=True):
+        for cells, (key, digits) in zip((row[1:3], row[3:5]), (("error", 2), ("nll", 3)), strict=True):
+            for cell, theirs in zip(cells, numbers[key], strict=True):
+                assert ("(" in cell) == (theirs is not None)
+                if theirs is not None:
+                    assert cell.endswith(f" ({theirs:.{digits}f})")
+        assert not any("(" in cell for cell in row[5:])
+    assert network in PUBLISHED_DATA
+
+
+def test_without_published_numbers_there_are_no_brackets() -> None:
+    table = accuracy([score("SBN", False), score("SBN", True)], "x")
+    assert "(" not in table.title + "".join("".join(row) for row in table.rows)
+
+
+def test_numbers_over_seeds_are_means_with_deviations() -> None:
+    scores = score("SBN", False, error=(1.0, 0.25), nll=(0.5, 0.0625), ece=(0.02, 0.01), auroc=(0.9, 0.05),
+                   fpr95=(0.5, 0.25), entropy_known=(0.1, 0.01), entropy_unknown=(1.0, 0.5))  # fmt: skip
+    assert list(accuracy([scores], "x").rows[0]) == [
+        "Single network", "1.00 ± 0.25", "-", "0.5000 ± 0.0625", "-", "2.00 ± 1.00", "-",
+    ]  # fmt: skip
+    row = out_of_domain([scores], "x").rows[0]
+    assert list(row[1:]) == ["0.100 ± 0.010", "1.000 ± 0.500", "0.9000 ± 0.0500", "50.0 ± 25.0"]
+
+
+def test_the_out_of_domain_table_has_a_row_for_each_method_without_and_with_sbn() -> None:
+    scores = [score(m, sbn, n) for m, n in (("SBN", 1), ("Deep Ensembles", 3), ("Dropout", 1)) for sbn in (False, True)]
+    table = out_of_domain(scores, "notmnist (test)")
+    assert table.title.startswith("notmnist (test)")
+    assert len({row[0] for row in table.rows}) == 6
+    assert [row[0].startswith(("Single network", "Deep Ensembles (3)", "Dropout")) for row in table.rows] == [True] * 6
+    assert [row[0].endswith("+ SBN") for row in table.rows] == [False, True] * 3
+    assert {tuple(row[1:]) for row in table.rows} == {("0.124", "1.200", "0.9877", "12.3")}
+
+
+def test_methods_without_unknown_data_are_left_out_of_the_out_of_domain_table() -> None:
+    scores = [without_unknown(score("SBN", False)), score("SBN", True)]
+    assert [row[0] for row in out_of_domain(scores, "x").rows] == ["Single network + SBN"]
+
+
+def test_markdown_is_a_title_a_head_a_rule_and_a_line_for_each_row() -> None:
+    table = Table("A title", ["method", "x", "y"], [["a", "1", "2"], ["b", "3", "4"]])
+    assert table.markdown().splitlines() == [
+        "**A title**", "", "| method | x | y |", "| --- | ---: | ---: |", "| a | 1 | 2 |", "| b | 3 | 4 |",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("title", ["digits (test)", "./faces[v2] (test)"])
+def test_the_terminal_shows_title_head_and_every_cell(title: str) -> None:
+    table = Table(title, ["method", "x %"], [["Deep Ensembles (3)", "1.25"], ["Dropout", "-"]])
+    text = io.StringIO()
+    Console(file=text, width=100).print(table.rich())
+    for words in (title, "method", "x %", "Deep Ensembles (3)", "1.25", "Dropout", "-"):
+        assert words in text.getvalue()
