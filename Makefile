@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV); the first time this takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

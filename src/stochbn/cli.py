@@ -216,13 +216,14 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
         f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
     )
     stages = {"train": "training", "fit": "fitting SBN", "observe": "observing", "predict": "predicting"}
-    with _bars("steps or images") as bars:
+    with _bars() as bars:
         tasks: dict[tuple[str, str], Any] = {}
 
         def advance(member: str, stage: str, done: int, total: int) -> None:
             key = member, stage
             if key not in tasks:
-                tasks[key] = bars.add_task(f"{member}: {stages[stage]}", total=total)
+                unit = "steps" if stage == "train" else "img"
+                tasks[key] = bars.add_task(f"{member}: {stages[stage]}", total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
         runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe), progress=advance)
@@ -256,8 +257,8 @@ def train(
     arguments: dict[str, Any] = {"classes": len(images.classes), "channels": channels, "size": size}
     arguments |= {"dropout": dropout} if dropout else {}
     schedule = training.Schedule(epochs, batch_size, learning_rate, seed)
-    with _bars("img") as bars:
-        task = bars.add_task("training", total=None)
+    with _bars() as bars:
+        task = bars.add_task("training", total=None, unit="img")
         model = training.train(
             functools.partial(networks.build, network, **arguments),
             images,
@@ -292,7 +293,7 @@ def fit(
     _check_folder(path)
     images = load(data or checkpoint.data, "train")
     _check_images(checkpoint, images)
-    with _bars("img") as bars:
+    with _bars() as bars:
         posterior = fit_posterior(checkpoint.model, images, batch_size, seed, _follow(bars, "fitting"))
     posterior.save(path)
     out.print(
@@ -346,7 +347,7 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     predictions: dict[bool, list[Any]] = {False: [], True: []}
-    with _bars("img") as bars:
+    with _bars() as bars:
         for path, checkpoint, posterior in zip(networks, loaded, fitted, strict=True):
             follow = _follow(bars, f"predicting, {path.name}")
             predictions[bool(checkpoint.arguments.get("dropout"))].append(
@@ -392,7 +393,7 @@ def predict(
     _check_folder(path)
     images = load(data or checkpoint.data, split)
     _check_images(checkpoint, images)
-    with _bars("img") as bars:
+    with _bars() as bars:
         generator = torch.Generator().manual_seed(seed)
         prediction = predict_all(predictive, images, generator, _follow(bars, "predicting"))
     probability, label = prediction.probs.max(1)
@@ -418,26 +419,22 @@ def predict(
 
 
 class _RateColumn(ProgressColumn):
-    """Steps per second, in the unit of the bars."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
+    """Steps per second, in the unit of the bar."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
-def _bars(unit: str) -> Progress:
-    """Progress bars with rate and time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _RateColumn(unit))
+def _bars() -> Progress:
+    """Progress bars with rate and time left; their tasks name a unit."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _RateColumn())
     return Progress(*columns, TimeRemainingColumn(), console=out)
 
 
 def _follow(bars: Progress, description: str) -> Callable[[int, int], None]:
     """A new bar, as the function that moves it."""
-    task = bars.add_task(description, total=None)
+    task = bars.add_task(description, total=None, unit="img")
     return lambda done, total: bars.update(task, completed=done, total=total)
 
 

@@ -42,7 +42,7 @@ def observe(
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
             for layer, statistics in see(inputs).items():
                 found.setdefault(layer, []).append(statistics.float())
-            report(count * batch_size, len(images))
+            report(count * batch_size, len(images) // batch_size * batch_size)
     return {layer: torch.cat(rows) for layer, rows in found.items()}
 
 

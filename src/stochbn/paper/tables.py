@@ -91,8 +91,8 @@ def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
         for s in scores
         if "auroc" in s
     ]
-    columns = ["method", "entropy, known", "entropy, unknown", "AUROC", "FPR95 %"]
-    return Table(f"{unknown}: out of domain, by entropy (nats)", columns, rows)
+    columns = ["method", "known", "unknown", "AUROC", "FPR95 %"]
+    return Table(f"{unknown}: mean entropy (nats), and detection of the unknown by it", columns, rows)
 
 
 def _pairs(scores: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
