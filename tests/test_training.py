@@ -82,15 +82,18 @@ def test_the_network_is_in_evaluation_mode_on_the_cpu_and_the_images_are_untouch
 
 
 class Double(nn.Module):
-    """A network in float64 that takes float32 images, and writes down the mini-batches it saw."""
+    """A network in float64 that takes float32 images, and writes down what it is trained on, and from which weights."""
 
-    def __init__(self, seen: list[Tensor]) -> None:
+    def __init__(self, seen: list[Tensor], fresh: list[nn.Module] | None = None) -> None:
         super().__init__()
         self.body = small().double()
         self.seen = seen
+        self.fresh = [] if fresh is None else fresh
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
+            if not self.seen:
+                self.fresh.append(copy.deepcopy(self.body))
             self.seen.append(x.detach().clone())
         out: Tensor = self.body(x.double())
         return out
@@ -102,7 +105,7 @@ def slow_adam(model: nn.Module, images: Images, steps: int, learning_rate: float
     first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     second = copy.deepcopy(first)
     for step in range(steps):
-        log_probs = model.train()(x).log_softmax(1)
+        log_probs = model.train()(x.double()).log_softmax(1)
         loss = -log_probs[torch.arange(len(y)), y].mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         rate = learning_rate * (steps - step) / steps
@@ -116,17 +119,11 @@ def slow_adam(model: nn.Module, images: Images, steps: int, learning_rate: float
 
 
 def test_training_is_adam_with_a_rate_that_decays_linearly_to_zero() -> None:
-    images, fresh = few(9), []
-
-    def build_double() -> nn.Module:
-        model = Double([])
-        fresh.append(copy.deepcopy(model))
-        return model
-
-    model = train(build_double, images, Schedule(7, 9, 0.01, seed=4))
+    images, fresh = few(9), list[nn.Module]()
+    model = train(functools.partial(Double, [], fresh), images, Schedule(7, 9, 0.01, seed=4))
     reference = slow_adam(fresh[0], images, 7, 0.01).state_dict()
-    for name, value in model.state_dict().items():
-        if name != "body.0.bias":  # a normalisation follows, so its gradient is rounding, which Adam scales up
+    for name, value in model.get_submodule("body").state_dict().items():
+        if name != "0.bias":  # a normalisation follows, so its gradient is rounding, which Adam scales up
             tolerance = 1e-2 if "running_mean" in name else 1e-6
             torch.testing.assert_close(value, reference[name], rtol=tolerance, atol=tolerance)
 
@@ -176,19 +173,22 @@ def test_long_epochs_are_reported_in_between() -> None:
 
 
 def test_reported_losses_are_means_since_the_last_report() -> None:
-    calls: list[float] = []
-    images = few(9)
-    fresh: list[nn.Module] = []
-
-    def build_small() -> nn.Module:
-        model = small()
-        fresh.append(copy.deepcopy(model))
-        return model
-
-    train(build_small, images, Schedule(1, 9), report=lambda step, steps, loss: calls.append(loss))
-    probs = fresh[0].train()(images.pixels / 255).softmax(1)
+    images, calls, fresh = few(9), list[float](), list[nn.Module]()
+    build_double = functools.partial(Double, [], fresh)
+    train(build_double, images, Schedule(1, 9), report=lambda step, steps, loss: calls.append(loss))
+    probs = fresh[0].train()((images.pixels / 255).double()).softmax(1)
     expected = -probs[torch.arange(9), images.labels].log().mean()
     assert calls == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+def test_two_processes_train_one_network_together() -> None:
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    images = few(70)
+    model = train(small, images, Schedule(15, 4, 0.01, processes=2))
+    assert torch.random.get_rng_state().equal(state)
+    assert model.get_buffer("1.num_batches_tracked") == 15 * 8, "each step takes a mini-batch in each process"
+    assert (model(images.pixels / 255).argmax(1) == images.labels).double().mean() > 0.95
 
 
 def test_lenet5_learns_digits() -> None:

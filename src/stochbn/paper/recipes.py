@@ -121,7 +121,7 @@ _VGG = Recipe(
     augment=True,
 )
 _RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
-_REDUCED: dict[str, Any] = {"epochs": 8, "batch_size": 64, "members": 3, "test_images": 2500}
+_REDUCED: dict[str, Any] = {"epochs": 8, "batch_size": 64, "members": 3, "test_images": 2000}
 _SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images": 256, "test_images": 64}
 
 PRESETS = {
