@@ -276,6 +276,7 @@ def test_names_with_brackets_are_shown_as_they_are(trained: Trained, tmp_path: P
 @pytest.fixture
 def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(TINY, epochs=1, train_images=32, test_images=20, draws=2)
+    monkeypatch.setattr(figures, "save_statistics", lambda *_, **__: [])  # takes long
     monkeypatch.setitem(recipes.DEMOS, "digits", recipe)
     monkeypatch.setitem(recipes.PRESETS, "lenet5", recipes.PRESETS["lenet5"] | {"smoke": recipe})
 
@@ -301,7 +302,6 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     (command,) = [shlex.split(line) for line in text.splitlines() if "demo --data mnist" in line]
     assert shutil.which(command[0]), f"{command[0]} is no program"
 
-    monkeypatch.setattr(figures, "save_statistics", lambda *_, **__: [])  # takes long
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     assert "demo --data mnist" in stochbn_("demo", "--jobs", 1)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
@@ -312,10 +312,7 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     assert "Single network" in evaluated
 
 
-def test_reproducing_an_experiment_changes_its_preset_field_by_field(
-    tiny_demo: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "save_statistics", lambda *_, **__: [])  # takes long
+def test_reproducing_an_experiment_changes_its_preset_field_by_field(tiny_demo: None) -> None:
     stochbn_("reproduce", "lenet5", "--preset", "smoke", "--jobs", 1, "--members", 1, "--dropout", 0, "--draws", 1,
              "--unknown", "none", "--seed", 3, "--learning-rate", 0.002, "--statistics-batch", 8, "--out", "run",
              "--no-augment")  # fmt: skip

@@ -9,11 +9,12 @@ def main() -> None:
     """Run the command line, or say how to install what it needs."""
     try:
         from stochbn import cli
+
+        cli.main()
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.startswith("stochbn"):
+        if error.name is None or error.name.split(".")[0] == "stochbn":
             raise
         sys.exit(f"the stochbn command needs {error.name}, which is not installed: pip install 'stochbn[paper]'")
-    cli.main()
 
 
 if __name__ == "__main__":

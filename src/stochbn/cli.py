@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ def main() -> None:
     try:
         app()
     except (ExperimentError, OSError, ValueError) as error:
-        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -103,9 +102,12 @@ def demo(
         raise ValueError(f"the demonstration runs on {' or '.join(DEMOS)}, not on {data!r}")
     _run(DEMOS[data], folder or Path(f"demo-{data}"), jobs)
     if data == "digits":
-        program = "stochbn" if shutil.which("stochbn") == str(Path(sys.argv[0]).resolve()) else sys.argv[0]
+        as_module = Path(sys.argv[0]).name == "__main__.py"
+        program = [sys.executable, "-m", "stochbn"] if as_module else sys.argv[:1]
         out.print(
-            f"\nNext, on real data (some minutes):\n\n    {shlex.quote(program)} demo --data mnist\n", highlight=False
+            f"\nNext, on real data (some minutes):\n\n    {escape(shlex.join(program))} demo --data mnist\n",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -231,8 +233,8 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
         out.print(table.rich())
     out.print(
         "Lower NLL is better; unknown objects should have more entropy than known ones. "
-        f"Everything is in [bold]{folder}[/]: results.json, results.md, entropy-cdf.png, and a folder for each "
-        "network with its posterior."
+        f"Everything is in [bold]{escape(str(folder))}[/]: results.json, results.md, entropy-cdf.png, and a folder for "
+        "each network with its posterior."
     )
 
 
@@ -253,7 +255,9 @@ def train(
 
     _check_folder(path)
     images = load(data, "train")
-    channels, size, _ = images.shape
+    channels, size, width = images.shape
+    if size != width:
+        raise ValueError(f"{images.name} has images of {size}x{width} pixels; the networks take square ones")
     arguments: dict[str, Any] = {"classes": len(images.classes), "channels": channels, "size": size}
     arguments |= {"dropout": dropout} if dropout else {}
     schedule = training.Schedule(epochs, batch_size, learning_rate, seed)
@@ -268,7 +272,9 @@ def train(
             ),
         )
     checkpoints.save(path, checkpoints.Checkpoint(model, network, arguments, data, images.classes))
-    out.print(f"Saved the network as [bold]{path}[/]. Next: stochbn fit {shlex.quote(str(path))}", highlight=False)
+    name = escape(str(path))
+    command = escape(f"stochbn fit {shlex.quote(str(path))}")
+    out.print(f"Saved the network as [bold]{name}[/]. Next: {command}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -297,10 +303,11 @@ def fit(
         posterior = fit_posterior(checkpoint.model, images, batch_size, seed, _follow(bars, "fitting"))
     posterior.save(path)
     out.print(
-        f"Saved the posterior as [bold]{path}[/]: {sum(posterior.layers.values())} channels in "
+        f"Saved the posterior as [bold]{escape(str(path))}[/]: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
-        f"Next: stochbn evaluate {shlex.quote(str(network))}",
+        f"Next: stochbn evaluate {escape(shlex.quote(str(network)))}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -331,7 +338,7 @@ def evaluate(
     """
     from stochbn.paper import checkpoints, report
     from stochbn.paper.data import load
-    from stochbn.paper.runner import predict_member
+    from stochbn.paper.runner import has_dropout, predict_member
 
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(networks)
     if len(named) != len(networks):
@@ -350,7 +357,7 @@ def evaluate(
     with _bars() as bars:
         for path, checkpoint, posterior in zip(networks, loaded, fitted, strict=True):
             follow = _follow(bars, f"predicting, {path.name}")
-            predictions[bool(checkpoint.arguments.get("dropout"))].append(
+            predictions[has_dropout(checkpoint.model)].append(
                 predict_member(checkpoint.model, posterior, known, unknown, draws, seed, follow)
             )
     found = report.methods(predictions[False], predictions[True])
@@ -365,7 +372,7 @@ def evaluate(
     if None in fitted:
         out.print("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
     if folder is not None:
-        out.print(f"Results are in [bold]{folder}[/].")
+        out.print(f"Results are in [bold]{escape(str(folder))}[/].")
 
 
 @app.command()
@@ -415,7 +422,7 @@ def predict(
     for i in sorted(range(len(rows)), key=lambda i: -rows[i][2])[:5]:
         table.add_row(str(i), rows[i][0], *(f"{value:.3f}" for value in rows[i][1:]))
     out.print(table)
-    out.print(f"Saved {len(rows)} predictions as [bold]{path}[/]; entropies are in nats.")
+    out.print(f"Saved {len(rows)} predictions as [bold]{escape(str(path))}[/]; entropies are in nats.")
 
 
 class _RateColumn(ProgressColumn):

@@ -145,6 +145,7 @@ def _scores(values: Any, name: str) -> Tensor:
 def _torchmetrics() -> Any:
     try:
         from torchmetrics.functional import classification
-    except ImportError as error:
-        raise ImportError("stochbn.metrics needs torchmetrics: pip install 'stochbn[metrics]'") from error
+    except ModuleNotFoundError as error:
+        message = "stochbn.metrics needs torchmetrics: pip install 'stochbn[metrics]'"
+        raise ModuleNotFoundError(message, name="torchmetrics") from error
     return classification

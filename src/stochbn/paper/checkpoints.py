@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from stochbn.files import read_tensors, write_tensors
@@ -59,8 +60,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """
     tensors, about = read_tensors(path, FORMAT)
     try:
-        model = build(about["network"], **about["arguments"])
+        with torch.random.fork_rng():
+            model = build(about["network"], **about["arguments"])
         model.load_state_dict(tensors)
+        network, arguments, trained_on, classes = (about[key] for key in ("network", "arguments", "data", "classes"))
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} does not hold a network of this release: {error}") from error
-    return Checkpoint(model.eval(), about["network"], about["arguments"], about["data"], tuple(about["classes"]))
+    return Checkpoint(model.eval(), network, arguments, trained_on, tuple(classes))

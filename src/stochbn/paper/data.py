@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -179,13 +180,14 @@ def _dataset(name: str, split: str) -> Images:
         f"FOLDER/{Path(name).name}`, bring the folder here and set {FOLDER_VARIABLE}=FOLDER; "
         "or name a local folder in place of the data set"
     )
-    if not local and name not in HUB and "/" not in name:
+    if not local and name not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise DataError(
             f"unknown data set {name!r}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
             "nor a Hub name of the form owner/name"
         )
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     try:
+        datasets.logging.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
         loaded = datasets.load_dataset(location)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -195,8 +197,11 @@ def _dataset(name: str, split: str) -> Images:
             raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
         raise DataError(f"cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
     except Exception as error:  # the readers of each format raise errors of their own kinds
+        if not local:
+            raise DataError(f"cannot fetch {location!r} from the Hugging Face Hub ({error}): {advice}") from error
         raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
     if split not in loaded:
@@ -232,7 +237,7 @@ def _decode(table: Any, location: str) -> Images:
 
     image, label = column(datasets.Image, "image"), column(datasets.ClassLabel, "label")
     try:
-        arrays = [np.asarray(picture) for picture in table[image]]
+        arrays = [np.asarray(p.convert("RGB") if getattr(p, "mode", "") == "P" else p) for p in table[image]]
     except Exception as error:  # Pillow and pyarrow raise errors of many kinds for damaged images
         raise DataError(f"{location!r} holds an image that cannot be decoded: {error}") from error
     shapes = {array.shape for array in arrays}
@@ -243,7 +248,9 @@ def _decode(table: Any, location: str) -> Images:
         )
     pixels = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, 0, 0, dtype=torch.uint8)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.movedim(-1, 1)
-    labels = torch.tensor(table[label][:], dtype=torch.int64)
-    feature = table.features[label]
+    values, feature = table[label][:], table.features[label]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise DataError(f"{location!r} has labels that are not whole numbers of at least 0 in its column {label!r}")
+    labels = torch.tensor(values, dtype=torch.int64)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
     return Images(pixels.contiguous(), labels, tuple(names), location)

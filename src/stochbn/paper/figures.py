@@ -47,10 +47,11 @@ def save_entropy_cdf(
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     for (method, sbn), values in entropies.items():
-        if method == "SBN" and not sbn:
+        if method == "SBN" and not sbn and len(entropies) > 1:
             continue
         x, y = entropy_cdf(values)
         label, style = (f"{method} + SBN", "--") if sbn and method != "SBN" else (method, "-")
+        label = "Single network" if (method, sbn) == ("SBN", False) else label
         axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=COLORS[method], lw=1.8)
     limit = math.log(classes)
     axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
@@ -92,7 +93,8 @@ def save_statistics(
     grid = figure.subplots(len(chosen), 2 * channels, squeeze=False)
     for row, layer in zip(grid, chosen, strict=True):
         m, s, m_log, s_log = parameters[layer]
-        varying = (s > 0).nonzero()[:channels, 0].tolist()
+        finite = observations[layer][:, 1].log().isfinite().all(0)
+        varying = ((s > 0) & finite).nonzero()[:channels, 0].tolist()
         for i, channel in enumerate(varying):
             means, variances = observations[layer][:, :, channel].unbind(1)
             for axes, values, location, scale, name, color in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -136,6 +137,9 @@ def build(name: str, **arguments: object) -> nn.Module:
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")
+    known = inspect.signature(NETWORKS[name]).parameters
+    if unknown := [argument for argument in arguments if argument not in known]:
+        raise ValueError(f"{name} has no argument {unknown[0]}; it has {', '.join(known)}")
     model: nn.Module = NETWORKS[name](**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 

@@ -78,6 +78,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be a fraction from 0 to 1, got {self.held_out}")
+        for member in self.all_members():
+            self.schedule(member)  # refuses what no schedule can be
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON holds it."""
@@ -105,7 +107,9 @@ class Recipe:
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:
         """What a member is built with, for these training images."""
-        channels, size, _ = images.shape
+        channels, size, width = images.shape
+        if size != width:
+            raise ValueError(f"{images.name} has images of {size}x{width} pixels; the networks take square ones")
         common = {"classes": len(images.classes), "channels": channels, "size": size, **self.arguments}
         return common | (self.dropout or {} if member.kind == "dropout" else {})
 

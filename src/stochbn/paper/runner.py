@@ -34,7 +34,16 @@ from stochbn.paper.training import train
 from stochbn.posteriors import Factorized
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
-__all__ = ["PREDICTIONS", "STATISTICS", "RunError", "fit_posterior", "predict_all", "predict_member", "run"]
+__all__ = [
+    "PREDICTIONS",
+    "STATISTICS",
+    "RunError",
+    "fit_posterior",
+    "has_dropout",
+    "predict_all",
+    "predict_member",
+    "run",
+]
 
 PREDICTIONS = "stochbn.predictions/1"
 STATISTICS = "stochbn.statistics/1"
@@ -71,6 +80,9 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
     parts = _parts(recipe)
+    for member in recipe.all_members():
+        with torch.device("meta"):  # refuses what cannot be built, before a folder is made
+            networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
     _claim(recipe, folder, parts)
     waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
     if jobs == 1:
@@ -212,7 +224,7 @@ def predict_member(
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
         ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``.
     """
-    kind = MCDropout if any(isinstance(m, nn.Dropout) for m in model.modules()) else Predictive
+    kind = MCDropout if has_dropout(model) else Predictive
     predictors = {"plain": kind(model, posterior=None, draws=draws)}
     if posterior is not None:
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
@@ -229,6 +241,11 @@ def predict_member(
                 lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
             ).probs.log()
     return tensors
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a network was built with dropout."""
+    return any(isinstance(module, nn.Dropout) for module in model.modules())
 
 
 def fit_posterior(
@@ -311,7 +328,11 @@ def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
     }
     file = folder / "run.json"
     if file.exists():
-        theirs = json.loads(file.read_text())
+        try:
+            theirs = json.loads(file.read_text())
+            theirs = {part: dict(theirs[part]) for part in ours}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(file)!r} is damaged or not of a run; name another folder") from error
         differing = [
             f"{field} is {theirs[part].get(field)!r} there and {value!r} here"
             for part in ("recipe", "data")
@@ -321,7 +342,7 @@ def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
         if differing:
             raise ValueError(f"{str(folder)!r} holds another run: {'; '.join(differing)}. Name another folder")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".run-") for path in folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 __all__ = ["PUBLISHED", "PUBLISHED_DATA", "Table", "accuracy", "out_of_domain"]
@@ -26,7 +27,7 @@ class Table:
 
     def rich(self) -> RichTable:
         """The table for a terminal."""
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        table = RichTable(title=escape(self.title), title_justify="left", title_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left")
         for row in self.rows:

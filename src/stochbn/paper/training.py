@@ -19,6 +19,7 @@ from stochbn.paper.data import Images, as_input, augment
 
 __all__ = ["Schedule", "train"]
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 STATE = "stochbn.training/1"
 WEIGHTS = "stochbn.weights/1"
 
@@ -49,6 +50,8 @@ class Schedule:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; there are {', '.join(PRECISIONS)}")
         if self.epochs < 1 or self.batch_size < 2 or not 0 < self.learning_rate < float("inf") or self.processes < 1:
             raise ValueError(
                 "expected at least 1 epoch, a batch size of at least 2, a positive learning rate and at least 1 "
@@ -97,6 +100,8 @@ def train(
         loop = functools.partial(_train, build=build, images=images, schedule=schedule, state=state, report=report)
         fabric.launch(functools.partial(loop, result=result))
         model.load_state_dict(read_tensors(result, WEIGHTS)[0])
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError("the network has weights or statistics that are not finite; use a lower learning rate")
     return model.eval()
 
 
@@ -168,7 +173,12 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
+            _, position, name = key.split(".")
+            moments.setdefault(int(position), {})[name] = value
+    # Fused Adam walks over parameters and moments as flat memory, so both must have the same (channels-last) layout.
+    for index, parameter in enumerate(model.parameters()):
+        for name, value in moments.get(index, {}).items():
+            if value.shape == parameter.shape:
+                moments[index][name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(about["epoch"])
