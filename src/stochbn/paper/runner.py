@@ -330,7 +330,8 @@ def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
     if file.exists():
         try:
             theirs = json.loads(file.read_text())
-            theirs = {part: dict(theirs[part]) for part in ours}
+            # A setting that a run made by an earlier release does not name had its default.
+            theirs = {"recipe": Recipe(**theirs["recipe"]).as_dict(), "data": dict(theirs["data"])}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is damaged or not of a run; name another folder") from error
         differing = [
