@@ -57,8 +57,8 @@ class PerImage(Dataset[tuple[Tensor, int]]):
             picture = padded.crop((left, top, left + width, top + height))
             if random.random() < 0.5:
                 picture = ImageOps.mirror(picture)
-        array = np.asarray(picture)
-        tensor = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+        array = np.array(picture)
+        tensor = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         return tensor.float() / 255, self.labels[index]
 
 

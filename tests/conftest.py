@@ -314,7 +314,7 @@ def slow_probs(
         for name, values in drawn.items():
             buffers[name].copy_(values[s])
         with torch.no_grad():
-            probs.append(model(x).double().softmax(1))
+            probs.append(model(x.clone()).double().softmax(1))
     every = torch.stack(probs)
     return every.mean(0), slow_entropy(every, axis=2).mean(0), every
 

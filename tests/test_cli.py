@@ -155,11 +155,12 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
     scores = results["scores"]
     assert all(row["error"] < 20 for row in scores)
     assert all(row["entropy_unknown"] > row["entropy_known"] for row in scores)
-    for i, label in enumerate(("Single network", "Deep Ensembles (2)", "Dropout")):
+    for i, label in enumerate(("SBN", "Deep Ensembles (2)", "Dropout")):
         plain, sbn = scores[2 * i : 2 * i + 2]
         cells = [f"{s['error']:.2f}" for s in (plain, sbn)] + [f"{s['nll']:.4f}" for s in (plain, sbn)]
         assert f"{label} {' '.join(cells)}" in words(text)
-        assert f"{label} + SBN {sbn['entropy_known']:.3f}" in words(text)
+        drawn = label if label == "SBN" else f"{label} + SBN"
+        assert f"{drawn} {sbn['entropy_known']:.3f}" in words(text)
     assert "digits:0-4 (test)" in text
     assert "digits:5-9 (test)" in text
     assert (results["data"], results["ood"], results["draws"], results["seed"]) == (
@@ -185,7 +186,7 @@ def test_evaluation_gives_the_scores_of_the_networks_predictions(trained: Traine
 
 def test_evaluation_without_out_writes_nothing(trained: Trained) -> None:
     text = stochbn_("evaluate", trained.networks[0], "--draws", 2)
-    assert "Single network" in text
+    assert "SBN" in text
     assert "Deep Ensembles" not in text
     assert not list(Path().iterdir())
 
@@ -209,10 +210,12 @@ def test_posteriors_can_be_named_in_the_order_of_the_networks(trained: Trained, 
 def test_any_network_with_dropout_counts_as_dropout(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", noise(20, 32, 32, 3), [i % 5 for i in range(20)])
     arguments = {"classes": 5, "channels": 3, "size": 32, "width": 0.05, "classifier_dropout": 0.5}
-    checkpoints.save("v.safetensors", Checkpoint(build("vgg11", **arguments), "vgg11", arguments, str(folder), ()))
+    checkpoints.save(
+        "v.safetensors", Checkpoint(build("vgg11", **arguments), "vgg11", arguments, str(folder), tuple("abcde"))
+    )
     text = stochbn_("evaluate", "v.safetensors", "--draws", 2)
-    assert "Dropout" in text
-    assert "Single network" not in text
+    assert "│ Dropout" in text
+    assert "│ SBN" not in text
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
@@ -296,7 +299,7 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     assert (folder / "entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "entropy-cdf.svg").read_text()
     assert (folder / "results.md").stat().st_size
-    for row in ("Single network", "Deep Ensembles (2)", "Dropout"):
+    for row in ("SBN", "Deep Ensembles (2)", "Dropout"):
         assert row in text
     assert "demo-digits" in text
     (command,) = [shlex.split(line) for line in text.splitlines() if "demo --data mnist" in line]
@@ -309,7 +312,7 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     stochbn_("report", folder)
     assert json.loads((folder / "results.json").read_text())["scores"] == results["scores"]
     evaluated = stochbn_("evaluate", folder / "plain-0" / "network.safetensors", "--draws", 2)
-    assert "Single network" in evaluated
+    assert "SBN" in evaluated
 
 
 def test_reproducing_an_experiment_changes_its_preset_field_by_field(tiny_demo: None) -> None:
@@ -456,7 +459,8 @@ def test_images_that_the_network_does_not_take_are_told(
             ["predict", network, "--data", folder, "--out", "p.csv"],
         ):
             assert_told(main(*command), shape, "the network takes [1, 28, 28]")
-    assert_told(main("evaluate", network, "--data", "digits"), "has 10 classes, the network 5", "NAME:0-4")
+    assert_told(main("evaluate", network, "--data", "digits"), "trained on 0, 1, 2, 3, 4", "NAME:0-4")
+    assert_told(main("evaluate", network, "--data", "digits:5-9"), "classes 5, 6, 7, 8, 9")
     assert not Path("p.csv").exists()
     assert not Path("new.safetensors").exists()
 

@@ -339,7 +339,7 @@ def test_the_folder_in_the_environment_variable_comes_before_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
     images = write_small(tmp_path / "copies" / "mnist")
-    write_small(tmp_path / "copies" / "thing", seed=1)
+    write_small(tmp_path / "copies" / "someone" / "thing", seed=1)
     monkeypatch.setenv("STOCHBN_DATA", str(tmp_path / "copies"))
     found = load("mnist", "train")
     np.testing.assert_array_equal(found.pixels[:, 0].numpy(), np.stack(images[:7]))
@@ -347,9 +347,10 @@ def test_the_folder_in_the_environment_variable_comes_before_the_hub(
     assert load("ylecun/mnist", "train").fingerprint == found.fingerprint
     assert load("someone/thing:0-1", "test").labels.tolist() == [1, 0, 1]
     assert asked == []
-    with pytest.raises(DataError, match="cannot reach"):
-        load("notmnist", "test")
-    assert asked == [HUB["notmnist"]]
+    for name in ("notmnist", "someone-else/mnist"):
+        with pytest.raises(DataError, match="cannot reach"):
+            load(name, "test")
+    assert asked == [HUB["notmnist"], "someone-else/mnist"], "another owner's data set is not the one of the copy"
 
 
 def test_the_same_data_has_the_same_fingerprint_however_it_was_loaded(tmp_path: Path) -> None:
@@ -412,7 +413,7 @@ def test_without_a_connection_the_message_says_what_to_do(name: str, hub: str, t
         load(f"{name}:0-4", "train")
     message = str(caught.value)
     assert f"cannot reach the Hugging Face Hub to fetch {hub!r}" in message
-    assert f"hf download {hub} --repo-type dataset --local-dir FOLDER/{name.split('/')[-1]}" in message
+    assert f"hf download {hub} --repo-type dataset --local-dir FOLDER/{name}`" in message
     assert "set STOCHBN_DATA=FOLDER" in message
     assert isinstance(caught.value.__cause__, ConnectionError)
 

@@ -320,3 +320,60 @@ def test_dead_channels_have_no_variance() -> None:
 def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         stochbn.fit(*arguments)
+
+
+def test_data_that_comes_from_the_network_itself_leaves_it_as_it_was() -> None:
+    """The iterable may call the network between mini-batches, in the modes and with the buffers it was given in."""
+    model = settled(mlp(), 4).eval()
+    x = normal(48, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def sure() -> Iterator[Tensor]:
+        for part in torch.split(x, 16):
+            assert not any(module.training for module in model.modules())
+            assert model(part).requires_grad
+            yield part
+
+    posterior = stochbn.fit(model, sure(), batch_size=16)
+    assert posterior.mini_batches == 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class OwnDecay(nn.BatchNorm1d):
+    """Moves its averages by a rate of its own, and leaves its momentum out of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        mean, var = x.mean(0), x.var(0, correction=0)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(mean, 0.3)
+        self.running_var.lerp_(var, 0.3)
+        return (x - mean) / (var + self.eps).sqrt()
+
+
+def test_a_layer_that_does_not_follow_its_momentum_has_the_statistics_of_its_input_observed() -> None:
+    x = 3 * normal(64, 5) + 1
+    posterior = stochbn.fit(nn.Sequential(OwnDecay(5), nn.Linear(5, 2)), [x], batch_size=16)
+    parts = torch.stack(torch.split(x.double(), 16))
+    torch.testing.assert_close(posterior.mean_mean, parts.mean(1).mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(posterior.variance_mean, parts.var(1, correction=0).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_with_averages_of_its_own_and_channels_elsewhere_is_refused() -> None:
+    class Last(OwnDecay):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, -2)).view_as(x)
+
+    with pytest.raises(ValueError, match=r"'0' \(Last\) updates its running averages in a way of its own"):
+        stochbn.fit(nn.Sequential(Last(5), nn.Linear(5, 2)), [normal(16, 3, 5)], batch_size=16)
+
+
+def test_data_is_left_as_it_was_by_a_network_that_writes_to_its_input() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x = normal(32, 4)
+    before = x.clone()
+    stochbn.fit(model, [x], batch_size=16)
+    assert torch.equal(x, before)

@@ -780,3 +780,26 @@ def test_an_input_that_does_not_fit_is_refused(
         with pytest.raises(error, match=message):
             predictive(batch)
         before.check()
+
+
+class Doubling(nn.Module):
+    """Writes to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.bn(x.mul_(2)))
+        return logits
+
+
+def test_every_draw_sees_the_input_as_it_was_also_if_the_network_writes_to_it() -> None:
+    model, x = Doubling(), normal(6, 4)
+    posterior = stochbn.fit(model, [normal(64, 4)], batch_size=16)
+    before = x.clone()
+    predicted = Predictive(model, posterior, draws=5, generator=seeded())(x)
+    assert torch.equal(x, before)
+    slow, _, _ = slow_probs(model, posterior, 5, 0, before)
+    torch.testing.assert_close(predicted.probs.double(), slow, rtol=1e-5, atol=1e-6)

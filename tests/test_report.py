@@ -138,7 +138,7 @@ def test_a_run_has_all_three_methods_without_and_with_sbn_in_results_and_tables(
     results = json.loads((folder / "results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == SIX
     assert [row["members"] for row in results["scores"]] == [1, 1, 2, 2, 1, 1]
-    assert [row[0] for row in accuracy.rows] == ["Single network", "Deep Ensembles (2)", "Dropout"]
+    assert [row[0] for row in accuracy.rows] == ["SBN", "Deep Ensembles (2)", "Dropout"]
     assert all(cell not in ("", "-") for row in accuracy.rows for cell in row)
     assert len(out_of_domain.rows) == 6
     assert "digits:0-4 (test)" in accuracy.title
@@ -214,7 +214,7 @@ def test_a_run_without_unknown_data_has_one_table_and_no_entropy_figure(
     run(recipe, tmp_path / "run")
     shown = write_run(tmp_path / "run")
     assert len(shown) == 1
-    assert [row[0] for row in shown[0].rows] == ["Single network"]
+    assert [row[0] for row in shown[0].rows] == ["SBN"]
     assert not list((tmp_path / "run").glob("entropy-cdf*"))
 
 
@@ -250,7 +250,7 @@ def test_methods_of_any_kind_are_written_with_their_settings(tmp_path: Path) -> 
 def test_a_single_network_without_a_posterior_can_be_written(tmp_path: Path) -> None:
     shown = write(tmp_path, {}, methods([member(0, sbn=False)], []), "known data", "unknown data", "a title")
     assert [len(table.rows) for table in shown] == [1, 1]
-    assert "Single network" in (tmp_path / "results.md").read_text()
+    assert "SBN" in (tmp_path / "results.md").read_text()
 
 
 def test_results_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:

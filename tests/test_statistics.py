@@ -27,15 +27,15 @@ from conftest import (
     settled,
     slow_statistics,
 )
-from stochbn.statistics import Moments, mini_batches, observing
+from stochbn.statistics import Moments, mini_batches, observer
 
 
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
-    with observing(model) as observe:
-        for batch in batches:
-            for name, found in observe(batch).items():
-                rows.setdefault(name, []).append(found)
+    observe = observer(model)
+    for batch in batches:
+        for name, found in observe(batch).items():
+            rows.setdefault(name, []).append(found)
     return {name: torch.cat(found) for name, found in rows.items()}
 
 
@@ -338,10 +338,10 @@ def test_a_second_round_of_observations_is_the_same_as_the_first() -> None:
 
 def test_the_stream_of_observations_does_not_alias_the_next_one() -> None:
     model = settled(mlp(), 4)
-    with observing(model) as observe:
-        first = observe(normal(8, 4))
-        kept = {name: rows.clone() for name, rows in first.items()}
-        observe(normal(8, 4, seed=1) * 3)
+    observe = observer(model)
+    first = observe(normal(8, 4))
+    kept = {name: rows.clone() for name, rows in first.items()}
+    observe(normal(8, 4, seed=1) * 3)
     for name, rows in first.items():
         assert torch.equal(rows, kept[name])
 

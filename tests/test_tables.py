@@ -32,7 +32,7 @@ def test_the_table_of_errors_has_a_row_for_each_method_and_columns_without_and_w
     assert table.title.startswith("digits (test)")
     assert len(table.columns) == 7
     assert [list(row) for row in table.rows] == [
-        ["Single network", "1.23", "0.50", "0.0568", "0.0400", "1.23", "50.00"],
+        ["SBN", "1.23", "0.50", "0.0568", "0.0400", "1.23", "50.00"],
         ["Deep Ensembles (6)", "12.00", "11.00", "0.0568", "0.0568", "1.23", "1.23"],
         ["Dropout", "100.00", "0.00", "0.0568", "0.0568", "1.23", "1.23"],
     ]
@@ -41,7 +41,7 @@ def test_the_table_of_errors_has_a_row_for_each_method_and_columns_without_and_w
 def test_methods_without_a_posterior_have_dashes() -> None:
     table = accuracy([score("SBN", False), score("Dropout", False), score("Dropout", True)], "x")
     assert [list(row) for row in table.rows] == [
-        ["Single network", "1.23", "-", "0.0568", "-", "1.23", "-"],
+        ["SBN", "1.23", "-", "0.0568", "-", "1.23", "-"],
         ["Dropout", "1.23", "1.23", "0.0568", "0.0568", "1.23", "1.23"],
     ]
 
@@ -70,7 +70,7 @@ def test_numbers_over_seeds_are_means_with_deviations() -> None:
     scores = score("SBN", False, error=(1.0, 0.25), nll=(0.5, 0.0625), ece=(0.02, 0.01), auroc=(0.9, 0.05),
                    fpr95=(0.5, 0.25), entropy_known=(0.1, 0.01), entropy_unknown=(1.0, 0.5))  # fmt: skip
     assert list(accuracy([scores], "x").rows[0]) == [
-        "Single network", "1.00 ± 0.25", "-", "0.5000 ± 0.0625", "-", "2.00 ± 1.00", "-",
+        "SBN", "1.00 ± 0.25", "-", "0.5000 ± 0.0625", "-", "2.00 ± 1.00", "-",
     ]  # fmt: skip
     row = out_of_domain([scores], "x").rows[0]
     assert list(row[1:]) == ["0.100 ± 0.010", "1.000 ± 0.500", "0.9000 ± 0.0500", "50.0 ± 25.0"]
@@ -81,14 +81,15 @@ def test_the_out_of_domain_table_has_a_row_for_each_method_without_and_with_sbn(
     table = out_of_domain(scores, "notmnist (test)")
     assert table.title.startswith("notmnist (test)")
     assert len({row[0] for row in table.rows}) == 6
-    assert [row[0].startswith(("Single network", "Deep Ensembles (3)", "Dropout")) for row in table.rows] == [True] * 6
-    assert [row[0].endswith("+ SBN") for row in table.rows] == [False, True] * 3
+    assert [row[0] for row in table.rows] == [
+        "plain BN", "SBN", "Deep Ensembles (3)", "Deep Ensembles (3) + SBN", "Dropout", "Dropout + SBN",
+    ]  # fmt: skip
     assert {tuple(row[1:]) for row in table.rows} == {("0.124", "1.200", "0.9877", "12.3")}
 
 
 def test_methods_without_unknown_data_are_left_out_of_the_out_of_domain_table() -> None:
     scores = [without_unknown(score("SBN", False)), score("SBN", True)]
-    assert [row[0] for row in out_of_domain(scores, "x").rows] == ["Single network + SBN"]
+    assert [row[0] for row in out_of_domain(scores, "x").rows] == ["SBN"]
 
 
 def test_markdown_is_a_title_a_head_a_rule_and_a_line_for_each_row() -> None:

@@ -99,7 +99,12 @@ def call(model: nn.Module, buffers: Mapping[str, Tensor], inputs: Tensor | dict[
     Raises:
         RuntimeError, ValueError: as the network raised it, with the shapes of the input put in front.
     """
-    args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
+    # A copy, as the network may write to its input and the caller, or the next draw, needs it as it was.
+    args, kwargs = (
+        ((inputs.clone(),), {})
+        if isinstance(inputs, Tensor)
+        else ((), {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    )
     try:
         return functional_call(model, dict(buffers), args, kwargs, tie_weights=False)
     except (RuntimeError, ValueError) as error:

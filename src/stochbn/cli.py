@@ -217,15 +217,21 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
         f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
         f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
     )
-    stages = {"train": "training", "fit": "fitting SBN", "observe": "observing", "predict": "predicting"}
+    stages = {
+        "load": "loading",
+        "train": "training",
+        "fit": "fitting SBN",
+        "observe": "observing",
+        "predict": "predicting",
+    }
     with _bars() as bars:
         tasks: dict[tuple[str, str], Any] = {}
 
-        def advance(member: str, stage: str, done: int, total: int) -> None:
-            key = member, stage
+        def advance(name: str, stage: str, done: int, total: int) -> None:
+            key = name, stage
             if key not in tasks:
                 unit = "steps" if stage == "train" else "img"
-                tasks[key] = bars.add_task(f"{member}: {stages[stage]}", total=total, unit=unit)
+                tasks[key] = bars.add_task(escape(f"{name}: {stages.get(stage, 'predicting')}"), total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
         runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe), progress=advance)
@@ -251,10 +257,9 @@ def train(
 ) -> None:
     """Train a network on images as in the paper: Adam, batch size 16, learning rate decaying to 0."""
     from stochbn.paper import checkpoints, networks, training
-    from stochbn.paper.data import load
 
     _check_folder(path)
-    images = load(data, "train")
+    images = _load(data, "train")
     channels, size, width = images.shape
     if size != width:
         raise ValueError(f"{images.name} has images of {size}x{width} pixels; the networks take square ones")
@@ -272,6 +277,10 @@ def train(
             ),
         )
     checkpoints.save(path, checkpoints.Checkpoint(model, network, arguments, data, images.classes))
+    stale = _default_posterior(path)
+    if stale.exists():
+        stale.unlink()
+        out.print(f"Deleted {escape(str(stale))}: it was fitted to the network that this one replaces.", soft_wrap=True)
     name = escape(str(path))
     command = escape(f"stochbn fit {shlex.quote(str(path))}")
     out.print(f"Saved the network as [bold]{name}[/]. Next: {command}", highlight=False, soft_wrap=True)
@@ -282,7 +291,7 @@ def fit(
     network: NetworkFile,
     data: DataFromNetwork = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
+        int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
     ] = 16,
     path: Annotated[
         Path | None, typer.Option("--out", help="File for it. \\[default: NETWORK.sbn.safetensors]", show_default=False)
@@ -291,13 +300,12 @@ def fit(
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
     from stochbn.paper import checkpoints
-    from stochbn.paper.data import load
     from stochbn.paper.runner import fit_posterior
 
     checkpoint = checkpoints.load(network)
     path = path or _default_posterior(network)
     _check_folder(path)
-    images = load(data or checkpoint.data, "train")
+    images = _load(data or checkpoint.data, "train")
     _check_images(checkpoint, images)
     with _bars() as bars:
         posterior = fit_posterior(checkpoint.model, images, batch_size, seed, _follow(bars, "fitting"))
@@ -337,7 +345,6 @@ def evaluate(
     Networks trained with dropout keep it on (MC Dropout). Several networks are also evaluated as an ensemble.
     """
     from stochbn.paper import checkpoints, report
-    from stochbn.paper.data import load
     from stochbn.paper.runner import has_dropout, predict_member
 
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(networks)
@@ -345,8 +352,8 @@ def evaluate(
         raise ValueError(f"got {len(named)} posteriors for {len(networks)} networks; name one for each, or none")
     loaded = [checkpoints.load(path) for path in networks]
     fitted = [_posterior(path, given) for path, given in zip(networks, named, strict=True)]
-    known = load(data or loaded[0].data, "test")
-    unknown = load(ood, "test") if ood else None
+    known = _load(data or loaded[0].data, "test")
+    unknown = _load(ood, "test") if ood else None
     for checkpoint in loaded:
         _check_images(checkpoint, known, labelled=True)
         if unknown is not None:
@@ -390,15 +397,19 @@ def predict(
 
     from stochbn.files import write_bytes
     from stochbn.paper import checkpoints
-    from stochbn.paper.data import load
     from stochbn.paper.runner import predict_all
     from stochbn.predictive import Predictive
 
     checkpoint = checkpoints.load(network)
-    fitted = _posterior(network, posterior or _default_posterior(network))
+    fitted = _posterior(network, posterior)
+    if fitted is None:
+        raise FileNotFoundError(
+            f"there is no posterior {str(_default_posterior(network))!r}: run 'stochbn fit' on the network first, or "
+            "name one with --posterior"
+        )
     predictive = Predictive(checkpoint.model, fitted, draws)
     _check_folder(path)
-    images = load(data or checkpoint.data, split)
+    images = _load(data or checkpoint.data, split)
     _check_images(checkpoint, images)
     with _bars() as bars:
         generator = torch.Generator().manual_seed(seed)
@@ -441,8 +452,8 @@ def _bars() -> Progress:
 
 def _follow(bars: Progress, description: str) -> Callable[[int, int], None]:
     """A new bar, as the function that moves it."""
-    task = bars.add_task(description, total=None, unit="img")
-    return lambda done, total: bars.update(task, completed=done, total=total)
+    task = bars.add_task(escape(description), total=None, unit="img", visible=False)
+    return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
 
 def _side_by_side(recipe: Recipe) -> int:
@@ -452,6 +463,14 @@ def _side_by_side(recipe: Recipe) -> int:
     if recipe.processes > 1 or torch.accelerator.is_available():
         return 1
     return min(len(recipe.all_members()), os.cpu_count() or 1)
+
+
+def _load(source: str, split: str) -> Images:
+    """Load data with a progress bar."""
+    from stochbn.paper.data import load
+
+    with _bars() as bars:
+        return load(source, split, _follow(bars, f"loading {source} ({split})"))
 
 
 def _default_posterior(network: Path) -> Path:
@@ -486,8 +505,8 @@ def _check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False
             f"{images.name} has images of {list(images.shape)} (channels, height, width), the network takes "
             f"{list(expected)}"
         )
-    if labelled and len(images.classes) != arguments["classes"]:
+    if labelled and images.classes != checkpoint.classes:
         raise ValueError(
-            f"{images.name} has {len(images.classes)} classes, the network {arguments['classes']}; "
-            f"select them as in NAME:0-{arguments['classes'] - 1}"
+            f"{images.name} has the classes {', '.join(images.classes)}, the network was trained on "
+            f"{', '.join(checkpoint.classes)}; select its classes as in NAME:0-{arguments['classes'] - 1}"
         )

@@ -9,7 +9,7 @@ from torch import nn
 from stochbn.calling import Batch
 from stochbn.layers import batch_norms, running_statistics
 from stochbn.posteriors import Factorized
-from stochbn.statistics import Moments, mini_batches, observing
+from stochbn.statistics import Moments, mini_batches, observer
 
 __all__ = ["fit"]
 
@@ -21,9 +21,9 @@ def fit(
 ) -> Factorized:
     """Fit a distribution over the batch-norm statistics of a trained network, in one pass over its training data.
 
-    The network ends exactly as it began. While mini-batches pass it is in training mode, so dropout, if it has any,
-    is on and draws from PyTorch's global generator, as when the network was trained. Memory does not grow with
-    the amount of data.
+    The network ends exactly as it began. While a mini-batch passes, all of it is in training mode, also layers that
+    were set to ``eval()`` on their own, so dropout, if it has any, is on and draws from PyTorch's global generator, as
+    when the network was trained. Memory does not grow with the amount of data.
 
     Args:
         model: a trained network with batch-norm layers.
@@ -37,7 +37,7 @@ def fit(
 
     Returns:
         The posterior. A layer that is called several times in one forward pass gives one observation per call;
-        one that is never called keeps its running averages and is listed in ``skipped``.
+        one that is never called, or cannot update its running averages, keeps them and is listed in ``skipped``.
 
     Raises:
         TypeError: an argument is of the wrong type, or the batches are of none of the types above.
@@ -51,12 +51,12 @@ def fit(
     layers = batch_norms(model)
     moments: dict[str, Moments] = {}
     seen = 0
-    with observing(model) as observe:
-        for inputs in mini_batches(model, batches, batch_size):
-            for name, observation in observe(inputs).items():
-                new = Moments.of(observation)
-                moments[name] = moments[name].merge(new) if name in moments else new
-            seen += 1
+    observe = observer(model)
+    for inputs in mini_batches(model, batches, batch_size):
+        for name, observation in observe(inputs).items():
+            new = Moments.of(observation)
+            moments[name] = moments[name].merge(new) if name in moments else new
+        seen += 1
     if not moments:
         raise ValueError(
             "no batch-norm layer saw mini-batch statistics: none was called, or all are frozen (they do not update "

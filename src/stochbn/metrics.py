@@ -65,7 +65,7 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     one_hot = torch.nn.functional.one_hot(labels, classes)
     return {
         "error": 100 * (probs.argmax(1) != labels).double().mean().item(),
-        "nll": -chosen.log().mean().item(),
+        "nll": 0.0 - chosen.log().mean().item(),
         "brier": (probs.double() - one_hot).square().sum(1).mean().item(),
         "ece": classification.multiclass_calibration_error(clipped, labels, classes, n_bins=BINS, norm="l1").item(),
     }

@@ -107,6 +107,7 @@ class Factorized:
 
         Raises:
             TypeError, ValueError: `n` is not a whole number of at least 1.
+            ValueError: a draw is too large for `dtype`.
         """
         check_draws(n)
         source = generator.device if generator is not None else "cpu"
@@ -122,6 +123,10 @@ class Factorized:
         for _ in range(n):
             z = torch.randn(2, len(m), generator=generator, device=source, dtype=torch.float64)
             drawn = torch.stack([m + s * z[0], v * (log_s * z[1] - log_s2 / 2).exp()]).to(self.dtype)
+            if not drawn.isfinite().all():
+                raise ValueError(
+                    f"the posterior drew statistics that {self.dtype} cannot hold; fit it to the network in float32"
+                )
             yield {
                 name: values
                 for layer, pair in zip(self.layers, torch.split(drawn, sizes, dim=1), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stochbn.calling import Batch, call, length, modes, network_input, split
 from stochbn.layers import batch_norms, running_statistics
 
-__all__ = ["Moments", "mini_batches", "observing"]
+__all__ = ["Moments", "mini_batches", "observer"]
 
 Observation = dict[str, Tensor]
 """For every layer that was called, ``[calls, 2, C]``: mean and biased variance at each call, float64."""
@@ -94,93 +94,114 @@ def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | N
         )
 
 
-@contextmanager
-def observing(model: nn.Module) -> Iterator[Callable[[Any], Observation]]:
+def observer(model: nn.Module) -> Callable[[Any], Observation]:
     """A function that sends one mini-batch through the network and returns the statistics its batch norms saw.
 
-    The network runs in training mode, so that every batch norm normalises by its mini-batch and deeper layers see
-    batch-normalised inputs (and dropout, if any, is on, as when the running averages were made). It runs on copies of
-    its buffers. Each layer is told to replace its copied running averages by the statistics of the mini-batch, and
-    these are read from there: they are what the layer itself computed, whatever the layout of its input and whatever
-    else a subclass does. On leaving, also by an exception, modes, momentum and hooks are as before; running averages,
+    For this one forward pass the whole network is in training mode, so that every batch norm normalises by its
+    mini-batch and deeper layers see batch-normalised inputs (and dropout, if any, is on, as when the running averages
+    were made). It runs on copies of its buffers, in which each layer is told (by a momentum of 1) to replace its
+    running averages by the statistics of the mini-batch, and these are read from there: they are what the layer itself
+    computed, whatever the layout of its input. The variance is taken to be stored as PyTorch does, with Bessel's
+    correction, which is undone. A layer whose averages do not follow its momentum has the statistics of its input
+    observed instead.
+
+    After each call, also one that raised, modes, momentum and hooks are as before; the network's own running averages,
     ``num_batches_tracked`` and all other buffers were never touched, and no gradients are made.
 
     A layer that is called several times in one forward pass gives one observation per call; one that is never
-    called gives none. A layer that does not update its running averages in training mode (a frozen one) has no
-    mini-batch statistics: it is left out, with a warning.
+    called gives none. A layer that cannot update its running averages in training mode has no mini-batch statistics: it
+    is left out, with a warning.
 
     Raises:
-        ValueError: from the function, for non-finite activations; on entry, as `batch_norms`.
+        TypeError, ValueError: as `batch_norms`; and from the function ValueError for non-finite activations, or for a
+            layer with averages of its own making and channels elsewhere than on axis 1.
     """
     layers = batch_norms(model)
-    originals = {name: tuple(t.clone() for t in running_statistics(layer)) for name, layer in layers.items()}
     copies: dict[int, Tensor] = {}
     buffers = {
         f"{prefix}.{name}" if prefix else name: copies.setdefault(id(buffer), buffer.clone())
         for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
     }
-    calls: dict[str, list[tuple[Tensor, int]]] = {}
-    frozen: set[str] = set()
-    checked: set[str] = set()
+    sources: dict[str, str] = {}
+    calls: dict[str, list[tuple[Tensor, float]]] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            mean, var = running_statistics(layer)
-            if name not in checked:
-                checked.add(name)
-                unchanged = torch.equal(mean, originals[name][0]) and torch.equal(var, originals[name][1])
-                if unchanged and not _updates(layer, args, kwargs):
-                    frozen.add(name)
+            if name not in sources:
+                sources[name] = _source(layer, args, kwargs)
+                if sources[name] == "frozen":
                     warnings.warn(
                         f"batch-norm layer {name!r} does not update its running statistics in training mode; "
                         "it is left at its running averages",
                         stacklevel=2,
                     )
-            if name not in frozen:
-                values = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).numel() // mean.numel()
-                calls.setdefault(name, []).append((torch.stack([mean, var]), values))
+            if sources[name] == "frozen":
+                return
+            mean, var = running_statistics(layer)
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            values = x.numel() // mean.numel()
+            factor = (values - 1) / values
+            if sources[name] == "input":
+                if x.ndim < 2 or x.shape[1] != len(mean):
+                    raise ValueError(
+                        f"batch-norm layer {name!r} ({type(layer).__name__}) updates its running averages in a way of "
+                        f"its own and takes inputs of shape {list(x.shape)}, so its statistics cannot be observed; "
+                        "expected averages that follow the layer's momentum, or channels on axis 1"
+                    )
+                var, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+                factor = 1.0
+            calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
 
         return record
 
     def observe(inputs: Any) -> Observation:
         calls.clear()
-        call(model, buffers, inputs)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(modes(model, lambda module: True))
+            for name, layer in layers.items():
+                stack.callback(setattr, layer, "momentum", layer.momentum)
+                layer.momentum = 1.0
+                stack.callback(layer.register_forward_hook(recorder(name), with_kwargs=True).remove)
+            call(model, buffers, inputs)
         return _collect(calls)
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(modes(model, lambda module: True))
-        for name, layer in layers.items():
-            stack.callback(setattr, layer, "momentum", layer.momentum)
-            layer.momentum = 1.0
-            stack.callback(layer.register_forward_hook(recorder(name), with_kwargs=True).remove)
-        yield observe
+    return observe
 
 
-def _updates(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a layer replaces its running averages when it is called, asked of other ones than it has."""
-    statistics = running_statistics(layer)
-    before = [t.clone() for t in statistics]
-    for t in statistics:
-        t.copy_((t == 0).to(t))
-    marks = [t.clone() for t in statistics]
-    layer.forward(*args, **kwargs)
-    changed = not all(torch.equal(t, mark) for t, mark in zip(statistics, marks, strict=True))
-    for t, old in zip(statistics, before, strict=True):
-        t.copy_(old)
-    return changed
+def _source(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Where a layer's statistics are to be read, found by calling it again with two settings of its averages.
+
+    ``averages`` if it replaces both by the same values, ``frozen`` if it leaves both as they are, otherwise ``input``.
+    """
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    before = [statistic.clone() for statistic in running_statistics(layer)]
+    marks, after = (0.25, 0.75), []
+    for mark in marks:
+        for statistic in running_statistics(layer):
+            statistic.fill_(mark)
+        layer.forward(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
+        after.append(torch.stack(running_statistics(layer)))
+    for statistic, old in zip(running_statistics(layer), before, strict=True):
+        statistic.copy_(old)
+    if torch.equal(*after):
+        return "averages"
+    return "frozen" if all(bool((a == mark).all()) for a, mark in zip(after, marks, strict=True)) else "input"
 
 
-def _collect(calls: dict[str, list[tuple[Tensor, int]]]) -> Observation:
-    """Bring the recorded statistics to the CPU in one transfer and undo Bessel's correction."""
+def _collect(calls: dict[str, list[tuple[Tensor, float]]]) -> Observation:
+    """Bring the recorded statistics to the CPU in one transfer, the variances times their factors."""
     if not calls:
         return {}
     flat = torch.cat([statistics.flatten() for made in calls.values() for statistics, _ in made]).cpu().double()
     observation, start = {}, 0
     for name, made in calls.items():
         rows = []
-        for statistics, values in made:
+        for statistics, factor in made:
             row = flat[start : start + statistics.numel()].view_as(statistics).clone()
             start += statistics.numel()
             if not row.isfinite().all():
@@ -188,7 +209,7 @@ def _collect(calls: dict[str, list[tuple[Tensor, int]]]) -> Observation:
                     f"batch-norm layer {name!r} saw non-finite activations (NaN or infinity) in this mini-batch; "
                     "check the input data and the network's weights for NaN and infinity"
                 )
-            row[1] *= (values - 1) / values
+            row[1] *= factor
             rows.append(row)
         observation[name] = torch.stack(rows)
     return observation

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _reflect(position: Tensor, size: int) -> Tensor:
     return torch.where(position >= size, 2 * (size - 1) - position, position)
 
 
-def load(source: str, split: str) -> Images:
+def load(source: str, split: str, report: Callable[[int, int], None] = lambda done, total: None) -> Images:
     """Load one split of a data set.
 
     Args:
@@ -136,13 +136,14 @@ def load(source: str, split: str) -> Images:
             files, or one folder of images for each class). A range of classes after a colon selects them:
             ``digits:0-4``. The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
         split: ``train`` or ``test``.
+        report: called now and then with the number of images decoded and of all.
 
     Raises:
         DataError: the data set cannot be had, or holds no usable images and labels.
     """
     match = re.fullmatch(r"(.+):(\d+)(?:-(\d+))?", source)
     name = match[1] if match else source
-    images = _digits(split) if name == "digits" else _dataset(name, split)
+    images = _digits(split) if name == "digits" else _dataset(name, split, report)
     if match:
         images = images.only(int(match[2]), int(match[3] or match[2]))
     if not len(images):
@@ -170,15 +171,16 @@ def _digits(split: str) -> Images:
     )
 
 
-def _dataset(name: str, split: str) -> Images:
+def _dataset(name: str, split: str, report: Callable[[int, int], None]) -> Images:
     import datasets
+    import huggingface_hub
 
     location = _local_copy(name) or HUB.get(name, name)
     local = Path(location).is_dir()
+    place = _place(name)
     advice = (
-        f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir "
-        f"FOLDER/{Path(name).name}`, bring the folder here and set {FOLDER_VARIABLE}=FOLDER; "
-        "or name a local folder in place of the data set"
+        f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir FOLDER/{place}`, "
+        f"bring the folder here and set {FOLDER_VARIABLE}=FOLDER; or name a local folder in place of the data set"
     )
     if not local and name not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise DataError(
@@ -186,9 +188,12 @@ def _dataset(name: str, split: str) -> Images:
             "nor a Hub name of the form owner/name"
         )
     shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    hub_verbosity = huggingface_hub.logging.get_verbosity()
     try:
         datasets.logging.set_verbosity(logging.CRITICAL)
-        datasets.disable_progress_bars()
+        if local:
+            datasets.disable_progress_bars()
+        huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
         loaded = datasets.load_dataset(location)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
@@ -202,11 +207,12 @@ def _dataset(name: str, split: str) -> Images:
         raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+        huggingface_hub.logging.set_verbosity(hub_verbosity)
         if shown:
             datasets.enable_progress_bars()
     if split not in loaded:
         raise DataError(f"{location!r} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
-    return _decode(loaded[split], location)
+    return _decode(loaded[split], location, report)
 
 
 def _local_copy(name: str) -> str | None:
@@ -218,11 +224,16 @@ def _local_copy(name: str) -> str | None:
         return None
     if not Path(root).is_dir():
         raise DataError(f"{FOLDER_VARIABLE} is set to {root!r}, which is not a folder")
-    copy = Path(root) / Path(name).name
+    copy = Path(root) / _place(name)
     return str(copy) if copy.is_dir() else None
 
 
-def _decode(table: Any, location: str) -> Images:
+def _place(name: str) -> str:
+    """Where a data set is expected in the folder with local copies: those with short names under these."""
+    return next((short for short, hub in HUB.items() if hub == name), name)
+
+
+def _decode(table: Any, location: str, report: Callable[[int, int], None]) -> Images:
     import datasets
 
     def column(kind: type, fallback: str) -> str:
@@ -237,7 +248,11 @@ def _decode(table: Any, location: str) -> Images:
 
     image, label = column(datasets.Image, "image"), column(datasets.ClassLabel, "label")
     try:
-        arrays = [np.asarray(p.convert("RGB") if getattr(p, "mode", "") == "P" else p) for p in table[image]]
+        arrays = []
+        for picture in table[image]:
+            arrays.append(np.asarray(picture.convert("RGB") if getattr(picture, "mode", "") == "P" else picture))
+            if len(arrays) % 500 == 0 or len(arrays) == len(table):
+                report(len(arrays), len(table))
     except Exception as error:  # Pillow and pyarrow raise errors of many kinds for damaged images
         raise DataError(f"{location!r} holds an image that cannot be decoded: {error}") from error
     shapes = {array.shape for array in arrays}

@@ -51,7 +51,7 @@ def save_entropy_cdf(
             continue
         x, y = entropy_cdf(values)
         label, style = (f"{method} + SBN", "--") if sbn and method != "SBN" else (method, "-")
-        label = "Single network" if (method, sbn) == ("SBN", False) else label
+        label = "plain BN" if (method, sbn) == ("SBN", False) else label
         axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=COLORS[method], lw=1.8)
     limit = math.log(classes)
     axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stochbn.paper.data import Images
 from stochbn.posteriors import Factorized
-from stochbn.statistics import mini_batches, observing
+from stochbn.statistics import mini_batches, observer
 
 __all__ = ["distances", "layer_parameters", "observe"]
 
@@ -37,7 +37,8 @@ def observe(
     """
     found: dict[str, list[Tensor]] = {}
     batches = (inputs for inputs, _ in images.shuffled(seed).batches(batch_size))
-    with torch.random.fork_rng(), observing(model) as see:
+    see = observer(model)
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
             for layer, statistics in see(inputs).items():

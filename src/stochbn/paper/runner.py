@@ -53,7 +53,8 @@ Report = Callable[[int, int], None]
 """Called with how much of how much is done."""
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with a member's name, its stage (train, fit, observe, predict), and how much of how much is done."""
+"""Called with a name, a stage, and how much of how much is done: of a data set to load, or a member to train, fit,
+observe and predict with."""
 
 
 class RunError(ExperimentError):
@@ -79,7 +80,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
-    parts = _parts(recipe)
+    parts = _parts(recipe, progress)
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
@@ -293,16 +294,20 @@ def predict_all(
     return Prediction.cat(predictions)
 
 
-def _parts(recipe: Recipe) -> dict[str, Images]:
+def _parts(recipe: Recipe, progress: Progress) -> dict[str, Images]:
     """The data of a recipe: ``train``, ``known`` and, if it has any, ``unknown``."""
-    train = data.load(recipe.data, "train")
+
+    def load(source: str, split: str) -> Images:
+        return data.load(source, split, lambda done, total: progress(f"{source} ({split})", "load", done, total))
+
+    train = load(recipe.data, "train")
     if recipe.held_out:
         train, known = train.held_out(recipe.held_out, seed=0)
     else:
-        known = data.load(recipe.data, "test")
+        known = load(recipe.data, "test")
     parts = {"train": _first(train, recipe.train_images), "known": _first(known, recipe.test_images)}
     if recipe.unknown is not None:
-        parts["unknown"] = _first(data.load(recipe.unknown, "test"), recipe.test_images)
+        parts["unknown"] = _first(load(recipe.unknown, "test"), recipe.test_images)
     return parts
 
 

@@ -83,7 +83,7 @@ def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
     """How well entropy tells unknown objects from known ones, for every method without and with SBN."""
     rows = [
         [
-            _label(s) + (" + SBN" if s["sbn"] else ""),
+            _method(s),
             _number(s["entropy_known"], 3),
             _number(s["entropy_unknown"], 3),
             _number(s["auroc"], 4),
@@ -111,6 +111,12 @@ def _number(value: float | tuple[float, float], digits: int, factor: float = 1) 
 
 
 def _label(scores: dict[str, Any]) -> str:
-    count = scores["members"]
-    name: str = "Single network" if scores["method"] == "SBN" else scores["method"]
-    return f"{name} ({count})" if count > 1 else name
+    name, count = scores["method"], scores["members"]
+    return f"{name} ({count})" if count > 1 else str(name)
+
+
+def _method(scores: dict[str, Any]) -> str:
+    """A method's name that says whether statistics are drawn."""
+    if scores["method"] == "SBN":
+        return "SBN" if scores["sbn"] else "plain BN"
+    return _label(scores) + (" + SBN" if scores["sbn"] else "")
