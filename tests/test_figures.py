@@ -199,3 +199,9 @@ def test_the_same_statistics_are_the_same_files(tmp_path: Path) -> None:
     first, second = (save_statistics(tmp_path / name, observed, fitted(observed)) for name in "ab")
     for ours, theirs in zip(first, second, strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_single_network_is_drawn_with_and_without_sbn(tmp_path: Path, drawn: list[Any]) -> None:
+    entropies = {("SBN", False): torch.tensor([0.1, 0.5]), ("SBN", True): torch.tensor([0.2, 0.6])}
+    save_entropy_cdf(tmp_path / "figure", entropies, classes=5, title="One network")
+    assert set(curves(drawn[0])) == {"plain BN", "SBN"}

@@ -49,7 +49,7 @@ NetworkFile = Annotated[
 NetworkFiles = Annotated[
     list[Path],
     typer.Argument(
-        metavar="NETWORK...",
+        metavar="NETWORK",
         help="Networks that 'stochbn train' saved; several are a Deep Ensemble.",
         show_default=False,
     ),
@@ -93,8 +93,7 @@ def demo(
 ) -> None:
     """Train, fit and compare SBN, Deep Ensembles and Dropout, on known and unknown classes.
 
-    Prints the paper's table and the out-of-domain table, and writes them with the entropy figure, the networks
-    and their posteriors to a folder. A demonstration that was stopped continues where it was.
+    Tables, entropy figure, networks and posteriors go to a folder. A run that was stopped continues where it was.
     """
     from stochbn.paper.recipes import DEMOS
 
@@ -184,9 +183,7 @@ def reproduce(
 
 @app.command()
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Finished run folders.", show_default=False)
-    ],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Finished run folders.", show_default=False)],
     folder: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the tables of several runs. \\[default: seeds]", show_default=False),

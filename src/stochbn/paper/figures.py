@@ -31,7 +31,7 @@ def save_entropy_cdf(
     """Draw the empirical distribution functions of entropies as the paper's figure does: PNG and SVG.
 
     The curves are SBN, Dropout and Deep Ensembles, the latter two solid without and dashed with SBN. The single
-    network without SBN is left out, as in the paper.
+    network without SBN is left out, as in the paper, unless it is the only other one.
 
     Args:
         path: where to, without an ending.
@@ -46,13 +46,17 @@ def save_entropy_cdf(
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
+    several = any(method != "SBN" for method, _ in entropies)
     for (method, sbn), values in entropies.items():
-        if method == "SBN" and not sbn and len(entropies) > 1:
+        if method == "SBN" and not sbn and several:
             continue
         x, y = entropy_cdf(values)
-        label, style = (f"{method} + SBN", "--") if sbn and method != "SBN" else (method, "-")
-        label = "plain BN" if (method, sbn) == ("SBN", False) else label
-        axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=COLORS[method], lw=1.8)
+        label, style, color = method, "-", COLORS[method]
+        if method == "SBN" and not sbn:
+            label, color = "plain BN", "0.5"
+        elif method != "SBN" and sbn:
+            label, style = f"{method} + SBN", "--"
+        axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=color, lw=1.8)
     limit = math.log(classes)
     axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
     axes.set(ylabel="fraction of unknown objects at or below", title=title)
