@@ -228,7 +228,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
             key = name, stage
             if key not in tasks:
                 unit = "steps" if stage == "train" else "img"
-                tasks[key] = bars.add_task(escape(f"{name}: {stages.get(stage, 'predicting')}"), total=total, unit=unit)
+                tasks[key] = bars.add_task(escape(f"{name}: {stages[stage]}"), total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
         runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe), progress=advance)

@@ -172,6 +172,8 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
         state.unlink(missing_ok=True)
     model = checkpoints.load(network).model
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model = model.to(accelerator)
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
@@ -235,12 +237,16 @@ def predict_member(
     for method, predictor in predictors.items():
         for part, images in parts.items():
             before = sum(map(len, tensors.values())) - len(known)
-            tensors[f"{method}.{part}"] = predict_all(
-                predictor,
-                images,
-                torch.Generator().manual_seed(seed),
-                lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
-            ).probs.log()
+            tensors[f"{method}.{part}"] = (
+                predict_all(
+                    predictor,
+                    images,
+                    torch.Generator().manual_seed(seed),
+                    lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
+                )
+                .probs.log()
+                .cpu()
+            )
     return tensors
 
 
