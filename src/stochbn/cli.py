@@ -257,11 +257,7 @@ def train(
 
     _check_folder(path)
     images = _load(data, "train")
-    channels, size, width = images.shape
-    if size != width:
-        raise ValueError(f"{images.name} has images of {size}x{width} pixels; the networks take square ones")
-    arguments: dict[str, Any] = {"classes": len(images.classes), "channels": channels, "size": size}
-    arguments |= {"dropout": dropout} if dropout else {}
+    arguments = networks.arguments_for(images) | ({"dropout": dropout} if dropout else {})
     schedule = training.Schedule(epochs, batch_size, learning_rate, seed)
     with _bars() as bars:
         task = bars.add_task("training", total=None, unit="img")

@@ -99,6 +99,13 @@ class Factorized:
             skipped=tuple(skipped),
         )
 
+    @property
+    def log_variance_variance(self) -> Tensor:
+        """``[D]``: the variance of the logarithm of the drawn variances, s'^2 = ln(1 + Var[sigma^2] / E[sigma^2]^2)."""
+        alive = self.variance_mean > 0
+        ratio = self.variance_variance.sqrt() / self.variance_mean.where(alive, 1)
+        return torch.where(alive, ratio.square(), 0).log1p()
+
     def iter_draws(self, n: int, generator: torch.Generator | None = None) -> Iterator[dict[str, Tensor]]:
         """Draw one at a time: `n` mappings of buffer names to ``[C]``, the same that `draw` stacks.
 
@@ -111,12 +118,10 @@ class Factorized:
         """
         check_draws(n)
         source = generator.device if generator is not None else "cpu"
-        # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean and variance when s'^2 = ln(1 + cv^2),
-        # and needs no logarithm of a dead channel's 0.
-        alive = self.variance_mean > 0
-        cv2 = torch.where(alive, (self.variance_variance.sqrt() / self.variance_mean.where(alive, 1)).square(), 0)
+        # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean, and needs no logarithm of a dead channel's 0.
         m, s, v, log_s2 = (
-            t.to(source) for t in (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, cv2.log1p())
+            t.to(source)
+            for t in (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, self.log_variance_variance)
         )
         log_s = log_s2.sqrt()
         sizes = list(self.layers.values())

@@ -49,8 +49,7 @@ def observe(
 
 def layer_parameters(posterior: Factorized) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Location and scale of every layer's Normal means and Normal log-variances, each ``[C]``."""
-    cv2 = posterior.variance_variance / posterior.variance_mean.square()
-    log_scale2 = cv2.nan_to_num(0).log1p()
+    log_scale2 = posterior.log_variance_variance
     vectors = torch.stack(
         [
             posterior.mean_mean,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "PreActivationBlock", "build", "lenet5", "resnet18", "vgg11"]
+from stochbn.paper.data import Images
+
+__all__ = ["NETWORKS", "PreActivationBlock", "arguments_for", "build", "lenet5", "resnet18", "vgg11"]
 
 
 def lenet5(classes: int = 10, channels: int = 1, size: int = 28, dropout: float = 0.0) -> nn.Sequential:
@@ -127,6 +130,18 @@ class PreActivationBlock(nn.Module):
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "vgg11": vgg11, "resnet18": resnet18}
+
+
+def arguments_for(images: Images) -> dict[str, Any]:
+    """What every network is built with for these images: number of classes, channels and size.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    channels, height, width = images.shape
+    if height != width:
+        raise ValueError(f"{images.name} has images of {height}x{width} pixels; the networks take square ones")
+    return {"classes": len(images.classes), "channels": channels, "size": height}
 
 
 def build(name: str, **arguments: object) -> nn.Module:

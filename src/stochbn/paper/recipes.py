@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stochbn.paper.data import Images
+from stochbn.paper.networks import arguments_for
 from stochbn.paper.training import Schedule
 
 __all__ = ["DEMOS", "PRESETS", "Member", "Recipe"]
@@ -107,11 +108,7 @@ class Recipe:
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:
         """What a member is built with, for these training images."""
-        channels, size, width = images.shape
-        if size != width:
-            raise ValueError(f"{images.name} has images of {size}x{width} pixels; the networks take square ones")
-        common = {"classes": len(images.classes), "channels": channels, "size": size, **self.arguments}
-        return common | (self.dropout or {} if member.kind == "dropout" else {})
+        return arguments_for(images) | self.arguments | (self.dropout or {} if member.kind == "dropout" else {})
 
 
 _LENET = Recipe("lenet5", "mnist", "notmnist", epochs=50, members=6, dropout={"dropout": 0.5})
