@@ -474,9 +474,11 @@ def _posterior(network: Path, path: Path | None) -> Factorized | None:
     """The posterior in a file or, if none is named, in the default place, if there is one."""
     from stochbn.posteriors import load
 
-    if path is None and not _default_posterior(network).exists():
-        return None
-    return load(path or _default_posterior(network))
+    if path is None:
+        path = _default_posterior(network)
+        if not path.exists():
+            return None
+    return load(path)
 
 
 def _check_folder(path: Path) -> None:

@@ -97,8 +97,10 @@ def train(
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         model = build()
         result = Path(folder) / "weights.safetensors"  # several processes cannot return as much through a pipe
-        loop = functools.partial(_train, build=build, images=images, schedule=schedule, state=state, report=report)
-        fabric.launch(functools.partial(loop, result=result))
+        loop = functools.partial(
+            _train, build=build, images=images, schedule=schedule, state=state, report=report, result=result
+        )
+        fabric.launch(loop)
         model.load_state_dict(read_tensors(result, WEIGHTS)[0])
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError("the network has weights or statistics that are not finite; use a lower learning rate")
