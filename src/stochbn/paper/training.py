@@ -160,6 +160,10 @@ def _train(
                 _store(state, model, adam, epoch + 1)
         if rank == 0:
             write_tensors(result, WEIGHTS, model.state_dict(), {})
+        if fabric.world_size > 1:
+            # Left to the end of the process, the communication threads of one process may abort it.
+            fabric.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def _store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
