@@ -121,7 +121,8 @@ def test_recipes_survive_json_and_can_be_built(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"epochs": 0}, {"members": 0}, {"draws": 0}, {"statistics_batch": 0}, {"train_images": 0}, {"test_images": -1},
-     {"held_out": 1.0}, {"held_out": -0.1}, {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": -1.0}],
+     {"held_out": 1.0}, {"held_out": -0.1}, {"evaluate_on": "held-out"}, {"held_out": 0.1, "evaluate_on": "train"},
+     {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": -1.0}],
     ids=str,
 )  # fmt: skip
 def test_impossible_settings_are_refused_before_a_folder_is_made(change: dict[str, Any], tmp_path: Path) -> None:
@@ -369,12 +370,15 @@ def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path
 def test_choices_can_be_made_on_a_part_of_the_training_images(tmp_path: Path) -> None:
     recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=None, test_images=None)
     recipe = replace(recipe, data="digits:0-1", held_out=0.2, draws=1)
-    run(recipe, tmp_path / "run")
-    entries = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     whole = len(data.load("digits:0-1", "train"))
-    assert entries["known"]["images"] == round(0.2 * whole)
-    assert entries["train"]["images"] == whole - round(0.2 * whole)
-    assert "train" in entries["known"]["name"]
+    entries = {}
+    for evaluate_on in ("test", "held-out"):
+        run(replace(recipe, evaluate_on=evaluate_on), tmp_path / evaluate_on)
+        entries[evaluate_on] = json.loads((tmp_path / evaluate_on / "run.json").read_text())["data"]
+        assert entries[evaluate_on]["held-out"]["images"] == round(0.2 * whole)
+        assert entries[evaluate_on]["train"]["images"] == whole - round(0.2 * whole)
+    assert entries["held-out"]["known"] == entries["held-out"]["held-out"]
+    assert entries["test"]["known"]["sha256"] == data.load("digits:0-1", "test").fingerprint
 
 
 # ---------------------------------------------------------------- what is refused

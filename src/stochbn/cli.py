@@ -144,8 +144,9 @@ def reproduce(
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
     processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
     held_out: Annotated[
-        float | None, Override("--held-out", help="Evaluate on this part of the training data, to make choices.")
+        float | None, Override("--held-out", help="Keep this part of the training data out of training, for choices.")
     ] = None,
+    evaluate_on: Annotated[str | None, Override("--evaluate-on", help="test, or held-out to choose a setting.")] = None,
     train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
     test_images: Annotated[
         int | None, Override("--test-images", help="Use this many test images of each kind.")
@@ -167,8 +168,8 @@ def reproduce(
     changes: dict[str, Any] = {
         "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
-        "compile": compile, "processes": processes, "held_out": held_out, "train_images": train_images,
-        "test_images": test_images,
+        "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
+        "train_images": train_images, "test_images": test_images,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:

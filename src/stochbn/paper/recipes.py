@@ -46,8 +46,8 @@ class Recipe:
         precision: Lightning Fabric's name of the arithmetic in training.
         compile: whether training steps are compiled.
         processes: how many processes train one network together.
-        held_out: a random part of the training images to evaluate on in place of the test images: every choice
-            is made with it, and the final numbers without.
+        held_out: a random part of the training images that is not trained on: every choice is made with it.
+        evaluate_on: ``test`` for the final numbers, or ``held-out`` to choose a setting of the recipe itself.
         train_images: use this many training images only; None is all.
         test_images: likewise for the known and for the unknown test images.
     """
@@ -69,6 +69,7 @@ class Recipe:
     compile: bool = False
     processes: int = 1
     held_out: float = 0.0
+    evaluate_on: str = "test"
     train_images: int | None = None
     test_images: int | None = None
 
@@ -79,6 +80,10 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be a fraction from 0 to 1, got {self.held_out}")
+        if self.evaluate_on not in ("test", "held-out"):
+            raise ValueError(f"evaluate_on must be 'test' or 'held-out', got {self.evaluate_on!r}")
+        if self.evaluate_on == "held-out" and not self.held_out:
+            raise ValueError("there are no held-out images to evaluate on: set held_out, such as 0.1")
         for member in self.all_members():
             self.schedule(member)  # refuses what no schedule can be
 
@@ -133,7 +138,7 @@ PRESETS = {
     },
     "vgg11": {
         "paper": _VGG,
-        "reduced": replace(_VGG, arguments={"width": 0.5}, **_REDUCED),
+        "reduced": replace(_VGG, arguments={"width": 0.5}, **_REDUCED | {"batch_size": 16, "epochs": 10}),
         "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
     },
     "resnet18": {

@@ -301,17 +301,17 @@ def predict_all(
 
 
 def _parts(recipe: Recipe, progress: Progress) -> dict[str, Images]:
-    """The data of a recipe: ``train``, ``known`` and, if it has any, ``unknown``."""
+    """The data of a recipe: ``train``, ``known`` and, if it has any, ``held-out`` and ``unknown``."""
 
     def load(source: str, split: str) -> Images:
         return data.load(source, split, lambda done, total: progress(f"{source} ({split})", "load", done, total))
 
-    train = load(recipe.data, "train")
+    parts = {"train": load(recipe.data, "train")}
     if recipe.held_out:
-        train, known = train.held_out(recipe.held_out, seed=0)
-    else:
-        known = load(recipe.data, "test")
-    parts = {"train": _first(train, recipe.train_images), "known": _first(known, recipe.test_images)}
+        parts["train"], parts["held-out"] = parts["train"].held_out(recipe.held_out, seed=0)
+    parts["train"] = _first(parts["train"], recipe.train_images)
+    known = parts["held-out"] if recipe.evaluate_on == "held-out" else load(recipe.data, "test")
+    parts["known"] = _first(known, recipe.test_images)
     if recipe.unknown is not None:
         parts["unknown"] = _first(load(recipe.unknown, "test"), recipe.test_images)
     return parts
