@@ -31,13 +31,10 @@ def lenet5(classes: int = 10, channels: int = 1, size: int = 28, dropout: float 
     if side < 1:
         raise ValueError(f"LeNet-5 needs inputs of at least 16x16 pixels, got {size}x{size}")
 
-    def activation() -> list[nn.Module]:
-        return [nn.ReLU(inplace=True), *_dropout(dropout)]
-
     return nn.Sequential(
-        nn.Conv2d(channels, 20, 5), nn.BatchNorm2d(20), *activation(), nn.MaxPool2d(2),
-        nn.Conv2d(20, 50, 5), nn.BatchNorm2d(50), *activation(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(50 * side**2, 500), nn.BatchNorm1d(500), *activation(),
+        nn.Conv2d(channels, 20, 5), nn.BatchNorm2d(20), *_activation(dropout, pooled=True),
+        nn.Conv2d(20, 50, 5), nn.BatchNorm2d(50), *_activation(dropout, pooled=True),
+        nn.Flatten(), nn.Linear(50 * side**2, 500), nn.BatchNorm1d(500), *_activation(dropout),
         nn.Linear(500, classes),
     )  # fmt: skip
 
@@ -71,7 +68,7 @@ def vgg11(
     layers: list[nn.Module] = []
     for (inputs, outputs), (_, pooled) in zip(pairwise(widths), plan, strict=True):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-        layers += [nn.ReLU(inplace=True), *([nn.MaxPool2d(2)] if pooled else _dropout(dropout))]
+        layers += _activation(0.0 if pooled else dropout, pooled)
     return nn.Sequential(*layers, nn.Flatten(), *_dropout(classifier_dropout), nn.Linear(widths[-1] * side**2, classes))
 
 
@@ -157,6 +154,11 @@ def build(name: str, **arguments: object) -> nn.Module:
         raise ValueError(f"{name} has no argument {unknown[0]}; it has {', '.join(known)}")
     model: nn.Module = NETWORKS[name](**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _activation(dropout: float, pooled: bool = False) -> list[nn.Module]:
+    """ReLU, dropout and max-pooling. ReLU commutes with the other two, and is cheapest on what pooling leaves."""
+    return [*_dropout(dropout), *([nn.MaxPool2d(2)] if pooled else []), nn.ReLU(inplace=True)]
 
 
 def _dropout(rate: float) -> list[nn.Module]:
