@@ -123,7 +123,7 @@ _VGG = Recipe(
     "cifar10:5-9",
     epochs=200,
     members=6,
-    dropout={"dropout": 0.1, "classifier_dropout": 0.5},
+    dropout={"dropout": 0.05, "classifier_dropout": 0.2},
     augment=True,
 )
 _RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
