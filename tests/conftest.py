@@ -302,8 +302,13 @@ def slow_statistics(
     return {name: torch.stack(found) for name, found in rows.items()}
 
 
+def fit_factorized(model: nn.Module, batches: Iterable[Any], batch_size: int | None = 16) -> stochbn.Factorized:
+    """The paper's posterior."""
+    return stochbn.fit(model, batches, batch_size, kind="factorized")
+
+
 def slow_probs(
-    model: nn.Module, posterior: stochbn.Factorized, draws: int, seed: int, x: Tensor
+    model: nn.Module, posterior: stochbn.Posterior, draws: int, seed: int, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean probabilities, mean entropy and every draw's probabilities: a copy of the network with its buffers set."""
     model = copy.deepcopy(model).eval()

@@ -96,10 +96,10 @@ def test_from_a_trained_network_to_numbers(digits: Data, tmp_path: Path) -> None
         for kind in ("running_mean", "running_var")
     }
     posterior.save(tmp_path / "posterior.safetensors")
-    posterior = stochbn.load(tmp_path / "posterior.safetensors")
+    loaded = stochbn.load(tmp_path / "posterior.safetensors")
 
     plain = stochbn.Predictive(model)
-    sbn = stochbn.Predictive(model, posterior, draws=30, generator=seeded(4))
+    sbn = stochbn.Predictive(model, loaded, draws=30, generator=seeded(4))
     dropout = stochbn.MCDropout(model, draws=30, posterior=None)
     both = stochbn.MCDropout(model, draws=30, posterior=posterior, generator=seeded(5))
     ensemble = stochbn.Ensemble([plain, sbn, both])
@@ -125,8 +125,7 @@ def test_the_fitted_centre_is_near_the_running_averages_of_training(digits: Data
     posterior = stochbn.fit(model, train, batch_size=None)
     at = 0
     for name, channels in posterior.layers.items():
-        mean = posterior.mean_mean[at : at + channels]
-        var = posterior.variance_mean[at : at + channels]
+        mean, var = posterior.expected[:, at : at + channels]
         at += channels
         running_mean = model.get_buffer(f"{name}.running_mean").double()
         running_var = model.get_buffer(f"{name}.running_var").double()

@@ -21,6 +21,7 @@ from conftest import (
     Twice,
     Untouched,
     Unused,
+    fit_factorized,
     mixed_up,
     mlp,
     normal,
@@ -57,7 +58,7 @@ def test_the_moments_are_those_of_the_statistics_of_a_slow_loop(case: Case) -> N
     model = case.model()
     incoming = [case.inputs(20, seed=1), case.inputs(17, seed=2), case.inputs(5, seed=3)]
     pieces = [x[i : i + 6] for x in incoming for i in range(0, len(x) - 5, 6)]
-    posterior = stochbn.fit(model, incoming, batch_size=6)
+    posterior = fit_factorized(model, incoming, batch_size=6)
     assert posterior.mini_batches == len(pieces) == 5
     assert posterior.batch_size == 6
     assert posterior.dtype == torch.float32
@@ -80,11 +81,11 @@ def test_it_agrees_with_two_passes_for_all_sizes(
     pieces = [x[i : i + batch_size] for x in batches for i in range(0, len(x) - batch_size + 1, batch_size)]
     if not pieces:
         with pytest.raises(ValueError, match="smaller than batch_size"):
-            stochbn.fit(model, batches, batch_size)
+            fit_factorized(model, batches, batch_size)
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only one mini-batch")
-        posterior = stochbn.fit(model, batches, batch_size)
+        posterior = fit_factorized(model, batches, batch_size)
     assert posterior.dtype == torch.float64
     assert_moments(posterior, slow_statistics(model, pieces), rtol=1e-9, atol=1e-11 * (1 + scale**4))
 
@@ -93,7 +94,7 @@ def test_normal_activations_give_the_moments_of_sampling_theory() -> None:
     """Means of n normal values have variance v/n; biased variances have mean v(n-1)/n and variance 2v^2(n-1)/n^2."""
     n, count, location, v = 8, 4000, 1.5, 4.0
     x = location + v**0.5 * normal(n * count, 3, seed=8)
-    found = per_layer(stochbn.fit(nn.BatchNorm1d(3), [x], batch_size=n))[""]
+    found = per_layer(fit_factorized(nn.BatchNorm1d(3), [x], batch_size=n))[""]
     wanted = {
         "mean_mean": location,
         "mean_variance": v / n,
@@ -111,14 +112,14 @@ def test_normal_activations_give_the_moments_of_sampling_theory() -> None:
 
 
 def test_the_paper_batch_size_of_16_is_the_default() -> None:
-    posterior = stochbn.fit(settled(mlp(), 4), [normal(40, 4)])
+    posterior = fit_factorized(settled(mlp(), 4), [normal(40, 4)])
     assert (posterior.batch_size, posterior.mini_batches) == (16, 2)
 
 
 def test_incoming_batches_are_taken_whole_without_a_batch_size() -> None:
     model = settled(mlp(), 4)
     batches = [normal(n, 4, seed=n) for n in (5, 9, 2)]
-    posterior = stochbn.fit(model, batches, batch_size=None)
+    posterior = fit_factorized(model, batches, batch_size=None)
     assert (posterior.batch_size, posterior.mini_batches) == (None, 3)
     assert_moments(posterior, slow_statistics(model, batches))
 
@@ -127,7 +128,7 @@ def test_every_form_of_batches_gives_the_same_posterior() -> None:
     model = ByName()
     settled(model.body, 4)
     tensors = [normal(16, 4, seed=i) for i in range(3)]
-    wanted = stochbn.fit(model, [{"features": x} for x in tensors], 8)
+    wanted = fit_factorized(model, [{"features": x} for x in tensors], 8)
     label = torch.zeros(16)
 
     def stream() -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,15 +147,15 @@ def test_every_form_of_batches_gives_the_same_posterior() -> None:
         DataLoader(TensorDataset(torch.cat(tensors), torch.zeros(48)), batch_size=16),
         DataLoader(TensorDataset(torch.cat(tensors)), batch_size=48),
     ):
-        same(stochbn.fit(model, form, 8), wanted)
+        same(fit_factorized(model, form, 8), wanted)
 
 
 def test_a_used_up_generator_is_refused() -> None:
     model = settled(mlp(), 4)
     stream = (normal(16, 4, seed=i) for i in range(2))
-    stochbn.fit(model, stream, 8)
+    fit_factorized(model, stream, 8)
     with pytest.raises(ValueError, match="already used up"):
-        stochbn.fit(model, stream, 8)
+        fit_factorized(model, stream, 8)
 
 
 def test_a_layer_called_twice_has_one_observation_per_call() -> None:
@@ -162,14 +163,14 @@ def test_a_layer_called_twice_has_one_observation_per_call() -> None:
     batches = [normal(8, 4, seed=i) for i in range(3)]
     rows = slow_statistics(model, batches)
     assert rows["norm"].shape[0] == 6
-    posterior = stochbn.fit(model, batches, 8)
+    posterior = fit_factorized(model, batches, 8)
     assert posterior.mini_batches == 3
     assert posterior.skipped == ()
     assert_moments(posterior, rows)
 
 
 def test_a_layer_that_is_never_called_is_skipped() -> None:
-    posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8)
+    posterior = fit_factorized(settled(Unused(), 4), [normal(32, 4)], 8)
     assert posterior.skipped == ("auxiliary",)
     assert list(posterior.layers) == ["norm"]
     posterior.check(Unused())
@@ -179,7 +180,7 @@ def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
     batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
-        posterior = stochbn.fit(model, batches, 8)
+        posterior = fit_factorized(model, batches, 8)
     assert posterior.skipped == ("1",)
     assert_moments(posterior, {"3": slow_statistics(model, batches)["3"]})
 
@@ -190,7 +191,7 @@ def test_a_network_with_only_frozen_layers_is_refused() -> None:
         pytest.warns(UserWarning, match="does not update"),
         pytest.raises(ValueError, match="none was called, or all are frozen"),
     ):
-        stochbn.fit(model, [normal(8, 2, 6, 5)], 4)
+        fit_factorized(model, [normal(8, 2, 6, 5)], 4)
 
 
 def test_a_network_whose_layers_are_never_called_is_refused() -> None:
@@ -203,7 +204,7 @@ def test_a_network_whose_layers_are_never_called_is_refused() -> None:
             return x
 
     with pytest.raises(ValueError, match="none was called"):
-        stochbn.fit(Idle(), [normal(32, 4)], 4)
+        fit_factorized(Idle(), [normal(32, 4)], 4)
 
 
 def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
@@ -214,17 +215,16 @@ def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
     layer.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        posterior = stochbn.fit(layer, [x, normal(16, 4, seed=1)], 16)
+        posterior = fit_factorized(layer, [x, normal(16, 4, seed=1)], 16)
     assert posterior.skipped == ()
 
 
-def test_a_single_mini_batch_warns_and_has_no_spread() -> None:
+@pytest.mark.parametrize("kind", ["factorized", "joint", "empirical"])
+def test_a_single_mini_batch_warns_and_has_no_spread(kind: str) -> None:
     model = settled(mlp(), 4)
     with pytest.warns(UserWarning, match="only one mini-batch was observed") as caught:
-        posterior = stochbn.fit(model, [normal(31, 4)])
+        posterior = stochbn.fit(model, [normal(31, 4)], kind=kind)
     assert [str(w.filename) for w in caught] == [__file__], "the warning should point at the caller"
-    assert not posterior.mean_variance.any()
-    assert not posterior.variance_variance.any()
     drawn = posterior.draw(3)
     assert all(torch.equal(values[0], values[2]) for values in drawn.values())
 
@@ -232,13 +232,13 @@ def test_a_single_mini_batch_warns_and_has_no_spread() -> None:
 def test_two_mini_batches_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stochbn.fit(settled(mlp(), 4), [normal(32, 4)])
+        fit_factorized(settled(mlp(), 4), [normal(32, 4)])
 
 
 def test_the_network_ends_exactly_as_it_began(case: Case) -> None:
     model = mixed_up(case.model())
     before = Untouched(model)
-    stochbn.fit(model, [case.inputs(24), case.inputs(11, seed=1)], 8)
+    fit_factorized(model, [case.inputs(24), case.inputs(11, seed=1)], 8)
     before.check()
 
 
@@ -251,7 +251,7 @@ def test_the_network_ends_as_it_began_when_the_data_raises_midway(case: Case) ->
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        stochbn.fit(model, stream(), 8)
+        fit_factorized(model, stream(), 8)
     before.check()
 
 
@@ -260,7 +260,7 @@ def test_the_network_ends_as_it_began_when_it_raises_midway(case: Case) -> None:
     mixed_up(model)
     before = Untouched(model)
     with pytest.raises(KeyError, match="the network's own error"):
-        stochbn.fit(model, [case.inputs(32)], 8)
+        fit_factorized(model, [case.inputs(32)], 8)
     before.check()
 
 
@@ -271,28 +271,28 @@ def test_non_finite_activations_are_refused_and_leave_the_network_as_it_was(bad:
     x = normal(32, 4)
     x[20, 1] = bad
     with pytest.raises(ValueError, match="layer '1' saw non-finite activations"):
-        stochbn.fit(model, [x], 8)
+        fit_factorized(model, [x], 8)
     before.check()
 
 
 def test_fitting_twice_gives_the_same_posterior() -> None:
     for case in CASES.values():
         model, batches = case.model(), [case.inputs(24)]
-        same(stochbn.fit(model, batches, 8), stochbn.fit(model, batches, 8))
+        same(fit_factorized(model, batches, 8), fit_factorized(model, batches, 8))
 
 
 def test_the_train_flags_of_the_network_do_not_matter() -> None:
     model = settled(mlp(), 4)
-    wanted = stochbn.fit(model.eval(), [normal(32, 4)], 8)
-    same(stochbn.fit(model.train(), [normal(32, 4)], 8), wanted)
-    same(stochbn.fit(mixed_up(model), [normal(32, 4)], 8), wanted)
+    wanted = fit_factorized(model.eval(), [normal(32, 4)], 8)
+    same(fit_factorized(model.train(), [normal(32, 4)], 8), wanted)
+    same(fit_factorized(mixed_up(model), [normal(32, 4)], 8), wanted)
 
 
 def test_dead_channels_have_no_variance() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3))
     model.get_parameter("0.weight").data[1] = 0
     model.get_parameter("0.bias").data[1] = -1
-    found = per_layer(stochbn.fit(model, [normal(64, 4)], 8))["2"]
+    found = per_layer(fit_factorized(model, [normal(64, 4)], 8))["2"]
     for key, values in found.items():
         assert values[1] == 0, key
         assert values[0] != 0, key
@@ -309,7 +309,11 @@ def test_dead_channels_have_no_variance() -> None:
         ((mlp(), normal(32, 4)), TypeError, "expected an iterable of batches"),
         ((mlp(), [normal(32, 4)], 0), ValueError, "batch_size must be at least 1"),
         ((mlp(), [normal(32, 4)], 8.0), TypeError, "batch_size must be a whole number"),
-        ((mlp(), [normal(32, 4)], 8, "gaussian"), ValueError, "unknown kind 'gaussian'.*'factorized'"),
+        (
+            (mlp(), [normal(32, 4)], 8, "gaussian"),
+            ValueError,
+            "unknown kind 'gaussian'.*'joint', 'empirical'",
+        ),
         ((mlp(), [normal(32, 5)], 8), RuntimeError, r"Sequential failed on an input of shape \[8, 5\]"),
         ((mlp(), [normal(32, 4)], 1), ValueError, r"shape \[1, 4\].*more than 1 value per channel"),
         ((nn.BatchNorm2d(4), [normal(32, 4)], 8), ValueError, r"shape \[8, 4\].*expected 4D input"),
@@ -319,7 +323,7 @@ def test_dead_channels_have_no_variance() -> None:
 )
 def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        stochbn.fit(*arguments)
+        fit_factorized(*arguments)
 
 
 def test_data_that_comes_from_the_network_itself_leaves_it_as_it_was() -> None:
@@ -334,7 +338,7 @@ def test_data_that_comes_from_the_network_itself_leaves_it_as_it_was() -> None:
             assert model(part).requires_grad
             yield part
 
-    posterior = stochbn.fit(model, sure(), batch_size=16)
+    posterior = fit_factorized(model, sure(), batch_size=16)
     assert posterior.mini_batches == 3
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -356,7 +360,7 @@ class OwnDecay(nn.BatchNorm1d):
 
 def test_a_layer_that_does_not_follow_its_momentum_has_the_statistics_of_its_input_observed() -> None:
     x = 3 * normal(64, 5) + 1
-    posterior = stochbn.fit(nn.Sequential(OwnDecay(5), nn.Linear(5, 2)), [x], batch_size=16)
+    posterior = fit_factorized(nn.Sequential(OwnDecay(5), nn.Linear(5, 2)), [x], batch_size=16)
     parts = torch.stack(torch.split(x.double(), 16))
     torch.testing.assert_close(posterior.mean_mean, parts.mean(1).mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(posterior.variance_mean, parts.var(1, correction=0).mean(0), rtol=1e-5, atol=1e-6)
@@ -368,12 +372,12 @@ def test_a_layer_with_averages_of_its_own_and_channels_elsewhere_is_refused() ->
             return super().forward(x.flatten(0, -2)).view_as(x)
 
     with pytest.raises(ValueError, match=r"'0' \(Last\) updates its running averages in a way of its own"):
-        stochbn.fit(nn.Sequential(Last(5), nn.Linear(5, 2)), [normal(16, 3, 5)], batch_size=16)
+        fit_factorized(nn.Sequential(Last(5), nn.Linear(5, 2)), [normal(16, 3, 5)], batch_size=16)
 
 
 def test_data_is_left_as_it_was_by_a_network_that_writes_to_its_input() -> None:
     model = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.Linear(4, 3))
     x = normal(32, 4)
     before = x.clone()
-    stochbn.fit(model, [x], batch_size=16)
+    fit_factorized(model, [x], batch_size=16)
     assert torch.equal(x, before)

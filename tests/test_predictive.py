@@ -37,7 +37,7 @@ from conftest import (
 from stochbn import Ensemble, MCDropout, Prediction, Predictive
 
 
-def fitted(model: nn.Module, case: Case = CASES["BatchNorm1d [N, C]"]) -> stochbn.Factorized:
+def fitted(model: nn.Module, case: Case = CASES["BatchNorm1d [N, C]"]) -> stochbn.Posterior:
     return stochbn.fit(model, [case.inputs(48, seed=9)], 6)
 
 
@@ -47,7 +47,7 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def posterior(model: nn.Module) -> stochbn.Factorized:
+def posterior(model: nn.Module) -> stochbn.Posterior:
     return fitted(model)
 
 
@@ -129,7 +129,7 @@ def test_networks_of_another_precision_work_too(dtype: torch.dtype) -> None:
 
 
 def test_a_posterior_of_another_precision_is_brought_to_that_of_the_network(
-    model: nn.Module, posterior: stochbn.Factorized
+    model: nn.Module, posterior: stochbn.Posterior
 ) -> None:
     wide = Predictive(copy.deepcopy(model).double(), posterior, 10)(X.double(), generator=seeded(1))
     narrow = Predictive(model, posterior, 10)(X, generator=seeded(1))
@@ -154,7 +154,7 @@ def test_skipped_layers_use_their_running_averages() -> None:
     torch.testing.assert_close(Predictive(model, posterior, 5, generator=seeded(2))(X).probs.double(), probs)
 
 
-def test_50_draws_are_the_default(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_50_draws_are_the_default(model: nn.Module, posterior: stochbn.Posterior) -> None:
     found = Predictive(model, posterior)(X, keep_draws=True).log_probs
     assert found is not None
     assert len(found) == 50
@@ -191,7 +191,7 @@ def test_mutual_information_that_rounding_made_negative_is_0() -> None:
     assert Prediction(torch.tensor([[1.0, 0.0]]), torch.tensor([1e-8])).mutual_information.item() == 0
 
 
-def test_kept_draws_are_consistent_with_what_is_averaged(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_kept_draws_are_consistent_with_what_is_averaged(model: nn.Module, posterior: stochbn.Posterior) -> None:
     found = Predictive(model, posterior, 9, keep_draws=True)(X)
     assert found.log_probs is not None
     assert found.log_probs.shape == (9, 7, 3)
@@ -205,7 +205,7 @@ def test_kept_draws_are_consistent_with_what_is_averaged(model: nn.Module, poste
     assert (information > 1e-4).all()
 
 
-def test_draws_are_kept_only_where_asked_for(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_draws_are_kept_only_where_asked_for(model: nn.Module, posterior: stochbn.Posterior) -> None:
     assert Predictive(model, posterior, 3)(X).log_probs is None
     assert Predictive(model, posterior, 3)(X, keep_draws=True).log_probs is not None
     assert Predictive(model, posterior, 3, keep_draws=True)(X, keep_draws=False).log_probs is None
@@ -214,7 +214,7 @@ def test_draws_are_kept_only_where_asked_for(model: nn.Module, posterior: stochb
     assert torch.equal(plain, model(X).log_softmax(1)[None])
 
 
-def test_keeping_draws_does_not_change_the_prediction(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_keeping_draws_does_not_change_the_prediction(model: nn.Module, posterior: stochbn.Posterior) -> None:
     one = Predictive(model, posterior, 6)(X, generator=seeded())
     other = Predictive(model, posterior, 6, keep_draws=True)(X, generator=seeded())
     assert torch.equal(one.probs, other.probs)
@@ -231,9 +231,7 @@ def test_predictions_of_parts_join_to_that_of_the_whole(model: nn.Module) -> Non
     assert Prediction.cat([Predictive(model)(X)]).log_probs is None
 
 
-def test_predictions_that_do_not_belong_together_are_not_joined(
-    model: nn.Module, posterior: stochbn.Factorized
-) -> None:
+def test_predictions_that_do_not_belong_together_are_not_joined(model: nn.Module, posterior: stochbn.Posterior) -> None:
     plain, kept = Predictive(model)(X), Predictive(model)(X, keep_draws=True)
     with pytest.raises(ValueError, match="no predictions to join"):
         Prediction.cat([])
@@ -316,7 +314,7 @@ def test_dense_outputs_keep_their_spatial_axes() -> None:
     assert found.expected_entropy[1, 2, 3].item() == pytest.approx(slow_entropy(pixel).mean().item(), rel=1e-4)
 
 
-def test_torch_functions_of_the_result_need_no_detaching(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_torch_functions_of_the_result_need_no_detaching(model: nn.Module, posterior: stochbn.Posterior) -> None:
     found = Predictive(model, posterior, 3)(X.clone().requires_grad_())
     assert not found.probs.requires_grad
     found.probs.numpy()
@@ -325,7 +323,7 @@ def test_torch_functions_of_the_result_need_no_detaching(model: nn.Module, poste
 # Random numbers
 
 
-def test_a_generator_makes_it_reproducible(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_a_generator_makes_it_reproducible(model: nn.Module, posterior: stochbn.Posterior) -> None:
     predictive = Predictive(model, posterior, 5, generator=seeded(1))
     first, second = predictive(X), predictive(X)
     assert not torch.equal(first.probs, second.probs), "the generator should go on"
@@ -346,7 +344,7 @@ def test_the_global_generator_is_left_alone_when_one_is_given(kind: Any) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def fitted_quietly(model: nn.Module) -> stochbn.Factorized:
+def fitted_quietly(model: nn.Module) -> stochbn.Posterior:
     """Fitted without a trace in the global generator, which dropout would leave."""
     with torch.random.fork_rng():
         return fitted(model)
@@ -426,7 +424,7 @@ def test_the_network_and_the_generator_are_left_as_they_were_when_it_raises(way:
     assert torch.is_grad_enabled() == grad
 
 
-def test_no_gradients_are_made(model: nn.Module, posterior: stochbn.Factorized) -> None:
+def test_no_gradients_are_made(model: nn.Module, posterior: stochbn.Posterior) -> None:
     enabled = []
     model.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
     Predictive(model, posterior, 2)(X)
@@ -710,7 +708,7 @@ def test_what_is_not_a_posterior_is_refused(posterior: Any) -> None:
     ],
 )
 def test_the_posterior_of_another_network_is_refused(
-    network: nn.Module, message: str, posterior: stochbn.Factorized
+    network: nn.Module, message: str, posterior: stochbn.Posterior
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Predictive(network, posterior)
@@ -773,7 +771,7 @@ def test_an_output_without_logits_is_refused(
     ],
 )
 def test_an_input_that_does_not_fit_is_refused(
-    batch: Any, error: Any, message: str, model: nn.Module, posterior: stochbn.Factorized
+    batch: Any, error: Any, message: str, model: nn.Module, posterior: stochbn.Posterior
 ) -> None:
     before = Untouched(model)
     for predictive in (Predictive(model), Predictive(model, posterior, 3)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from conftest import normal, seeded
+from conftest import fit_factorized, normal, seeded
 from stochbn import metrics
 from stochbn.files import read_tensors
 from stochbn.paper import data, figures, goodness, report
@@ -322,7 +322,7 @@ def test_observed_statistics_are_those_the_posterior_is_fitted_to() -> None:
     observed = goodness.observe(model, images, 16, seed=5)
     assert torch.random.get_rng_state().equal(state)
     order = torch.randperm(70, generator=seeded(5))
-    posterior = stochbn.fit(model, [images.pixels[order].float() / 255], 16)
+    posterior = fit_factorized(model, [images.pixels[order].float() / 255], 16)
     assert list(observed) == list(posterior.layers)
     together = torch.cat(list(observed.values()), 2).double()
     assert together.shape == (4, 2, 570)
@@ -335,7 +335,7 @@ def test_distances_are_those_of_kolmogorov_and_smirnov_averaged_over_channels() 
     images, model = data.load("digits:0-4", "train").take(torch.arange(90)), some_network()
     observed = goodness.observe(model, images, 3)
     order = torch.randperm(90, generator=seeded(0))
-    posterior = stochbn.fit(model, [images.pixels[order].float() / 255], 3)
+    posterior = fit_factorized(model, [images.pixels[order].float() / 255], 3)
     found, start = goodness.distances(observed, posterior), 0
     for layer, channels in list(posterior.layers.items())[:2]:
         means, variances = [], []
@@ -356,8 +356,8 @@ def posterior_of(observed: Tensor) -> stochbn.Factorized:
     """With the moments of the statistics ``[M, 2, C]`` of one layer."""
     mean, variance = observed.double().mean(0), observed.double().var(0)
     return stochbn.Factorized(
-        {"norm": observed.shape[2]}, mean[0], variance[0], mean[1], variance[1], batch_size=16,
-        mini_batches=len(observed),
+        layers={"norm": observed.shape[2]}, mean_mean=mean[0], mean_variance=variance[0], variance_mean=mean[1],
+        variance_variance=variance[1], batch_size=16, mini_batches=len(observed),
     )  # fmt: skip
 
 

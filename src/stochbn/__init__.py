@@ -9,10 +9,25 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
 """
 
 from stochbn import metrics
+from stochbn.calibration import calibrate
 from stochbn.fitting import fit
-from stochbn.posteriors import Factorized, load
-from stochbn.predictive import Ensemble, MCDropout, Prediction, Predictive
+from stochbn.posteriors import Empirical, Factorized, Joint, Posterior, load
+from stochbn.predictive import Ensemble, Exact, MCDropout, Prediction, Predictive
 
-__all__ = ["Ensemble", "Factorized", "MCDropout", "Prediction", "Predictive", "fit", "load", "metrics"]
+__all__ = [
+    "Empirical",
+    "Ensemble",
+    "Exact",
+    "Factorized",
+    "Joint",
+    "MCDropout",
+    "Posterior",
+    "Prediction",
+    "Predictive",
+    "calibrate",
+    "fit",
+    "load",
+    "metrics",
+]
 
 __version__ = "0.1.0"

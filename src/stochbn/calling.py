@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Batch", "call", "find_logits", "modes", "network_input", "split"]
+__all__ = ["Batch", "call", "find_logits", "join", "length", "modes", "network_input", "split"]
 
 Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
@@ -60,6 +61,22 @@ def split(inputs: Tensor | dict[str, Any], size: int) -> Iterator[Tensor | dict[
             yield inputs[start : start + size]
         else:
             yield {k: v[start : start + size] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def join(first: Tensor | dict[str, Any], second: Tensor | dict[str, Any]) -> Tensor | dict[str, Any]:
+    """The objects of two of a network's inputs in one; what is no tensor is taken from the second.
+
+    Raises:
+        ValueError: their objects differ in shape, or the two in their arguments.
+    """
+    try:
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            return torch.cat([first, second])
+        if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+            return {k: torch.cat([first[k], v]) if isinstance(v, Tensor) else v for k, v in second.items()}
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"these objects do not fit into a mini-batch of the others: {error}") from error
+    raise ValueError("expected inputs with the same arguments, got different ones for the objects and the others")
 
 
 def length(inputs: Tensor | dict[str, Any]) -> int:

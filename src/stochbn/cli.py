@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.checkpoints import Checkpoint
     from stochbn.paper.data import Images
     from stochbn.paper.recipes import Recipe
-    from stochbn.posteriors import Factorized
+    from stochbn.posteriors import Posterior
 
 __all__ = ["main"]
 
@@ -471,7 +471,7 @@ def _default_posterior(network: Path) -> Path:
     return network.with_name(f"{network.name.removesuffix('.safetensors')}.sbn.safetensors")
 
 
-def _posterior(network: Path, path: Path | None) -> Factorized | None:
+def _posterior(network: Path, path: Path | None) -> Posterior | None:
     """The posterior in a file or, if none is named, in the default place, if there is one."""
     from stochbn.posteriors import load
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["entropy_cdf", "evaluate", "ood"]
+__all__ = [
+    "calibrated_nll",
+    "deep_ensemble_equivalent",
+    "entropy_cdf",
+    "evaluate",
+    "ood",
+    "risk_coverage",
+]
 
 BINS = 15
 
@@ -33,30 +43,8 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
         ValueError: empty or mismatched arguments, probabilities that are negative, not finite or do not sum to 1, or
             labels out of range; the message says which.
     """
-    probs, labels = torch.as_tensor(probs), torch.as_tensor(labels)
-    if probs.ndim < 2 or probs.shape[1] < 2 or not probs.is_floating_point():
-        raise ValueError(
-            "expected floating-point probabilities [N, K, ...] with at least 2 classes, "
-            f"got {probs.dtype} {list(probs.shape)}"
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"expected whole-number labels, got {labels.dtype}")
-    if labels.shape != probs[:, 0].shape:
-        raise ValueError(
-            f"expected labels of shape {list(probs[:, 0].shape)} for probabilities {list(probs.shape)}, "
-            f"got {list(labels.shape)}"
-        )
-    if not labels.numel():
-        raise ValueError("there is nothing to evaluate: probabilities and labels are empty")
+    probs, labels = _check_predictions(probs, labels)
     classes = probs.shape[1]
-    probs = probs.movedim(1, -1).reshape(-1, classes)
-    labels = labels.reshape(-1).to(probs.device, torch.int64)
-    _check_probabilities(probs)
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels must lie between 0 and {classes - 1} for {classes} classes, "
-            f"found {labels.min().item()} to {labels.max().item()}"
-        )
     classification = _torchmetrics()
     # torchmetrics puts a confidence of exactly 1 into a bin of its own, and takes one above 1, which rounding may
     # leave, as a sign that these are logits.
@@ -102,6 +90,94 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
     }
 
 
+def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = None) -> dict[str, float]:
+    """The negative log-likelihood after the best temperature, by which methods can be compared.
+
+    Without it, methods that are merely better calibrated look better than those that know more (Ashukha et al., 2020,
+    section 3). Probabilities are raised to the power 1 / T and normalised again; T above 1 makes them less sure.
+
+    Args:
+        probs: ``[N, K]`` (or dense), as for `evaluate`.
+        labels: their labels.
+        held_out: other probabilities and labels to choose T on. None chooses T by cross-validation: for each of five
+            random parts on the other four, always the same parts.
+
+    Returns:
+        ``nll``: mean negative log-likelihood in nats, tempered.
+        ``temperature``: the temperature chosen on `held_out`, or the best one for all of `probs`.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`; also fewer than 10 objects to cross-validate on.
+
+    Source: Ashukha et al., 2020, arXiv 2002.06470.
+    """
+    logs, labels = _log_probabilities(probs, labels)
+    if held_out is not None:
+        temperature = _best_temperature(*_log_probabilities(*held_out))
+        return {"nll": _tempered_nll(logs, labels, 1 / temperature), "temperature": temperature}
+    if len(labels) < 10:
+        raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
+    total = 0.0
+    for part in torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device).chunk(5):
+        rest = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, part, False)
+        temperature = _best_temperature(logs[rest], labels[rest])
+        total += len(part) * _tempered_nll(logs[part], labels[part], 1 / temperature)
+    return {"nll": total / len(labels), "temperature": _best_temperature(logs, labels)}
+
+
+def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
+    """How many independently trained networks an ensemble needs to reach a method's calibrated NLL.
+
+    Between whole numbers it is interpolated linearly. A method no better than a single network scores 1, the least
+    there is, and one that no ensemble at hand reaches scores infinity.
+
+    Args:
+        nll: of the method, in nats: `calibrated_nll`.
+        ensembles: likewise of ensembles of 1, 2, 3, ... networks.
+
+    Raises:
+        ValueError: no ensembles, or a number that is not finite.
+
+    Source: Ashukha et al., 2020, section 4.
+    """
+    if not len(ensembles) or not all(map(math.isfinite, (nll, *ensembles))):
+        raise ValueError(f"expected finite NLLs of at least one ensemble, got {nll} and {list(ensembles)}")
+    if nll >= ensembles[0]:
+        return 1.0
+    for size, (worse, better) in enumerate(pairwise(ensembles), start=1):
+        if nll >= better:
+            return size + (worse - nll) / (worse - better)
+    return math.inf
+
+
+def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
+    """Selective prediction: the mean loss of the objects that a method is most certain of, at every coverage.
+
+    Args:
+        uncertainty: ``[N]``, such as the entropy: objects with the least are answered first. Objects with the
+            same uncertainty are answered in random order, of which this is the expectation.
+        losses: ``[N]``: 0 or 1 for a right or wrong answer, or any other loss.
+
+    Returns:
+        ``coverage``: ``[N]``, the fraction of objects answered: 1/N to 1.
+        ``risk``: ``[N]``, the mean loss of these.
+        ``aurc``: the mean of the risk over all coverages, the area under the curve (Geifman and El-Yaniv, 2017);
+        lower is better.
+
+    Raises:
+        ValueError: an argument is empty, not finite or not a vector, or their lengths differ.
+    """
+    scores, losses = _scores(uncertainty, "uncertainty"), _scores(losses, "losses")
+    if len(scores) != len(losses):
+        raise ValueError(f"expected as many losses as uncertainties, got {len(losses)} and {len(scores)}")
+    _, group, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    # In each group of equals, every object's expected loss is the group's mean.
+    means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, losses) / counts
+    answered = torch.arange(1, len(losses) + 1, dtype=torch.float64)
+    risk = means.repeat_interleave(counts).cumsum(0) / answered
+    return {"coverage": answered / len(losses), "risk": risk, "aurc": risk.mean().item()}
+
+
 def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
     """The empirical distribution function of entropies, as in the paper's figures.
 
@@ -118,6 +194,35 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
     return values, counts.cumsum(0).double() / counts.sum()
 
 
+def _check_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes."""
+    probs, labels = torch.as_tensor(probs), torch.as_tensor(labels)
+    if probs.ndim < 2 or probs.shape[1] < 2 or not probs.is_floating_point():
+        raise ValueError(
+            "expected floating-point probabilities [N, K, ...] with at least 2 classes, "
+            f"got {probs.dtype} {list(probs.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"expected whole-number labels, got {labels.dtype}")
+    if labels.shape != probs[:, 0].shape:
+        raise ValueError(
+            f"expected labels of shape {list(probs[:, 0].shape)} for probabilities {list(probs.shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if not labels.numel():
+        raise ValueError("there is nothing to evaluate: probabilities and labels are empty")
+    classes = probs.shape[1]
+    probs = probs.movedim(1, -1).reshape(-1, classes)
+    labels = labels.reshape(-1).to(probs.device, torch.int64)
+    _check_probabilities(probs)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels must lie between 0 and {classes - 1} for {classes} classes, "
+            f"found {labels.min().item()} to {labels.max().item()}"
+        )
+    return probs, labels
+
+
 def _check_probabilities(probs: Tensor) -> None:
     if not probs.isfinite().all():
         raise ValueError("the probabilities contain NaN or infinity")
@@ -131,6 +236,40 @@ def _check_probabilities(probs: Tensor) -> None:
             f"probabilities must sum to 1 over the classes (axis 1), found a sum of {worst:.6g}; "
             "pass probabilities, not logits or log-probabilities"
         )
+
+
+def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """The logarithms of probabilities, in float64 and not below that of the smallest number, and labels."""
+    probs, labels = _check_predictions(probs, labels)
+    return probs.double().clamp(min=torch.finfo(probs.dtype).tiny).log(), labels
+
+
+def _tempered_nll(logs: Tensor, labels: Tensor, power: float) -> float:
+    tempered = (power * logs).log_softmax(1)
+    return 0.0 - tempered.gather(1, labels[:, None]).mean().item()
+
+
+def _best_temperature(logs: Tensor, labels: Tensor) -> float:
+    """The temperature from 0.05 to 20 with the lowest NLL, which is convex in its inverse."""
+    return 1 / _lowest(lambda power: _tempered_nll(logs, labels, power), 0.05, 20.0)
+
+
+def _lowest(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of one valley is lowest between two positive numbers, to 1e-4 of it: golden-section search."""
+    golden = (math.sqrt(5) - 1) / 2
+    low, high = math.log(low), math.log(high)
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = function(math.exp(left)), function(math.exp(right))
+    while high - low > 1e-4:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = function(math.exp(left))
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = function(math.exp(right))
+    return math.exp((low + high) / 2)
 
 
 def _scores(values: Any, name: str) -> Tensor:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import itertools
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stochbn.calling import Batch, call, find_logits, modes, network_input
-from stochbn.posteriors import Factorized, check_draws
+from stochbn.calling import Batch, call, find_logits, join, length, modes, network_input, split
+from stochbn.layers import batch_norms
+from stochbn.posteriors import Posterior, check_draws
+from stochbn.statistics import mini_batches
 
-__all__ = ["Ensemble", "MCDropout", "Prediction", "Predictive", "entropy"]
+__all__ = ["Ensemble", "Exact", "MCDropout", "Prediction", "Predictive", "entropy"]
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ class Predictive:
     def __init__(
         self,
         model: nn.Module,
-        posterior: Factorized | None = None,
+        posterior: Posterior | None = None,
         draws: int = 50,
         *,
         logits: str | int | None = None,
@@ -114,7 +118,7 @@ class Predictive:
             raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
         check_draws(draws)
         if posterior is not None:
-            if not isinstance(posterior, Factorized):
+            if not isinstance(posterior, Posterior):
                 raise TypeError(
                     f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
                 )
@@ -145,29 +149,10 @@ class Predictive:
         generator = self.generator if generator is None else generator
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
-        mean = expected = None
-        kept = []
+        temperature = self.posterior.temperature if self.posterior is not None else 1.0
         with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(generator)) as passes:
-            for count, buffers in enumerate(passes, start=1):
-                logits = find_logits(call(self.model, buffers, inputs), self.logits)
-                if logits.dtype.itemsize < 4:  # half precision is too coarse to average in
-                    logits = logits.float()
-                probs = logits.softmax(1)
-                if mean is None or expected is None:
-                    mean, expected = probs, entropy(probs)
-                else:
-                    mean.lerp_(probs, 1 / count)
-                    expected.lerp_(entropy(probs), 1 / count)
-                if keep:
-                    kept.append(logits.log_softmax(1))
-        assert mean is not None
-        assert expected is not None
-        if not mean.isfinite().all():
-            raise ValueError(
-                "the network's output is not finite (NaN or infinity) for some of these objects; check the input "
-                "for NaN and infinity"
-            )
-        return Prediction(mean, expected, torch.stack(kept) if keep else None)
+            outputs = (find_logits(call(self.model, buffers, inputs), self.logits) for buffers in passes)
+            return _average(outputs, keep, temperature)
 
     def _trains(self, module: nn.Module) -> bool:
         return False
@@ -180,6 +165,108 @@ class Predictive:
         own = dict(self.model.named_buffers(remove_duplicate=False))
         for buffers in self.posterior.iter_draws(self.draws, generator):
             yield {name: value.to(own[name]) for name, value in buffers.items()}
+
+
+class Exact:
+    """The exact procedure: each object takes part in random training mini-batches, whose statistics are used.
+
+    For every draw and every object, B - 1 objects of one training mini-batch and the object itself go through the
+    network together, with batch norm in training mode and all else in evaluation mode, and probabilities are averaged
+    over draws. It is the yardstick that the posteriors approximate, and B times as expensive: `draws` forward passes
+    of B objects **for each object**. The object changes the statistics of its mini-batch from the first batch norm on,
+    and with them all activations of the others behind it, so only what lies before that layer could be shared between
+    objects; that is too little to be worth it.
+
+    Args:
+        model: the network.
+        batches: training data, as for `stochbn.fit`, shuffled. The first `draws` mini-batches of B - 1 objects are kept
+            in memory; draw s is always with mini-batch s, so predictions are deterministic.
+        batch_size: B, at least 2.
+        draws: the number of mini-batches.
+        logits: where the logits are, as for `Predictive`.
+        keep_draws: also return the log-probabilities of each draw.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or too few training objects.
+
+    Source: Atanov et al., 2018, section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        batch_size: int = 16,
+        draws: int = 50,
+        *,
+        logits: str | int | None = None,
+        keep_draws: bool = False,
+    ) -> None:
+        batch_norms(model)
+        check_draws(draws)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be a whole number, got {batch_size!r}")
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, an object and another one, got {batch_size}")
+        self.model = model
+        self.logits = logits
+        self.keep_draws = keep_draws
+        self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1), draws))
+        if len(self.others) < draws:
+            raise ValueError(
+                f"{draws} draws need as many mini-batches of {batch_size - 1} training objects, there were "
+                f"{len(self.others)}; pass more data, larger batches or fewer draws"
+            )
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Prediction:
+        """Predict a batch, object by object; arguments as for `Predictive`, but a generator has no effect.
+
+        Raises:
+            RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
+            TypeError: the batch or the network's output is of a type that is not supported.
+        """
+        inputs = network_input(self.model, x)
+        if not length(inputs):
+            raise ValueError("there are no objects in this batch")
+        keep = self.keep_draws if keep_draws is None else keep_draws
+        own = dict(self.model.named_buffers(remove_duplicate=False))
+
+        def logits(others: Any, one: Any) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in own.items()}  # training mode writes to them
+            return find_logits(call(self.model, buffers, join(others, one)), self.logits)[-1:]
+
+        with torch.no_grad(), modes(self.model, lambda module: isinstance(module, _BatchNorm)):
+            outputs = (torch.cat([logits(others, one) for one in split(inputs, 1)]) for others in self.others)
+            return _average(outputs, keep)
+
+
+def _average(outputs: Iterable[Tensor], keep: bool, temperature: float = 1.0) -> Prediction:
+    """The prediction from the logits of each draw, taken as they come."""
+    mean = expected = None
+    kept = []
+    for count, logits in enumerate(outputs, start=1):
+        if logits.dtype.itemsize < 4:  # half precision is too coarse to average in
+            logits = logits.float()
+        if temperature != 1:
+            logits = logits / temperature
+        probs = logits.softmax(1)
+        if mean is None or expected is None:
+            mean, expected = probs, entropy(probs)
+        else:
+            mean.lerp_(probs, 1 / count)
+            expected.lerp_(entropy(probs), 1 / count)
+        if keep:
+            kept.append(logits.log_softmax(1))
+    assert mean is not None
+    assert expected is not None
+    if not mean.isfinite().all():
+        raise ValueError(
+            "the network's output is not finite (NaN or infinity) for some of these objects; check the input "
+            "for NaN and infinity"
+        )
+    return Prediction(mean, expected, torch.stack(kept) if keep else None)
 
 
 class MCDropout(Predictive):
@@ -197,7 +284,7 @@ class MCDropout(Predictive):
         self,
         model: nn.Module,
         draws: int = 50,
-        posterior: Factorized | None = None,
+        posterior: Posterior | None = None,
         *,
         logits: str | int | None = None,
         generator: torch.Generator | None = None,

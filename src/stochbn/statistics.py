@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stochbn.calling import Batch, call, length, modes, network_input, split
 from stochbn.layers import batch_norms, running_statistics
 
-__all__ = ["Moments", "mini_batches", "observer"]
+__all__ = ["Moments", "Sample", "mini_batches", "observer"]
 
 Observation = dict[str, Tensor]
 """For every layer that was called, ``[calls, 2, C]``: mean and biased variance at each call, float64."""
@@ -53,6 +53,48 @@ class Moments:
     def variance(self) -> Tensor:
         """The unbiased variance of the observations; 0 for a single one."""
         return self.squares / max(self.count - 1, 1)
+
+
+class Sample:
+    """A uniformly random sample of the mini-batches that were added, at most `most` of them, in bounded memory.
+
+    It is reservoir sampling (Vitter, 1985) with a generator of its own: the same mini-batches give the same sample.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.seen = 0
+        self.rows: list[Tensor] = []
+        self.layers: dict[str, int] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, observation: Observation) -> None:
+        """Add a mini-batch's statistics.
+
+        A layer that is called several times in a forward pass has one of its calls taken, each in turn.
+
+        Raises:
+            ValueError: layers were called that were not called before, or the other way round.
+        """
+        layers = {name: calls.shape[2] for name, calls in observation.items()}
+        if self.seen and layers.keys() != self.layers.keys():
+            odd = min(layers.keys() ^ self.layers.keys())
+            raise ValueError(
+                f"batch-norm layer {odd!r} was called for some mini-batches and not for others, so there are no joint "
+                'statistics; use kind="factorized"'
+            )
+        self.layers = self.layers or layers
+        place = self.seen
+        if self.seen >= self.most:
+            place = int(torch.randint(self.seen + 1, (), generator=self._generator))
+        if place < self.most:
+            calls = [observation[name][self.seen % len(observation[name])] for name in self.layers]
+            self.rows[place : place + 1] = [torch.cat(calls, 1).float()] if calls else []
+        self.seen += 1
+
+    def statistics(self) -> Tensor:
+        """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
+        return torch.stack(self.rows)
 
 
 def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | None) -> Iterator[Any]:

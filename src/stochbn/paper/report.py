@@ -184,7 +184,10 @@ def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized]:
         FileNotFoundError, ValueError: they are missing or damaged.
     """
     home = folder / "plain-0"
-    return read_tensors(home / "statistics.safetensors", STATISTICS)[0], load(home / "network.sbn.safetensors")
+    posterior = load(home / "network.sbn.safetensors")
+    if not isinstance(posterior, Factorized):
+        raise ValueError(f"the posterior in {str(home)!r} is of the kind {posterior.kind}, not the paper's factorized")
+    return read_tensors(home / "statistics.safetensors", STATISTICS)[0], posterior
 
 
 def tabulate_run(about: Mapping[str, Any], scores: Sequence[dict[str, Any]]) -> list[Table]:

@@ -31,7 +31,7 @@ from stochbn.paper.data import Images
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import train
-from stochbn.posteriors import Factorized
+from stochbn.posteriors import Posterior
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
 __all__ = [
@@ -212,7 +212,7 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
 
 def predict_member(
     model: nn.Module,
-    posterior: Factorized | None,
+    posterior: Posterior | None,
     known: Images,
     unknown: Images | None,
     draws: int,
@@ -261,7 +261,9 @@ def fit_posterior(
     batch_size: int,
     seed: int = 0,
     report: Report = lambda done, total: None,
-) -> Factorized:
+    *,
+    kind: str = "factorized",
+) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
 
     Args:
@@ -270,6 +272,7 @@ def fit_posterior(
         batch_size: objects in a mini-batch whose statistics are observed.
         seed: where the order comes from, and the masks of dropout.
         report: called with the number of images done and of all.
+        kind: as for `stochbn.fit`; the paper's by default.
     """
 
     def batches() -> Any:
@@ -281,7 +284,7 @@ def fit_posterior(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size)
+        return stochbn.fit(model, batches(), batch_size, kind)
 
 
 def predict_all(
