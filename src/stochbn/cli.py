@@ -243,6 +243,37 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
 
 
 @app.command()
+def compare(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
+    ],
+    members: Annotated[int, typer.Option(min=1, help="How many of its plain networks; each is a seed.")] = 3,
+    draws: Draws = 50,
+    fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
+    unknown: Annotated[int, typer.Option(min=1, help="Images of unknown classes to predict, at most.")] = 2000,
+    exact: Annotated[int, typer.Option(min=10, help="Test images for exact inference.")] = 1000,
+    jobs: Jobs = 0,
+) -> None:
+    """Compare kinds of posteriors with each other, exact inference and ensembles, on the networks of a run.
+
+    Each kind is used as fitted, and with its noise calibrated on the images that the run held out. A comparison that
+    was stopped continues where it was.
+    """
+    from stochbn.paper.comparison import Settings
+    from stochbn.paper.comparison import compare as compare_run
+
+    settings = Settings(members, draws, fit_images, held_out, unknown, exact)
+    with _bars() as bars:
+        task = bars.add_task("predicting", total=None, unit="predictions")
+        follow = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731
+        shown = compare_run(folder, settings, jobs=jobs or os.cpu_count() or 1, progress=follow)
+    for table in shown:
+        out.print(table.rich())
+    out.print(f"Everything is in [bold]{escape(str(folder))}[/]: comparison.json, comparison.md and comparison.png.")
+
+
+@app.command()
 def train(
     path: Annotated[Path, typer.Option("--out", help="File for the network (safetensors).")],
     data: Annotated[str, typer.Option(help=DATA_HELP)],

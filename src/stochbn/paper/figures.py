@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from stochbn.posteriors import Factorized
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_entropy_cdf", "save_statistics"]
+__all__ = ["save_entropy_cdf", "save_equivalents", "save_statistics"]
 
 COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
 
@@ -65,6 +65,36 @@ def save_entropy_cdf(
     axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=9, title="lower and further right is better", title_fontsize=8)
+    return _save(figure, path)
+
+
+def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[float], *, title: str) -> list[Path]:
+    """Draw methods' calibrated NLL as points between lines at those of ensembles of 1, 2, ... networks: PNG and SVG.
+
+    Args:
+        path: where to, without an ending.
+        nlls: calibrated NLL (nats) of every method.
+        ensembles: likewise of ensembles of 1, 2, ... networks.
+        title: the figure's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(nlls)), layout="constrained")
+    axes = figure.subplots()
+    for size, nll in enumerate(ensembles, start=1):
+        axes.axvline(nll, color=COLORS["Deep Ensembles"], lw=1, alpha=0.7)
+        axes.annotate(f"{size}", (nll, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", fontsize=8,
+                      color=COLORS["Deep Ensembles"])  # fmt: skip
+    axes.plot(list(nlls.values()), list(nlls), "o", color=COLORS["SBN"], ms=6)
+    axes.invert_yaxis()
+    axes.set(xlabel="calibrated NLL (nats); lines: Deep Ensembles of 1, 2, ... networks; further left is better")
+    axes.set_title(title, fontsize=10, pad=16)
+    axes.grid(axis="y", alpha=0.3)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_fontsize(8)
     return _save(figure, path)
 
 

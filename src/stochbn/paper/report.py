@@ -25,6 +25,7 @@ from stochbn.predictive import entropy
 __all__ = [
     "Method",
     "methods",
+    "read_recipe",
     "read_run",
     "read_statistics",
     "tabulate",
@@ -137,6 +138,18 @@ def write(
     return shown
 
 
+def read_recipe(folder: Path) -> Recipe:
+    """What a run folder is a run of.
+
+    Raises:
+        FileNotFoundError: this is no run folder.
+    """
+    file = folder / "run.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
+    return Recipe(**json.loads(file.read_text())["recipe"])
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Method]]:
     """A run's description (its ``run.json``, and each member's seconds) and what its methods predict.
 
@@ -144,13 +157,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Method]]:
         FileNotFoundError: this is no run folder, or predictions of a member are missing.
         ValueError: a file in it is damaged.
     """
-    file = folder / "run.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
-    about = json.loads(file.read_text())
+    recipe = read_recipe(folder)
+    about = json.loads((folder / "run.json").read_text())
     stored: dict[str, list[dict[str, Tensor]]] = {"plain": [], "dropout": []}
     about["seconds"] = {}
-    for member in Recipe(**about["recipe"]).all_members():
+    for member in recipe.all_members():
         tensors, described = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
         stored[member.kind].append(tensors)
         about["seconds"][member.name] = described["seconds"]

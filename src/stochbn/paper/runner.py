@@ -40,9 +40,12 @@ __all__ = [
     "RunError",
     "fit_posterior",
     "has_dropout",
+    "load_parts",
+    "packed",
     "predict_all",
     "predict_member",
     "run",
+    "unpacked",
 ]
 
 PREDICTIONS = "stochbn.predictions/1"
@@ -80,7 +83,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
-    parts = _parts(recipe, progress)
+    parts = load_parts(recipe, progress)
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
@@ -98,7 +101,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             while waiting and len(running) < jobs:
                 member = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = recipe, member, folder, _packed(parts), threads, theirs
+                arguments = recipe, member, folder, packed(parts), threads, theirs
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -126,27 +129,28 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             process.join()
 
 
-def _work(recipe: Recipe, member: Member, folder: Path, packed: dict[str, Any], threads: int, pipe: Connection) -> None:
+def _work(recipe: Recipe, member: Member, folder: Path, arrays: dict[str, Any], threads: int, pipe: Connection) -> None:
     """A member's process. Once the process that started it is gone, its next report ends it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
     torch.set_num_threads(threads)
     try:
-        _run_member(recipe, member, folder, _unpacked(packed), lambda *event: pipe.send(event))
+        _run_member(recipe, member, folder, unpacked(arrays), lambda *event: pipe.send(event))
     except BrokenPipeError:
         raise SystemExit(1) from None
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _packed(parts: dict[str, Images]) -> dict[str, Any]:
+def packed(parts: dict[str, Images]) -> dict[str, Any]:
     """Data as arrays, which travel by value: tensors would need as much shared memory, which containers lack."""
     return {name: (i.pixels.numpy(), i.labels.numpy(), i.classes, i.name) for name, i in parts.items()}
 
 
-def _unpacked(packed: dict[str, Any]) -> dict[str, Images]:
+def unpacked(arrays: dict[str, Any]) -> dict[str, Images]:
+    """The data that `packed` made arrays of."""
     return {
         part: Images(torch.from_numpy(pixels), torch.from_numpy(labels), classes, name)
-        for part, (pixels, labels, classes, name) in packed.items()
+        for part, (pixels, labels, classes, name) in arrays.items()
     }
 
 
@@ -303,7 +307,7 @@ def predict_all(
     return Prediction.cat(predictions)
 
 
-def _parts(recipe: Recipe, progress: Progress) -> dict[str, Images]:
+def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Images]:
     """The data of a recipe: ``train``, ``known`` and, if it has any, ``held-out`` and ``unknown``."""
 
     def load(source: str, split: str) -> Images:

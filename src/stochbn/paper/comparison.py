@@ -1,0 +1,304 @@
+"""Which distribution over the statistics, and with how much noise: a comparison on the networks of a finished run.
+
+For some of its plain networks, posteriors of every kind are fitted to the training images, as they come out and with
+their noise calibrated on the images that the run held out. Each, and exact inference on a part of the objects, leaves
+its predictions in the member's folder, under ``comparison``; `tabulate` reads these alone.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stochbn
+from stochbn import metrics
+from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
+from stochbn.paper import ExperimentError, checkpoints, figures
+from stochbn.paper.data import Images
+from stochbn.paper.recipes import Recipe
+from stochbn.paper.report import read_recipe
+from stochbn.paper.runner import PREDICT_BATCH, PREDICTIONS, fit_posterior, load_parts, packed, predict_all, unpacked
+from stochbn.paper.tables import Table
+from stochbn.predictive import Predictor, entropy
+
+__all__ = ["METHODS", "Settings", "compare", "tabulate"]
+
+COMPARISON = "stochbn.comparison/1"
+METHODS = ("factorized", "joint", "empirical", "factorized, calibrated", "joint, calibrated", "empirical, calibrated")
+"""Kinds of posteriors, as fitted and with the noise that is best for held-out images."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is compared.
+
+    Attributes:
+        members: how many of the run's plain networks; each is a seed.
+        draws: of every method.
+        fit_images: training images to fit posteriors to, at most.
+        held_out: held-out images to calibrate on, at most.
+        unknown: unknown objects to predict, at most.
+        exact: known objects for exact inference.
+    """
+
+    members: int = 3
+    draws: int = 50
+    fit_images: int = 8192
+    held_out: int = 2000
+    unknown: int = 2000
+    exact: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def compare(
+    folder: Path, settings: Settings, *, jobs: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Table]:
+    """Make the predictions of a comparison that are not there yet, and write and return its tables.
+
+    Args:
+        folder: a finished run whose recipe held images out.
+        settings: how much to compare.
+        jobs: networks side by side.
+        progress: called with the number of predictions made and of all.
+
+    Raises:
+        FileNotFoundError: this is no run folder, or a network is missing.
+        ValueError: the run held nothing out, has fewer networks, or holds a comparison with other settings.
+        ExperimentError: a process failed.
+        OSError: the folder cannot be written.
+    """
+    recipe = read_recipe(folder)
+    if not recipe.held_out:
+        raise ValueError(
+            f"{str(folder)!r} is a run that trained on all images, so there are none to calibrate on; make one with "
+            "--held-out 0.1"
+        )
+    if recipe.members < settings.members:
+        raise ValueError(f"{str(folder)!r} has {recipe.members} plain networks, {settings.members} were asked for")
+    names = [member.name for member in recipe.all_members() if member.kind == "plain"][: settings.members]
+    tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
+    waiting = [task for task in tasks if not _done(folder, *task, settings)]
+    progress(len(tasks) - len(waiting), len(tasks))
+    if waiting:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        start = threads, packed(load_parts(recipe))
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, start) as pool:
+            running = [pool.submit(_predict, folder, recipe, settings, *task) for task in waiting]
+            try:
+                for done, future in enumerate(as_completed(running), start=1):
+                    future.result()
+                    progress(len(tasks) - len(waiting) + done, len(tasks))
+            except BaseException as error:
+                pool.shutdown(cancel_futures=True)
+                if isinstance(error, Exception):
+                    raise ExperimentError(f"the comparison failed, run again to continue: {error}") from error
+                raise
+    return tabulate(folder, settings)
+
+
+_parts: dict[str, Images] = {}
+
+
+def _start(threads: int, data: dict[str, Any]) -> None:
+    """Give a process its data once, for all of its tasks."""
+    torch.set_num_threads(threads)
+    _parts.update(unpacked(data))
+
+
+def _file(folder: Path, member: str, method: str) -> Path:
+    return folder / member / "comparison" / f"{method.replace(', ', '-')}.safetensors"
+
+
+def _done(folder: Path, member: str, method: str, settings: Settings) -> bool:
+    """Whether a method's predictions are there."""
+    file = _file(folder, member, method)
+    if not file.exists():
+        return False
+    about = read_tensors(file, COMPARISON)[1]
+    if about["settings"] != asdict(settings):
+        raise ValueError(
+            f"{str(file)!r} is of a comparison with other settings ({about['settings']}); delete the folders "
+            "'comparison' in the run folder, or use these settings"
+        )
+    return True
+
+
+def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, method: str) -> None:
+    """Make one method's predictions with one network."""
+    model = checkpoints.load(folder / member / "network.safetensors").model
+    seed = next(recipe.schedule(m).seed for m in recipe.all_members() if m.name == member)
+    train, known = _first(_parts["train"].shuffled(seed), settings.fit_images), _parts["known"]
+    about: dict[str, Any] = {"settings": asdict(settings)}
+    predictor: Predictor
+    if method == "exact":
+        batches = (inputs for inputs, _ in train.batches(64 * (recipe.statistics_batch - 1)))
+        predictor = stochbn.Exact(model, batches, recipe.statistics_batch, settings.draws)
+        parts = {"known": _first(known, settings.exact)}
+    else:
+        kind, _, calibrated = method.partition(", ")
+        posterior = fit_posterior(model, train, recipe.statistics_batch, seed, kind=kind)
+        if calibrated:
+            held_out = _first(_parts["held-out"], settings.held_out)
+            posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
+        about["batch_size"] = posterior.batch_size
+        predictor = stochbn.Predictive(model, posterior, settings.draws)
+        parts = {"known": known}
+        if "unknown" in _parts:
+            parts["unknown"] = _first(_parts["unknown"], settings.unknown)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {part: predict_all(predictor, images, generator).probs.log() for part, images in parts.items()}
+    file = _file(folder, member, method)
+    file.parent.mkdir(exist_ok=True)
+    write_tensors(file, COMPARISON, tensors, about)
+
+
+def _first(images: Images, most: int) -> Images:
+    return images.take(torch.arange(min(most, len(images))))
+
+
+def tabulate(folder: Path, settings: Settings) -> list[Table]:
+    """Write the tables and the figure of a comparison into its run folder, from its stored predictions.
+
+    ``comparison.json`` has every number, ``comparison.md`` the tables, ``comparison.png`` and ``.svg`` the methods'
+    calibrated NLL between those of ensembles.
+
+    Raises:
+        FileNotFoundError, ValueError: predictions are missing, or of other settings.
+    """
+    recipe = read_recipe(folder)
+    names = [member.name for member in recipe.all_members() if member.kind == "plain"]
+    stored = [read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)[0] for name in names]
+    labels = stored[0]["labels"]
+    plain = [
+        {
+            part: tensors[f"plain.{part}"][: settings.unknown if part == "unknown" else None].exp()
+            for part in ("known", "unknown")
+            if f"plain.{part}" in tensors
+        }
+        for tensors in stored
+    ]
+    ensembles = {
+        size: [_mean([plain[(first + i) % len(plain)] for i in range(size)]) for first in range(len(plain))][
+            : 1 if size == len(plain) else None
+        ]
+        for size in range(1, len(plain) + 1)
+    }
+    rows: dict[str, list[dict[str, float]]] = {"plain": [_scores(p, labels) for p in plain[: settings.members]]}
+    near: dict[str, list[dict[str, float]]] = {}
+    exact = [_read(folder, name, "exact", settings)[0]["known"] for name in names[: settings.members]]
+    near["plain"] = [_nearness(p["known"], e, labels) for p, e in zip(plain, exact, strict=False)]
+    for method in METHODS:
+        rows[method], near[method] = [], []
+        for name, yardstick in zip(names, exact, strict=False):
+            probs, about = _read(folder, name, method, settings)
+            rows[method].append(_scores(probs, labels) | {"batch_size": about["batch_size"]})
+            near[method].append(_nearness(probs["known"], yardstick, labels))
+    near["exact"] = [_nearness(e, e, labels) for e in exact]
+    members = {f"ensemble of {size}": [_scores(p, labels) for p in found] for size, found in ensembles.items()}
+    reached = [statistics.mean(row["calibrated_nll"] for row in found) for found in members.values()]
+    for found in (*rows.values(), *members.values()):
+        nll = statistics.mean(row["calibrated_nll"] for row in found)
+        for row in found:
+            row["dee"] = metrics.deep_ensemble_equivalent(nll, reached)
+    data = f"{recipe.network} on {recipe.data}, {len(labels)} objects"
+    title = f"{data}: mean and standard deviation over {settings.members} networks"
+    written, shown = (_tables(title, rows | members, near, len(exact[0]), spread) for spread in (True, False))
+    about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows | members, "to_exact": near}
+    write_json(folder / "comparison.json", about)
+    write_bytes(folder / "comparison.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
+    means = {name: statistics.mean(row["calibrated_nll"] for row in found) for name, found in rows.items()}
+    figures.save_equivalents(folder / "comparison", means, reached, title=data)
+    return shown
+
+
+def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A method's probabilities of known and unknown objects, and what is noted beside them."""
+    if not _done(folder, member, method, settings):
+        raise FileNotFoundError(f"the comparison in {str(folder)!r} lacks {method!r} of {member}; run it to its end")
+    tensors, about = read_tensors(_file(folder, member, method), COMPARISON)
+    return {part: logs.exp() for part, logs in tensors.items()}, about
+
+
+def _mean(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {part: torch.stack([p[part] for p in predictions]).mean(0) for part in predictions[0]}
+
+
+def _scores(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+    found = metrics.evaluate(probs["known"], labels)
+    best = metrics.calibrated_nll(probs["known"], labels)
+    found |= {"calibrated_nll": best["nll"], "temperature": best["temperature"]}
+    wrong = probs["known"].argmax(1) != labels
+    found["aurc"] = metrics.risk_coverage(entropy(probs["known"]), wrong)["aurc"]
+    if "unknown" in probs:
+        found |= metrics.ood(entropy(probs["known"]), entropy(probs["unknown"]))
+    return found
+
+
+def _nearness(probs: Tensor, exact: Tensor, labels: Tensor) -> dict[str, float]:
+    """How far a prediction is from that of exact inference, on the objects that the latter has."""
+    probs, labels = probs[: len(exact)], labels[: len(exact)]
+    tiny = torch.finfo(probs.dtype).tiny
+    kl = (exact * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())).sum(1).mean().item()
+    best = metrics.calibrated_nll(probs, labels)
+    return metrics.evaluate(probs, labels) | {"kl": max(kl, 0.0), "temperature": best["temperature"]}
+
+
+def _tables(
+    title: str,
+    rows: Mapping[str, Sequence[Mapping[str, float]]],
+    near: Mapping[str, Sequence[Mapping[str, float]]],
+    objects: int,
+    spread: bool,
+) -> list[Table]:
+    """Quality, use of the uncertainty, and distance to exact inference, with or without standard deviations."""
+
+    def table(
+        title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, tuple[str, int, float]]
+    ) -> Table:
+        cells = [
+            [name, *(_cell(found, *column, spread) for column in columns.values())] for name, found in rows.items()
+        ]
+        return Table(title, ["method", *columns], cells)
+
+    quality = {
+        "error %": ("error", 2, 1.0),
+        "NLL": ("nll", 4, 1.0),
+        "calibrated NLL": ("calibrated_nll", 4, 1.0),
+        "ECE %": ("ece", 2, 100.0),
+        "best T": ("temperature", 2, 1.0),
+        "DEE": ("dee", 2, 1.0),
+    }
+    uses = {"AURC %": ("aurc", 3, 100.0), "AUROC": ("auroc", 4, 1.0), "FPR95 %": ("fpr95", 1, 100.0)}
+    uses = {"noise of": ("batch_size", 0, 1.0)} | uses
+    distance = {"KL to exact (nats)": ("kl", 5, 1.0), "NLL": ("nll", 4, 1.0), "best T": ("temperature", 2, 1.0)}
+    return [
+        table(title, rows, quality),
+        table("Selective prediction, and detection of the unknown", rows, uses),
+        table(f"Distance to exact inference, {objects} objects", near, distance),
+    ]
+
+
+def _cell(rows: Sequence[Mapping[str, float]], key: str, digits: int, factor: float, spread: bool) -> str:
+    values = [factor * row[key] for row in rows if key in row]
+    if not values:
+        return "-"
+    if key == "batch_size":
+        return "/".join(f"{value:g}" for value in sorted(set(values)))
+    if max(values) == math.inf:
+        return "more"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if spread and len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
