@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
@@ -332,6 +335,455 @@ def test_unusable_entropies_are_refused(values: Any, message: str) -> None:
         metrics.entropy_cdf(values)
 
 
+# The calibrated negative log-likelihood
+
+
+def slow_tempered_nll(probs: Any, labels: Any, temperature: float) -> float:
+    """Powers of the probabilities themselves, normalised again."""
+    total = 0.0
+    for row, label in zip(np.asarray(probs, dtype=np.float64), np.asarray(labels), strict=True):
+        powers = (row / row.max()) ** (1 / temperature)
+        total -= math.log(powers[label] / powers.sum())
+    return total / len(labels)
+
+
+def slow_temperature(probs: Any, labels: Any, low: float = 0.05, high: float = 20.0) -> float:
+    """Not to be trusted near either end, where right or wrong answers alone leave the likelihood flat."""
+    found = minimize_scalar(
+        lambda log: slow_tempered_nll(probs, labels, math.exp(log)),
+        bounds=(math.log(low), math.log(high)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return math.exp(found.x)
+
+
+def overconfident(n: int, k: int, factor: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Probabilities whose logits are `factor` times those of the distribution that the labels are drawn from."""
+    logits = 1.5 * normal(n, k, seed=seed, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=seeded(seed + 10**7)).squeeze(1)
+    return (factor * logits).softmax(1), labels
+
+
+@given(
+    n=st.integers(1, 40),
+    m=st.integers(60, 90),
+    k=st.integers(2, 6),
+    factor=st.floats(0.2, 8),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=25)
+def test_the_temperature_is_the_best_for_the_held_out_objects(n: int, m: int, k: int, factor: float, seed: int) -> None:
+    probs, labels = overconfident(n, k, factor, seed)
+    held_out = overconfident(m, k, factor, seed + 1)
+    wanted = slow_temperature(*held_out)
+    assume(0.06 < wanted < 18)
+    found = metrics.calibrated_nll(probs, labels, held_out)
+    assert list(found) == ["nll", "temperature"]
+    assert all(type(value) is float for value in found.values())
+    assert found["temperature"] == pytest.approx(wanted, rel=5e-4)
+    assert found["nll"] == pytest.approx(slow_tempered_nll(probs, labels, found["temperature"]), rel=1e-9)
+    best = slow_tempered_nll(*held_out, found["temperature"])
+    assert all(best <= slow_tempered_nll(*held_out, t) + 1e-7 for t in np.geomspace(0.05, 20, 40))
+
+
+def test_with_many_objects_the_temperature_undoes_the_overconfidence() -> None:
+    for factor in (0.5, 1.0, 4.0):
+        probs, labels = overconfident(20_000, 5, factor, 3)
+        for held_out in (None, overconfident(20_000, 5, factor, 4)):
+            found = metrics.calibrated_nll(probs, labels, held_out)
+            assert found["temperature"] == pytest.approx(factor, rel=0.03)
+            honest = overconfident(20_000, 5, 1.0, 3)
+            assert found["nll"] == pytest.approx(metrics.evaluate(*honest)["nll"], rel=1e-3)
+
+
+def test_a_temperature_that_no_data_bound_stays_between_a_twentieth_and_twenty() -> None:
+    probs = torch.tensor([[0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+    right = metrics.calibrated_nll(probs, [0, 1], (probs, [0, 1]))
+    assert right["temperature"] == pytest.approx(0.05, rel=1e-3)
+    assert right["nll"] == pytest.approx(slow_tempered_nll(probs, [0, 1], 0.05), rel=0.01)
+    wrong = metrics.calibrated_nll(probs, [1, 0], (probs, [1, 0]))
+    assert wrong["temperature"] == pytest.approx(20, rel=1e-3)
+    assert wrong["nll"] == pytest.approx(slow_tempered_nll(probs, [1, 0], 20), rel=1e-4)
+
+
+@given(n=st.integers(10, 50), k=st.integers(2, 5), factor=st.floats(0.5, 4), seed=st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_without_held_out_objects_each_fifth_is_tempered_by_the_other_four(
+    n: int, k: int, factor: float, seed: int
+) -> None:
+    probs, labels = overconfident(n, k, factor, seed)
+    total = 0.0
+    parts = np.array_split(torch.randperm(n, generator=seeded(0)).numpy(), 5)
+    assert [len(part) for part in parts] == [n // 5 + (i < n % 5) for i in range(5)]
+    for part in parts:
+        rest = np.setdiff1d(np.arange(n), part)
+        temperature = slow_temperature(probs[rest], labels[rest])
+        assume(0.1 < temperature < 15)
+        total += len(part) * slow_tempered_nll(probs[part], labels[part], temperature)
+    found = metrics.calibrated_nll(probs, labels)
+    assert found["nll"] == pytest.approx(total / n, rel=1e-3)
+    assert found["temperature"] == pytest.approx(slow_temperature(probs, labels), rel=5e-4)
+
+
+@given(n=st.integers(10, 60), k=st.integers(2, 5), factor=st.floats(0.5, 4), seed=st.integers(0, 10**6))
+@settings(max_examples=25)
+def test_cross_validation_never_beats_the_best_temperature_in_hindsight(
+    n: int, k: int, factor: float, seed: int
+) -> None:
+    """What the other parts choose is no better for a part than what all parts together choose."""
+    probs, labels = overconfident(n, k, factor, seed)
+    found = metrics.calibrated_nll(probs, labels)
+    assert found["nll"] >= slow_tempered_nll(probs, labels, found["temperature"]) - 1e-6
+
+
+def test_the_parts_do_not_depend_on_torchs_random_state_nor_change_it() -> None:
+    probs, labels = overconfident(53, 3, 2.0, 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = metrics.calibrated_nll(probs, labels)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        assert metrics.calibrated_nll(probs, labels) == first
+
+
+@given(factor=st.floats(0.25, 4), held=st.booleans(), seed=st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_scaled_logits_scale_the_temperature_and_leave_the_calibrated_nll(factor: float, held: bool, seed: int) -> None:
+    plain, scaled = (
+        metrics.calibrated_nll(
+            *overconfident(80, 4, by, seed), held_out=overconfident(100, 4, by, seed + 1) if held else None
+        )
+        for by in (1.0, factor)
+    )
+    assume(0.25 < plain["temperature"] < 4)
+    assert scaled["temperature"] == pytest.approx(factor * plain["temperature"], rel=5e-4)
+    assert scaled["nll"] == pytest.approx(plain["nll"], rel=1e-4)
+
+
+def test_the_test_labels_have_no_say_in_a_temperature_chosen_on_held_out_objects() -> None:
+    (probs, labels), held_out = overconfident(50, 4, 3.0, 0), overconfident(50, 4, 3.0, 1)
+    wanted = metrics.calibrated_nll(probs, labels, held_out)["temperature"]
+    assert metrics.calibrated_nll(probs, probs.argmin(1), held_out)["temperature"] == wanted
+    assert metrics.calibrated_nll(probs, probs.argmax(1), held_out)["temperature"] == wanted
+    assert metrics.calibrated_nll(probs, labels, (probs, probs.argmin(1)))["temperature"] == pytest.approx(20, rel=1e-3)
+
+
+def test_held_out_objects_may_be_few_and_so_may_those_tempered() -> None:
+    probs, labels = overconfident(1, 3, 1.0, 0)
+    found = metrics.calibrated_nll(probs, labels, overconfident(60, 3, 2.0, 1))
+    assert found["nll"] == pytest.approx(slow_tempered_nll(probs, labels, found["temperature"]))
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 5), (torch.float32, 100)])
+def test_a_probability_of_0_is_tempered_as_the_smallest_normal_number(dtype: torch.dtype, n: int) -> None:
+    """Wholly sure answers of which one in n is wrong: the best temperature makes them 1 - 1/n sure."""
+    probs = torch.eye(2, dtype=dtype).repeat(n, 1)
+    labels = torch.tensor([0, 1] * (n - 1) + [1, 0])
+    temperature = -math.log(torch.finfo(dtype).tiny) / math.log(n - 1)
+    assert temperature < 19.1
+    found = metrics.calibrated_nll(probs, labels, (probs, labels))
+    assert found["temperature"] == pytest.approx(temperature, rel=1e-3)
+    assert found["nll"] == pytest.approx(-math.log(1 / n) / n - (1 - 1 / n) * math.log(1 - 1 / n), rel=1e-5)
+    assert metrics.calibrated_nll(probs, labels)["temperature"] == found["temperature"]
+
+
+def test_sure_and_wrong_predictions_have_a_finite_calibrated_nll() -> None:
+    for dtype in (torch.float32, torch.float64):
+        probs, labels = torch.eye(10, dtype=dtype), (torch.arange(10) + 1) % 10
+        for held_out in (None, (probs, labels)):
+            found = metrics.calibrated_nll(probs, labels, held_out)
+            smallest = probs.clamp(min=torch.finfo(dtype).tiny)
+            assert found["temperature"] == pytest.approx(20, rel=1e-3)
+            assert found["nll"] == pytest.approx(slow_tempered_nll(smallest, labels, 20), rel=1e-3)
+
+
+def test_probabilities_of_0_for_other_classes_do_no_harm() -> None:
+    probs, labels = overconfident(80, 3, 2.0, 0)
+    padded = torch.cat([probs, torch.zeros(80, 2, dtype=torch.float64)], 1)
+    for held_out, with_zeros in ((None, None), ((probs, labels), (padded, labels))):
+        wanted = metrics.calibrated_nll(probs, labels, held_out)
+        assert metrics.calibrated_nll(padded, labels, with_zeros) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_dense_predictions_are_tempered_pixel_by_pixel() -> None:
+    flat, labels = overconfident(2 * 4 * 5, 3, 2.0, 0)
+    dense, dense_labels = flat.reshape(2, 4, 5, 3).permute(0, 3, 1, 2), labels.reshape(2, 4, 5)
+    assert dense.shape == (2, 3, 4, 5)
+    assert metrics.calibrated_nll(dense, dense_labels) == metrics.calibrated_nll(flat, labels)
+    held_out, held_labels = overconfident(60, 3, 2.0, 1)
+    wanted = metrics.calibrated_nll(flat, labels, (held_out, held_labels))
+    dense_held_out = held_out.reshape(3, 4, 5, 3).permute(0, 3, 1, 2), held_labels.reshape(3, 4, 5)
+    assert metrics.calibrated_nll(dense, dense_labels, dense_held_out) == wanted
+    assert metrics.calibrated_nll(flat, labels, dense_held_out) == wanted
+
+
+def test_calibrating_takes_numpy_and_lists_and_leaves_its_arguments_alone() -> None:
+    (probs, labels), (other, other_labels) = overconfident(30, 3, 2.0, 0), overconfident(30, 3, 2.0, 1)
+    before = probs.clone(), labels.clone()
+    wanted = metrics.calibrated_nll(probs, labels, (other, other_labels))
+    assert metrics.calibrated_nll(probs.numpy(), labels.numpy(), (other.numpy(), other_labels.numpy())) == wanted
+    lists = metrics.calibrated_nll(probs.tolist(), labels.tolist(), (other.tolist(), other_labels.tolist()))
+    assert lists == pytest.approx(wanted, rel=1e-3)
+    assert torch.equal(probs, before[0])
+    assert torch.equal(labels, before[1])
+
+
+def test_ten_objects_are_enough_to_cross_validate_and_nine_are_not() -> None:
+    probs, labels = overconfident(10, 3, 1.0, 0)
+    assert math.isfinite(metrics.calibrated_nll(probs, labels)["nll"])
+    with pytest.raises(ValueError, match="at least 10 objects to cross-validate the temperature on, got 9"):
+        metrics.calibrated_nll(probs[:9], labels[:9])
+
+
+LOGITS = torch.tensor([[2.0, -1.0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("probs", "labels", "error", "message"),
+    [
+        (LOGITS, [0, 1], ValueError, "must not be negative"),
+        (torch.tensor([[0.5, 0.6]]), [0], ValueError, r"must sum to 1.*found a sum of 1\.1"),
+        (torch.tensor([[math.nan, 1.0]]), [1], ValueError, "NaN or infinity"),
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), ValueError, "nothing to evaluate"),
+        (GOOD, [0, 2], ValueError, "between 0 and 1 for 2 classes"),
+        (GOOD, [0], ValueError, r"labels of shape \[2\]"),
+        (GOOD, [0.0, 1.0], TypeError, "whole-number labels"),
+        (torch.tensor([0, 1]), GOOD, ValueError, "floating-point probabilities"),
+    ],
+)
+def test_unusable_predictions_are_not_calibrated_nor_calibrated_on(
+    probs: Any, labels: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        metrics.calibrated_nll(probs, labels)
+    with pytest.raises(error, match=message):
+        metrics.calibrated_nll(probs, labels, (GOOD, [0, 1]))
+    with pytest.raises(error, match=message):
+        metrics.calibrated_nll(GOOD, [0, 1], (probs, labels))
+
+
+@pytest.mark.parametrize("held_out", [(GOOD,), (GOOD, [0, 1], [0, 1]), (), 5])
+def test_held_out_objects_that_are_not_a_pair_are_refused(held_out: Any) -> None:
+    with pytest.raises(TypeError):
+        metrics.calibrated_nll(GOOD, [0, 1], held_out)
+
+
+# The deep-ensemble equivalent
+
+
+def slow_equivalent(nll: float, ensembles: list[float]) -> float:
+    """The least size, in hundredths from 1, at which the line through the ensembles is as good."""
+    sizes = [Fraction(i, 100) for i in range(100, 100 * len(ensembles) + 1)]
+    for size in sizes:
+        below = min(int(size), len(ensembles) - 1) or 1
+        share = size - below
+        low, high = (Fraction(ensembles[min(i, len(ensembles)) - 1]) for i in (below, below + 1))
+        if (1 - share) * low + share * high <= Fraction(nll):
+            return float(size)
+    return 1.0 if nll >= ensembles[0] else math.inf
+
+
+eighths = st.integers(-4, 24).map(lambda i: i / 8)
+
+
+@given(nll=eighths, ensembles=st.lists(eighths, min_size=1, max_size=6))
+def test_the_equivalent_is_the_first_size_at_which_ensembles_are_as_good(nll: float, ensembles: list[float]) -> None:
+    wanted, found = slow_equivalent(nll, ensembles), metrics.deep_ensemble_equivalent(nll, ensembles)
+    assert type(found) is float
+    assert found == wanted if math.isinf(wanted) else wanted - 0.01 < found <= wanted + 1e-12
+
+
+@given(
+    nll=st.floats(0.1, 1),
+    falls=st.lists(st.floats(0.001, 0.2), min_size=1, max_size=8),
+)
+def test_among_ever_better_ensembles_the_equivalent_is_read_off_the_line(nll: float, falls: list[float]) -> None:
+    ensembles: Any = 1 - np.cumsum([0.0, *falls])
+    assume(ensembles[-1] <= nll)
+    wanted = np.interp(nll, ensembles[::-1], np.arange(len(ensembles), 0, -1))
+    assert metrics.deep_ensemble_equivalent(nll, ensembles.tolist()) == pytest.approx(wanted, rel=1e-9)
+    assert metrics.deep_ensemble_equivalent(nll, ensembles) == pytest.approx(wanted, rel=1e-9)
+
+
+@given(nlls=st.sets(st.floats(-3, 3), min_size=1, max_size=10))
+def test_an_ensemble_among_those_at_hand_is_worth_exactly_its_size(nlls: set[float]) -> None:
+    ensembles = sorted(nlls, reverse=True)
+    assert [metrics.deep_ensemble_equivalent(nll, ensembles) for nll in ensembles] == [*range(1, len(ensembles) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("nll", "ensembles", "wanted"),
+    [
+        (0.75, [1.0, 0.5, 0.25], 1.5),
+        (0.3125, [1.0, 0.5, 0.25], 2.75),
+        (1.0, [1.0, 0.5], 1.0),
+        (7.0, [1.0, 0.5], 1.0),
+        (0.5, [1.0, 0.5, 0.5, 0.5], 2.0),
+        (0.25, [1.0, 0.5, 0.5, 0.0], 3.5),
+        (0.49, [1.0, 0.5], math.inf),
+        (0.9, [1.0], math.inf),
+        (1.0, [1.0], 1.0),
+        (1.1, [1.0, 1.2, 0.8], 1.0),
+        (0.875, [1.0, 1.25, 0.75], 2.75),
+        (0.5, [1.0, 0.25, 0.75, 0.0], 1 + 2 / 3),
+        (0.5, [1.0, 1.25, 1.5], math.inf),
+        (-1.5, [-1.0, -2.0], 1.5),
+    ],
+)
+def test_equivalents_of_known_cases(nll: float, ensembles: list[float], wanted: float) -> None:
+    assert metrics.deep_ensemble_equivalent(nll, ensembles) == pytest.approx(wanted, rel=1e-12)
+    assert metrics.deep_ensemble_equivalent(nll, tuple(ensembles)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("nll", "ensembles"),
+    [
+        (0.5, []),
+        (0.5, np.array([])),
+        (math.nan, [1.0, 0.5]),
+        (math.inf, [1.0, 0.5]),
+        (-math.inf, [1.0, 0.5]),
+        (0.5, [math.nan]),
+        (0.5, [1.0, 0.4, math.nan]),
+        (0.5, [math.inf, 0.4]),
+        (2.0, [1.0, -math.inf]),
+    ],
+)
+def test_unusable_ensembles_are_refused(nll: float, ensembles: Any) -> None:
+    with pytest.raises(ValueError, match="expected finite NLLs of at least one ensemble, got"):
+        metrics.deep_ensemble_equivalent(nll, ensembles)
+
+
+# Selective prediction
+
+
+def slow_risks(uncertainty: list[float], losses: list[float]) -> list[float]:
+    """Averaged over every order of the objects, each then sorted by uncertainty."""
+    orders = list(itertools.permutations(range(len(losses))))
+    total = [0.0] * len(losses)
+    for order in orders:
+        answered = [losses[i] for i in sorted(order, key=lambda i: uncertainty[i])]
+        for i in range(len(losses)):
+            total[i] += sum(answered[: i + 1]) / (i + 1)
+    return [risk / len(orders) for risk in total]
+
+
+@given(
+    objects=st.lists(
+        st.tuples(st.integers(0, 2).map(float) | st.floats(-3, 3), st.integers(0, 1).map(float) | st.floats(-10, 10)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_risk_is_the_average_over_every_order_of_equally_uncertain_objects(
+    objects: list[tuple[float, float]],
+) -> None:
+    uncertainty, losses = [u for u, _ in objects], [loss for _, loss in objects]
+    # As float64, in which Hypothesis finds them: float32 could make two uncertainties equal.
+    found = metrics.risk_coverage(np.array(uncertainty), np.array(losses))
+    wanted = slow_risks(uncertainty, losses)
+    assert list(found) == ["coverage", "risk", "aurc"]
+    assert found["coverage"].dtype == found["risk"].dtype == torch.float64
+    assert found["coverage"].tolist() == pytest.approx([(i + 1) / len(losses) for i in range(len(losses))])
+    assert found["risk"].tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    assert type(found["aurc"]) is float
+    assert found["aurc"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-9, abs=1e-9)
+
+
+@given(n=st.integers(1, 200), seed=st.integers(0, 10**6), wrong=st.booleans())
+def test_the_risk_is_that_of_the_most_certain_objects(n: int, seed: int, wrong: bool) -> None:
+    uncertainty = torch.randperm(n, generator=seeded(seed)).double() / 7 - 3
+    losses = normal(n, seed=seed, dtype=torch.float64)
+    if wrong:
+        losses = (losses > 0.5).double()
+    found = metrics.risk_coverage(uncertainty, losses)
+    order = sorted(range(n), key=lambda i: uncertainty[i].item())
+    risks = [losses[order[: i + 1]].mean().item() for i in range(n)]
+    assert found["risk"].tolist() == pytest.approx(risks, rel=1e-9, abs=1e-9)
+    assert found["aurc"] == pytest.approx(sum(risks) / n, rel=1e-9, abs=1e-9)
+    assert found["risk"][-1].item() == pytest.approx(losses.mean().item(), abs=1e-9)
+
+
+def test_many_random_orders_of_ties_average_to_the_risk() -> None:
+    uncertainty, losses = torch.randint(3, (40,), generator=seeded(0)).double(), normal(40, dtype=torch.float64)
+    found = metrics.risk_coverage(uncertainty, losses)
+    noise = [0.5 * torch.rand(40, generator=seeded(seed), dtype=torch.float64) for seed in range(2000)]
+    broken = [metrics.risk_coverage(uncertainty + jitter, losses) for jitter in noise]
+    risks = torch.stack([curve["risk"] for curve in broken])
+    error = risks.std(0) / math.sqrt(len(broken))
+    assert ((risks.mean(0) - found["risk"]).abs() < 5 * error + 1e-9).all()
+    assert error.max() < 0.03
+
+
+@pytest.mark.parametrize(("n", "wrong"), [(1, 0), (1, 1), (10, 0), (10, 3), (10, 10), (100, 37)])
+def test_the_perfect_and_the_worst_order_have_known_curves(n: int, wrong: int) -> None:
+    losses = torch.tensor([0] * (n - wrong) + [1] * wrong)
+    certain = torch.arange(n)
+    perfect, worst = metrics.risk_coverage(certain, losses), metrics.risk_coverage(-certain, losses)
+    answered = range(1, n + 1)
+    assert perfect["risk"].tolist() == pytest.approx([max(0, i - (n - wrong)) / i for i in answered])
+    assert worst["risk"].tolist() == pytest.approx([min(i, wrong) / i for i in answered])
+    shuffled = metrics.risk_coverage(torch.randperm(n, generator=seeded()), losses)["aurc"]
+    assert perfect["aurc"] - 1e-12 <= shuffled <= worst["aurc"] + 1e-12
+    # The two uncertainties that only tell right from wrong have the same best and worst curves.
+    assert metrics.risk_coverage(losses, losses)["risk"].tolist() == pytest.approx(perfect["risk"].tolist())
+    assert metrics.risk_coverage(-losses, losses)["risk"].tolist() == pytest.approx(worst["risk"].tolist())
+
+
+@given(n=st.integers(1, 60), value=st.floats(-5, 5), seed=st.integers(0, 10**6))
+def test_uncertainty_that_tells_nothing_has_the_mean_loss_at_every_coverage(n: int, value: float, seed: int) -> None:
+    losses = 3 + normal(n, seed=seed, dtype=torch.float64)
+    found = metrics.risk_coverage([value] * n, losses)
+    assert found["risk"].tolist() == pytest.approx([losses.mean().item()] * n)
+    assert found["aurc"] == pytest.approx(losses.mean().item())
+
+
+@given(n=st.integers(1, 60), a=st.floats(0.1, 10), b=st.floats(-5, 5), seed=st.integers(0, 10**6))
+def test_only_the_order_of_uncertainty_matters_and_the_risk_is_linear_in_the_losses(
+    n: int, a: float, b: float, seed: int
+) -> None:
+    uncertainty = torch.randint(20, (n,), generator=seeded(seed)).double()
+    losses = normal(n, seed=seed, dtype=torch.float64)
+    found = metrics.risk_coverage(uncertainty, losses)
+    other = metrics.risk_coverage((uncertainty / 5).exp() - 9, a * losses + b)
+    assert torch.allclose(other["risk"], a * found["risk"] + b, atol=1e-9)
+    order = torch.randperm(n, generator=seeded(seed + 1))
+    permuted = metrics.risk_coverage(uncertainty[order], losses[order])
+    assert torch.allclose(permuted["risk"], found["risk"], atol=1e-9)
+
+
+def test_zeros_of_either_sign_are_the_same_uncertainty() -> None:
+    assert metrics.risk_coverage([-0.0, 0.0, 1.0], [1, 0, 0])["risk"].tolist() == pytest.approx([0.5, 0.5, 1 / 3])
+    assert metrics.risk_coverage([0.0, -0.0, 1.0], [1, 0, 0])["risk"].tolist() == pytest.approx([0.5, 0.5, 1 / 3])
+
+
+def test_risk_takes_truth_values_integers_numpy_and_lists() -> None:
+    wanted = [0.0, 0.5, 2 / 3]
+    for losses in ([0, 1, 1], [False, True, True], np.array([0, 1, 1], dtype=np.uint8), torch.tensor([0, 1, 1]).bool()):
+        for uncertainty in ([1, 2, 3], np.array([1, 2, 3], dtype=np.float32), torch.tensor([1, 2, 3])):
+            assert metrics.risk_coverage(uncertainty, losses)["risk"].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("uncertainty", "losses", "message"),
+    [
+        ([], [], "uncertainty must be a vector of at least one number"),
+        ([1.0], [], "losses must be a vector of at least one number"),
+        ([[1.0, 2.0]], [0.0, 1.0], r"uncertainty must be a vector.*got shape \[1, 2\]"),
+        ([1.0, 2.0], [[0.0, 1.0]], r"losses must be a vector.*got shape \[1, 2\]"),
+        ([1.0, math.nan], [0, 1], "uncertainty contains NaN or infinity"),
+        ([1.0, 2.0], [0, math.inf], "losses contains NaN or infinity"),
+        ([1.0, 2.0], [0], "as many losses as uncertainties, got 1 and 2"),
+        ([1.0], [0, 1, 1], "as many losses as uncertainties, got 3 and 1"),
+    ],
+)
+def test_unusable_uncertainty_or_losses_are_refused(uncertainty: Any, losses: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.risk_coverage(uncertainty, losses)
+
+
 def test_without_torchmetrics_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
@@ -341,3 +793,5 @@ def test_without_torchmetrics_the_error_says_how_to_install_it(monkeypatch: pyte
     with pytest.raises(ImportError, match=r"pip install 'stochbn\[metrics\]'"):
         metrics.ood([0.0], [1.0])
     assert metrics.entropy_cdf([1.0])[1].tolist() == [1.0]
+    assert metrics.risk_coverage([0.0], [1.0])["aurc"] == 1
+    assert math.isfinite(metrics.calibrated_nll(GOOD, [0, 1], (GOOD, [0, 1]))["nll"])

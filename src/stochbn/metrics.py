@@ -118,7 +118,8 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
     if len(labels) < 10:
         raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
     total = 0.0
-    for part in torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device).chunk(5):
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    for part in order.tensor_split(5):
         rest = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, part, False)
         temperature = _best_temperature(logs[rest], labels[rest])
         total += len(part) * _tempered_nll(logs[part], labels[part], 1 / temperature)
