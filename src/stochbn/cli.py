@@ -318,6 +318,9 @@ def fit(
     batch_size: Annotated[
         int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
     ] = 16,
+    kind: Annotated[
+        str, typer.Option(help="joint (of all layers), empirical (replay), or factorized (the paper's SBN).")
+    ] = "joint",
     path: Annotated[
         Path | None, typer.Option("--out", help="File for it. \\[default: NETWORK.sbn.safetensors]", show_default=False)
     ] = None,
@@ -333,7 +336,8 @@ def fit(
     images = _load(data or checkpoint.data, "train")
     _check_images(checkpoint, images)
     with _bars() as bars:
-        posterior = fit_posterior(checkpoint.model, images, batch_size, seed, _follow(bars, "fitting"))
+        follow = _follow(bars, "fitting")
+        posterior = fit_posterior(checkpoint.model, images, batch_size, seed, follow, kind=kind)
     posterior.save(path)
     out.print(
         f"Saved the posterior as [bold]{escape(str(path))}[/]: {sum(posterior.layers.values())} channels in "
@@ -342,6 +346,51 @@ def fit(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def diagnose(
+    network: NetworkFile,
+    data: DataFromNetwork = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training images to use, at most.")] = 16384,
+    seed: Seed = 0,
+    path: Annotated[
+        Path | None, typer.Option("--out", help="PNG file for the figure; an SVG goes beside it.", show_default=False)
+    ] = None,
+) -> None:
+    """Say how well the paper's factorised distribution fits a network's batch-norm statistics, and what to use.
+
+    It fits if each statistic is Normal or LogNormal, and if those of one mini-batch are independent of each other.
+    """
+    import torch
+
+    from stochbn.paper import checkpoints, figures, goodness
+
+    checkpoint = checkpoints.load(network)
+    if path is not None:
+        _check_folder(path)
+        if path.suffix != ".png":
+            raise ValueError(f"the figure is a PNG file, got the name {str(path)!r}; end it with .png")
+    data = data or checkpoint.data
+    found = _load(data, "train")
+    _check_images(checkpoint, found)
+    found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
+    with _bars() as bars:
+        observed = goodness.observe(checkpoint.model, found, batch_size, seed, _follow(bars, "observing"))
+    diagnosis = goodness.diagnose(observed)
+    table = Table("layer", "distance of means", "of variances", "|correlation| within", title="the factorised form")
+    for (layer, distance), within in zip(
+        diagnosis.distances.items(), diagnosis.correlations.diagonal().tolist(), strict=True
+    ):
+        table.add_row(layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{within:.3f}")
+    out.print(table)
+    for sentence in diagnosis.advice:
+        out.print(f"- {escape(sentence)}", highlight=False)
+    if path is not None:
+        title = f"{network.name}: statistics of mini-batches of {batch_size} of {data}"
+        files = figures.save_diagnosis(path.with_suffix(""), diagnosis, title=title)
+        out.print(f"Saved the figure as {escape(' and '.join(map(str, files)))}.", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -113,7 +113,12 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
     """
     logs, labels = _log_probabilities(probs, labels)
     if held_out is not None:
-        temperature = _best_temperature(*_log_probabilities(*held_out))
+        chosen_on, their_labels = _log_probabilities(*held_out)
+        if chosen_on.shape[1] != logs.shape[1]:
+            raise ValueError(
+                f"the held-out probabilities are of {chosen_on.shape[1]} classes, the others of {logs.shape[1]}"
+            )
+        temperature = _best_temperature(chosen_on, their_labels)
         return {"nll": _tempered_nll(logs, labels, 1 / temperature), "temperature": temperature}
     if len(labels) < 10:
         raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
@@ -130,7 +135,7 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
     """How many independently trained networks an ensemble needs to reach a method's calibrated NLL.
 
     Between whole numbers it is interpolated linearly. A method no better than a single network scores 1, the least
-    there is, and one that no ensemble at hand reaches scores infinity.
+    there is, and one that no ensemble at hand reaches scores infinity. What counts is the first size that reaches it.
 
     Args:
         nll: of the method, in nats: `calibrated_nll`.
@@ -145,9 +150,9 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
         raise ValueError(f"expected finite NLLs of at least one ensemble, got {nll} and {list(ensembles)}")
     if nll >= ensembles[0]:
         return 1.0
-    for size, (worse, better) in enumerate(pairwise(ensembles), start=1):
+    for size, (worse, better) in enumerate(pairwise(map(float, ensembles)), start=1):
         if nll >= better:
-            return size + (worse - nll) / (worse - better)
+            return size + (worse - float(nll)) / (worse - better)
     return math.inf
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from stochbn.files import write
 from stochbn.metrics import entropy_cdf
-from stochbn.paper.goodness import distances, layer_parameters
+from stochbn.paper.goodness import Diagnosis, distances, layer_parameters
 from stochbn.posteriors import Factorized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_entropy_cdf", "save_equivalents", "save_statistics"]
+__all__ = ["save_diagnosis", "save_entropy_cdf", "save_equivalents", "save_statistics"]
 
 COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
 
@@ -95,6 +95,45 @@ def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[
     axes.grid(axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
+    return _save(figure, path)
+
+
+def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path]:
+    """Draw a diagnosis of the factorised form: marginal fit, correlations, share of variance. PNG and SVG.
+
+    Args:
+        path: where to, without an ending.
+        diagnosis: what `stochbn.paper.goodness.diagnose` returned.
+        title: the figure's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(diagnosis.distances)
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    fit, correlation, variance = figure.subplots(1, 3)
+    for key, color in (("mean", "#1f77b4"), ("variance", "#ff7f0e")):
+        fit.plot(range(len(names)), [diagnosis.distances[n][key] for n in names], "o-", color=color, label=key, ms=4)
+    fit.set(ylim=(0, None), ylabel="Kolmogorov-Smirnov distance", title="marginal fit: lower is better")
+    fit.legend(fontsize=8)
+    shown = correlation.imshow(diagnosis.correlations.numpy(), vmin=0, cmap="viridis")
+    figure.colorbar(shown, ax=correlation, shrink=0.85)
+    correlation.set_title(f"mean |correlation|; chance: {diagnosis.chance:.3f}")
+    step = max(1, math.ceil(len(names) / 12))
+    for axis in (fit.xaxis, correlation.xaxis, correlation.yaxis):
+        axis.set_ticks(range(0, len(names), step), names[::step], fontsize=7)
+    for axes in (fit, correlation):
+        axes.set_xlabel("layer")
+        axes.tick_params(axis="x", rotation=90 if max(map(len, names)) > 3 else 0)
+    cumulative = diagnosis.shares.cumsum(0)
+    variance.semilogx(range(1, len(cumulative) + 1), 100 * cumulative, color="black")
+    variance.set(xlabel="leading directions", ylabel="share of variance, %", ylim=(0, 101), title="variance in common")
+    variance.grid(alpha=0.3)
+    for axes in (fit, correlation, variance):
+        axes.title.set_fontsize(9)
+    figure.suptitle(title, fontsize=10)
     return _save(figure, path)
 
 

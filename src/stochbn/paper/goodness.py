@@ -1,8 +1,10 @@
-"""How well Normal and LogNormal fit the observed statistics of mini-batches, layer by layer."""
+"""How well a factorised Normal and LogNormal fit the observed statistics of mini-batches: marginals and dependence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,10 +12,10 @@ from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
 from stochbn.paper.data import Images
-from stochbn.posteriors import Factorized
-from stochbn.statistics import mini_batches, observer
+from stochbn.posteriors import TINY, Factorized
+from stochbn.statistics import Moments, mini_batches, observer
 
-__all__ = ["distances", "layer_parameters", "observe"]
+__all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe"]
 
 
 def observe(
@@ -81,6 +83,103 @@ def distances(observations: Mapping[str, Tensor], posterior: Factorized) -> dict
         }
         for layer, (m, s, m_log, s_log) in layer_parameters(posterior).items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What observed mini-batches say of the factorised form.
+
+    Attributes:
+        distances: for every layer the Kolmogorov-Smirnov distances of its means and variances: `distances`.
+        correlations: ``[L, L]``: the mean absolute correlation between the means and log-variances of two layers'
+            channels; on the diagonal that between different ones of the same layer.
+        chance: the mean absolute correlation that independent statistics show in so few mini-batches.
+        shares: ``[K]``: the share of the variance in each principal direction, largest first. Means count in the
+            standard deviations of their channels' activations, log-variances by half, as they act on what a layer
+            puts out.
+    """
+
+    distances: dict[str, dict[str, float]]
+    correlations: Tensor
+    chance: float
+    shares: Tensor
+
+    @property
+    def advice(self) -> list[str]:
+        """What it means, and which posterior to use, in sentences."""
+        worst = max(self.distances, key=lambda layer: max(self.distances[layer].values()))
+        distance = max(self.distances[worst].values())
+        poor = distance > POOR_FIT + 0.75 * self.chance  # a fitted distribution's distance is about that by chance
+        marginal = (
+            f"Normal and LogNormal fit every layer well: the largest distance is {distance:.3f} ({worst})."
+            if not poor
+            else f"Normal and LogNormal fit some layers poorly: the distance is {distance:.3f} in {worst}."
+        )
+        layers = len(self.correlations)
+        within = self.correlations.diagonal().mean().item()
+        apart = self.correlations[~torch.eye(layers, dtype=torch.bool)]
+        across = f"{apart.mean().item():.2f} between layers, " if layers > 1 else ""
+        share = self.shares[:16].sum().item()
+        dependence = (
+            f"The mean absolute correlation is {within:.2f} within layers, {across}{self.chance:.2f} would be chance; "
+            f"one direction carries {100 * self.shares[0].item():.0f} % of the variance, {min(16, len(self.shares))} "
+            f"carry {100 * share:.0f} %."
+        )
+        dependent = max(within, apart.mean().item() if layers > 1 else 0) > 1.5 * self.chance
+        if poor:
+            verdict = "Use kind='empirical', which replays what was observed and assumes no form."
+        elif dependent:
+            verdict = (
+                "The statistics of a mini-batch move together, which the factorised form leaves out: it has too little "
+                "noise in what the channels add up to. Use kind='joint'."
+            )
+        else:
+            verdict = "They are next to independent: kind='factorized' loses little."
+        return [marginal, dependence, verdict]
+
+
+POOR_FIT = 0.1
+"""A mean Kolmogorov-Smirnov distance that shows in a histogram."""
+
+
+def diagnose(observations: Mapping[str, Tensor]) -> Diagnosis:
+    """Say how well the factorised form fits observed mini-batches.
+
+    Args:
+        observations: what `observe` returned, with as many observations of every layer.
+
+    Raises:
+        ValueError: fewer than 10 mini-batches, or layers with different numbers of observations.
+    """
+    counts = {layer: len(rows) for layer, rows in observations.items()}
+    count = next(iter(counts.values()), 0)
+    if count < 10:
+        raise ValueError(f"expected at least 10 mini-batches, got {count}; use more data or a smaller batch size")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"expected as many observations of every layer, got {counts}")
+    moments = {layer: Moments.of(rows) for layer, rows in observations.items()}
+    posterior = Factorized.from_moments(moments, batch_size=None, mini_batches=count)
+    # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
+    rows = [o.double() for o in observations.values()]
+    logs = [r[:, 1].maximum((1e-3 * r[:, 1].mean(0)).clamp(min=TINY)).log() for r in rows]
+    weighted = [
+        torch.cat([r[:, 0] / r[:, 1].mean(0).clamp(min=TINY).sqrt(), log / 2], 1)
+        for r, log in zip(rows, logs, strict=True)
+    ]
+    weighted = [w - w.mean(0) for w in weighted]
+    standard = [w[:, w.square().sum(0) > 0] for w in weighted]
+    standard = [w / w.square().sum(0).sqrt() for w in standard]
+    correlations = torch.zeros(len(standard), len(standard), dtype=torch.float64)
+    for i, one in enumerate(standard):
+        for j, other in enumerate(standard[: i + 1]):
+            total, pairs = (one.T @ other).abs().sum().item(), one.shape[1] * other.shape[1]
+            if i == j:  # a statistic's correlation with itself does not count
+                total, pairs = total - one.shape[1], pairs - one.shape[1]
+            correlations[i, j] = correlations[j, i] = total / max(pairs, 1)
+    spectrum = torch.linalg.svdvals(torch.cat(weighted, 1)).square()
+    return Diagnosis(
+        distances(observations, posterior), correlations, math.sqrt(2 / (math.pi * count)), spectrum / spectrum.sum()
+    )
 
 
 def _distance(values: Tensor, location: Tensor, scale: Tensor) -> float:
