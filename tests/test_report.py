@@ -388,3 +388,49 @@ def test_the_statistics_of_a_run_can_be_read(runs: tuple[Path, Path]) -> None:
     together = torch.cat([observed[layer] for layer in posterior.layers], 2).double()
     torch.testing.assert_close(together.mean(0)[0], posterior.mean_mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(together.var(0)[0], posterior.mean_variance, rtol=1e-3, atol=1e-7)
+
+
+# ---------------------------------------------------------------- diagnosis
+
+
+def mini_batches_of(shared: float, skew: float = 0.0) -> dict[str, Tensor]:
+    """Statistics ``[300, 2, C]`` of two layers: independent but for a part that all have in common."""
+    source = seeded(4)
+    noise = torch.randn(300, 2, 12, generator=source) + shared * torch.randn(300, 1, 1, generator=source)
+    means, logs = noise.unbind(1)
+    means = means + skew * means.exp()
+    both = torch.stack([0.1 * means, (0.1 * logs).exp()], 1)
+    return {"a": both[:, :, :4], "b": both[:, :, 4:]}
+
+
+def test_independent_normal_statistics_are_left_to_the_factorised_form() -> None:
+    found = goodness.diagnose(mini_batches_of(0))
+    assert found.correlations.max() < 1.5 * found.chance
+    assert "kind='factorized'" in found.advice[-1]
+    assert found.shares.sum().item() == pytest.approx(1)
+
+
+def test_statistics_that_move_together_call_for_the_joint_form() -> None:
+    observed = mini_batches_of(2)
+    found = goodness.diagnose(observed)
+    assert "kind='joint'" in found.advice[-1]
+    assert found.shares[0] > 0.6
+    rows = [np.concatenate([o[:, 0].numpy(), o[:, 1].log().numpy()], axis=1) for o in observed.values()]
+    slow = np.abs(np.corrcoef(np.concatenate(rows, axis=1), rowvar=False))
+    between, within = slow[:8, 8:].mean(), (slow[:8, :8].sum() - 8) / (8 * 7)
+    assert found.correlations[0, 1].item() == pytest.approx(between, rel=1e-4)
+    assert found.correlations[0, 0].item() == pytest.approx(within, rel=1e-4)
+
+
+def test_marginals_that_do_not_fit_call_for_replay() -> None:
+    found = goodness.diagnose(mini_batches_of(0, skew=3))
+    assert "kind='empirical'" in found.advice[-1]
+    assert "poorly" in found.advice[0]
+
+
+def test_too_few_or_ragged_mini_batches_are_not_diagnosed() -> None:
+    observed = mini_batches_of(0)
+    with pytest.raises(ValueError, match="at least 10 mini-batches, got 9"):
+        goodness.diagnose({layer: rows[:9] for layer, rows in observed.items()})
+    with pytest.raises(ValueError, match="as many observations of every layer"):
+        goodness.diagnose(observed | {"b": observed["b"][:20]})

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import stochbn
+from stochbn import metrics
+from stochbn.files import read_tensors
+from stochbn.paper import checkpoints
+from stochbn.paper.comparison import COMPARISON, METHODS, Settings, compare, tabulate
+from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
+from test_runner import TINY, contents
+
+RECIPE = replace(TINY, dropout=None, train_images=160, held_out=0.2, unknown="digits:5-9")
+SETTINGS = Settings(members=2, draws=3, fit_images=128, held_out=30, unknown=20, exact=10)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its comparison."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run(RECIPE, folder)
+    seen: list[tuple[int, int]] = []
+    compare(folder, SETTINGS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 14) for done in range(15)]
+    return folder
+
+
+def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(finished: Path) -> None:
+    parts = load_parts(RECIPE)
+    model = checkpoints.load(finished / "plain-1" / "network.safetensors").model
+    seed = next(RECIPE.schedule(member).seed for member in RECIPE.all_members() if member.name == "plain-1")
+    train = parts["train"].shuffled(seed).take(torch.arange(128))
+    posterior = fit_posterior(model, train, 16, seed, kind="joint")
+    held_out = parts["held-out"].take(torch.arange(30))
+    for method, wanted in {
+        "joint": posterior,
+        "joint, calibrated": stochbn.calibrate(model, posterior, held_out.batches(250), seed=seed),
+    }.items():
+        file = finished / "plain-1" / "comparison" / f"{method.replace(', ', '-')}.safetensors"
+        tensors, about = read_tensors(file, COMPARISON)
+        assert about["batch_size"] == wanted.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        predictive = stochbn.Predictive(model, wanted, 3)
+        torch.testing.assert_close(tensors["known"].exp(), predict_all(predictive, parts["known"], generator).probs)
+        assert len(tensors["unknown"]) == 20
+
+
+def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
+    found = json.loads((finished / "comparison.json").read_text())
+    assert list(found["methods"]) == ["plain", *METHODS, "ensemble of 1", "ensemble of 2"]
+    stored = [read_tensors(finished / f"plain-{i}" / "predictions.safetensors", PREDICTIONS)[0] for i in (0, 1)]
+    labels = stored[0]["labels"]
+    ensemble = (stored[0]["plain.known"].exp() + stored[1]["plain.known"].exp()) / 2
+    (row,) = found["methods"]["ensemble of 2"]
+    assert row["nll"] == pytest.approx(metrics.evaluate(ensemble, labels)["nll"])
+    assert row["calibrated_nll"] == pytest.approx(metrics.calibrated_nll(ensemble, labels)["nll"])
+    singles = [metrics.calibrated_nll(tensors["plain.known"].exp(), labels)["nll"] for tensors in stored]
+    assert [r["calibrated_nll"] for r in found["methods"]["plain"]] == pytest.approx(singles)
+    reached = [sum(singles) / 2, row["calibrated_nll"]]
+    joint = found["methods"]["joint"]
+    mean = sum(r["calibrated_nll"] for r in joint) / 2
+    assert joint[0]["dee"] == metrics.deep_ensemble_equivalent(mean, reached)
+
+
+def test_the_distance_of_exact_inference_to_itself_is_zero_and_that_of_others_is_not(finished: Path) -> None:
+    found = json.loads((finished / "comparison.json").read_text())["to_exact"]
+    assert [row["kl"] for row in found["exact"]] == pytest.approx([0, 0], abs=1e-6)
+    assert all(row["kl"] > 1e-4 for method in ("plain", *METHODS) for row in found[method])
+    exact = read_tensors(finished / "plain-0" / "comparison" / "exact.safetensors", COMPARISON)[0]["known"].double()
+    joint = read_tensors(finished / "plain-0" / "comparison" / "joint.safetensors", COMPARISON)[0]["known"].double()
+    slow = sum(
+        (e.exp() * (e - j)).sum().item() for e, j in zip(exact, joint[:10], strict=True)
+    ) / 10  # fmt: skip
+    assert found["joint"][0]["kl"] == pytest.approx(slow, rel=1e-3)
+
+
+def test_what_is_there_is_not_made_again(finished: Path) -> None:
+    before = contents(finished)
+    (finished / "plain-0" / "comparison" / "empirical.safetensors").unlink()
+    seen: list[tuple[int, int]] = []
+    compare(finished, SETTINGS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(13, 14), (14, 14)]
+    after = contents(finished)
+    assert after.keys() == before.keys()
+    assert [name for name in before if after[name][1] != before[name][1]] == []
+    changed = {name for name in before if after[name] != before[name]}
+    assert {name for name in changed if name.endswith(".safetensors")} == {"plain-0/comparison/empirical.safetensors"}
+
+
+def test_other_settings_are_refused_and_missing_predictions_are_told(finished: Path) -> None:
+    with pytest.raises(ValueError, match="comparison with other settings"):
+        compare(finished, replace(SETTINGS, draws=4))
+    file = finished / "plain-0" / "comparison" / "exact.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 'exact' of plain-0"):
+        tabulate(finished, SETTINGS)
+    file.write_bytes(content)
+
+
+def test_runs_that_cannot_be_compared_are_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        compare(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="has 2 plain networks, 3 were asked for"):
+        compare(finished, replace(SETTINGS, members=3))
+    about = json.loads((finished / "run.json").read_text())
+    about["recipe"]["held_out"] = 0.0
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="--held-out"):
+        compare(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        Settings(draws=0)
+
+
+def test_a_method_that_no_ensemble_reaches_is_said_to_be_more(finished: Path) -> None:
+    found = json.loads((finished / "comparison.json").read_text())["methods"]
+    text = (finished / "comparison.md").read_text()
+    for method, rows in found.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
+        value = rows[0]["dee"]
+        assert line.split("|")[-2].strip() == ("more" if math.isinf(value) else f"{value:.2f}")
