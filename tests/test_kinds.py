@@ -78,7 +78,7 @@ def slow_covariance(rows: Tensor, shrinkage: float) -> Tensor:
 
 def slow_shrinkage(rows: Tensor) -> float:
     """Schaefer and Strimmer (2005), equations 8 and 10 for correlations, pair by pair."""
-    n, size = rows.shape
+    n = len(rows)
     z = [(column - column.mean()) / column.std(correction=1) for column in rows.T if column.std(correction=1) > 0]
     errors = squares = 0.0
     for i, j in itertools.permutations(range(len(z)), 2):
@@ -283,7 +283,7 @@ def test_empirical_draws_are_observed_rows_without_replacement_and_then_again(m:
 def test_every_cycle_of_empirical_draws_has_an_order_of_its_own() -> None:
     observed = statistics(30, 2)
     found = drawn_rows(empirical(observed), 90)
-    cycles = found.split(30)
+    cycles = torch.split(found, 30)
     assert not torch.equal(cycles[0], observed.double())
     assert not torch.equal(cycles[0], cycles[1])
     assert not torch.equal(cycles[1], cycles[2])
