@@ -323,7 +323,7 @@ def test_dead_channels_have_no_variance() -> None:
 )
 def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fit_factorized(*arguments)
+        stochbn.fit(*arguments)
 
 
 def test_data_that_comes_from_the_network_itself_leaves_it_as_it_was() -> None:
@@ -381,3 +381,224 @@ def test_data_is_left_as_it_was_by_a_network_that_writes_to_its_input() -> None:
     before = x.clone()
     fit_factorized(model, [x], batch_size=16)
     assert torch.equal(x, before)
+
+
+# All kinds
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_every_kind_is_of_the_statistics_of_a_slow_loop(case: Case, kind: str) -> None:
+    model = case.model()
+    incoming = [case.inputs(20, seed=1), case.inputs(17, seed=2), case.inputs(5, seed=3)]
+    pieces = [x[i : i + 6] for x in incoming for i in range(0, len(x) - 5, 6)]
+    found = stochbn.fit(model, incoming, 6, kind)
+    rows = slow_statistics(model, pieces, case.channel_axis)
+    assert found.kind == kind
+    assert found.layers == {name: r.shape[2] for name, r in rows.items()}
+    assert (found.mini_batches, found.batch_size, found.dtype) == (5, 6, torch.float32)
+    assert found.skipped == fit_factorized(model, incoming, 6).skipped
+    every = {name: r.view(5, -1, 2, r.shape[2]) for name, r in rows.items()}  # mini-batches, calls
+    taken = torch.cat([torch.stack([r[i, i % r.shape[1]] for i in range(5)]) for r in every.values()], 2)
+    if isinstance(found, stochbn.Empirical):
+        torch.testing.assert_close(found.statistics.double(), taken, rtol=1e-4, atol=1e-5)
+    assert isinstance(found, (stochbn.Joint, stochbn.Empirical))
+    wanted = type(found).from_statistics(
+        taken, layers=found.layers, batch_size=6, mini_batches=5, dtype=torch.float32, skipped=found.skipped
+    )
+    torch.testing.assert_close(found.expected, wanted.expected, rtol=1e-3, atol=1e-5)
+    if isinstance(found, stochbn.Joint) and isinstance(wanted, stochbn.Joint):
+        assert found.shrinkage == pytest.approx(wanted.shrinkage, rel=0.01, abs=1e-4)
+        torch.testing.assert_close(
+            found.directions.square().sum(0) + found.residual, wanted.directions.square().sum(0) + wanted.residual,
+            rtol=0.01, atol=1e-6,
+        )  # fmt: skip
+
+
+def test_the_joint_kind_is_the_default_and_keeps_all_directions() -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(160, 4)])
+    assert isinstance(posterior, stochbn.Joint)
+    assert posterior.batch_size == 16
+    assert posterior.directions.shape == (9, 2 * 13)
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_every_kind_expects_what_the_paper_does(case: Case, kind: str) -> None:
+    """Exactly the empirical; the joint, whose variances are lognormal with other parameters, nearly."""
+    model = case.model()
+    if "twice" in case.build.__name__.lower():
+        pytest.skip("it takes one call of each mini-batch")
+    data = [case.inputs(400, seed=1)]
+    found, wanted = stochbn.fit(model, data, 8, kind).expected, fit_factorized(model, data, 8).expected
+    tolerance = 0.15 if kind == "joint" else 1e-5
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=tolerance, atol=1e-5)
+
+
+def test_a_joint_posterior_has_the_spread_of_the_paper_for_means() -> None:
+    model = settled(mlp(), 4)
+    data = [normal(400, 4, seed=1)]
+    joint, paper = stochbn.fit(model, data, 8), fit_factorized(model, data, 8)
+    found = (joint.directions.double().square().sum(0) + joint.residual)[:13]
+    torch.testing.assert_close(found, paper.mean_variance, rtol=1e-5, atol=1e-9)
+
+
+def test_statistics_that_layers_have_in_common_stay_so_only_in_the_joint_kinds() -> None:
+    """Two layers that see the same input: whoever draws them apart loses their perfect correlation."""
+
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    model, data = Fork(), [normal(960, 2)]
+    for kind, least, most in (("factorized", -0.2, 0.2), ("empirical", 0.999, 1.001), ("joint", 0.7, 1.001)):
+        drawn = stochbn.fit(model, data, 16, kind).draw(600, torch.Generator().manual_seed(0))
+        for statistic in ("running_mean", "running_var"):
+            for channel in range(2):
+                pair = torch.stack([drawn[f"{side}.{statistic}"][:, channel] for side in ("left", "right")])
+                assert least < torch.corrcoef(pair)[0, 1] < most, (kind, statistic)
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_a_layer_that_is_called_twice_has_its_calls_taken_in_turn(kind: str) -> None:
+    model = settled(Twice(), 4)
+    batches = [normal(8, 4, seed=i) for i in range(4)]
+    rows = slow_statistics(model, batches)["norm"].view(4, 2, 2, 4)
+    assert (rows[:, 0] - rows[:, 1]).abs().min() > 0
+    taken = torch.stack([rows[0, 0], rows[1, 1], rows[2, 0], rows[3, 1]])
+    posterior = stochbn.fit(model, batches, 8, kind)
+    assert posterior.mini_batches == 4
+    if isinstance(posterior, stochbn.Empirical):
+        torch.testing.assert_close(posterior.statistics.double(), taken, rtol=1e-4, atol=1e-5)
+    else:
+        assert isinstance(posterior, stochbn.Joint)
+        torch.testing.assert_close(posterior.location[:4], taken[:, 0].mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(posterior.location[4:], taken[:, 1].log().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_layers_without_statistics_are_skipped_by_every_kind(kind: str) -> None:
+    posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8, kind)
+    assert posterior.skipped == ("auxiliary",)
+    assert list(posterior.layers) == ["norm"]
+    model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
+    with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
+        posterior = stochbn.fit(model, [normal(32, 2, 6, 5)], 8, kind)
+    assert posterior.skipped == ("1",)
+    assert list(posterior.layers) == ["3"]
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_a_network_with_only_frozen_layers_is_refused_by_every_kind(kind: str) -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5)), 2, 6, 5)
+    with (
+        pytest.warns(UserWarning, match="does not update"),
+        pytest.raises(ValueError, match="none was called, or all are frozen"),
+    ):
+        stochbn.fit(model, [normal(8, 2, 6, 5)], 4, kind)
+
+
+class Sometimes(nn.Module):
+    """Calls one of its batch norms only for mini-batches of a positive mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.always(x)
+        return self.sometimes(out) if x.mean() > 0 else out
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+@pytest.mark.parametrize("signs", [[1, -1], [-1, 1], [1, 1, 1, -1]])
+def test_a_layer_that_is_called_for_some_mini_batches_has_no_joint_statistics(kind: str, signs: list[int]) -> None:
+    model = mixed_up(Sometimes())
+    before = Untouched(model)
+    batches = [normal(8, 4, seed=i).abs() * sign for i, sign in enumerate(signs)]
+    with pytest.raises(ValueError, match=r"'sometimes' was called for some mini-batches.*factorized"):
+        stochbn.fit(model, batches, 8, kind, max_batches=2)
+    before.check()
+    assert list(fit_factorized(model, [*batches, batches[0].abs()], 8).layers) == ["always", "sometimes"]
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_max_batches_bounds_what_is_kept_and_not_what_is_seen(kind: str) -> None:
+    model = settled(mlp(), 4)
+    x = normal(240, 4)
+    posterior = stochbn.fit(model, [x], 8, kind, max_batches=12)
+    assert posterior.mini_batches == 30
+    every = stochbn.fit(model, [x], 8, kind="empirical").statistics
+    assert len(every) == 30
+    if isinstance(posterior, stochbn.Empirical):
+        assert len(posterior.statistics) == 12
+        places = [int((every == row).flatten(1).all(1).nonzero()) for row in posterior.statistics]
+        assert len(set(places)) == 12
+        assert max(places) >= 12, "it is not of the first ones only"
+    else:
+        assert isinstance(posterior, stochbn.Joint)
+        assert len(posterior.directions) == 11
+    other = stochbn.fit(model, [x], 8, kind, max_batches=30)
+    assert torch.allclose(other.expected, stochbn.fit(model, [x], 8, kind).expected)
+    assert not torch.allclose(other.expected, posterior.expected)
+
+
+def test_directions_bounds_the_directions_and_keeps_the_variances() -> None:
+    model, data = settled(mlp(), 4), [normal(240, 4)]
+    every, few = stochbn.fit(model, data, 8), stochbn.fit(model, data, 8, directions=3)
+    assert (len(every.directions), len(few.directions)) == (29, 3)
+    assert torch.equal(few.directions, every.directions[:3])
+    assert few.shrinkage == every.shrinkage
+    assert torch.equal(few.location, every.location)
+    torch.testing.assert_close(
+        few.directions.double().square().sum(0) + few.residual,
+        every.directions.double().square().sum(0) + every.residual, rtol=1e-6, atol=1e-14,
+    )  # fmt: skip
+    assert len(stochbn.fit(model, data, 8, directions=1000).directions) == 29
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical"])
+def test_every_kind_leaves_the_network_exactly_as_it_was_and_is_deterministic(case: Case, kind: str) -> None:
+    model = mixed_up(case.model())
+    before = Untouched(model)
+    data = [case.inputs(24), case.inputs(11, seed=1)]
+    first, second = (stochbn.fit(model, data, 8, kind, max_batches=3) for _ in range(2))
+    before.check()
+    drawn, again = (p.draw(3, torch.Generator().manual_seed(1)) for p in (first, second))
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+def test_the_global_generator_is_not_used_to_sample_mini_batches() -> None:
+    model = settled(mlp(), 4)
+    state = torch.get_rng_state()
+    stochbn.fit(model, [normal(240, 4)], 8, max_batches=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_batches": 1}, ValueError, "max_batches must be at least 2, got 1"),
+        ({"max_batches": -3}, ValueError, "max_batches must be at least 2, got -3"),
+        ({"max_batches": 8.0}, TypeError, r"max_batches must be a whole number, got 8\.0"),
+        ({"max_batches": True}, TypeError, "max_batches must be a whole number, got True"),
+        ({"max_batches": None}, TypeError, "max_batches must be a whole number, got None"),
+        ({"directions": 0}, ValueError, "directions must be at least 1, got 0"),
+        ({"directions": "all"}, TypeError, "directions must be a whole number, got 'all'"),
+        ({"directions": True}, TypeError, "directions must be a whole number, got True"),
+        ({"directions": 2.0}, TypeError, "directions must be a whole number"),
+    ],
+)
+def test_bad_bounds_are_refused_before_any_data_is_read(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    def stream() -> Iterator[Tensor]:
+        raise AssertionError("data was read")
+        yield
+
+    with pytest.raises(error, match=message):
+        stochbn.fit(settled(mlp(), 4), stream(), 8, **options)

@@ -56,6 +56,8 @@ def calibrate(
             the network's output, a posterior of another network or of unknown `batch_size`, or an output that is not
             finite.
     """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
     posterior.check(model)
     check_draws(draws)
     if batch_sizes is None:

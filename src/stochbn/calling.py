@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Batch", "call", "find_logits", "join", "length", "modes", "network_input", "split"]
+__all__ = ["Batch", "call", "copied_buffers", "find_logits", "join", "length", "modes", "network_input", "split"]
 
 Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
@@ -133,6 +133,20 @@ def call(model: nn.Module, buffers: Mapping[str, Tensor], inputs: Tensor | dict[
             else {k: list(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)}
         )
         raise type(error)(f"{type(model).__name__} failed on an input of shape {shape}: {error}") from error
+
+
+def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers, for `call` with a network in training mode, which writes to them.
+
+    A module that is registered under several names has its buffers under the first only (`call` would not put those of
+    the second back), and a buffer that several modules share is one copy.
+    """
+    copies: dict[int, Tensor] = {}
+    return {
+        f"{prefix}.{name}" if prefix else name: copies.setdefault(id(buffer), buffer.clone())
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def find_logits(output: Any, place: str | int | None = None) -> Tensor:

@@ -107,9 +107,11 @@ def fit(
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
     for name, value, least in (("max_batches", max_batches, 2), ("directions", directions, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is None and name == "directions":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value is not None and value < least:
+        if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     layers = batch_norms(model)
     moments: dict[str, Moments] = {}

@@ -402,10 +402,14 @@ class Joint(Posterior):
         rows = statistics.double()
         # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
         floor = (1e-3 * rows[:, 1].mean(0)).clamp(min=TINY)
-        scale = rows[:, 1].mean(0).clamp(min=TINY).sqrt()
-        rows = torch.cat([rows[:, 0], rows[:, 1].maximum(floor).log_()], 1)
+        # Nor must one that is constant in every mini-batch and differs between them outweigh all others.
+        scale = rows[:, 1].mean(0).maximum(rows[:, 0].var(0, correction=0)).clamp(min=TINY).sqrt()
+        rows = torch.cat([rows[:, 0], rows[:, 1].maximum(floor)], 1)
+        varies = (rows != rows[0]).any(0)
+        rows[:, len(scale) :].log_()
         location = rows.mean(0)
         rows -= location
+        rows *= varies  # the rounding of what never varied would be perfectly correlated, and shrinkage none
         total = rows.square().sum(0) / max(m - 1, 1)
         shrinkage = _shrinkage(rows, total)
         # Directions are ordered by what they do to the normalised activations: a shift, in their standard deviations,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stochbn.calling import Batch, call, find_logits, join, length, modes, network_input, split
+from stochbn.calling import Batch, call, copied_buffers, find_logits, join, length, modes, network_input, split
 from stochbn.layers import batch_norms
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.statistics import mini_batches
@@ -231,11 +231,9 @@ class Exact:
         if not length(inputs):
             raise ValueError("there are no objects in this batch")
         keep = self.keep_draws if keep_draws is None else keep_draws
-        own = dict(self.model.named_buffers(remove_duplicate=False))
 
         def logits(others: Any, one: Any) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in own.items()}  # training mode writes to them
-            return find_logits(call(self.model, buffers, join(others, one)), self.logits)[-1:]
+            return find_logits(call(self.model, copied_buffers(self.model), join(others, one)), self.logits)[-1:]
 
         with torch.no_grad(), modes(self.model, lambda module: isinstance(module, _BatchNorm)):
             outputs = (torch.cat([logits(others, one) for one in split(inputs, 1)]) for others in self.others)

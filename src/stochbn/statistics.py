@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.calling import Batch, call, length, modes, network_input, split
+from stochbn.calling import Batch, call, copied_buffers, length, modes, network_input, split
 from stochbn.layers import batch_norms, running_statistics
 
 __all__ = ["Moments", "Sample", "mini_batches", "observer"]
@@ -159,12 +159,7 @@ def observer(model: nn.Module) -> Callable[[Any], Observation]:
             layer with averages of its own making and channels elsewhere than on axis 1.
     """
     layers = batch_norms(model)
-    copies: dict[int, Tensor] = {}
-    buffers = {
-        f"{prefix}.{name}" if prefix else name: copies.setdefault(id(buffer), buffer.clone())
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    }
+    buffers = copied_buffers(model)
     sources: dict[str, str] = {}
     calls: dict[str, list[tuple[Tensor, float]]] = {}
 

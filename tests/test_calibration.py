@@ -1,0 +1,535 @@
+"""Choosing the noise of a posterior and a temperature by held-out data."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochbn
+from conftest import (
+    ByName,
+    Case,
+    Failing,
+    Untouched,
+    Wrapped,
+    convnet,
+    dense_net,
+    dropout_net,
+    make_posterior,
+    mixed_up,
+    mlp,
+    normal,
+    seeded,
+    settled,
+)
+from stochbn import Predictive, calibrate
+from stochbn.calibration import TEMPERATURES
+
+KINDS = ("factorized", "joint", "empirical")
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Scaled(nn.Module):
+    """A network with its logits times a number."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network = network
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.factor * self.network(x)
+        return out
+
+
+def labelled(model: nn.Module, x: Tensor, temperature: float = 1.0, seed: int = 0) -> Tensor:
+    """Labels drawn from the plain network's probabilities at a temperature, which is the best one therefore."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(x.clone()) / temperature
+    flat = logits.movedim(1, -1).flatten(0, -2).softmax(1)
+    drawn = torch.multinomial(flat, 1, generator=seeded(seed))
+    return drawn.view(len(x), *logits.shape[2:])
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return settled(mlp(), 4)
+
+
+def held_out(model: nn.Module, sizes: tuple[int, ...] = (40, 25, 7), temperature: float = 1.0) -> Batches:
+    parts = [1.5 * normal(n, 4, seed=50 + n) + 0.5 for n in sizes]
+    return [(x, labelled(model, x, temperature, seed=len(x))) for x in parts]
+
+
+def fitted(model: nn.Module, kind: str = "joint") -> stochbn.Posterior:
+    """About the running averages, from which labels are drawn."""
+    return stochbn.fit(model, [1.5 * normal(160, 4, seed=9) + 0.5], 8, kind).recentre(model)
+
+
+def slow_loss(
+    model: nn.Module,
+    posterior: stochbn.Posterior,
+    batches: Batches,
+    draws: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> float:
+    """The mean NLL in float64 from kept draws: batch i is predicted with a generator of seed + i."""
+    losses = []
+    for number, (x, y) in enumerate(batches):
+        found = Predictive(model, posterior, draws)(x, generator=seeded(seed + number), keep_draws=True)
+        assert found.log_probs is not None
+        logits = found.log_probs.double() / temperature  # log-probabilities are logits, up to a constant
+        probs = logits.softmax(2).mean(0)
+        losses.append(-probs.gather(1, y[:, None]).log().flatten())
+    return torch.cat(losses).mean().item()
+
+
+def argmin(losses: list[float]) -> int:
+    best = min(losses)
+    assert sum(loss < best + 1e-5 for loss in losses) == 1, "the best should be clear, or rounding decides the test"
+    return losses.index(best)
+
+
+# The choice
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("true_temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_chosen_noise_is_that_of_a_slow_search(
+    kind: str, true_temperature: float, seed: int, model: nn.Module
+) -> None:
+    posterior, batches = fitted(model, kind), held_out(model, temperature=true_temperature)
+    grid = [2, 4, 8, 16, 32, math.inf]
+    losses = [slow_loss(model, posterior.rescale(size), batches, 5, seed=seed) for size in grid]
+    found = calibrate(model, posterior, batches, draws=5, seed=seed)
+    assert found.batch_size == grid[argmin(losses)]
+    assert found.temperature == 1
+    same_draws(found, posterior.rescale(grid[argmin(losses)]))
+
+
+def same_draws(one: stochbn.Posterior, other: stochbn.Posterior) -> None:
+    assert type(one) is type(other)
+    first, second = one.draw(4, seeded(3)), other.draw(4, seeded(3))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_surer_labels_ask_for_less_noise_than_random_ones(model: nn.Module) -> None:
+    posterior = fitted(model)
+    sure = calibrate(model, posterior, held_out(model, (300,), temperature=0.1))
+    unsure = calibrate(model, posterior, held_out(model, (300,), temperature=50.0))
+    assert sure.batch_size == math.inf
+    assert unsure.batch_size == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("true_temperature", [0.6, 1.0, 2.5])
+def test_the_noise_and_the_temperature_are_those_of_a_slow_joint_search(
+    kind: str, true_temperature: float, model: nn.Module
+) -> None:
+    posterior, batches = fitted(model, kind), held_out(model, temperature=true_temperature)
+    grid = [2, 8, 32, math.inf]
+    temperatures = TEMPERATURES.tolist()
+    losses = [
+        [slow_loss(model, posterior.rescale(size), batches, 4, temperature) for temperature in temperatures]
+        for size in grid
+    ]
+    row, column = divmod(argmin([loss for row in losses for loss in row]), len(temperatures))
+    found = calibrate(model, posterior, batches, batch_sizes=grid, temperature=True, draws=4)
+    assert found.batch_size == grid[row]
+    assert 0 < column < len(temperatures) - 1
+    assert abs(math.log(found.temperature / temperatures[column])) <= math.log(temperatures[1] / temperatures[0]) / 2
+    refined = slow_loss(model, posterior.rescale(grid[row]), batches, 4, found.temperature)
+    assert refined <= losses[row][column], "what is between the points of the grid is better than the best of them"
+
+
+def test_the_temperature_is_refined_to_the_minimum_of_the_loss(model: nn.Module) -> None:
+    """Against a fine search, far finer than the 10 % of the grid."""
+    posterior, batches = fitted(model), held_out(model, (200,), temperature=1.9)
+    found = calibrate(model, posterior, batches, batch_sizes=[math.inf], temperature=True)
+    fine = torch.linspace(0.5, 3.9, 681, dtype=torch.float64).tolist()
+    losses = [slow_loss(model, posterior.rescale(math.inf), batches, 1, temperature) for temperature in fine]
+    assert found.temperature == pytest.approx(fine[losses.index(min(losses))], rel=0.01)
+
+
+@pytest.mark.parametrize("true_temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_of_the_labels_is_found(true_temperature: float, model: nn.Module) -> None:
+    posterior = fitted(model)
+    batches = held_out(model, (4000,), temperature=true_temperature)
+    found = calibrate(model, posterior, batches, batch_sizes=[math.inf], temperature=True)
+    assert found.temperature == pytest.approx(true_temperature, rel=0.15)
+
+
+@pytest.mark.parametrize("sizes", [[8], [math.inf], [4, 16]])
+def test_logits_three_times_as_large_need_a_temperature_three_times_as_large(
+    sizes: list[float], model: nn.Module
+) -> None:
+    batches = held_out(model, (200,))
+    one, three = Scaled(model, 1), Scaled(model, 3)
+    plain = calibrate(one, fitted(one), batches, batch_sizes=sizes, temperature=True)
+    large = calibrate(three, fitted(three), batches, batch_sizes=sizes, temperature=True)
+    assert 0.4 < plain.temperature < 1.3
+    assert large.temperature == pytest.approx(3 * plain.temperature, rel=0.01)
+    assert large.batch_size == plain.batch_size
+    x = batches[0][0]
+    torch.testing.assert_close(
+        Predictive(three, large, 9, generator=seeded())(x).probs,
+        Predictive(one, plain, 9, generator=seeded())(x).probs, rtol=0, atol=0.01,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(100, 4), (0.001, 0.25)])
+def test_a_temperature_beyond_the_grid_is_its_end(factor: float, wanted: float, model: nn.Module) -> None:
+    scaled = Scaled(model, factor)
+    found = calibrate(scaled, fitted(scaled), held_out(model), batch_sizes=[math.inf], temperature=True)
+    assert found.temperature == pytest.approx(wanted, rel=1e-12)
+
+
+def test_noise_and_temperature_are_chosen_together(model: nn.Module) -> None:
+    """With a temperature the noise may be another than without."""
+    scaled = Scaled(model, 3)
+    batches = held_out(model, (300,), temperature=1.0)
+    posterior = fitted(scaled)
+    without = calibrate(scaled, posterior, batches)
+    both = calibrate(scaled, posterior, batches, temperature=True)
+    assert without.temperature == 1 < both.temperature
+    assert without.batch_size is not None
+    assert both.batch_size is not None
+    assert without.batch_size < both.batch_size
+    losses = [slow_loss(scaled, p, batches, 16, p.temperature) for p in (dataclasses.replace(both, temperature=1.0),)]
+    assert losses[0] > slow_loss(scaled, without, batches, 16), "alone that noise is worse"
+
+
+def test_a_grid_of_one_is_what_is_chosen(model: nn.Module) -> None:
+    posterior = fitted(model)
+    found = calibrate(model, posterior, held_out(model), batch_sizes=(12.5,))
+    assert found.batch_size == 12.5
+    same_draws(found, posterior.rescale(12.5))
+
+
+def test_no_noise_can_be_chosen_and_is_then_the_plain_network(model: nn.Module) -> None:
+    posterior = fitted(model)
+    found = calibrate(model, posterior, held_out(model, (300,), temperature=0.1), batch_sizes=[2, math.inf])
+    assert found.batch_size == math.inf
+    x = normal(5, 4)
+    torch.testing.assert_close(Predictive(model, found, 3)(x).probs, Predictive(model)(x).probs)
+
+
+def test_the_grid_is_about_the_posteriors_own_size_and_has_no_noise_in_it(model: nn.Module) -> None:
+    posterior = fitted(model).rescale(20)
+    tried: list[float | None] = []
+
+    def spy(self: stochbn.Joint, size: float) -> stochbn.Joint:
+        tried.append(size)
+        return original(self, size)
+
+    original = stochbn.Joint.rescale
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stochbn.Joint, "rescale", spy)
+        calibrate(model, posterior, held_out(model), draws=2)
+    assert tried == [5, 10, 20, 40, 80, math.inf]
+
+
+def test_a_temperature_that_the_posterior_has_already_does_not_count(model: nn.Module) -> None:
+    posterior, batches = fitted(model), held_out(model)
+    hot = dataclasses.replace(posterior, temperature=3.0)
+    for temperature in (False, True):
+        wanted = calibrate(model, posterior, batches, temperature=temperature, draws=3)
+        found = calibrate(model, hot, batches, temperature=temperature, draws=3)
+        assert (found.batch_size, found.temperature) == (wanted.batch_size, wanted.temperature)
+    assert hot.temperature == 3, "the one given stays as it is"
+    assert posterior.batch_size == 8
+
+
+def test_all_else_of_the_posterior_is_kept(model: nn.Module) -> None:
+    posterior = dataclasses.replace(fitted(model), skipped=("c",))
+    found = calibrate(model, posterior, held_out(model), draws=2)
+    for name in ("layers", "mini_batches", "dtype", "skipped"):
+        assert getattr(found, name) == getattr(posterior, name)
+
+
+def test_calibrating_twice_gives_the_same_and_the_seed_matters(model: nn.Module) -> None:
+    posterior, batches = fitted(model), held_out(model)
+    found = [
+        calibrate(model, posterior, batches, batch_sizes=[4], temperature=True, draws=2, seed=seed).temperature
+        for seed in (5, 5, 6)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_held_out_data_is_read_once_and_may_be_a_stream(model: nn.Module) -> None:
+    posterior, batches = fitted(model), held_out(model)
+    wanted = calibrate(model, posterior, batches, temperature=True, draws=2)
+    found = calibrate(model, posterior, iter(batches), temperature=True, draws=2)
+    assert (found.batch_size, found.temperature) == (wanted.batch_size, wanted.temperature)
+
+
+def test_every_object_weighs_the_same_however_they_are_batched(model: nn.Module) -> None:
+    """Without noise, where no generator is involved."""
+    x, y = held_out(model, (100,), temperature=2.0)[0]
+    found = []
+    for sizes in ([100], [99, 1], [1, 0, 60, 39]):
+        batches = list(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
+        chosen = calibrate(model, fitted(model), batches, batch_sizes=[math.inf], temperature=True)
+        found.append(chosen.temperature)
+    assert max(found) == pytest.approx(min(found), rel=1e-5)
+    one = calibrate(model, fitted(model), [(x[:1], y[:1])], batch_sizes=[math.inf], temperature=True).temperature
+    assert one != pytest.approx(min(found), rel=0.05)
+
+
+# What comes of it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_calibrated_posterior_comes_back_from_a_file_with_its_noise_and_temperature(
+    kind: str, model: nn.Module, tmp_path: Path
+) -> None:
+    scaled = Scaled(model, 2.5)
+    found = calibrate(scaled, fitted(scaled, kind), held_out(model), temperature=True, draws=3)
+    assert found.temperature > 1.3
+    found.save(tmp_path / "p")
+    loaded = stochbn.load(tmp_path / "p")
+    assert (loaded.batch_size, loaded.temperature) == (found.batch_size, found.temperature)
+    same_draws(loaded, found)
+    x = normal(6, 4, seed=3)
+    assert torch.equal(
+        Predictive(scaled, loaded, 5, generator=seeded())(x).probs,
+        Predictive(scaled, found, 5, generator=seeded())(x).probs,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.7])
+def test_predictions_divide_the_logits_of_every_draw_by_the_temperature(temperature: float, model: nn.Module) -> None:
+    posterior, x = fitted(model), normal(6, 4, seed=3)
+    hot = dataclasses.replace(posterior, temperature=temperature)
+    found = Predictive(model, hot, 5, generator=seeded())(x, keep_draws=True)
+    scaled = Scaled(model, 1 / temperature)
+    other = dataclasses.replace(posterior, layers={f"network.{name}": n for name, n in posterior.layers.items()})
+    wanted = Predictive(scaled, other, 5, generator=seeded())(x, keep_draws=True)
+    torch.testing.assert_close(found.probs, wanted.probs)
+    torch.testing.assert_close(found.expected_entropy, wanted.expected_entropy)
+    torch.testing.assert_close(found.log_probs, wanted.log_probs)
+    if temperature != 1:
+        assert not torch.allclose(found.probs, Predictive(model, posterior, 5, generator=seeded())(x).probs, rtol=1e-2)
+
+
+def test_dropout_with_a_posterior_uses_its_temperature_too() -> None:
+    model = settled(dropout_net(), 4)
+    posterior = dataclasses.replace(fitted(model), temperature=2.0)
+    scaled = Scaled(model, 0.5)
+    other = dataclasses.replace(
+        posterior, temperature=1.0, layers={f"network.{name}": n for name, n in posterior.layers.items()}
+    )
+    x = normal(6, 4, seed=3)
+    found = stochbn.MCDropout(model, 5, posterior, generator=seeded())(x).probs
+    torch.testing.assert_close(found, stochbn.MCDropout(scaled, 5, other, generator=seeded())(x).probs)
+
+
+# Forms of data and of outputs
+
+
+def test_mappings_carry_their_labels() -> None:
+    model = ByName()
+    settled(model.body, 4)
+    batches = held_out(model.body)
+    posterior = stochbn.fit(model, [{"features": 1.5 * normal(160, 4, seed=9) + 0.5}], 8).recentre(model)
+    for forms in (
+        [{"features": x, "labels": y, "index": 3} for x, y in batches],
+        [({"features": x}, y) for x, y in batches],
+        [[{"features": x}, y, "name"] for x, y in batches],
+    ):
+        found = calibrate(model, posterior, forms, temperature=True, draws=3)
+        wanted = calibrate(model.body, fitted(model.body), batches, temperature=True, draws=3)
+        assert found.batch_size == wanted.batch_size
+        assert found.temperature == pytest.approx(wanted.temperature, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_whole_type_are_taken(dtype: torch.dtype, model: nn.Module) -> None:
+    batches = held_out(model)
+    wanted = calibrate(model, fitted(model), batches, temperature=True, draws=2)
+    found = calibrate(model, fitted(model), [(x, y.to(dtype)) for x, y in batches], temperature=True, draws=2)
+    assert (found.batch_size, found.temperature) == (wanted.batch_size, wanted.temperature)
+
+
+def test_logits_are_looked_for_where_they_are_said_to_be(model: nn.Module) -> None:
+    wrapped = Wrapped(model, lambda out: {"hidden": out * 0, "scores": out})
+    batches = held_out(model)
+    found = calibrate(wrapped, fitted(wrapped), batches, temperature=True, draws=2, logits="scores")
+    assert found.temperature == calibrate(model, fitted(model), batches, temperature=True, draws=2).temperature
+    with pytest.raises(ValueError, match="has nothing at 'logits'"):
+        calibrate(wrapped, fitted(wrapped), batches)
+
+
+def test_every_pixel_of_a_dense_output_has_a_label() -> None:
+    model = settled(dense_net(), 2, 6, 5)
+    posterior = stochbn.fit(model, [1.5 * normal(80, 2, 6, 5, seed=9) + 0.5], 4)
+    x = 1.5 * normal(9, 2, 6, 5, seed=3) + 0.5
+    y = labelled(model, x, 2.0)
+    assert y.shape == (9, 6, 5)
+    grid = [1, 4, 16, math.inf]
+    losses = []
+    for size in grid:
+        probs = Predictive(model, posterior.rescale(size), 3, generator=seeded())(x).probs
+        losses.append(nn.functional.nll_loss(probs.log(), y).item())
+    found = calibrate(model, posterior, [(x, y)], batch_sizes=grid, draws=3)
+    assert found.batch_size == grid[argmin(losses)]
+    still = posterior.recentre(model)
+    found = calibrate(model, still, [(x, y)], batch_sizes=[math.inf], temperature=True)
+    assert found.temperature == pytest.approx(2, rel=0.25)
+    for labels in (y[:, 0, 0], y.flatten(), y[:, None]):
+        with pytest.raises(ValueError, match=r"expected labels \[9, 6, 5\] from 0 to 2"):
+            calibrate(model, posterior, [(x, labels)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_another_precision_work_too(dtype: torch.dtype, model: nn.Module) -> None:
+    batches = [(x.to(dtype), y) for x, y in held_out(model, (200,), temperature=2.0)]
+    wanted = calibrate(model, fitted(model), held_out(model, (200,), 2.0), batch_sizes=[math.inf], temperature=True)
+    model = model.to(dtype)
+    posterior = stochbn.fit(model, [(1.5 * normal(160, 4, seed=9) + 0.5).to(dtype)], 8).recentre(model)
+    found = calibrate(model, posterior, batches, batch_sizes=[math.inf], temperature=True)
+    assert found.temperature == pytest.approx(wanted.temperature, rel=1e-5 if dtype == torch.float64 else 0.05)
+
+
+# The network is left alone
+
+
+def test_the_network_and_the_global_generator_are_left_exactly_as_they_were(case: Case) -> None:
+    model = case.model()
+    posterior = stochbn.fit(model, [case.inputs(24)], 8)
+    x = case.inputs(5, seed=1)
+    batches = [(x, labelled(model, x))]
+    mixed_up(model)
+    before, state, data = Untouched(model), torch.get_rng_state(), x.clone()
+    calibrate(model, posterior, batches, temperature=True, draws=2)
+    before.check()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, data)
+
+
+def test_the_train_flags_of_the_network_do_not_matter_and_dropout_is_off() -> None:
+    model = settled(dropout_net(), 4)
+    posterior, batches = fitted_quietly(model), held_out(model)
+    wanted = calibrate(model, posterior, batches, temperature=True, draws=2).temperature
+    state = torch.get_rng_state()
+    assert calibrate(model.train(), posterior, batches, temperature=True, draws=2).temperature == wanted
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def fitted_quietly(model: nn.Module) -> stochbn.Posterior:
+    with torch.random.fork_rng():
+        return fitted(model)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_the_network_is_left_as_it_was_when_it_raises_midway(after: int) -> None:
+    inner = settled(mlp(), 4)
+    model = Failing(inner, 10**6)
+    posterior, batches = fitted(model), held_out(inner)
+    model.left = after
+    mixed_up(model)
+    before = Untouched(model)
+    with pytest.raises(KeyError, match="the network's own error"):
+        calibrate(model, posterior, batches, draws=2)
+    before.check()
+
+
+def test_no_gradients_are_made(model: nn.Module) -> None:
+    found = calibrate(model, fitted(model), held_out(model), draws=2)
+    assert isinstance(found, stochbn.Joint)
+    assert not any(values.requires_grad for values in (found.location, found.directions, found.residual))
+
+
+# Refusals
+
+
+X, Y = normal(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ((X, Y[:5]), ValueError, r"expected labels \[6\] from 0 to 2 .* got \[5\]"),
+        ((X, Y[:, None]), ValueError, r"got \[6, 1\]"),
+        ((X, Y + 1), ValueError, r"got \[6\] from 1 to 3"),
+        ((X, Y - 1), ValueError, r"got \[6\] from -1 to 1"),
+        ((X, Y.float()), TypeError, r"torch\.float32 labels"),
+        ((X, Y == 1), TypeError, r"torch\.bool labels"),
+        ((X, Y.tolist()), TypeError, "a tuple without them"),
+        (X, TypeError, "expected held-out batches as .*a Tensor without them"),
+        ((X,), TypeError, "a tuple without them"),
+        ((X, None), TypeError, "a tuple without them"),
+        ({"input": X}, TypeError, "a dict without them"),
+        ({"input": X, "label": Y}, TypeError, "a dict without them"),
+        ((torch.full((6, 4), math.nan), Y), ValueError, "output is not finite for some held-out objects"),
+        ((normal(6, 5), Y), RuntimeError, r"failed on an input of shape \[6, 5\]"),
+        (("a.png", Y), TypeError, "batch of type str"),
+    ],
+)
+def test_held_out_batches_that_are_none_are_refused_and_leave_the_network_as_it_was(
+    batch: Any, error: type[Exception], message: str, model: nn.Module
+) -> None:
+    posterior = fitted(model)
+    mixed_up(model)
+    before = Untouched(model)
+    with pytest.raises(error, match=message):
+        calibrate(model, posterior, [(X, Y), batch], temperature=True, draws=2)
+    before.check()
+
+
+def test_a_single_object_that_is_not_finite_is_noticed_among_others(model: nn.Module) -> None:
+    broken = X.clone()
+    broken[3, 2] = math.inf
+    with pytest.raises(ValueError, match="output is not finite"):
+        calibrate(model, fitted(model), [(X, Y), (broken, Y), (X, Y)], draws=2)
+
+
+def test_no_held_out_objects_are_refused(model: nn.Module) -> None:
+    posterior = fitted(model)
+    used: Iterator[Any] = iter([])
+    for data in ([], used, [(X[:0], Y[:0])]):
+        with pytest.raises(ValueError, match="no held-out objects"):
+            calibrate(model, posterior, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_sizes": []}, ValueError, "batch_sizes is empty"),
+        ({"batch_sizes": [4, 0]}, ValueError, "batch_size must be a positive number, got 0"),
+        ({"batch_sizes": [math.nan]}, ValueError, "batch_size must be a positive number, got nan"),
+        ({"draws": 0}, ValueError, "draws must be at least 1"),
+        ({"draws": 2.0}, TypeError, "draws must be a whole number"),
+        ({"draws": True}, TypeError, "draws must be a whole number"),
+        ({"posterior": None}, TypeError, "expected a posterior from stochbn.fit or stochbn.load, got NoneType"),
+        ({"posterior": "p.safetensors"}, TypeError, "expected a posterior from stochbn.fit or stochbn.load, got str"),
+        ({"posterior": make_posterior()}, ValueError, "has a layer 'norm' that Sequential has not"),
+        ({"model": convnet()}, ValueError, "has 6 channels for layer '1', Sequential has 5"),
+        ({"model": "model.pt"}, TypeError, r"expected a torch\.nn\.Module"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, model: nn.Module
+) -> None:
+    arguments: dict[str, Any] = {"model": model, "posterior": fitted(model), "held_out": [(X, Y)]}
+    with pytest.raises(error, match=message):
+        calibrate(**{**arguments, **changes})
+
+
+def test_a_posterior_whose_size_is_not_known_or_infinite_is_refused(model: nn.Module) -> None:
+    unknown = stochbn.fit(model, [normal(8, 4, seed=n) for n in range(3)], None)
+    with pytest.raises(ValueError, match="the size whose noise it has is not known"):
+        calibrate(model, unknown, [(X, Y)])
+    with pytest.raises(ValueError, match="rescaled to no noise"):
+        calibrate(model, fitted(model).rescale(math.inf), [(X, Y)])
