@@ -129,6 +129,8 @@ def _train(
         adam = torch.optim.Adam(model.parameters(), fused=True)
         compiled: nn.Module = torch.compile(model) if schedule.compile else model  # type: ignore[assignment]
         network, optimizer = fabric.setup(compiled, adam)
+        if fabric.world_size == 1 and schedule.precision == "32-true":
+            network, optimizer = compiled, adam  # as they are on the device: the wrappers only take a tenth of the time
         pixels, labels = images.pixels.to(fabric.device), images.labels.to(fabric.device)
         first = _restore(state, model, adam) if state is not None and state.exists() else 0
         for epoch in range(first, schedule.epochs):
