@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.calling import Batch, call, find_logits, modes, network_input
+from stochbn.calling import Batch, call, find_logits, length, modes, network_input
 from stochbn.posteriors import Posterior, check_draws
 
 __all__ = ["calibrate"]
@@ -65,7 +65,6 @@ def calibrate(
         batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
     if not len(batch_sizes):
         raise ValueError("batch_sizes is empty; name at least one, or leave it out")
-    posterior = replace(posterior, temperature=1.0)
     candidates = [posterior.rescale(size) for size in batch_sizes]
     temperatures = TEMPERATURES if temperature else torch.ones(1, dtype=torch.float64)
     losses = torch.zeros(len(candidates), len(temperatures), dtype=torch.float64)
@@ -74,7 +73,7 @@ def calibrate(
         own_buffers = dict(model.named_buffers(remove_duplicate=False))
         for number, batch in enumerate(held_out):
             inputs, labels = network_input(model, batch), _labels(batch)
-            if not len(labels):
+            if not length(inputs):
                 continue
             for candidate, loss in zip(candidates, losses, strict=True):
                 generator = torch.Generator().manual_seed(seed + number)
@@ -118,10 +117,15 @@ def _labels(batch: Batch) -> Tensor:
 
 def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
     """``[T, N, ...]``, float64: the log-probability of each label under each temperature."""
-    if labels.shape != logits[:, 0].shape or labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if labels.shape != logits[:, 0].shape:
         raise ValueError(
-            f"expected labels {list(logits[:, 0].shape)} from 0 to {logits.shape[1] - 1} for the network's logits "
-            f"{list(logits.shape)}, got {list(labels.shape)} from {labels.min().item()} to {labels.max().item()}"
+            f"expected labels {list(logits[:, 0].shape)} for the network's logits {list(logits.shape)}, got "
+            f"{list(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must lie between 0 and {logits.shape[1] - 1} for {logits.shape[1]} classes, found "
+            f"{labels.min().item()} to {labels.max().item()}"
         )
     labels = labels.to(logits.device)[:, None].long()
     if logits.dtype.itemsize < 4:

@@ -58,6 +58,8 @@ class Posterior(ABC):
             raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype}")
         if not all(isinstance(channels, int) and channels > 0 for channels in self.layers.values()):
             raise ValueError(f"layers must have whole numbers of channels of at least 1, got {dict(self.layers)}")
+        if self.batch_size is not None and not self.batch_size > 0:
+            raise ValueError(f"batch_size must be positive or None, got {self.batch_size}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
 
@@ -364,11 +366,12 @@ class Joint(Posterior):
     with one normal z_k for each direction f_k and one epsilon for each entry. The directions are the principal ones of
     the observed mini-batches' covariance, which is shrunk towards its diagonal by the amount of Ledoit and Wolf, in the
     form of Schaefer and Strimmer (2005); what shrinkage and left-out directions take from the variance of an entry, r
-    gives back. So every mean and log-variance has exactly the observed variance, and the covariance is never formed:
-    memory is K + 2 vectors of length 2 D, and as much time goes into a draw.
+    gives back. So every mean and log-variance has exactly the observed variance, every mean and variance the observed
+    expectation, and the covariance is never formed: memory is K + 2 vectors of length 2 D, and as much time goes into
+    a draw. A dead channel (variance 0 in every mini-batch) is drawn with the smallest float32 number as its variance.
 
     Attributes:
-        location: ``[2 D]``, float64: the means of the mini-batch means and of the logarithms of their variances.
+        location: ``[2 D]``, float64: m, the expected means and what makes the expected variances those observed.
         directions: ``[K, 2 D]``, float32: the principal directions f_k, largest first, with the length of their
             standard deviation.
         residual: ``[2 D]``, float64: the variance of each entry that is its own.
@@ -387,6 +390,8 @@ class Joint(Posterior):
         self._check_tensor("location", (2 * self.channels,), torch.float64, negative=True)
         self._check_tensor("directions", (None, 2 * self.channels), torch.float32, negative=True)
         self._check_tensor("residual", (2 * self.channels,), torch.float64, negative=False)
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, most: int | None = None, **about: Any) -> Joint:
@@ -400,10 +405,11 @@ class Joint(Posterior):
         m = len(statistics)
         _warn_of_one(m)
         rows = statistics.double()
+        expected = rows[:, 1].mean(0)
         # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
-        floor = (1e-3 * rows[:, 1].mean(0)).clamp(min=TINY)
+        floor = (1e-3 * expected).clamp(min=TINY)
         # Nor must one that is constant in every mini-batch and differs between them outweigh all others.
-        scale = rows[:, 1].mean(0).maximum(rows[:, 0].var(0, correction=0)).clamp(min=TINY).sqrt()
+        scale = expected.maximum(rows[:, 0].var(0, correction=0)).clamp(min=TINY).sqrt()
         rows = torch.cat([rows[:, 0], rows[:, 1].maximum(floor)], 1)
         varies = (rows != rows[0]).any(0)
         rows[:, len(scale) :].log_()
@@ -419,6 +425,7 @@ class Joint(Posterior):
         vectors = vectors[:, : m - 1 if most is None else min(most, m - 1)]
         directions = vectors.T @ rows * math.sqrt((1 - shrinkage) / max(m - 1, 1))
         residual = (total - directions.square().sum(0)).clamp(min=0)
+        location[len(scale) :] = expected.clamp(min=TINY).log() - total[len(scale) :] / 2
         return cls(location=location, directions=directions.float(), residual=residual, shrinkage=shrinkage, **about)
 
     @property

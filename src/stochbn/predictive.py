@@ -211,7 +211,10 @@ class Exact:
         self.model = model
         self.logits = logits
         self.keep_draws = keep_draws
-        self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1), draws))
+        try:
+            self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1), draws))
+        except ValueError as error:
+            raise ValueError(f"no mini-batches of {batch_size - 1} training objects to join: {error}") from error
         if len(self.others) < draws:
             raise ValueError(
                 f"{draws} draws need as many mini-batches of {batch_size - 1} training objects, there were "
