@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(RECIPE, folder)
     seen: list[tuple[int, int]] = []
     compare(folder, SETTINGS, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 14) for done in range(15)]
+    assert seen == [(done, 18) for done in range(19)]
     return folder
 
 
@@ -41,6 +41,7 @@ def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(fi
     for method, wanted in {
         "joint": posterior,
         "joint, calibrated": stochbn.calibrate(model, posterior, held_out.batches(250), seed=seed),
+        "joint, recentred": posterior.recentre(model),
     }.items():
         file = finished / "plain-1" / "comparison" / f"{method.replace(', ', '-')}.safetensors"
         tensors, about = read_tensors(file, COMPARISON)
@@ -87,7 +88,7 @@ def test_what_is_there_is_not_made_again(finished: Path) -> None:
     again.unlink()
     seen: list[tuple[int, int]] = []
     compare(finished, SETTINGS, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(13, 14), (14, 14)]
+    assert seen == [(17, 18), (18, 18)]
     after = contents(finished)
     assert after.keys() == before.keys()
     for part, logs in read_tensors(again, COMPARISON)[0].items():

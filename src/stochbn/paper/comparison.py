@@ -34,8 +34,11 @@ from stochbn.predictive import Predictor, entropy
 __all__ = ["METHODS", "Settings", "compare", "tabulate"]
 
 COMPARISON = "stochbn.comparison/1"
-METHODS = ("factorized", "joint", "empirical", "factorized, calibrated", "joint, calibrated", "empirical, calibrated")
-"""Kinds of posteriors, as fitted and with the noise that is best for held-out images."""
+METHODS = (
+    "factorized", "joint", "empirical", "factorized, calibrated", "joint, calibrated", "empirical, calibrated",
+    "joint, recentred", "joint, recentred, calibrated",
+)  # fmt: skip
+"""Kinds of posteriors: as fitted, about the network's running statistics, and with the noise best for held-out images."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,11 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
         predictor = stochbn.Exact(model, batches, recipe.statistics_batch, settings.draws)
         parts = {"known": _first(known, settings.exact)}
     else:
-        kind, _, calibrated = method.partition(", ")
+        kind, *changes = method.split(", ")
         posterior = fit_posterior(model, train, recipe.statistics_batch, seed, kind=kind)
-        if calibrated:
+        if "recentred" in changes:
+            posterior = posterior.recentre(model)
+        if "calibrated" in changes:
             held_out = _first(_parts["held-out"], settings.held_out)
             posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
         about["batch_size"] = posterior.batch_size
