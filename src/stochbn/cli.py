@@ -197,6 +197,8 @@ def report(
     from stochbn.paper.report import write_run, write_seeds
 
     if len(folders) == 1:
+        if folder is not None:
+            raise ValueError("the tables of one run go into its own folder; --out is for several runs")
         shown = write_run(folders[0])
     else:
         folder = folder or Path("seeds")
@@ -354,6 +356,12 @@ def diagnose(
     data: DataFromNetwork = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
     images: Annotated[int, typer.Option("--images", min=1, help="Training images to use, at most.")] = 16384,
+    rescaled: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rescaled", help="Also compare rescaling to mini-batches of this size with what is observed there."
+        ),
+    ] = None,
     seed: Seed = 0,
     path: Annotated[
         Path | None, typer.Option("--out", help="PNG file for the figure; an SVG goes beside it.", show_default=False)
@@ -378,6 +386,10 @@ def diagnose(
     found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
     with _bars() as bars:
         observed = goodness.observe(checkpoint.model, found, batch_size, seed, _follow(bars, "observing"))
+        others = {
+            size: goodness.observe(checkpoint.model, found, size, seed, _follow(bars, f"observing, {size}"))
+            for size in rescaled or []
+        }
     diagnosis = goodness.diagnose(observed)
     table = Table("layer", "distance of means", "of variances", "|correlation| within", title="the factorised form")
     for (layer, distance), within in zip(
@@ -385,6 +397,12 @@ def diagnose(
     ):
         table.add_row(layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{within:.3f}")
     out.print(table)
+    for size, other in others.items():
+        ratios = Table("layer", "spread of means", "of log-variances", "expected variance")
+        ratios.title = f"mini-batches of {size}: observed over rescaled"
+        for layer, ratio in goodness.rescaling(observed, batch_size, other, size).items():
+            ratios.add_row(layer, *(f"{ratio[key]:.3f}" for key in ("mean", "log_variance", "variance")))
+        out.print(ratios)
     for sentence in diagnosis.advice:
         out.print(f"- {escape(sentence)}", highlight=False)
     if path is not None:

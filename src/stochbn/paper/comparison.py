@@ -38,7 +38,7 @@ METHODS = (
     "factorized", "joint", "empirical", "factorized, calibrated", "joint, calibrated", "empirical, calibrated",
     "joint, recentred", "joint, recentred, calibrated",
 )  # fmt: skip
-"""Kinds of posteriors: as fitted, about the network's running statistics, and with the noise best for held-out images."""
+"""Kinds of posteriors: as fitted, about the network's running statistics, with the noise best for held-out images."""
 
 
 @dataclass(frozen=True)

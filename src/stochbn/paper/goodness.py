@@ -15,7 +15,7 @@ from stochbn.paper.data import Images
 from stochbn.posteriors import TINY, Factorized
 from stochbn.statistics import Moments, mini_batches, observer
 
-__all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe"]
+__all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
 
 
 def observe(
@@ -180,6 +180,38 @@ def diagnose(observations: Mapping[str, Tensor]) -> Diagnosis:
     return Diagnosis(
         distances(observations, posterior), correlations, math.sqrt(2 / (math.pi * count)), spectrum / spectrum.sum()
     )
+
+
+def rescaling(
+    observations: Mapping[str, Tensor], batch_size: int, others: Mapping[str, Tensor], other_size: int
+) -> dict[str, dict[str, float]]:
+    """How statistics observed at another mini-batch size compare with what `rescale` makes of these.
+
+    Args:
+        observations: what `observe` returned at `batch_size`.
+        batch_size: objects in these mini-batches.
+        others: what it returned at `other_size`.
+        other_size: objects in those mini-batches.
+
+    Returns:
+        For every layer the ratio of observed to rescaled, the median over channels: of the standard deviation of the
+        means under ``mean``, of that of the log-variances under ``log_variance``, and of the expected variance under
+        ``variance``; 1 is as rescaled.
+    """
+
+    def summary(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        means, variances = rows.double().unbind(1)
+        logs = variances.maximum((1e-3 * variances.mean(0)).clamp(min=TINY)).log()
+        return means.std(0), logs.std(0), variances.mean(0)
+
+    root = math.sqrt(batch_size / other_size)
+    found = {}
+    for layer, rows in observations.items():
+        (mean, log, variance), (mean_other, log_other, variance_other) = summary(rows), summary(others[layer])
+        ratios = {"mean": mean_other / (root * mean), "log_variance": log_other / (root * log)}
+        ratios["variance"] = variance_other / variance
+        found[layer] = {name: ratio[ratio.isfinite()].median().item() for name, ratio in ratios.items()}
+    return found
 
 
 def _distance(values: Tensor, location: Tensor, scale: Tensor) -> float:
