@@ -131,8 +131,8 @@ def test_the_same_seed_gives_the_same_network_and_posterior(trained: Trained) ->
     assert all(value.equal(again[name]) for name, value in first.items())
     assert not all(value.equal(other[name]) for name, value in first.items())
     posteriors = stochbn.load("again.sbn.safetensors"), stochbn.load(trained.networks[0].with_name("a.sbn.safetensors"))
-    for name in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
-        assert getattr(posteriors[0], name).equal(getattr(posteriors[1], name))
+    drawn = [posterior.draw(2, seeded()) for posterior in posteriors]
+    assert all(values.equal(drawn[1][name]) for name, values in drawn[0].items())
 
 
 def test_a_posterior_can_be_fitted_with_other_settings_to_another_place(trained: Trained) -> None:
@@ -635,3 +635,41 @@ def test_the_module_tells_errors_in_one_line_too(tmp_path: Path) -> None:
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     ended = run([sys.executable, "-m", "stochbn", "train", "--data", folder, "--out", "n"], env=environment)
     assert_told(Ended(ended.returncode, ended.stdout, ended.stderr), "a file may be damaged", str(folder))
+
+
+# ---------------------------------------------------------------- kinds of posteriors
+
+
+@pytest.mark.parametrize("kind", ["joint", "empirical", "factorized"])
+def test_a_posterior_of_any_kind_is_fitted_and_used(kind: str, alone: Path, main: Callable[..., Ended]) -> None:
+    stochbn_("fit", alone, "--kind", kind)
+    assert stochbn.load(alone.with_name("alone.sbn.safetensors")).kind == kind
+    text = words(stochbn_("evaluate", alone, "--draws", 2))
+    assert "NLL" in text
+    assert_told(main("fit", alone, "--kind", "gaussian"), "unknown kind 'gaussian'")
+
+
+def test_a_diagnosis_says_what_to_use_and_draws_it(alone: Path, tmp_path: Path, main: Callable[..., Ended]) -> None:
+    figure = tmp_path / "diagnosis.png"
+    text = words(stochbn_("diagnose", alone, "--rescaled", 8, "--out", figure))
+    assert re.search(r"Use kind='(joint|empirical)'|kind='factorized' loses little", text)
+    assert "mini-batches of 8: observed over rescaled" in text
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert figure.with_suffix(".svg").exists()
+    assert_told(main("diagnose", alone, "--images", 100), "at least 10 mini-batches, got 6")
+    assert_told(main("diagnose", alone, "--out", tmp_path / "figure.pdf"), "end it with .png")
+
+
+def test_kinds_of_posteriors_are_compared_on_the_networks_of_a_run(tmp_path: Path, main: Callable[..., Ended]) -> None:
+    recipe = replace(TINY, dropout=None, members=1, epochs=1, train_images=96, held_out=0.2, unknown=None, draws=1)
+    runner.run(recipe, tmp_path / "run")
+    settings = ["--members", 1, "--draws", 2, "--fit-images", 64, "--held-out", 20, "--exact", 10, "--jobs", 1]
+    text = words(stochbn_("compare", tmp_path / "run", *settings))
+    assert "joint, recentred" in text
+    assert "KL to exact" in text
+    assert (tmp_path / "run" / "comparison.md").read_text().startswith("**lenet5 on digits:0-4")
+    assert_told(main("compare", tmp_path / "run", "--members", 2), "has 1 plain networks, 2 were asked for")
+
+
+def test_a_folder_for_the_tables_of_one_run_is_refused(tmp_path: Path, main: Callable[..., Ended]) -> None:
+    assert_told(main("report", tmp_path / "run", "--out", tmp_path / "other"), "--out is for several runs")
