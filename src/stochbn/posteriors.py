@@ -420,11 +420,11 @@ class Joint(Posterior):
         shrinkage = _shrinkage(rows, total)
         # Directions are ordered by what they do to the normalised activations: a shift, in their standard deviations,
         # or a factor, the root of that of the variance.
-        weighted = rows * torch.cat([1 / scale, torch.full_like(scale, 0.5)])
-        vectors = torch.linalg.eigh(weighted @ weighted.T).eigenvectors.flip(1)
+        products = _products(rows, torch.cat([1 / scale, torch.full_like(scale, 0.5)]))
+        vectors = torch.linalg.eigh(products).eigenvectors.flip(1)
         vectors = vectors[:, : m - 1 if most is None else min(most, m - 1)]
-        directions = vectors.T @ rows * math.sqrt((1 - shrinkage) / max(m - 1, 1))
-        residual = (total - directions.square().sum(0)).clamp(min=0)
+        directions = (vectors.T @ rows).mul_(math.sqrt((1 - shrinkage) / max(m - 1, 1)))
+        residual = (total - torch.linalg.vector_norm(directions, dim=0).square()).clamp(min=0)
         location[len(scale) :] = expected.clamp(min=TINY).log() - total[len(scale) :] / 2
         return cls(location=location, directions=directions.float(), residual=residual, shrinkage=shrinkage, **about)
 
@@ -471,13 +471,28 @@ def _shrinkage(rows: Tensor, variance: Tensor) -> float:
     m = len(rows)
     if m < 3:
         return 1.0
-    z = rows[:, variance > 0] / variance[variance > 0].sqrt()
-    products = (z @ z.T).square().sum() - z.shape[1] * (m - 1) ** 2
-    squares = z.square()
-    squared = (squares.sum(1).square() - squares.square().sum(1)).sum()
+    varies = variance > 0
+    scale = torch.where(varies, 1 / variance.where(varies, 1).sqrt(), 0)
+    gram = _products(rows, scale)
+    products = gram.square().sum() - varies.sum() * (m - 1) ** 2
+    fourth = sum((rows[:, part] * scale[part]).pow(4).sum() for part in _parts(len(scale)))
+    squared = gram.diagonal().square().sum() - fourth
     errors = m / (m - 1) ** 3 * (squared - products / m)
     correlations = products / (m - 1) ** 2
     return min(max((errors / correlations).item(), 0.0), 1.0) if correlations > 0 else 1.0
+
+
+def _products(rows: Tensor, weights: Tensor) -> Tensor:
+    """``[M, M]``: the rows' products with each other, their entries times `weights`, without a copy of all of them."""
+    total = rows.new_zeros(len(rows), len(rows))
+    for part in _parts(len(weights)):
+        weighted = rows[:, part] * weights[part]
+        total.addmm_(weighted, weighted.T)
+    return total
+
+
+def _parts(length: int) -> list[slice]:
+    return [slice(start, start + 4096) for start in range(0, length, 4096)]
 
 
 def _warn_of_one(mini_batches: int) -> None:
