@@ -363,8 +363,8 @@ def diagnose(
         ),
     ] = None,
     seed: Seed = 0,
-    path: Annotated[
-        Path | None, typer.Option("--out", help="PNG file for the figure; an SVG goes beside it.", show_default=False)
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for diagnosis.md and its figure.", show_default=False)
     ] = None,
 ) -> None:
     """Say how well the paper's factorised distribution fits a network's batch-norm statistics, and what to use.
@@ -373,16 +373,15 @@ def diagnose(
     """
     import torch
 
-    from stochbn.paper import checkpoints, figures, goodness
+    from stochbn.files import write_bytes
+    from stochbn.paper import checkpoints, figures, goodness, tables
 
     checkpoint = checkpoints.load(network)
-    if path is not None:
-        _check_folder(path)
-        if path.suffix != ".png":
-            raise ValueError(f"the figure is a PNG file, got the name {str(path)!r}; end it with .png")
     data = data or checkpoint.data
     found = _load(data, "train")
     _check_images(checkpoint, found)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
     with _bars() as bars:
         observed = goodness.observe(checkpoint.model, found, batch_size, seed, _follow(bars, "observing"))
@@ -391,24 +390,20 @@ def diagnose(
             for size in rescaled or []
         }
     diagnosis = goodness.diagnose(observed)
-    table = Table("layer", "distance of means", "of variances", "|correlation| within", title="the factorised form")
-    for (layer, distance), within in zip(
-        diagnosis.distances.items(), diagnosis.correlations.diagonal().tolist(), strict=True
-    ):
-        table.add_row(layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{within:.3f}")
-    out.print(table)
+    title = f"{checkpoint.network}: statistics of mini-batches of {batch_size} of {data}"
+    shown = [tables.diagnosis(title, diagnosis)]
     for size, other in others.items():
-        ratios = Table("layer", "spread of means", "of log-variances", "expected variance")
-        ratios.title = f"mini-batches of {size}: observed over rescaled"
-        for layer, ratio in goodness.rescaling(observed, batch_size, other, size).items():
-            ratios.add_row(layer, *(f"{ratio[key]:.3f}" for key in ("mean", "log_variance", "variance")))
-        out.print(ratios)
-    for sentence in diagnosis.advice:
-        out.print(f"- {escape(sentence)}", highlight=False)
-    if path is not None:
-        title = f"{network.name}: statistics of mini-batches of {batch_size} of {data}"
-        files = figures.save_diagnosis(path.with_suffix(""), diagnosis, title=title)
-        out.print(f"Saved the figure as {escape(' and '.join(map(str, files)))}.", highlight=False, soft_wrap=True)
+        ratios = goodness.rescaling(observed, batch_size, other, size)
+        shown.append(tables.rescaling(f"Mini-batches of {size}: observed over rescaled from {batch_size}", ratios))
+    for table in shown:
+        out.print(table.rich())
+    advice = [f"- {sentence}" for sentence in diagnosis.advice]
+    out.print(*map(escape, advice), sep="\n", highlight=False)
+    if folder is not None:
+        text = "\n\n".join([*(table.markdown() for table in shown), "\n".join(advice)])
+        write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
+        figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
+        out.print(f"Tables and figure are in [bold]{escape(str(folder))}[/].")
 
 
 @app.command()

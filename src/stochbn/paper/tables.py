@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-__all__ = ["PUBLISHED", "PUBLISHED_DATA", "Table", "accuracy", "out_of_domain"]
+if TYPE_CHECKING:
+    from stochbn.paper.goodness import Diagnosis
+
+__all__ = ["PUBLISHED", "PUBLISHED_DATA", "Table", "accuracy", "diagnosis", "out_of_domain", "rescaling"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,23 @@ def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
     ]
     columns = ["method", "known", "unknown", "AUROC", "FPR95 %"]
     return Table(f"{unknown}: mean entropy (nats), and detection of the unknown by it", columns, rows)
+
+
+def diagnosis(title: str, found: Diagnosis) -> Table:
+    """How well the factorised form fits every layer: marginal fit, and mean absolute correlation within the layer."""
+    within = found.correlations.diagonal().tolist()
+    rows = [
+        [layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{correlation:.3f}"]
+        for (layer, distance), correlation in zip(found.distances.items(), within, strict=True)
+    ]
+    return Table(title, ["layer", "KS of means", "KS of variances", "|correlation| within"], rows)
+
+
+def rescaling(title: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
+    """Observed statistics over rescaled ones, layer by layer."""
+    keys = {"spread of means": "mean", "of log-variances": "log_variance", "expected variance": "variance"}
+    rows = [[layer, *(f"{ratio[key]:.3f}" for key in keys.values())] for layer, ratio in ratios.items()]
+    return Table(title, ["layer", *keys], rows)
 
 
 def _pairs(scores: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
