@@ -29,6 +29,7 @@ from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICT_BATCH, PREDICTIONS, fit_posterior, load_parts, packed, predict_all, unpacked
 from stochbn.paper.tables import Table
+from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor, entropy
 
 __all__ = ["METHODS", "Settings", "compare", "tabulate"]
@@ -119,6 +120,7 @@ _parts: dict[str, Images] = {}
 def _start(threads: int, data: dict[str, Any]) -> None:
     """Give a process its data once, for all of its tasks."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     _parts.update(unpacked(data))
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from stochbn.files import read_tensors, write_tensors
 from stochbn.paper.data import Images, as_input, augment
 
-__all__ = ["Schedule", "train"]
+__all__ = ["Schedule", "keep_freed_memory", "train"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 STATE = "stochbn.training/1"
@@ -119,7 +119,7 @@ def _train(
     result: Path,
 ) -> None:
     """The training loop, in every process; the first one writes the weights to `result`."""
-    _keep_freed_memory()
+    keep_freed_memory()
     size, rank = schedule.batch_size, fabric.global_rank
     per_epoch = len(images) // (size * fabric.world_size)
     steps = per_epoch * schedule.epochs
@@ -171,7 +171,7 @@ def _train(
             torch.distributed.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have this process keep the memory that each step frees, for the next step to use again.
 
     By default the C library of Linux returns large blocks to the system and gets them back page by page, which takes
