@@ -1,7 +1,7 @@
 """Which distribution over the statistics, and with how much noise: a comparison on the networks of a finished run.
 
 For some of its plain networks, posteriors of every kind are fitted to the training images, as they come out and with
-their noise calibrated on the images that the run held out. Each, and exact inference on a part of the objects, leaves
+their noise calibrated on the images that the run held out. Networks trained in bfloat16 predict in it too. Each, and exact inference on a part of the objects, leaves
 its predictions in the member's folder, under ``comparison``; `tabulate` reads these alone.
 """
 
@@ -148,6 +148,7 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
     seed = next(recipe.schedule(m).seed for m in recipe.all_members() if m.name == member)
     train, known = _first(_parts["train"].shuffled(seed), settings.fit_images), _parts["known"]
     about: dict[str, Any] = {"settings": asdict(settings)}
+    arithmetic = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed")
     predictor: Predictor
     if method == "exact":
         batches = (inputs for inputs, _ in train.batches(64 * (recipe.statistics_batch - 1)))
@@ -160,14 +161,16 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
             posterior = posterior.recentre(model)
         if "calibrated" in changes:
             held_out = _first(_parts["held-out"], settings.held_out)
-            posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
+            with arithmetic:
+                posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
         about["batch_size"] = posterior.batch_size
         predictor = stochbn.Predictive(model, posterior, settings.draws)
         parts = {"known": known}
         if "unknown" in _parts:
             parts["unknown"] = _first(_parts["unknown"], settings.unknown)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {part: predict_all(predictor, images, generator).probs.log() for part, images in parts.items()}
+    with arithmetic:
+        tensors = {part: predict_all(predictor, images, generator).probs.log() for part, images in parts.items()}
     file = _file(folder, member, method)
     file.parent.mkdir(exist_ok=True)
     write_tensors(file, COMPARISON, tensors, about)
