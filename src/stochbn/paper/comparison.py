@@ -1,8 +1,9 @@
 """Which distribution over the statistics, and with how much noise: a comparison on the networks of a finished run.
 
 For some of its plain networks, posteriors of every kind are fitted to the training images, as they come out and with
-their noise calibrated on the images that the run held out. Networks trained in bfloat16 predict in it too. Each, and exact inference on a part of the objects, leaves
-its predictions in the member's folder, under ``comparison``; `tabulate` reads these alone.
+their noise calibrated on the images that the run held out. Each, and exact inference on a part of the objects, leaves
+its predictions in the member's folder, under ``comparison``; `tabulate` reads these alone. Networks trained in bfloat16
+predict in it too.
 """
 
 from __future__ import annotations
