@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,9 @@ def calibrate(
 
     The effective mini-batch size that gives the lowest negative log-likelihood is chosen from a grid, with the same
     random numbers for all of its points. `held_out` is read once, and every batch of it goes through the network
-    `draws` times for each point of the grid: 5 x 16 passes by default. Memory does not grow with the draws.
+    `draws` times for each point of the grid, and once for no noise: 81 forward passes by default, as many as 81 draws
+    of `Predictive`. Some thousand objects suffice. Memory does not grow with the draws. The network is in evaluation
+    mode, so the noise is chosen with dropout off.
 
     Args:
         model: the network.
@@ -43,7 +46,8 @@ def calibrate(
             On training data the network is right, and no noise always seems best.
         batch_sizes: the grid; None is a quarter, a half, one, two and four times the posterior's own, and
             ``math.inf``, no noise.
-        temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise.
+        temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise; otherwise the
+            posterior's own stays.
         draws: how many draws to average; about as many as predictions will be made with.
         logits: where the logits are in the network's output, as for `Predictive`.
         seed: where the draws come from.
@@ -65,9 +69,10 @@ def calibrate(
         batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
     if not len(batch_sizes):
         raise ValueError("batch_sizes is empty; name at least one, or leave it out")
-    candidates = [posterior.rescale(size) for size in batch_sizes]
-    temperatures = TEMPERATURES if temperature else torch.ones(1, dtype=torch.float64)
-    losses = torch.zeros(len(candidates), len(temperatures), dtype=torch.float64)
+    for size in batch_sizes:
+        posterior.rescale(size)  # refuses what cannot be, before anything is read
+    temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
+    losses = torch.zeros(len(batch_sizes), len(temperatures), dtype=torch.float64)
     objects = 0
     with torch.no_grad(), modes(model, lambda module: False):
         own_buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -75,11 +80,11 @@ def calibrate(
             inputs, labels = network_input(model, batch), _labels(batch)
             if not length(inputs):
                 continue
-            for candidate, loss in zip(candidates, losses, strict=True):
+            for size, loss in zip(batch_sizes, losses, strict=True):
                 generator = torch.Generator().manual_seed(seed + number)
-                count = 1 if candidate.batch_size == math.inf else draws
+                count = 1 if size == math.inf else draws
                 total: Tensor | None = None
-                for drawn in candidate.iter_draws(count, generator):
+                for drawn in posterior.rescale(size).iter_draws(count, generator):
                     buffers = {name: value.to(own_buffers[name]) for name, value in drawn.items()}
                     found = _log_likelihoods(find_logits(call(model, buffers, inputs), logits), labels, temperatures)
                     total = found if total is None else torch.logaddexp(total, found)
@@ -91,7 +96,17 @@ def calibrate(
     if not losses.isfinite().all():
         raise ValueError("the network's output is not finite for some held-out objects; check the input for NaN")
     best, at = divmod(int(losses.argmin()), len(temperatures))
-    return replace(candidates[best], temperature=_refined(losses[best], temperatures, at))
+    if batch_sizes[best] == min(batch_sizes) and len(batch_sizes) > 1:
+        warnings.warn(
+            f"the smallest of the batch sizes, {batch_sizes[best]:g}, is the best: a smaller one may be better; name "
+            "smaller ones in batch_sizes",
+            stacklevel=2,
+        )
+    if temperature and at in (0, len(temperatures) - 1):
+        warnings.warn(
+            f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}", stacklevel=2
+        )
+    return replace(posterior.rescale(batch_sizes[best]), temperature=_refined(losses[best], temperatures, at))
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -178,6 +178,8 @@ def reproduce(
         changes["arguments"] = {**recipe.arguments, "width": width}
     rates = {"dropout": dropout, "classifier_dropout": classifier_dropout}
     rates = {**(recipe.dropout or {}), **{name: rate for name, rate in rates.items() if rate is not None}}
+    if dropout == 0 and classifier_dropout is None:
+        rates = {}
     changes["dropout"] = rates if any(rates.values()) else None
     _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs)
 
@@ -202,7 +204,6 @@ def report(
         shown = write_run(folders[0])
     else:
         folder = folder or Path("seeds")
-        folder.mkdir(parents=True, exist_ok=True)
         shown = write_seeds(folders, folder)
     for table in shown:
         out.print(table.rich())
@@ -234,7 +235,8 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
                 tasks[key] = bars.add_task(escape(f"{name}: {stages[stage]}"), total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
-        runner.run(recipe, folder, jobs=jobs or _side_by_side(recipe), progress=advance)
+        side_by_side = 1 if recipe.processes > 1 else _side_by_side(len(recipe.all_members()))
+        runner.run(recipe, folder, jobs=jobs or side_by_side, progress=advance)
     for table in report.write_run(folder):
         out.print(table.rich())
     out.print(
@@ -269,7 +271,7 @@ def compare(
     with _bars() as bars:
         task = bars.add_task("predicting", total=None, unit="predictions")
         follow = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731
-        shown = compare_run(folder, settings, jobs=jobs or os.cpu_count() or 1, progress=follow)
+        shown = compare_run(folder, settings, jobs=jobs or _side_by_side(3 * members), progress=follow)
     for table in shown:
         out.print(table.rich())
     out.print(f"Everything is in [bold]{escape(str(folder))}[/]: comparison.json, comparison.md and comparison.png.")
@@ -380,6 +382,9 @@ def diagnose(
     data = data or checkpoint.data
     found = _load(data, "train")
     _check_images(checkpoint, found)
+    for size in rescaled or []:
+        if not 2 <= size <= min(images, len(found)):
+            raise ValueError(f"--rescaled {size} must be at least 2 and at most the number of training images used")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
@@ -459,7 +464,9 @@ def evaluate(
     if folder is None:
         shown = report.tabulate([method.scores() for method in found], *names)
     else:
-        about = {"networks": list(map(str, networks)), "data": names[0], "ood": names[1], "draws": draws, "seed": seed}
+        described = [p and {"kind": p.kind, "batch_size": p.batch_size, "temperature": p.temperature} for p in fitted]
+        about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}
+        about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
         shown = report.write(folder, about, found, *names, f"trained on {loaded[0].data}, tested on {ood}")
     for table in shown:
         out.print(table.rich())
@@ -543,13 +550,11 @@ def _follow(bars: Progress, description: str) -> Callable[[int, int], None]:
     return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
 
-def _side_by_side(recipe: Recipe) -> int:
-    """How many members to train at once by default: one for each core, or one after another on an accelerator."""
+def _side_by_side(tasks: int) -> int:
+    """How many tasks to do at once by default: one for each core, or one after another on an accelerator."""
     import torch
 
-    if recipe.processes > 1 or torch.accelerator.is_available():
-        return 1
-    return min(len(recipe.all_members()), os.cpu_count() or 1)
+    return 1 if torch.accelerator.is_available() else min(tasks, os.cpu_count() or 1)
 
 
 def _load(source: str, split: str) -> Images:

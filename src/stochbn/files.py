@@ -42,7 +42,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[str, Tensor], about: Any) -> None:

@@ -85,10 +85,10 @@ def fit(
             dropped**. None takes the incoming batches as they come.
         kind: ``"joint"``, a Gaussian with the covariance of all layers' statistics; ``"empirical"``, the observed
             statistics themselves, replayed (Teye et al., 2018); or ``"factorized"``, the paper's Stochastic Batch
-            Normalization, independent for every channel.
+            Normalization, independent for every channel. Why joint is the default: docs/posteriors.md.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
-            sample of all. Each takes 8 bytes for every channel (512 of them 14 MB for a ResNet-18, 109 MB for a
-            ResNet-50).
+            sample of all. Each takes 8 bytes for every channel (512 of them 109 MB for a ResNet-50), and the time to
+            make a joint posterior grows with their square, from some thousands on with their cube.
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
 
@@ -104,7 +104,7 @@ def fit(
 
     Source: Atanov et al., 2018, section 3 (one-pass moments in place of the exponential smoothing).
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
     for name, value, least in (("max_batches", max_batches, 2), ("directions", directions, 1)):
         if value is None and name == "directions":

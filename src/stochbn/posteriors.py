@@ -58,6 +58,10 @@ class Posterior(ABC):
             raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype}")
         if not all(isinstance(channels, int) and channels > 0 for channels in self.layers.values()):
             raise ValueError(f"layers must have whole numbers of channels of at least 1, got {dict(self.layers)}")
+        if self.dtype.itemsize < 2:
+            raise ValueError(f"dtype must have at least 16 bits, got {self.dtype}")
+        if not isinstance(self.mini_batches, int) or self.mini_batches < 1:
+            raise ValueError(f"mini_batches must be a whole number of at least 1, got {self.mini_batches!r}")
         if self.batch_size is not None and not self.batch_size > 0:
             raise ValueError(f"batch_size must be positive or None, got {self.batch_size}")
         if not 0 < self.temperature < math.inf:
@@ -179,8 +183,8 @@ class Posterior(ABC):
         """The same noise about the network's own running statistics.
 
         Fitting observes statistics afresh, and what is expected of them is near the network's running averages, not
-        equal to them. After this it is, and without noise (``rescale(math.inf)``) predictions are exactly the
-        network's.
+        equal to them. After this it is, and without noise (``rescale(math.inf)``) predictions are the network's, to
+        the rounding of float32.
 
         Raises:
             ValueError: the network has other layers, or its running statistics are not finite or negative.
@@ -368,7 +372,10 @@ class Joint(Posterior):
     form of Schaefer and Strimmer (2005); what shrinkage and left-out directions take from the variance of an entry, r
     gives back. So every mean and log-variance has exactly the observed variance, every mean and variance the observed
     expectation, and the covariance is never formed: memory is K + 2 vectors of length 2 D, and as much time goes into
-    a draw. A dead channel (variance 0 in every mini-batch) is drawn with the smallest float32 number as its variance.
+    a draw.
+
+    A channel that was dead in some mini-batches has the LogNormal spread of its variances' moments. One that was dead
+    (variance 0) in all of them is drawn with the smallest float32 number as its variance.
 
     Attributes:
         location: ``[2 D]``, float64: m, the expected means and what makes the expected variances those observed.
@@ -399,7 +406,7 @@ class Joint(Posterior):
 
         Args:
             statistics: ``[M, 2, D]``: means and variances.
-            most: how many directions to keep at most; None keeps all M - 1.
+            most: how many directions to keep at most; None keeps all, the smaller of M - 1 and 2 D.
             about: all attributes of `Posterior`.
         """
         m = len(statistics)
@@ -416,13 +423,22 @@ class Joint(Posterior):
         location = rows.mean(0)
         rows -= location
         rows *= varies  # the rounding of what never varied would be perfectly correlated, and shrinkage none
+        # Where the floor was needed, the logarithm's spread is the floor's doing: no more than moments ask for, then.
+        part = slice(len(scale), None)
+        wanted = (
+            statistics[:, 1].double().var(0, correction=min(m - 1, 1)) / expected.clamp(min=TINY).square()
+        ).log1p()
+        spread = rows[:, part].square().sum(0) / max(m - 1, 1)
+        excessive = (statistics[:, 1] < floor).any(0) & (spread > wanted)
+        rows[:, part] *= torch.where(excessive, wanted / spread.clamp(min=TINY), 1).sqrt()
         total = rows.square().sum(0) / max(m - 1, 1)
         shrinkage = _shrinkage(rows, total)
         # Directions are ordered by what they do to the normalised activations: a shift, in their standard deviations,
         # or a factor, the root of that of the variance.
         products = _products(rows, torch.cat([1 / scale, torch.full_like(scale, 0.5)]))
         vectors = torch.linalg.eigh(products).eigenvectors.flip(1)
-        vectors = vectors[:, : m - 1 if most is None else min(most, m - 1)]
+        rank = min(m - 1, rows.shape[1])
+        vectors = vectors[:, : rank if most is None else min(most, rank)]
         directions = (vectors.T @ rows).mul_(math.sqrt((1 - shrinkage) / max(m - 1, 1)))
         residual = (total - torch.linalg.vector_norm(directions, dim=0).square()).clamp(min=0)
         location[len(scale) :] = expected.clamp(min=TINY).log() - total[len(scale) :] / 2

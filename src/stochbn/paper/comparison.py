@@ -28,7 +28,16 @@ from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICT_BATCH, PREDICTIONS, fit_posterior, load_parts, packed, predict_all, unpacked
+from stochbn.paper.runner import (
+    PREDICT_BATCH,
+    PREDICTIONS,
+    fit_posterior,
+    load_parts,
+    on_accelerator,
+    packed,
+    predict_all,
+    unpacked,
+)
 from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor, entropy
@@ -94,7 +103,15 @@ def compare(
         )
     if recipe.members < settings.members:
         raise ValueError(f"{str(folder)!r} has {recipe.members} plain networks, {settings.members} were asked for")
-    names = [member.name for member in recipe.all_members() if member.kind == "plain"][: settings.members]
+    if recipe.evaluate_on != "test":
+        raise ValueError(
+            f"{str(folder)!r} was evaluated on its held-out images, so there are none left to calibrate on; make a run "
+            "that is evaluated on test images"
+        )
+    plain = [member.name for member in recipe.all_members() if member.kind == "plain"]
+    for name in plain:  # refused before the work, not after it
+        read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)
+    names = plain[: settings.members]
     tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
     waiting = [task for task in tasks if not _done(folder, *task, settings)]
     progress(len(tasks) - len(waiting), len(tasks))
@@ -135,7 +152,7 @@ def _done(folder: Path, member: str, method: str, settings: Settings) -> bool:
     if not file.exists():
         return False
     about = read_tensors(file, COMPARISON)[1]
-    if about["settings"] != asdict(settings):
+    if {**about["settings"], "members": settings.members} != asdict(settings):  # others do not matter to this one
         raise ValueError(
             f"{str(file)!r} is of a comparison with other settings ({about['settings']}); delete the folders "
             "'comparison' in the run folder, or use these settings"
@@ -145,16 +162,19 @@ def _done(folder: Path, member: str, method: str, settings: Settings) -> bool:
 
 def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, method: str) -> None:
     """Make one method's predictions with one network."""
-    model = checkpoints.load(folder / member / "network.safetensors").model
+    model = on_accelerator(checkpoints.load(folder / member / "network.safetensors").model)
     seed = next(recipe.schedule(m).seed for m in recipe.all_members() if m.name == member)
     train, known = _first(_parts["train"].shuffled(seed), settings.fit_images), _parts["known"]
     about: dict[str, Any] = {"settings": asdict(settings)}
-    arithmetic = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed")
+    device = next(model.parameters()).device.type
+    arithmetic = torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16-mixed")
     predictor: Predictor
     if method == "exact":
         batches = (inputs for inputs, _ in train.batches(64 * (recipe.statistics_batch - 1)))
         predictor = stochbn.Exact(model, batches, recipe.statistics_batch, settings.draws)
         parts = {"known": _first(known, settings.exact)}
+        if "unknown" in _parts:
+            parts["unknown"] = _first(_parts["unknown"], min(settings.exact, settings.unknown))
     else:
         kind, *changes = method.split(", ")
         posterior = fit_posterior(model, train, recipe.statistics_batch, seed, kind=kind)
@@ -171,7 +191,7 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
             parts["unknown"] = _first(_parts["unknown"], settings.unknown)
     generator = torch.Generator().manual_seed(seed)
     with arithmetic:
-        tensors = {part: predict_all(predictor, images, generator).probs.log() for part, images in parts.items()}
+        tensors = {part: predict_all(predictor, images, generator).probs.log().cpu() for part, images in parts.items()}
     file = _file(folder, member, method)
     file.parent.mkdir(exist_ok=True)
     write_tensors(file, COMPARISON, tensors, about)
@@ -202,38 +222,49 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
         }
         for tensors in stored
     ]
+    chosen = range(settings.members)
+    methods: dict[str, list[dict[str, Tensor]]] = {"plain": plain[: settings.members]}
+    sizes: dict[str, list[float]] = {}
+    for method in (*METHODS, "exact"):
+        found = [_read(folder, names[i], method, settings) for i in chosen]
+        methods[method] = [probs for probs, _ in found]
+        if method != "exact":
+            sizes[method] = [about["batch_size"] for _, about in found]
+    exact = methods.pop("exact")
+    # Ensembles begin with the networks that are compared, so that one of them is what an ensemble of 1 is.
     ensembles = {
-        size: [_mean([plain[(first + i) % len(plain)] for i in range(size)]) for first in range(len(plain))][
-            : 1 if size == len(plain) else None
-        ]
+        f"ensemble of {size}": [_mean([plain[(first + i) % len(plain)] for i in range(size)]) for first in chosen]
         for size in range(1, len(plain) + 1)
     }
-    rows: dict[str, list[dict[str, float]]] = {"plain": [_scores(p, labels) for p in plain[: settings.members]]}
-    near: dict[str, list[dict[str, float]]] = {}
-    exact = [_read(folder, name, "exact", settings)[0]["known"] for name in names[: settings.members]]
-    near["plain"] = [_nearness(p["known"], e, labels) for p, e in zip(plain, exact, strict=False)]
-    for method in METHODS:
-        rows[method], near[method] = [], []
-        for name, yardstick in zip(names, exact, strict=False):
-            probs, about = _read(folder, name, method, settings)
-            rows[method].append(_scores(probs, labels) | {"batch_size": about["batch_size"]})
-            near[method].append(_nearness(probs["known"], yardstick, labels))
-    near["exact"] = [_nearness(e, e, labels) for e in exact]
-    members = {f"ensemble of {size}": [_scores(p, labels) for p in found] for size, found in ensembles.items()}
-    reached = [statistics.mean(row["calibrated_nll"] for row in found) for found in members.values()]
-    for found in (*rows.values(), *members.values()):
-        nll = statistics.mean(row["calibrated_nll"] for row in found)
-        for row in found:
-            row["dee"] = metrics.deep_ensemble_equivalent(nll, reached)
+    rows, reached = _scores(methods, ensembles, labels)
+    for method, found_sizes in sizes.items():
+        for row, size in zip(rows[method], found_sizes, strict=True):
+            row["batch_size"] = size
+    part = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in methods.items()}
+    few = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in ensembles.items()}
+    near, _ = _scores(part | {"exact": exact}, few, labels[: len(exact[0]["known"])])
+    for name, probs in (part | {"exact": exact}).items():
+        for row, p, e in zip(near[name], probs, exact, strict=True):
+            row["kl"] = _divergence(e["known"], p["known"])
     data = f"{recipe.network} on {recipe.data}, {len(labels)} objects"
     title = f"{data}: mean and standard deviation over {settings.members} networks"
-    written, shown = (_tables(title, rows | members, near, len(exact[0]), spread) for spread in (True, False))
-    about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows | members, "to_exact": near}
-    write_json(folder / "comparison.json", about)
+    objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too"
+    written, shown = (_tables(title, objects, rows, near, spread) for spread in (True, False))
+    about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
+    write_json(folder / "comparison.json", _finite(about))
     write_bytes(folder / "comparison.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
-    means = {name: statistics.mean(row["calibrated_nll"] for row in found) for name, found in rows.items()}
+    means = {name: statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in methods}
     figures.save_equivalents(folder / "comparison", means, reached, title=data)
     return shown
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for infinity, which JSON lacks: an ensemble larger than any at hand, or no noise."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if value == math.inf else value
 
 
 def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -248,7 +279,22 @@ def _mean(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {part: torch.stack([p[part] for p in predictions]).mean(0) for part in predictions[0]}
 
 
-def _scores(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+def _scores(
+    methods: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    ensembles: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    labels: Tensor,
+) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
+    """The scores of methods and ensembles with every network, and the calibrated NLL of ensembles of 1, 2, ..."""
+    rows = {name: [_score(p, labels) for p in found] for name, found in {**methods, **ensembles}.items()}
+    reached = [statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in ensembles]
+    for found in rows.values():
+        nll = statistics.mean(row["calibrated_nll"] for row in found)
+        for row in found:
+            row["dee"] = metrics.deep_ensemble_equivalent(nll, reached)
+    return rows, reached
+
+
+def _score(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
     found = metrics.evaluate(probs["known"], labels)
     best = metrics.calibrated_nll(probs["known"], labels)
     found |= {"calibrated_nll": best["nll"], "temperature": best["temperature"]}
@@ -259,23 +305,21 @@ def _scores(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
     return found
 
 
-def _nearness(probs: Tensor, exact: Tensor, labels: Tensor) -> dict[str, float]:
-    """How far a prediction is from that of exact inference, on the objects that the latter has."""
-    probs, labels = probs[: len(exact)], labels[: len(exact)]
+def _divergence(exact: Tensor, probs: Tensor) -> float:
+    """The mean Kullback-Leibler divergence of predictions from exact ones, in nats."""
     tiny = torch.finfo(probs.dtype).tiny
-    kl = (exact * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())).sum(1).mean().item()
-    best = metrics.calibrated_nll(probs, labels)
-    return metrics.evaluate(probs, labels) | {"kl": max(kl, 0.0), "temperature": best["temperature"]}
+    terms = exact.double() * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())
+    return max(terms.sum(1).mean().item(), 0.0)
 
 
 def _tables(
     title: str,
+    objects: str,
     rows: Mapping[str, Sequence[Mapping[str, float]]],
     near: Mapping[str, Sequence[Mapping[str, float]]],
-    objects: int,
     spread: bool,
 ) -> list[Table]:
-    """Quality, use of the uncertainty, and distance to exact inference, with or without standard deviations."""
+    """Quality, use of the uncertainty, and both beside exact inference, with or without standard deviations."""
 
     def table(
         title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, tuple[str, int, float]]
@@ -295,11 +339,11 @@ def _tables(
     }
     uses = {"AURC %": ("aurc", 3, 100.0), "AUROC": ("auroc", 4, 1.0), "FPR95 %": ("fpr95", 1, 100.0)}
     uses = {"noise of": ("batch_size", 0, 1.0)} | uses
-    distance = {"KL to exact (nats)": ("kl", 5, 1.0), "NLL": ("nll", 4, 1.0), "best T": ("temperature", 2, 1.0)}
+    beside = {"KL to exact": ("kl", 5, 1.0)} | {key: column for key, column in quality.items() if key != "error %"}
     return [
         table(title, rows, quality),
         table("Selective prediction, and detection of the unknown", rows, uses),
-        table(f"Distance to exact inference, {objects} objects", near, distance),
+        table(f"{objects[0].upper()}{objects[1:]}", near, beside | {"AUROC": uses["AUROC"]}),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -166,6 +167,8 @@ def _dropout(rate: float) -> list[nn.Module]:
 
 
 def _scaled(channels: int, width: float) -> int:
+    if not 0 < width < math.inf:
+        raise ValueError(f"the width factor must be a positive number, got {width}")
     scaled = round(channels * width)
     if scaled < 1:
         raise ValueError(f"a width factor of {width} leaves a layer without channels; use a larger one")

@@ -74,10 +74,16 @@ class Recipe:
     test_images: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "members", "statistics_batch", "draws", "train_images", "test_images"):
+        least = {"epochs": 1, "members": 1, "statistics_batch": 2, "draws": 1, "train_images": 1, "test_images": 1}
+        for name, smallest in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        for name, rate in (self.dropout or {}).items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be a rate from 0 to 1, got {rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be a fraction from 0 to 1, got {self.held_out}")
         if self.evaluate_on not in ("test", "held-out"):

@@ -143,11 +143,15 @@ def read_recipe(folder: Path) -> Recipe:
 
     Raises:
         FileNotFoundError: this is no run folder.
+        ValueError: its description is damaged.
     """
     file = folder / "run.json"
     if not file.exists():
         raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
-    return Recipe(**json.loads(file.read_text())["recipe"])
+    try:
+        return Recipe(**json.loads(file.read_text())["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is damaged or not of a run: {error}") from error
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Method]]:
@@ -211,7 +215,7 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
 
     Args:
         runs: at least two finished run folders.
-        folder: an existing folder for ``results.json`` and ``results.md``.
+        folder: where ``results.json`` and ``results.md`` go; it is made.
 
     Raises:
         FileNotFoundError, ValueError: as `read_run`; the runs differ in more than the seed, or not in the seed.
@@ -234,6 +238,7 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
         }
         for rows in zip(*([method.scores() for method in found] for _, found in loaded), strict=True)
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     about = {"recipe": {**recipes[0], "seed": seeds}, "data": first["data"], "runs": [str(run) for run in runs]}
     return _write_tables(folder, {**about, "scores": scores}, tabulate_run(first, scores))
 

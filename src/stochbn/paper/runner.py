@@ -41,6 +41,7 @@ __all__ = [
     "fit_posterior",
     "has_dropout",
     "load_parts",
+    "on_accelerator",
     "packed",
     "predict_all",
     "predict_member",
@@ -84,6 +85,10 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
     parts = load_parts(recipe, progress)
+    if recipe.statistics_batch > len(parts["train"]):
+        raise ValueError(
+            f"statistics_batch is {recipe.statistics_batch}, more than the {len(parts['train'])} training images"
+        )
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
@@ -175,9 +180,7 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         )
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
         state.unlink(missing_ok=True)
-    model = checkpoints.load(network).model
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model = model.to(accelerator)
+    model = on_accelerator(checkpoints.load(network).model)
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
@@ -259,6 +262,12 @@ def has_dropout(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) for module in model.modules())
 
 
+def on_accelerator(model: nn.Module) -> nn.Module:
+    """The network, moved to the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return model if accelerator is None else model.to(accelerator)
+
+
 def fit_posterior(
     model: nn.Module,
     images: Images,
@@ -316,6 +325,8 @@ def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     parts = {"train": load(recipe.data, "train")}
     if recipe.held_out:
         parts["train"], parts["held-out"] = parts["train"].held_out(recipe.held_out, seed=0)
+        if not len(parts["held-out"]):
+            raise ValueError(f"held_out={recipe.held_out} of these images is none; hold out more")
     parts["train"] = _first(parts["train"], recipe.train_images)
     known = parts["held-out"] if recipe.evaluate_on == "held-out" else load(recipe.data, "test")
     parts["known"] = _first(known, recipe.test_images)

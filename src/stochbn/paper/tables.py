@@ -106,7 +106,7 @@ def diagnosis(title: str, found: Diagnosis) -> Table:
         [layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{correlation:.3f}"]
         for (layer, distance), correlation in zip(found.distances.items(), within, strict=True)
     ]
-    return Table(title, ["layer", "KS of means", "KS of variances", "|correlation| within"], rows)
+    return Table(title, ["layer", "KS of means", "KS of variances", "mean abs. correlation within"], rows)
 
 
 def rescaling(title: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
