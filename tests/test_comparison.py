@@ -58,7 +58,8 @@ def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
     stored = [read_tensors(finished / f"plain-{i}" / "predictions.safetensors", PREDICTIONS)[0] for i in (0, 1)]
     labels = stored[0]["labels"]
     ensemble = (stored[0]["plain.known"].exp() + stored[1]["plain.known"].exp()) / 2
-    (row,) = found["methods"]["ensemble of 2"]
+    row, same = found["methods"]["ensemble of 2"]
+    assert row == same, "both networks, whichever comes first"
     assert row["nll"] == pytest.approx(metrics.evaluate(ensemble, labels)["nll"])
     assert row["calibrated_nll"] == pytest.approx(metrics.calibrated_nll(ensemble, labels)["nll"])
     singles = [metrics.calibrated_nll(tensors["plain.known"].exp(), labels)["nll"] for tensors in stored]
@@ -66,11 +67,14 @@ def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
     reached = [sum(singles) / 2, row["calibrated_nll"]]
     joint = found["methods"]["joint"]
     mean = sum(r["calibrated_nll"] for r in joint) / 2
-    assert joint[0]["dee"] == metrics.deep_ensemble_equivalent(mean, reached)
+    equivalent = metrics.deep_ensemble_equivalent(mean, reached)
+    assert joint[0]["dee"] == (None if math.isinf(equivalent) else pytest.approx(equivalent))
+    assert found["methods"]["plain"][0]["dee"] == 1
 
 
 def test_the_distance_of_exact_inference_to_itself_is_zero_and_that_of_others_is_not(finished: Path) -> None:
-    found = json.loads((finished / "comparison.json").read_text())["to_exact"]
+    found = json.loads((finished / "comparison.json").read_text())["beside_exact"]
+    assert found["exact"][0]["auroc"] > 0.5
     assert [row["kl"] for row in found["exact"]] == pytest.approx([0, 0], abs=1e-6)
     assert all(row["kl"] > 1e-4 for method in ("plain", *METHODS) for row in found[method])
     exact = read_tensors(finished / "plain-0" / "comparison" / "exact.safetensors", COMPARISON)[0]["known"].double()
@@ -97,6 +101,14 @@ def test_what_is_there_is_not_made_again(finished: Path) -> None:
     assert {name for name in changed if name.endswith(".safetensors")} == {"plain-0/comparison/empirical.safetensors"}
 
 
+def test_fewer_networks_of_the_same_comparison_need_no_new_predictions(finished: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    compare(finished, replace(SETTINGS, members=1), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(9, 9)]
+    assert len(json.loads((finished / "comparison.json").read_text())["methods"]["joint"]) == 1
+    tabulate(finished, SETTINGS)
+
+
 def test_other_settings_are_refused_and_missing_predictions_are_told(finished: Path) -> None:
     with pytest.raises(ValueError, match="comparison with other settings"):
         compare(finished, replace(SETTINGS, draws=4))
@@ -118,6 +130,18 @@ def test_runs_that_cannot_be_compared_are_refused(finished: Path, tmp_path: Path
     (tmp_path / "run.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="--held-out"):
         compare(tmp_path, SETTINGS)
+    about["recipe"] |= {"held_out": 0.2, "evaluate_on": "held-out"}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="none left to calibrate on"):
+        compare(tmp_path, SETTINGS)
+    about["recipe"]["evaluate_on"] = "test"
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    with pytest.raises(FileNotFoundError, match="predictions"):
+        compare(tmp_path, SETTINGS)
+    for damaged in ("{}", "[", '{"recipe": {"colour": 1}}'):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match="damaged or not of a run"):
+            compare(tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         Settings(draws=0)
 
@@ -128,4 +152,4 @@ def test_a_method_that_no_ensemble_reaches_is_said_to_be_more(finished: Path) ->
     for method, rows in found.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
         value = rows[0]["dee"]
-        assert line.split("|")[-2].strip() == ("more" if math.isinf(value) else f"{value:.2f}")
+        assert line.split("|")[-2].strip() == ("more" if value is None else f"{value:.2f}")

@@ -115,19 +115,47 @@ def test_dropout_layers_are_there_if_and_only_if_the_rate_is_positive(rate: floa
     assert count(dropped) == count(without)
 
 
-def test_dropout_follows_every_relu_of_lenet5() -> None:
-    kinds = [type(layer) for layer in lenet5(dropout=0.5)]
-    assert [kinds[i + 1] for i, kind in enumerate(kinds) if kind is nn.ReLU] == [nn.Dropout] * 3
+def in_the_papers_order(network: nn.Sequential) -> nn.Sequential:
+    """The same layers with every ReLU directly behind its batch norm: before dropout and pooling."""
+    layers = list(network)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.ReLU):
+            before = max(j for j in range(i) if isinstance(layers[j], (nn.BatchNorm1d, nn.BatchNorm2d)))
+            layers.insert(before + 1, layers.pop(i))
+    return nn.Sequential(*layers)
+
+
+def test_lenet5_has_dropout_after_every_relu_in_the_papers_order() -> None:
+    kinds = [type(layer) for layer in in_the_papers_order(lenet5(dropout=0.5))]
+    after = [kinds[i + 1 : i + 3] for i, kind in enumerate(kinds) if kind is nn.ReLU]
+    assert after == [[nn.Dropout, nn.MaxPool2d], [nn.Dropout, nn.MaxPool2d], [nn.Dropout, nn.Linear]]
     assert kinds.count(nn.Dropout) == 3
 
 
-def test_dropout_of_vgg11_follows_the_relus_without_pooling_and_precedes_the_classifier() -> None:
-    layers = list(vgg11(dropout=0.1, classifier_dropout=0.5, width=0.125))
+def test_vgg11_has_dropout_after_the_relus_without_pooling_and_before_the_classifier() -> None:
+    layers = list(in_the_papers_order(vgg11(dropout=0.1, classifier_dropout=0.5, width=0.125)))
     after = [type(layers[i + 1]) for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
     assert after == [nn.MaxPool2d, nn.MaxPool2d, *[nn.Dropout, nn.MaxPool2d] * 3]
     assert isinstance(layers[-2], nn.Dropout)
     assert dropouts(vgg11(dropout=0.1, classifier_dropout=0.5, width=0.125)) == [0.1, 0.1, 0.1, 0.5]
     assert dropouts(vgg11(classifier_dropout=0.5, width=0.125)) == [0.5]
+
+
+@pytest.mark.parametrize("name", ["lenet5", "vgg11"])
+def test_the_order_of_relu_dropout_and_pooling_changes_neither_outputs_nor_gradients(name: str) -> None:
+    arguments = {"dropout": 0.3, "channels": 3, "size": 32} | ({"width": 0.125} if name == "vgg11" else {})
+    network = build(name, **arguments)
+    assert isinstance(network, nn.Sequential)
+    found = []
+    for version in (network, in_the_papers_order(network)):
+        torch.manual_seed(1)
+        network.zero_grad()
+        output = version.train()(normal(8, 3, 32, 32))
+        output.square().sum().backward()
+        found.append([output.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) > 8
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
 @pytest.mark.parametrize(
