@@ -247,7 +247,8 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
         for row, p, e in zip(near[name], probs, exact, strict=True):
             row["kl"] = _divergence(e["known"], p["known"])
     data = f"{recipe.network} on {recipe.data}, {len(labels)} objects"
-    title = f"{data}: mean and standard deviation over {settings.members} networks"
+    several = settings.members > 1
+    title = f"{data}: {f'mean and standard deviation over {settings.members} networks' if several else 'one network'}"
     objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too"
     written, shown = (_tables(title, objects, rows, near, spread) for spread in (True, False))
     about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
