@@ -113,7 +113,7 @@ def compare(
         read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)
     names = plain[: settings.members]
     tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
-    waiting = [task for task in tasks if not _done(folder, *task, settings)]
+    waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
     progress(len(tasks) - len(waiting), len(tasks))
     if waiting:
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -146,18 +146,20 @@ def _file(folder: Path, member: str, method: str) -> Path:
     return folder / member / "comparison" / f"{method.replace(', ', '-')}.safetensors"
 
 
-def _done(folder: Path, member: str, method: str, settings: Settings) -> bool:
-    """Whether a method's predictions are there."""
+def _stored(
+    folder: Path, member: str, method: str, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A method's log-probabilities and what is noted beside them, if they are there."""
     file = _file(folder, member, method)
     if not file.exists():
-        return False
-    about = read_tensors(file, COMPARISON)[1]
+        return None
+    tensors, about = read_tensors(file, COMPARISON)
     if {**about["settings"], "members": settings.members} != asdict(settings):  # others do not matter to this one
         raise ValueError(
             f"{str(file)!r} is of a comparison with other settings ({about['settings']}); delete the folders "
             "'comparison' in the run folder, or use these settings"
         )
-    return True
+    return tensors, about
 
 
 def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, method: str) -> None:
@@ -270,9 +272,10 @@ def _finite(value: Any) -> Any:
 
 def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A method's probabilities of known and unknown objects, and what is noted beside them."""
-    if not _done(folder, member, method, settings):
+    stored = _stored(folder, member, method, settings)
+    if stored is None:
         raise FileNotFoundError(f"the comparison in {str(folder)!r} lacks {method!r} of {member}; run it to its end")
-    tensors, about = read_tensors(_file(folder, member, method), COMPARISON)
+    tensors, about = stored
     return {part: logs.exp() for part, logs in tensors.items()}, about
 
 

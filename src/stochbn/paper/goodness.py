@@ -159,9 +159,8 @@ def diagnose(observations: Mapping[str, Tensor]) -> Diagnosis:
         raise ValueError(f"expected as many observations of every layer, got {counts}")
     moments = {layer: Moments.of(rows) for layer, rows in observations.items()}
     posterior = Factorized.from_moments(moments, batch_size=None, mini_batches=count)
-    # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
     rows = [o.double() for o in observations.values()]
-    logs = [r[:, 1].maximum((1e-3 * r[:, 1].mean(0)).clamp(min=TINY)).log() for r in rows]
+    logs = [_log_variances(r[:, 1]) for r in rows]
     weighted = [
         torch.cat([r[:, 0] / r[:, 1].mean(0).clamp(min=TINY).sqrt(), log / 2], 1)
         for r, log in zip(rows, logs, strict=True)
@@ -201,8 +200,7 @@ def rescaling(
 
     def summary(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         means, variances = rows.double().unbind(1)
-        logs = variances.maximum((1e-3 * variances.mean(0)).clamp(min=TINY)).log()
-        return means.std(0), logs.std(0), variances.mean(0)
+        return means.std(0), _log_variances(variances).std(0), variances.mean(0)
 
     root = math.sqrt(batch_size / other_size)
     found = {}
@@ -212,6 +210,11 @@ def rescaling(
         ratios["variance"] = variance_other / variance
         found[layer] = {name: ratio[ratio.isfinite()].median().item() for name, ratio in ratios.items()}
     return found
+
+
+def _log_variances(variances: Tensor) -> Tensor:
+    """Of ``[M, C]``; a channel dead in some mini-batch must not have it count as an infinitely small variance."""
+    return variances.maximum((1e-3 * variances.mean(0)).clamp(min=TINY)).log()
 
 
 def _distance(values: Tensor, location: Tensor, scale: Tensor) -> float:
