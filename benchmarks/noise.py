@@ -1,8 +1,8 @@
 """Which noise is useful: variations of the joint posterior, by the held-out NLL of one network of a finished run.
 
-Noise in some layers only, more or less of it, heavier tails, and objects that count in their own mini-batch as in exact
-inference. Run it as ``python benchmarks/noise.py runs/lenet5-held-out`` on a run made with ``--held-out``; nothing here
-sees test data.
+Noise in some layers only, more or less of it, as much in each layer as other held-out images like best, heavier tails,
+and objects that count in their own mini-batch as in exact inference. Run it as ``python benchmarks/noise.py
+runs/lenet5-held-out`` on a run made with ``--held-out``; nothing here sees test data.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from stochbn import metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.layers import batch_norms, running_statistics
 from stochbn.paper import checkpoints
+from stochbn.paper.data import Images
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import fit_posterior, load_parts, predict_all
 from stochbn.paper.tables import Table
@@ -71,9 +72,28 @@ def counting_themselves(model: nn.Module, batch_size: int) -> Iterator[None]:
         yield
 
 
+def chosen_by_layer(model: nn.Module, joint: Joint, images: Images, draws: int) -> list[float]:
+    """For every layer in turn, from the last to the first, the factor on its noise with the lowest NLL."""
+    factors = [1.0] * len(joint.layers)
+
+    def loss(factors: list[float]) -> float:
+        predictor = stochbn.Predictive(model, in_layers(joint, factors), draws, tolerance=0)
+        probs = predict_all(predictor, images, torch.Generator().manual_seed(1)).probs
+        return metrics.evaluate(probs, images.labels)["nll"]
+
+    best = loss(factors)
+    for i in track(range(len(factors) - 1, -1, -1), description="choosing"):
+        for factor in (0.0, 0.25, 4.0):
+            changed = [*factors[:i], factor, *factors[i + 1 :]]
+            found = loss(changed)
+            if found < best:
+                best, factors = found, changed
+    return factors
+
+
 def variations(model: nn.Module, joint: Joint, draws: int) -> dict[str, Predictor]:
     """The predictives to compare, by what they are."""
-    predictive = functools.partial(stochbn.Predictive, model, draws=draws)
+    predictive = functools.partial(stochbn.Predictive, model, draws=draws, tolerance=0)
     found: dict[str, Predictor] = {"plain": stochbn.Predictive(model)}
     for size in (8, 16, 32, 64):
         found[f"joint, noise of {size}"] = predictive(joint.rescale(size))
@@ -99,12 +119,13 @@ def main() -> None:
     """Measure, print, and write noise.md and noise.json into the run folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a finished run, made with --held-out")
-    parser.add_argument("--objects", type=int, default=2000, help="held-out images (default: 2000)")
+    parser.add_argument("--objects", type=int, default=2000, help="held-out images, and as many others to choose by")
     parser.add_argument("--draws", type=int, default=24, help="of each variation (default: 24)")
     options = parser.parse_args()
     recipe = read_recipe(options.folder)
     parts = load_parts(recipe)
-    held_out = parts["held-out"].take(torch.arange(min(options.objects, len(parts["held-out"]))))
+    held_out = parts["held-out"].take(torch.arange(min(options.objects, len(parts["held-out"]) // 2)))
+    others = parts["held-out"].take(torch.arange(len(held_out), 2 * len(held_out)))
     model = checkpoints.load(options.folder / "plain-0" / "network.safetensors").model
     train = parts["train"].shuffled(0).take(torch.arange(min(8192, len(parts["train"]))))
     joint = fit_posterior(model, train, 16, kind="joint")
@@ -120,7 +141,10 @@ def main() -> None:
     for name, predictor in track(variations(model, joint, options.draws).items(), description="measuring"):
         measure(name, predictor)
     with counting_themselves(model, 16):
-        measure("objects count in their mini-batch", stochbn.Predictive(model, joint, options.draws))
+        measure("objects count in their mini-batch", stochbn.Predictive(model, joint, options.draws, tolerance=0))
+    factors = chosen_by_layer(model, joint, others, options.draws)
+    name = f"each layer's noise chosen: x {', '.join(f'{math.sqrt(factor):g}' for factor in factors)}"
+    measure(name, stochbn.Predictive(model, in_layers(joint, factors), options.draws, tolerance=0))
     rows = [
         [name, *(f"{s[key]:.{digits}f}" for key, digits in _COLUMNS.values())]
         for name, s in found.items()

@@ -313,11 +313,11 @@ def slow_probs(
     """Mean probabilities, mean entropy and every draw's probabilities: a copy of the network with its buffers set."""
     model = copy.deepcopy(model).eval()
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    drawn = posterior.draw(draws, seeded(seed))
+    drawn = list(posterior.iter_draws(draws, seeded(seed), quasi=True))
     probs = []
     for s in range(draws):
-        for name, values in drawn.items():
-            buffers[name].copy_(values[s])
+        for name, values in drawn[s].items():
+            buffers[name].copy_(values)
         with torch.no_grad():
             probs.append(model(x.clone()).double().softmax(1))
     every = torch.stack(probs)

@@ -83,7 +83,7 @@ def test_it_agrees_with_the_slow_loop_for_any_number_of_draws_and_objects(
     )
     x = normal(n, 4, seed=seed, dtype=torch.float64)
     probs, expected, _ = slow_probs(model, posterior, draws, seed, x)
-    found = Predictive(model, posterior, draws, generator=seeded(seed))(x)
+    found = Predictive(model, posterior, draws, generator=seeded(seed), tolerance=0)(x)
     assert found.probs.dtype == torch.float64
     torch.testing.assert_close(found.probs, probs, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.expected_entropy, expected, rtol=1e-10, atol=1e-12)
@@ -99,13 +99,14 @@ def test_without_a_posterior_it_is_the_plain_network_exactly(case: Case) -> None
 
 
 @pytest.mark.parametrize("draws", [1, 2, 50])
-def test_without_spread_it_is_the_plain_network_exactly(case: Case, draws: int) -> None:
+def test_without_spread_it_is_the_plain_network(case: Case, draws: int) -> None:
     model, x = case.model(), case.inputs(6, seed=5)
     wanted = model(x).softmax(1)
     found = Predictive(model, spreadless(model), draws)(x)
-    assert torch.equal(found.probs, wanted)
-    assert torch.equal(found.entropy, found.expected_entropy)
-    assert not found.mutual_information.any()
+    # To rounding, as convolutions may run in another memory layout.
+    torch.testing.assert_close(found.probs, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.entropy, found.expected_entropy, rtol=1e-5, atol=1e-6)
+    assert (found.mutual_information < 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -116,7 +117,7 @@ def test_networks_of_another_precision_work_too(dtype: torch.dtype) -> None:
     assert posterior.dtype == dtype
     assert all(values.dtype == dtype for values in posterior.draw(1).values())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = Predictive(model, posterior, 20, generator=seeded(3))(x)
+    found = Predictive(model, posterior, 20, generator=seeded(3), tolerance=0)(x)
     assert found.probs.dtype == found.entropy.dtype == wide, "half precision is averaged in float32"
     probs, expected, _ = slow_probs(model, posterior, 20, 3, x)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
@@ -151,7 +152,8 @@ def test_skipped_layers_use_their_running_averages() -> None:
     posterior = fitted(model)
     assert posterior.skipped == ("auxiliary",)
     probs, _, _ = slow_probs(model, posterior, 5, 2, X)
-    torch.testing.assert_close(Predictive(model, posterior, 5, generator=seeded(2))(X).probs.double(), probs)
+    found = Predictive(model, posterior, 5, generator=seeded(2), tolerance=0)(X)
+    torch.testing.assert_close(found.probs.double(), probs)
 
 
 def test_50_draws_are_the_default(model: nn.Module, posterior: stochbn.Posterior) -> None:
@@ -215,7 +217,7 @@ def test_draws_are_kept_only_where_asked_for(model: nn.Module, posterior: stochb
 
 
 def test_keeping_draws_does_not_change_the_prediction(model: nn.Module, posterior: stochbn.Posterior) -> None:
-    one = Predictive(model, posterior, 6)(X, generator=seeded())
+    one = Predictive(model, posterior, 6, tolerance=0)(X, generator=seeded())
     other = Predictive(model, posterior, 6, keep_draws=True)(X, generator=seeded())
     assert torch.equal(one.probs, other.probs)
     assert torch.equal(one.expected_entropy, other.expected_entropy)
@@ -797,7 +799,7 @@ def test_every_draw_sees_the_input_as_it_was_also_if_the_network_writes_to_it() 
     model, x = Doubling(), normal(6, 4)
     posterior = stochbn.fit(model, [normal(64, 4)], batch_size=16)
     before = x.clone()
-    predicted = Predictive(model, posterior, draws=5, generator=seeded())(x)
+    predicted = Predictive(model, posterior, draws=5, generator=seeded(), tolerance=0)(x)
     assert torch.equal(x, before)
     slow, _, _ = slow_probs(model, posterior, 5, 0, before)
     torch.testing.assert_close(predicted.probs.double(), slow, rtol=1e-5, atol=1e-6)

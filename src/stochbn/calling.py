@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Batch", "call", "copied_buffers", "find_logits", "join", "length", "modes", "network_input", "split"]
+__all__ = [
+    "Batch",
+    "call",
+    "copied",
+    "copied_buffers",
+    "find_logits",
+    "join",
+    "length",
+    "modes",
+    "network_input",
+    "split",
+    "take",
+]
 
 Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
@@ -57,10 +69,14 @@ def network_input(model: nn.Module, batch: Batch) -> Tensor | dict[str, Any]:
 def split(inputs: Tensor | dict[str, Any], size: int) -> Iterator[Tensor | dict[str, Any]]:
     """The consecutive pieces of `size` objects of a network's input; a smaller remainder is dropped."""
     for start in range(0, length(inputs) - size + 1, size):
-        if isinstance(inputs, Tensor):
-            yield inputs[start : start + size]
-        else:
-            yield {k: v[start : start + size] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        yield take(inputs, slice(start, start + size))
+
+
+def take(inputs: Tensor | dict[str, Any], objects: slice | Tensor) -> Tensor | dict[str, Any]:
+    """Some objects of a network's input; what is no tensor stays."""
+    if isinstance(inputs, Tensor):
+        return inputs[objects]
+    return {k: v[objects] if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def join(first: Tensor | dict[str, Any], second: Tensor | dict[str, Any]) -> Tensor | dict[str, Any]:
@@ -116,12 +132,7 @@ def call(model: nn.Module, buffers: Mapping[str, Tensor], inputs: Tensor | dict[
     Raises:
         RuntimeError, ValueError: as the network raised it, with the shapes of the input put in front.
     """
-    # A copy, as the network may write to its input and the caller, or the next draw, needs it as it was.
-    args, kwargs = (
-        ((inputs.clone(),), {})
-        if isinstance(inputs, Tensor)
-        else ((), {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()})
-    )
+    args, kwargs = copied(inputs)
     try:
         return functional_call(model, dict(buffers), args, kwargs, tie_weights=False)
     except (RuntimeError, ValueError) as error:
@@ -133,6 +144,13 @@ def call(model: nn.Module, buffers: Mapping[str, Tensor], inputs: Tensor | dict[
             else {k: list(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)}
         )
         raise type(error)(f"{type(model).__name__} failed on an input of shape {shape}: {error}") from error
+
+
+def copied(inputs: Tensor | dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments to call a network with: copies, as it may write to them, and the next draw needs them unchanged."""
+    if isinstance(inputs, Tensor):
+        return (inputs.clone(),), {}
+    return (), {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def copied_buffers(model: nn.Module) -> dict[str, Tensor]:

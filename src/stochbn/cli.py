@@ -278,6 +278,50 @@ def compare(
 
 
 @app.command()
+def bench(
+    networks: Annotated[
+        list[Path], typer.Argument(metavar="NETWORK...", help="Networks that 'train' wrote.", show_default=False)
+    ],
+    batch: Annotated[list[int], typer.Option(min=1, help="Objects in a batch; give it again for more sizes.")] = [100],  # noqa: B006
+    data: DataFromNetwork = None,
+    reference: Annotated[int, typer.Option(min=2, help="Independent draws whose mean counts as the truth.")] = 4096,
+    repetitions: Annotated[int, typer.Option(min=3, help="Of every timing; medians are reported.")] = 9,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for cost.json, cost.md and cost.png.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure what uncertainty costs with a network: time and memory, in forward passes of the plain network.
+
+    Each network is measured at each batch size; name one as NETWORK and run the command again for others. Leave the
+    machine alone meanwhile.
+    """
+    from stochbn.paper import cost
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    with out.status("measuring") as status:
+        for network in networks:
+            for size in batch:
+                say = lambda what, name=network.name, size=size: status.update(f"{name}, batch {size}: {what}")  # noqa: E731
+                found.append(
+                    cost.measure(
+                        network,
+                        size,
+                        source=data,
+                        reference=reference,
+                        repetitions=repetitions,
+                        seed=seed,
+                        progress=say,
+                    )
+                )
+    for table in cost.tables(found):
+        out.print(table.rich())
+    if folder is not None:
+        cost.write(found, folder)
+        out.print(f"Everything is in [bold]{escape(str(folder))}[/]: cost.json, cost.md and cost.png.")
+
+
+@app.command()
 def train(
     path: Annotated[Path, typer.Option("--out", help="File for the network (safetensors).")],
     data: Annotated[str, typer.Option(help=DATA_HELP)],

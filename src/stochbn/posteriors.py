@@ -24,6 +24,8 @@ __all__ = ["Empirical", "Factorized", "Joint", "Posterior", "check_draws", "load
 
 FORMAT = "stochbn.posterior/1"
 TINY = torch.finfo(torch.float32).tiny
+SOBOL = 64
+"""Leading directions that quasi-random draws are spread along; pairs of opposite noise serve the others well enough."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +47,8 @@ class Posterior(ABC):
     """
 
     kind: ClassVar[str]
+    worth: ClassVar[float] = 2.0
+    """How many independent draws a quasi-random one is worth, at least, from four draws on: benchmarks/README.md."""
 
     layers: Mapping[str, int]
     batch_size: float | None
@@ -78,7 +82,7 @@ class Posterior(ABC):
         """``[2, D]``, float64: the expected means and the expected variances."""
 
     @abstractmethod
-    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
+    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         """`n` draws one at a time, each ``[2, D]`` in float64: means and variances."""
 
     @abstractmethod
@@ -89,10 +93,21 @@ class Posterior(ABC):
     def _moved(self, mean: Tensor, variance: Tensor) -> Self:
         """The same noise about other expected means and variances, each ``[D]`` in float64."""
 
-    def iter_draws(self, n: int, generator: torch.Generator | None = None) -> Iterator[dict[str, Tensor]]:
+    def iter_draws(
+        self, n: int, generator: torch.Generator | None = None, *, quasi: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Draw one at a time: `n` mappings of buffer names to ``[C]``, the same that `draw` stacks.
 
         Memory does not grow with `n`. With equal generators, the first ``n`` of ``n + m`` draws are those of ``n``.
+
+        Args:
+            n: the number of draws, at least 1.
+            generator: where the noise comes from; None is PyTorch's global generator.
+            quasi: spread the draws evenly over the distribution, so that averages over them need fewer. Each still
+                has the posterior's distribution, but they are not independent. Every second draw has the noise of the
+                one before with its sign changed (antithetic pairs) and, for the kind joint, what draws have along the
+                leading directions comes from scrambled Sobol points (Owen, 1998). The kind empirical has no other
+                draws than its own, without replacement.
 
         Raises:
             TypeError, ValueError: `n` is not a whole number of at least 1.
@@ -101,7 +116,7 @@ class Posterior(ABC):
         check_draws(n)
         device = generator.device if generator is not None else torch.device("cpu")
         sizes = list(self.layers.values())
-        for noise in self._noise(n, generator, device):
+        for noise in self._noise(n, generator, device, quasi):
             drawn = noise.to(self.dtype)
             if not drawn.isfinite().all():
                 raise ValueError(
@@ -290,13 +305,12 @@ class Factorized(Posterior):
         """``[2, D]``, float64: the expected means and the expected variances."""
         return torch.stack([self.mean_mean, self.variance_mean])
 
-    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
+    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean, and needs no logarithm of a dead channel's 0.
         vectors = (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, self.log_variance_variance)
         m, s, v, log_s2 = (vector.to(device) for vector in vectors)
         log_s = log_s2.sqrt()
-        for _ in range(n):
-            z = torch.randn(2, len(m), generator=generator, device=device, dtype=torch.float64)
+        for z in _normals(n, (2, len(m)), generator, device, quasi):
             yield torch.stack([m + s * z[0], v * (log_s * z[1] - log_s2 / 2).exp()])
 
     def _scaled(self, factor: float) -> Self:
@@ -319,6 +333,7 @@ class Empirical(Posterior):
     """
 
     kind: ClassVar[str] = "empirical"
+    worth: ClassVar[float] = 1.0
 
     statistics: Tensor
 
@@ -341,7 +356,7 @@ class Empirical(Posterior):
         """``[2, D]``, float64: the expected means and the expected variances."""
         return self.statistics.mean(0, dtype=torch.float64)
 
-    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
+    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         for start in range(0, n, len(self.statistics)):
             order = torch.randperm(len(self.statistics), generator=generator, device=device)
             for i in order[: n - start].tolist():
@@ -455,10 +470,13 @@ class Joint(Posterior):
         mean, log_variance = self.location.view(2, -1)
         return torch.stack([mean, (log_variance + self._log_variance_variance / 2).exp()])
 
-    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
+    def _noise(self, n: int, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         location, directions, own = (t.to(device) for t in (self.location, self.directions, self.residual.sqrt()))
-        for _ in range(n):
-            z = torch.randn(len(directions) + len(own), generator=generator, device=device, dtype=torch.float64)
+        leading = min(len(directions), SOBOL)
+        points = _sobol(leading, generator, device) if quasi and leading else None
+        for z in _normals(n, (len(directions) + len(own),), generator, device, quasi):
+            if points is not None:
+                z[:leading] = next(points)
             shared = (z[: len(directions)].float() @ directions).double()
             mean, log_variance = (location + shared + own * z[len(directions) :]).view(2, -1)
             yield torch.stack([mean, log_variance.exp()])
@@ -509,6 +527,29 @@ def _products(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _parts(length: int) -> list[slice]:
     return [slice(start, start + 4096) for start in range(0, length, 4096)]
+
+
+def _normals(
+    n: int, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device, antithetic: bool
+) -> Iterator[Tensor]:
+    """`n` standard normal tensors in float64, every second one the negative of that before it if `antithetic`."""
+    z = torch.empty(0)
+    for i in range(n):
+        if antithetic and i % 2:
+            yield -z
+        else:
+            z = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+            yield z.clone()
+
+
+def _sobol(dimensions: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
+    """Standard normal points ``[dimensions]`` in float64, without end, from a scrambled Sobol sequence."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=device).item())
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    while True:
+        for uniform in engine.draw(8, dtype=torch.float64):
+            # Multiples of 2^-30, of which 0 would be infinitely far out: the middle of each interval instead.
+            yield torch.special.ndtri(uniform + 2.0**-31).to(device)
 
 
 def _warn_of_one(mini_batches: int) -> None:

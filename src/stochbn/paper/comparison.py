@@ -187,7 +187,7 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
             with arithmetic:
                 posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
         about["batch_size"] = posterior.batch_size
-        predictor = stochbn.Predictive(model, posterior, settings.draws)
+        predictor = stochbn.Predictive(model, posterior, settings.draws, tolerance=0)
         parts = {"known": known}
         if "unknown" in _parts:
             parts["unknown"] = _first(_parts["unknown"], settings.unknown)
@@ -323,7 +323,7 @@ def _tables(
     near: Mapping[str, Sequence[Mapping[str, float]]],
     spread: bool,
 ) -> list[Table]:
-    """Quality, use of the uncertainty, and both beside exact inference, with or without standard deviations."""
+    """All methods on all objects, and beside exact inference on some, with or without standard deviations."""
 
     def table(
         title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, tuple[str, int, float]]
@@ -333,22 +333,28 @@ def _tables(
         ]
         return Table(title, ["method", *columns], cells)
 
-    quality = {
+    columns = {
+        "noise of": ("batch_size", 0, 1.0),
         "error %": ("error", 2, 1.0),
         "NLL": ("nll", 4, 1.0),
         "calibrated NLL": ("calibrated_nll", 4, 1.0),
         "ECE %": ("ece", 2, 100.0),
         "best T": ("temperature", 2, 1.0),
+        "AURC %": ("aurc", 3, 100.0),
+        "AUROC": ("auroc", 4, 1.0),
+        "FPR95 %": ("fpr95", 1, 100.0),
         "DEE": ("dee", 2, 1.0),
     }
-    uses = {"AURC %": ("aurc", 3, 100.0), "AUROC": ("auroc", 4, 1.0), "FPR95 %": ("fpr95", 1, 100.0)}
-    uses = {"noise of": ("batch_size", 0, 1.0)} | uses
-    beside = {"KL to exact": ("kl", 5, 1.0)} | {key: column for key, column in quality.items() if key != "error %"}
-    return [
-        table(title, rows, quality),
-        table("Selective prediction, and detection of the unknown", rows, uses),
-        table(f"{objects[0].upper()}{objects[1:]}", near, beside | {"AUROC": uses["AUROC"]}),
-    ]
+    if not spread:  # for a terminal, narrower ones
+        quality = ("error %", "NLL", "calibrated NLL", "ECE %", "best T", "DEE")
+        uses = ("noise of", "AURC %", "AUROC", "FPR95 %")
+        parts = {title: quality, "Selective prediction, and detection of the unknown": uses}
+    else:
+        parts = {title: tuple(columns)}
+    few = ("NLL", "ECE %", "best T", "AUROC")  # so few objects say little about the rest
+    beside = {"KL to exact": ("kl", 5, 1.0)} | {name: columns[name] for name in few}
+    shown = [table(title, rows, {name: columns[name] for name in names}) for title, names in parts.items()]
+    return [*shown, table(f"{objects[0].upper()}{objects[1:]}", near, beside)]
 
 
 def _cell(rows: Sequence[Mapping[str, float]], key: str, digits: int, factor: float, spread: bool) -> str:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import norm
@@ -20,7 +20,7 @@ from stochbn.posteriors import Factorized
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_diagnosis", "save_entropy_cdf", "save_equivalents", "save_statistics"]
+__all__ = ["save_costs", "save_diagnosis", "save_entropy_cdf", "save_equivalents", "save_statistics"]
 
 COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
 
@@ -95,6 +95,52 @@ def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[
     axes.grid(axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
+    return _save(figure, path)
+
+
+def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Draw the error of mean probabilities against cost, log-log, one panel for each network: PNG and SVG.
+
+    Args:
+        path: where to, without an ending.
+        found: what `stochbn.paper.cost.measure` returned, by a title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (title, one) in zip(panels, found.items(), strict=True):
+        units, variance = one["units"], one["variance"]
+        counts = np.array([4, 16, 50, 200])
+        axes.plot(
+            counts * units["textbook"],
+            np.sqrt(variance / counts),
+            "-",
+            color="#7f7f7f",
+            label="independent draws, textbook",
+        )
+        for word, label, color in (
+            ("quasi", "all quasi-random draws", COLORS["Deep Ensembles"]),
+            ("draws", "as it comes: easy objects get fewer", COLORS["SBN"]),
+        ):
+            names = [name for name in one["worth"] if name.startswith(word)]
+            errors = [math.sqrt(variance / one["worth"][name]) for name in names]
+            axes.plot([units[name] for name in names], errors, "o-", ms=4, color=color, label=label)
+        axes.axhline(math.sqrt(variance / 50), color="black", lw=0.8, ls=":")
+        axes.annotate("50 independent draws", (0.98, math.sqrt(variance / 50)), (0, 3), ("axes fraction", "data"), "offset points",
+                      ha="right", fontsize=7)  # fmt: skip
+        axes.axvline(5, color="black", lw=0.8, ls=":")
+        axes.set(xscale="log", yscale="log", xlabel="cost, plain forward passes", title=title)
+        axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
+        axes.minorticks_off()
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+        axes.xaxis.label.set_fontsize(8)
+    panels[0].set_ylabel("RMS error of mean probabilities", fontsize=8)
+    panels[0].legend(fontsize=6.5)
     return _save(figure, path)
 
 

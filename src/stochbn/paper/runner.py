@@ -234,7 +234,8 @@ def predict_member(
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
         ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``.
     """
-    kind = MCDropout if has_dropout(model) else Predictive
+    # Every draw is made, so that all methods take as many.
+    kind = MCDropout if has_dropout(model) else functools.partial(Predictive, tolerance=0)
     predictors = {"plain": kind(model, posterior=None, draws=draws)}
     if posterior is not None:
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws)

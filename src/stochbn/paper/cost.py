@@ -1,0 +1,309 @@
+"""What uncertainty costs: the time and memory of draws, in forward passes of the plain network."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stochbn
+from stochbn.files import write_bytes, write_json
+from stochbn.paper import checkpoints, data, figures
+from stochbn.paper.networks import build
+from stochbn.paper.tables import Table
+from stochbn.posteriors import Posterior
+
+__all__ = ["measure", "tables", "write"]
+
+BUDGETS = (8, 16, 25, 35, 50, 100, 200)
+"""The values of ``draws`` whose error and time are measured."""
+QUASI = (4, 8, 16, 32)
+
+
+def measure(
+    network: Path,
+    batch: int,
+    *,
+    source: str | None = None,
+    reference: int = 4096,
+    repetitions: int = 9,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Measure one network at one batch size, everything in this process and interleaved but for memory.
+
+    The network is brought to PyTorch's default memory layout, as users have it. The unit is the median time of one
+    plain eager forward pass in evaluation mode; times are multiples of it.
+
+    Args:
+        network: a checkpoint, as ``stochbn train`` writes them.
+        batch: objects in a batch.
+        source: the data; None is what the network was trained on.
+        reference: independent draws whose mean counts as the truth.
+        repetitions: of every timing, and of every estimate of an error.
+        seed: chooses the objects, the training images and the draws.
+        progress: called with what is measured next.
+
+    Raises:
+        ValueError, FileNotFoundError: the network or the data cannot be used.
+    """
+    checkpoint = checkpoints.load(network)
+    model = checkpoint.model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    train = data.load(source or checkpoint.data, "train").shuffled(seed)
+    train = train.take(torch.arange(min(4096, len(train))))
+    known = data.load(source or checkpoint.data, "test").shuffled(seed)
+    if len(known) < batch:
+        raise ValueError(f"{known.name} has {len(known)} test images, fewer than a batch of {batch}")
+    x = next(known.batches(batch))[0].contiguous()
+    progress("fitting")
+    batches = [inputs.contiguous() for inputs, _ in train.batches(512)]
+    posterior = stochbn.fit(model, batches, 16)
+
+    progress("first calls")
+    default = stochbn.Predictive(model, posterior)
+    every = stochbn.Predictive(model, posterior, 16, tolerance=0)
+    first = _seconds(lambda: default(x))
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    floor = torch.compile(last)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    first_compiled = _seconds(lambda: _plain(floor, x_last))
+    compiled = stochbn.Predictive(model, posterior, 16, tolerance=0, compiled=True)
+    first_compiled_draws = _seconds(lambda: compiled(x))
+    others = next(train.batches(16))[0].contiguous()
+    textbook = copy.deepcopy(model)
+    drawn = posterior.draw(1)
+    dropout = _with_dropout(checkpoint)
+    ensemble = [copy.deepcopy(model) for _ in range(5)]
+    small = [piece for piece in torch.split(batches[0], 16) if len(piece) == 16]
+
+    progress("times")
+    ways: dict[str, Callable[[], object]] = {
+        "unit": lambda: _plain(model, x),
+        "floor": lambda: _plain(floor, x_last),
+        "channels-last": lambda: _plain(last, x_last),
+        "textbook": lambda: _textbook(textbook, drawn, x),
+        "every": lambda: every(x),
+        "compiled": lambda: compiled(x),
+        "literal": lambda: _literal(textbook, others, x),
+        "dropout": lambda: _dropped(dropout, x),
+        "ensemble": lambda: sum(_plain(member, x) for member in ensemble),
+        "fit": lambda: stochbn.fit(model, small, 16),
+        "plain pass over what is fitted": lambda: [_plain(model, piece) for piece in small],
+    }
+    predictives = {n: stochbn.Predictive(model, posterior, n) for n in BUDGETS}
+    quasi = {n: stochbn.Predictive(model, posterior, n, tolerance=0) for n in QUASI}
+    ways |= {f"draws {n}": lambda n=n: predictives[n](x) for n in BUDGETS}  # type: ignore[misc]
+    ways |= {f"quasi {n}": lambda n=n: quasi[n](x) for n in QUASI}  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repetition in range(repetitions + 1):
+        for name, way in ways.items():
+            seconds = _seconds(way)
+            if repetition:  # the first warms up
+                times[name].append(seconds)
+    took = {name: statistics.median(found) for name, found in times.items()}
+    unit = took["unit"]
+
+    progress(f"{reference} reference draws")
+    truth, variance = _reference(last, posterior, x_last, reference, seed)
+    progress("errors")
+    error = {
+        name: statistics.mean(
+            _squared_error(predictive(x, generator=torch.Generator().manual_seed(seed + 1 + i)).probs, truth)
+            for i in range(repetitions)
+        )
+        - variance / reference  # the truth's own error, which is independent
+        for name, predictive in {**_named("draws", predictives), **_named("quasi", quasi)}.items()
+    }
+    units = {name: seconds / unit for name, seconds in took.items()}
+    curve = [(units[f"draws {n}"], variance / error[f"draws {n}"]) for n in BUDGETS]
+    return {
+        "network": checkpoint.network,
+        "data": known.name,
+        "batch": batch,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "repetitions": repetitions,
+        "reference": reference,
+        "unit_ms": 1000 * unit,
+        "units": units,
+        "floor": units["floor"],
+        "per_draw": units["every"] / 16,
+        "per_draw_compiled": units["compiled"] / 16,
+        "variance": variance,
+        "worth": {name: variance / value for name, value in error.items()},
+        "to_50": _reached(curve, 50.0),
+        "textbook_50": 50 * units["textbook"],
+        "literal_50": 50 * units["literal"],
+        "dropout_50": 50 * units["dropout"],
+        "ensemble_5": units["ensemble"],
+        "default": {"units": units["draws 50"], "worth": variance / error["draws 50"]},
+        "fit": took["fit"] / took["plain pass over what is fitted"],
+        "first": first / unit,
+        "first_compiled_s": first_compiled_draws,
+        "floor_compile_s": first_compiled,
+        "memory": _memory(network, posterior, x),
+    }
+
+
+def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What `measure` found, as the headline and what a prediction costs as it comes."""
+    machine = found[0]["machine"]
+    names = [_title(one) for one in found]
+    headline = Table(
+        f"Units (plain eager forward passes) to the accuracy of 50 independent draws; {machine}",
+        ["network", "unit, ms", "stochbn", "textbook", "MC-BN literally", "50 dropout passes", "ensemble of 5"],
+        [
+            [
+                name,
+                f"{f['unit_ms']:.1f}",
+                *(_number(f[key]) for key in ("to_50", "textbook_50", "literal_50", "dropout_50", "ensemble_5")),
+            ]
+            for name, f in zip(names, found, strict=True)
+        ],
+    )
+    default = Table(
+        "Predictive as it comes (draws=50), and what a draw costs, in units",
+        ["network", "a call", "worth draws", "a draw", "compiled", "floor", "memory", "fit", "first call"],
+        [
+            [
+                name,
+                f"{f['default']['units']:.2f}",
+                f"{f['default']['worth']:.0f}",
+                *(f"{f[key]:.2f}" for key in ("per_draw", "per_draw_compiled", "floor", "memory", "fit")),
+                f"{f['first']:.1f}",
+            ]
+            for name, f in zip(names, found, strict=True)
+        ],
+    )
+    return [headline, default]
+
+
+def write(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write ``cost.json``, ``cost.md``, ``cost.png`` and ``cost.svg``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_json(folder / "cost.json", {"found": list(found)})
+    write_bytes(folder / "cost.md", "\n\n".join(table.markdown() for table in tables(found)).encode() + b"\n")
+    figures.save_costs(folder / "cost", {_title(one): one for one in found})
+
+
+def _title(one: Mapping[str, Any]) -> str:
+    return f"{one['network']}, batch {one['batch']}"
+
+
+def _number(value: float) -> str:
+    return "more" if math.isinf(value) else f"{value:.1f}"
+
+
+def _named(word: str, predictives: Mapping[int, stochbn.Predictive]) -> dict[str, stochbn.Predictive]:
+    return {f"{word} {n}": predictive for n, predictive in predictives.items()}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def _plain(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return model(x).softmax(1)
+
+
+def _textbook(model: nn.Module, drawn: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """One draw as a tutorial would make it: copied into the buffers, then an eager pass."""
+    buffers = dict(model.named_buffers())
+    for name, values in drawn.items():
+        buffers[name].copy_(values[0])
+    return _plain(model, x)
+
+
+def _literal(model: nn.Module, others: Tensor, x: Tensor) -> Tensor:
+    """One draw of MC-BN as it is described: a training mini-batch sets the statistics, then a pass."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    model.train()
+    _plain(model, others)
+    model.eval()
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    return _plain(model, x)
+
+
+def _with_dropout(checkpoint: checkpoints.Checkpoint) -> nn.Module:
+    """The same network with dropout; its weights do not matter to its speed."""
+    arguments = {**checkpoint.arguments, "dropout": 0.5}
+    return build(checkpoint.network, **arguments).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+
+
+def _dropped(model: nn.Module, x: Tensor) -> Tensor:
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    return _plain(model, x)
+
+
+def _reference(model: nn.Module, posterior: Posterior, x: Tensor, draws: int, seed: int) -> tuple[Tensor, float]:
+    """The mean probabilities of independent draws, and the variance of one: over draws, summed over classes."""
+    mean = squares = torch.zeros((), dtype=torch.float64)
+    for count, drawn in enumerate(posterior.iter_draws(draws, torch.Generator().manual_seed(seed + 10_000)), start=1):
+        probs = _textbook(model, {name: values[None] for name, values in drawn.items()}, x).double()
+        change = probs - mean
+        mean = mean + change / count
+        squares = squares + change * (probs - mean)
+    return mean, (squares.sum(1).mean() / (draws - 1)).item()
+
+
+def _squared_error(probs: Tensor, truth: Tensor) -> float:
+    return (probs.double() - truth).square().sum(1).mean().item()
+
+
+def _reached(curve: Sequence[tuple[float, float]], worth: float) -> float:
+    """The cost at which so many independent draws' worth is reached: log-log between the points; inf if never."""
+    for (cost, before), (more, after) in itertools.pairwise(curve):
+        if before < worth <= after:
+            part = math.log(worth / before) / math.log(after / before)
+            return cost * math.pow(more / cost, part)
+    return curve[0][0] if curve[0][1] >= worth else math.inf
+
+
+def _memory(network: Path, posterior: Posterior, x: Tensor) -> float:
+    """The peak of a prediction over that of one plain pass, each in a process of its own, above what it starts with."""
+    peaks = []
+    for predicted in (posterior, None):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            peaks.append(pool.submit(_peak, network, predicted, x.numpy()).result())
+    return peaks[0] / peaks[1]
+
+
+def _peak(network: Path, posterior: Posterior | None, x: Any) -> int:
+    warnings.simplefilter("ignore")
+    model = checkpoints.load(network).model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    inputs = torch.from_numpy(x)
+    _plain(model, inputs[:1])  # libraries' own memory
+    if posterior is not None:
+        stochbn.Predictive(model, posterior, 4)(inputs[:1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if posterior is None:
+        _plain(model, inputs)
+    else:
+        stochbn.Predictive(model, posterior, 200, tolerance=0)(inputs)
+    return max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -1,0 +1,259 @@
+"""Forward passes of one network under many statistics, as cheap as they can be made with the same results."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stochbn.calling import call, copied, find_logits, length, modes, take
+from stochbn.layers import batch_norms, buffer_names, running_statistics
+
+__all__ = ["Forward", "Plan"]
+
+PIECE = 10 * 2**20
+"""Bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and the memory
+allocator hands them back to the system after every use."""
+
+ROWS = 16
+"""Objects in a pass below which a pass costs about as much as one of so many."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How passes over one input are made.
+
+    Attributes:
+        weights: the convolutions' weights in channels-last layout, by their names; empty for the network's own layout.
+        size: how many objects go through the network together; None for all.
+        separable: whether an object's logits are the same without the others of its batch.
+        rows: how many objects may go through the network together under different draws; 0 for none.
+    """
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    size: int | None = None
+    separable: bool = False
+    rows: int = 0
+
+    def draws(self, objects: int) -> int:
+        """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4."""
+        fit = self.rows // objects
+        return fit // 4 * 4 if fit >= 4 else max(1, fit // 2 * 2)
+
+
+class Forward:
+    """A network's logits with buffers in place of its own.
+
+    `plan` finds the cheapest way that gives the same logits. On a CPU convolutions run in channels-last layout, large
+    batches in pieces that stay in cache, and several draws of few objects in one pass, each object normalised by the
+    statistics of its draw. A network that cannot run so, or whose objects affect each other, is run as it is: this is
+    found out by five small passes, over a sixteenth of the objects or two, when inputs of a new shape come.
+
+    Args:
+        model: the network.
+        place: where the logits are in its output, as for `stochbn.Predictive`.
+        compiled: run the passes through ``torch.compile``. Where that fails they run without it, with a warning.
+    """
+
+    def __init__(self, model: nn.Module, place: str | int | None = None, *, compiled: bool = False) -> None:
+        self.model = model
+        self.place = place
+        self._measured: dict[Any, tuple[bool, float, bool, bool]] = {}
+        self._compiled: Callable[..., Any] | None = torch.compile(self._functional) if compiled else None
+
+    def __call__(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan) -> list[Tensor]:
+        """The logits ``[N, K, ...]`` of each draw of buffers, which are brought to the network's type and device.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as `stochbn.calling.call` and `stochbn.calling.find_logits` do.
+        """
+        if len(draws) > 1:
+            return self._stacked(draws, inputs, plan.weights)
+        own = dict(self.model.named_buffers(remove_duplicate=False))
+        tensors = {**plan.weights, **{name: value.to(own[name]) for name, value in draws[0].items()}}
+        found = [self._logits(tensors, piece) for piece in _pieces(inputs, plan.size)]
+        return [found[0] if len(found) == 1 else torch.cat(found)]
+
+    def plan(self, inputs: Any) -> Plan:
+        """How to make many passes over `inputs`; what it measures for their shape serves all later calls."""
+        try:
+            objects = length(inputs)
+        except ValueError:
+            objects = 0
+        # A network that is compiled already would be compiled again for every other layout and number of objects.
+        if not objects or isinstance(self.model, torch._dynamo.OptimizedModule):
+            return Plan()
+        key = _shape(inputs), objects > 1, torch.is_autocast_enabled("cpu")
+        if key not in self._measured:
+            try:
+                self._measured[key] = self._measure(inputs, objects)
+            except (RuntimeError, ValueError, TypeError):  # which the pass itself will raise, with its own shape
+                return Plan()
+        channels_last, activation, separable, stackable = self._measured[key]
+        pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
+        size = math.ceil(objects / pieces)
+        rows = max(size // 2, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
+        return Plan(self._weights() if channels_last else {}, size, separable, rows)
+
+    def _measure(self, inputs: Any, objects: int) -> tuple[bool, float, bool, bool]:
+        """Whether channels-last works, an object's largest activation in bytes, and if objects separate and stack."""
+        few = max(1, objects // 16)
+        part, twice = take(inputs, slice(few)), take(inputs, slice(2 * few))
+        sizes = [0]
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            sizes.extend(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+
+        with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
+            alone = find_logits(call(self.model, {}, part), self.place)
+            for layer in batch_norms(self.model).values():
+                hooks.callback(layer.register_forward_pre_hook(note).remove)
+            weights = self._weights() if _on_cpu(inputs) else {}
+            for tensors in (weights, {}) if weights else ({},):
+                try:
+                    together = find_logits(call(self.model, tensors, twice), self.place)
+                except (RuntimeError, ValueError):  # such as from view() on a tensor in channels-last layout
+                    continue
+                if len(alone) == few and len(together) == length(twice) and _agree(alone, together[:few]):
+                    hooks.close()
+                    return bool(tensors), max(sizes) / len(together), True, self._stackable(part, tensors)
+        return False, 0.0, False, False
+
+    def _stackable(self, inputs: Any, weights: Mapping[str, Tensor]) -> bool:
+        """Whether two draws can be made in one pass: tried with the running statistics and others near them."""
+        if self._compiled is not None or not _on_cpu(inputs) or torch.is_autocast_enabled("cpu"):
+            return False
+        draws: list[dict[str, Tensor]] = [{}, {}]
+        for name, layer in batch_norms(self.model).items():
+            mean, variance = running_statistics(layer)
+            if mean.dtype.itemsize < 4:
+                return False
+            draws[0] |= dict(zip(buffer_names(name), (mean, variance), strict=True))
+            moved = mean + 0.1 * (variance + layer.eps).sqrt(), 1.2 * variance
+            draws[1] |= dict(zip(buffer_names(name), moved, strict=True))
+        try:
+            together = self._stacked(draws, inputs, weights)
+        except (RuntimeError, ValueError):
+            return False
+        one_by_one = [self([draw], inputs, Plan(weights))[0] for draw in draws]
+        return all(map(_agree, one_by_one, together))
+
+    def _stacked(
+        self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, weights: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """The logits of several draws from one pass over as many copies of the input.
+
+        The network's own statistics stay. What comes into a batch norm is shifted and scaled before, so that it leaves
+        as if normalised by those of its draw: ``(x - m_s) sqrt((v + eps) / (v_s + eps)) + m``.
+        """
+        objects = length(inputs)
+        rows = len(draws) * objects
+
+        def exchange(scale: Tensor, shift: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *others = args
+            if len(x) != rows or x.shape[1] != scale.shape[1]:
+                raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N objects")
+            shape = (rows, -1) + (1,) * (x.ndim - 2)
+            return torch.addcmul(shift.view(shape), x, scale.view(shape)), *others
+
+        with ExitStack() as hooks:
+            for name, layer in batch_norms(self.model).items():
+                if buffer_names(name)[0] not in draws[0]:
+                    continue
+                mean, variance = running_statistics(layer)
+                means, variances = (torch.stack([d[key] for d in draws]).to(mean) for key in buffer_names(name))
+                scale = ((variance + layer.eps) / (variances + layer.eps)).sqrt()
+                each = [v.repeat_interleave(objects, 0) for v in (scale, mean - means * scale)]
+                hooks.callback(layer.register_forward_pre_hook(functools.partial(exchange, each[0], each[1])).remove)
+            logits = find_logits(call(self.model, weights, _repeated(inputs, len(draws))), self.place)
+        if len(logits) != rows:
+            raise ValueError("the output has no logits for each object")
+        return list(torch.split(logits, objects))
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights of convolutions that are not in channels-last layout, in it."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                weight = module._parameters.get("weight")
+                # With one channel, is_contiguous() tells no layouts apart, but a convolution goes by the strides.
+                if weight is not None and weight.stride() != _channels_last(weight.shape):
+                    name = f"{name}.weight" if name else "weight"
+                    found[name] = weight.detach().clone(memory_format=torch.channels_last)
+        return found
+
+    def _logits(self, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        if self._compiled is None:
+            return find_logits(call(self.model, tensors, inputs), self.place)
+        try:
+            return find_logits(self._compiled(dict(tensors), *_dynamic(copied(inputs))), self.place)
+        except Exception as error:
+            logits = find_logits(call(self.model, tensors, inputs), self.place)
+            self._compiled = None
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{type(self.model).__name__} cannot be compiled, so its passes are made without torch.compile; "
+                f"that is slower and gives the same results ({type(error).__name__}: {reason})",
+                stacklevel=2,
+            )
+            return logits
+
+    def _functional(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return functional_call(self.model, tensors, args, kwargs, tie_weights=False)
+
+
+def _channels_last(shape: torch.Size) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return channels * height * width, 1, channels * width, channels
+
+
+def _repeated(inputs: Any, times: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return torch.cat([inputs] * times)
+    return {k: torch.cat([v] * times) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _pieces(inputs: Any, size: int | None) -> Iterator[Any]:
+    objects = length(inputs) if size is not None else 0
+    if size is None or objects <= size:
+        yield inputs
+        return
+    for start in range(0, objects, size):
+        yield take(inputs, slice(start, start + size))
+
+
+def _dynamic(called: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, marked so that other numbers of objects need no compilation of their own."""
+    args, kwargs = called
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(value, 0)
+    return called
+
+
+def _shape(inputs: Any) -> Any:
+    """What inputs of another number of objects have in common."""
+    tensors = {"": inputs} if isinstance(inputs, Tensor) else {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    return tuple((name, value.shape[1:], value.dtype, value.device) for name, value in sorted(tensors.items()))
+
+
+def _on_cpu(inputs: Any) -> bool:
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs.values()
+    return all(value.device.type == "cpu" for value in tensors if isinstance(value, Tensor))
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
+    coarse = first.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
+    scale = first.abs().amax().nan_to_num().item()
+    return first.shape == second.shape and torch.allclose(
+        first, second, rtol=0, atol=(3e-2 if coarse else 1e-4) * scale + 1e-30, equal_nan=True
+    )
