@@ -89,7 +89,7 @@ class Forward:
         except ValueError:
             objects = 0
         # A network that is compiled already would be compiled again for every other layout and number of objects.
-        if not objects or isinstance(self.model, torch._dynamo.OptimizedModule):
+        if not objects or hasattr(self.model, "_orig_mod"):
             return Plan()
         key = _shape(inputs), objects > 1, torch.is_autocast_enabled("cpu")
         if key not in self._measured:

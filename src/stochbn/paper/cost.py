@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 import warnings
@@ -77,7 +76,7 @@ def measure(
     default = stochbn.Predictive(model, posterior)
     every = stochbn.Predictive(model, posterior, 16, tolerance=0)
     first = _seconds(lambda: default(x))
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     floor = torch.compile(last)
     x_last = x.contiguous(memory_format=torch.channels_last)
     first_compiled = _seconds(lambda: _plain(floor, x_last))
@@ -286,7 +285,12 @@ def _reached(curve: Sequence[tuple[float, float]], worth: float) -> float:
 
 
 def _memory(network: Path, posterior: Posterior, x: Tensor) -> float:
-    """The peak of a prediction over that of one plain pass, each in a process of its own, above what it starts with."""
+    """The peak of 200 draws over that of one plain pass, each in a process of its own, above what it starts with.
+
+    It is known on Linux only; elsewhere it is NaN.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return math.nan
     peaks = []
     for predicted in (posterior, None):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -301,9 +305,17 @@ def _peak(network: Path, posterior: Posterior | None, x: Any) -> int:
     _plain(model, inputs[:1])  # libraries' own memory
     if posterior is not None:
         stochbn.Predictive(model, posterior, 4)(inputs[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory_of_this_process(reset=True)["VmRSS"]
     if posterior is None:
         _plain(model, inputs)
     else:
         stochbn.Predictive(model, posterior, 200, tolerance=0)(inputs)
-    return max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return max(1, _memory_of_this_process()["VmHWM"] - before)
+
+
+def _memory_of_this_process(reset: bool = False) -> dict[str, int]:
+    """What Linux says of this process in kilobytes: ``VmRSS`` now, ``VmHWM`` at its peak since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {name.rstrip(":"): int(value) for name, value, *unit in lines if unit == ["kB"]}

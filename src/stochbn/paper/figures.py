@@ -129,8 +129,9 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
             names = [name for name in one["worth"] if name.startswith(word)]
             errors = [math.sqrt(variance / one["worth"][name]) for name in names]
             axes.plot([units[name] for name in names], errors, "o-", ms=4, color=color, label=label)
-        axes.axhline(math.sqrt(variance / 50), color="black", lw=0.8, ls=":")
-        axes.annotate("50 independent draws", (0.98, math.sqrt(variance / 50)), (0, 3), ("axes fraction", "data"), "offset points",
+        wanted = math.sqrt(variance / 50)
+        axes.axhline(wanted, color="black", lw=0.8, ls=":")
+        axes.annotate("50 independent draws", (0.98, wanted), (0, 3), ("axes fraction", "data"), "offset points",
                       ha="right", fontsize=7)  # fmt: skip
         axes.axvline(5, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", yscale="log", xlabel="cost, plain forward passes", title=title)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import stochbn
+from conftest import Case, convnet, mlp, normal, seeded, settled
+from stochbn import Predictive, passes
+from stochbn.passes import Forward, Plan
+from stochbn.posteriors import KINDS
+
+
+def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor) -> list[Tensor]:
+    """Each draw's logits, from a copy of the network with its buffers set."""
+    found = []
+    for draw in draws:
+        changed = copy.deepcopy(model).eval()
+        for name, values in draw.items():
+            dict(changed.named_buffers(remove_duplicate=False))[name].copy_(values)
+        with torch.no_grad():
+            found.append(changed(x.clone()))
+    return found
+
+
+class Mixing(nn.Module):
+    """The objects of a batch affect each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = settled(mlp(), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x - x.mean(0))
+        return out
+
+
+class Viewing(nn.Module):
+    """Cannot take channels-last activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.convolution(x)).view(len(x), -1))
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_making_a_pass_gives_the_logits_of_the_slow_one(
+    kind: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "PIECE", 2000)  # so that batches go through in pieces
+    model = case.model().eval()
+    posterior = stochbn.fit(model, [case.inputs(48, seed=9)], 6, kind)
+    x = case.inputs(9, seed=4)
+    draws = list(posterior.iter_draws(4, seeded(1), quasi=True))
+    wanted = slow(model, draws, x)
+    forward = Forward(model)
+    with torch.no_grad():
+        plan = forward.plan(x)
+        one_by_one = [forward([draw], x, plan)[0] for draw in draws]
+        torch.testing.assert_close(one_by_one, wanted, rtol=1e-4, atol=1e-5)
+        if plan.rows:
+            torch.testing.assert_close(forward(draws, x, plan), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_plans_of_a_convolutional_network() -> None:
+    model = settled(convnet(), 2, 6, 5)
+    plan = Forward(model).plan(normal(8, 2, 6, 5))
+    assert plan.separable
+    assert plan.rows >= 8
+    assert plan.weights, "convolutions should run in channels-last layout"
+    assert all(weight.stride(1) == 1 for weight in plan.weights.values())
+    assert not any(p.stride(1) == 1 for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
+
+
+def test_objects_that_affect_each_other_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "PIECE", 1)
+    model, x = Mixing(), normal(40, 4)
+    posterior = stochbn.fit(model, [normal(64, 4, seed=3)], 8)
+    assert not Forward(model).plan(x).separable
+    draws = list(posterior.iter_draws(8, seeded(), quasi=True))
+    wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
+    found = Predictive(model, posterior, 8, generator=seeded(), tolerance=0)(x)
+    torch.testing.assert_close(found.probs, wanted)
+    early = Predictive(model, posterior, 50, generator=seeded(), tolerance=10)(x)
+    torch.testing.assert_close(early.probs, torch.stack(slow(model, draws[:2], x)).softmax(2).mean(0))
+
+
+def test_a_network_that_needs_its_own_layout_keeps_it() -> None:
+    model, x = Viewing(), normal(12, 2, 6, 6)
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 6, seed=3)], 8)
+    plan = Forward(model.eval()).plan(x)
+    assert not plan.weights
+    assert plan.separable
+    draws = list(posterior.iter_draws(9, seeded(), quasi=True))
+    found = Predictive(model, posterior, 9, generator=seeded(), tolerance=0)(x)
+    torch.testing.assert_close(found.probs, torch.stack(slow(model, draws, x)).softmax(2).mean(0))
+
+
+@given(rows=st.integers(0, 300), objects=st.integers(1, 100))
+def test_draws_in_a_pass_fit_its_rows_and_the_checks(rows: int, objects: int) -> None:
+    draws = Plan(rows=rows).draws(objects)
+    assert draws in (1, 2) or draws % 4 == 0
+    assert draws == 1 or draws * objects <= rows
+
+
+def test_planning_leaves_the_network_as_it_was() -> None:
+    model = settled(convnet(), 2, 6, 5).train()
+    before, x = copy.deepcopy(model.state_dict()), normal(8, 2, 6, 5)
+    Forward(model).plan(x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_compiled_passes_give_the_same_and_serve_other_numbers_of_objects() -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled = Predictive(model, posterior, 6, tolerance=0, compiled=True)
+        for n in (8, 3, 5):
+            x = normal(n, 4, seed=n)
+            eager = Predictive(model, posterior, 6, tolerance=0)(x, generator=seeded(2))
+            torch.testing.assert_close(compiled(x, generator=seeded(2)).probs, eager.probs)
+
+
+def test_a_network_that_cannot_be_compiled_is_run_without_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any) -> Any:
+        def fail(*args: Any) -> Any:
+            raise TypeError("no compiler here\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, x = settled(mlp(), 4), normal(8, 4)
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
+    compiled = Predictive(model, posterior, 6, tolerance=0, compiled=True)
+    with pytest.warns(UserWarning, match=r"Sequential cannot be compiled.*TypeError: no compiler here\)") as caught:
+        first = compiled(x, generator=seeded(2))
+    assert len(caught) == 1
+    second = compiled(x, generator=seeded(2))  # warnings are errors
+    eager = Predictive(model, posterior, 6, tolerance=0)(x, generator=seeded(2))
+    torch.testing.assert_close(first.probs, eager.probs)
+    torch.testing.assert_close(second.probs, eager.probs)
+
+
+# Quasi-random draws and early stops
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quasi_random_draws_have_the_moments_of_independent_ones(kind: str) -> None:
+    model = settled(convnet(), 2, 6, 5)
+    posterior = stochbn.fit(model, [normal(1024, 2, 6, 5, seed=5)], 8, kind)
+    quasi = list(posterior.iter_draws(512, seeded(1), quasi=True))
+    plain = posterior.draw(4096, seeded(2))
+    for name, values in plain.items():
+        found = torch.stack([draw[name] for draw in quasi])
+        spread = values.std(0)
+        assert ((found.mean(0) - values.mean(0)).abs() < 0.15 * spread + 1e-6).all()
+        assert ((found.std(0) / spread - 1).abs() < 0.2).all()
+
+
+@pytest.mark.parametrize("kind", ["factorized", "joint"])
+def test_quasi_random_draws_are_worth_more_than_is_claimed(kind: str) -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(2048, 4, seed=9)], 16, kind)
+    x = normal(64, 4, seed=1)
+
+    def mean(n: int, seed: int, quasi: bool) -> Tensor:
+        draws = list(posterior.iter_draws(n, seeded(seed), quasi=quasi))
+        with torch.no_grad():
+            return torch.stack([logits.softmax(1) for d in draws for logits in Forward(model)([d], x, Plan())]).mean(0)
+
+    model.eval()
+    truth = mean(2000, 99, False)
+    error = {q: sum((mean(12, seed, q) - truth).square().mean() for seed in range(20)) for q in (False, True)}
+    assert error[False] > posterior.worth * error[True]
+
+
+def test_pairs_of_quasi_random_draws_are_opposite() -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(480, 4, seed=9)], 6, "factorized")
+    first, second = posterior.iter_draws(2, seeded(), quasi=True)
+    centre = stochbn.fit(model, [normal(480, 4, seed=9)], 6, "factorized").expected[0].float()
+    means = [torch.cat([v for name, v in draw.items() if name.endswith("mean")]) for draw in (first, second)]
+    torch.testing.assert_close(means[0] + means[1], 2 * centre, rtol=1e-5, atol=1e-5)
+
+
+@given(tolerance=st.floats(0.01, 0.3), n=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_an_object_gets_draws_until_its_error_is_small(tolerance: float, n: int, seed: int) -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
+    x = 3 * normal(n, 4, seed=seed)
+    found = Predictive(model, posterior, 40, tolerance=tolerance)(x, generator=seeded(seed))
+    draws = list(posterior.iter_draws(20, seeded(seed), quasi=True))
+    every = torch.stack(slow(model, draws, x)).softmax(2)
+    for i in range(n):
+        enough, means = False, []
+        for count in (2, 4, 8, 12, 16, 20):
+            mean = every[:count, i].double().mean(0)
+            squares = (every[:count, i] - mean).square().sum() + 0.4 * (mean * (1 - mean)).sum()
+            enough = enough or squares.sqrt() / count <= tolerance * (1 + 1e-5) or count == 20
+            if enough:  # or later, where few objects get several draws in one pass
+                means.append(mean)
+        assert any(torch.allclose(found.probs[i].double(), mean, atol=1e-5) for mean in means)
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none_is_refused(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance must be a finite number of at least 0"):
+        Predictive(settled(mlp(), 4), tolerance=tolerance)
+    with pytest.raises(TypeError, match="tolerance must be a number"):
+        Predictive(settled(mlp(), 4), tolerance="small")  # type: ignore[arg-type]
+
+
+def test_an_interrupt_leaves_the_network_as_it_was() -> None:
+    class Interrupting(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 12:
+                raise KeyboardInterrupt
+            return x
+
+    model = settled(nn.Sequential(*mlp(), Interrupting()), 4)
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 16)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        Predictive(model, posterior, 50, tolerance=0)(normal(40, 4))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
