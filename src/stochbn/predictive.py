@@ -114,10 +114,11 @@ class Predictive:
         keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
             object gets all draws.
         tolerance: an object is done when the standard error of its mean probabilities is at most this, asked after 2,
-            4, 8, 12, ... draws (less often where a pass makes many draws of few objects): the root of the sum over classes (and mean over places, for dense predictions) of the
-            squared standard errors that as many independent draws would have. Quasi-random draws err by less, about
-            half of it. None is 0.42 / sqrt(draws), 0.06 for 50 draws. No object gets more passes than quasi-random
-            draws need to be worth `draws`: 25 for 50. With 0 every object gets all draws.
+            4, 8, 12, ... draws (less often where a pass makes many draws of few objects): the root of the sum over
+            classes (and mean over places, for dense predictions) of the squared standard errors that as many
+            independent draws would have. Quasi-random draws err by less, about half of it. None is
+            0.42 / sqrt(draws), 0.06 for 50 draws. No object gets more passes than quasi-random draws need to be worth
+            `draws`: 25 for 50. With 0 every object gets all draws.
         compiled: make the passes through ``torch.compile``: faster from some dozens of batches on, as the first call
             takes some ten seconds more.
 
