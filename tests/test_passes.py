@@ -210,7 +210,7 @@ def test_an_object_gets_draws_until_its_error_is_small(tolerance: float, n: int,
         for count in (2, 4, 8, 12, 16, 20):
             mean = every[:count, i].double().mean(0)
             squares = (every[:count, i] - mean).square().sum() + 0.4 * (mean * (1 - mean)).sum()
-            enough = enough or squares.sqrt() / count <= tolerance * (1 + 1e-5) or count == 20
+            enough = enough or bool(squares.sqrt() / count <= tolerance * (1 + 1e-5)) or count == 20
             if enough:  # or later, where few objects get several draws in one pass
                 means.append(mean)
         assert any(torch.allclose(found.probs[i].double(), mean, atol=1e-5) for mean in means)

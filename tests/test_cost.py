@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import stochbn
+from conftest import mlp, normal, seeded, settled
+from stochbn import cli
+from stochbn.paper import checkpoints, cost, data, networks
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = data.load("digits:0-4", "train")
+    arguments = networks.arguments_for(images)
+    model = networks.build("lenet5", **arguments)
+    file = tmp_path_factory.mktemp("network") / "network.safetensors"
+    checkpoints.save(file, checkpoints.Checkpoint(model, "lenet5", arguments, images.name, images.classes))
+    return file
+
+
+def test_a_network_is_measured_and_the_results_written(network: Path, tmp_path: Path) -> None:
+    arguments = ["bench", str(network), "--batch", "20", "--data", "digits:0-4", "--reference", "40"]
+    result = CliRunner().invoke(
+        cli.app, [*arguments, "--repetitions", "3", "--out", str(tmp_path / "out")], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cost.json", "cost.md", "cost.png", "cost.svg"}
+    (found,) = json.loads((tmp_path / "out" / "cost.json").read_text())["found"]
+    assert found["batch"] == 20
+    assert found["units"]["unit"] == 1
+    assert all(value > 0 for value in found["units"].values())
+    assert found["textbook_50"] == pytest.approx(50 * found["units"]["textbook"])
+    assert "lenet5, batch 20" in (tmp_path / "out" / "cost.md").read_text()
+
+
+def test_a_batch_larger_than_the_data_is_refused(network: Path) -> None:
+    with pytest.raises(ValueError, match="fewer than a batch of 100000"):
+        cost.measure(network, 100_000, source="digits:0-4")
+
+
+@pytest.mark.parametrize(
+    ("curve", "wanted"),
+    [
+        ([(1.0, 10.0), (2.0, 40.0), (4.0, 90.0)], 2 * 2 ** (math.log(50 / 40) / math.log(90 / 40))),
+        ([(1.0, 10.0), (3.0, 50.0)], 3.0),
+        ([(2.0, 60.0), (3.0, 70.0)], 2.0),
+        ([(1.0, 10.0), (2.0, 20.0)], math.inf),
+    ],
+)
+def test_the_cost_of_an_accuracy_is_read_off_between_points(curve: list[tuple[float, float]], wanted: float) -> None:
+    assert cost._reached(curve, 50.0) == pytest.approx(wanted)
+
+
+def test_the_reference_is_the_mean_and_the_variance_over_independent_draws() -> None:
+    model = settled(mlp(), 4).eval()
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
+    x = normal(5, 4)
+    mean, variance = cost._reference(model, posterior, x, 30, seed=3)
+    buffers = dict(model.named_buffers())
+    probs = []
+    for draw in posterior.iter_draws(30, seeded(10_003)):
+        for name, values in draw.items():
+            buffers[name].copy_(values)
+        probs.append(stochbn.Predictive(model)(x).probs.double())
+    torch.testing.assert_close(mean, torch.stack(probs).mean(0))
+    assert variance == pytest.approx(torch.stack(probs).var(0).sum(1).mean().item())
