@@ -317,5 +317,5 @@ def _memory_of_this_process(reset: bool = False) -> dict[str, int]:
     """What Linux says of this process in kilobytes: ``VmRSS`` now, ``VmHWM`` at its peak since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {name.rstrip(":"): int(value) for name, value, *unit in lines if unit == ["kB"]}
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) for line in lines if line[2:] == ["kB"]}
