@@ -200,7 +200,7 @@ class Predictive:
 
     def _plan(self, inputs: Any) -> Plan:
         # Few passes are not worth the two small ones that planning them may take.
-        return self._forward.plan(inputs) if self.posterior is not None and self.draws > PILOT else Plan()
+        return self._forward.plan(inputs) if self.posterior is not None and self.draws >= PILOT else Plan()
 
     def _trains(self, module: nn.Module) -> bool:
         return False

@@ -109,8 +109,9 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         The files written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(4, 3.4 * len(found)), 3.6), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (title, one) in zip(panels, found.items(), strict=True):
         units, variance = one["units"], one["variance"]
@@ -136,12 +137,14 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         axes.axvline(5, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", yscale="log", xlabel="cost, plain forward passes", title=title)
         axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
         axes.xaxis.label.set_fontsize(8)
     panels[0].set_ylabel("RMS error of mean probabilities", fontsize=8)
-    panels[0].legend(fontsize=6.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=7)
     return _save(figure, path)
 
 
