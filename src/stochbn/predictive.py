@@ -94,9 +94,9 @@ class Predictive:
     """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
 
     `draws` says how accurate probabilities should be: about as accurate as an average over so many independent draws.
-    That takes fewer passes, because draws are quasi-random (``Posterior.iter_draws(quasi=True)``), and because an
-    object whose draws agree gets no more of them (`tolerance`). The passes are made in the way that is fastest on a
-    CPU with the same results (`stochbn.passes`). What it comes to is measured in benchmarks/README.md.
+    That takes fewer passes, half as many, because draws are quasi-random (``Posterior.iter_draws(quasi=True)``), and
+    fewer still with a `tolerance`. The passes are made in the way that is fastest on a CPU with the same results
+    (`stochbn.passes`). What it comes to is measured in benchmarks/README.md.
 
     Probabilities are averaged over draws as they come, so memory does not grow with their number. The network runs in
     evaluation mode without gradients and ends exactly as it began. One network can serve one call at a time: during
@@ -106,19 +106,20 @@ class Predictive:
         model: the network. Its output may be logits ``[N, K]`` or, for dense predictions, ``[N, K, H, W]``.
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
             its running averages.
-        draws: how many independent draws to be worth, at least 1; with ``tolerance=0`` as many draws are made.
+        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made.
         logits: where the logits are in an output that is not a tensor: a key, a field or a position. None looks for
             ``logits``, then ``out``, then the first entry of a tuple.
         generator: where draws come from; None is PyTorch's global generator, and with one given that is
             left alone.
         keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
             object gets all draws.
-        tolerance: an object is done when the standard error of its mean probabilities is at most this, asked after 2,
-            4, 8, 12, ... draws (less often where a pass makes many draws of few objects): the root of the sum over
-            classes (and mean over places, for dense predictions) of the squared standard errors that as many
-            independent draws would have. Quasi-random draws err by less, about half of it. None is
-            0.42 / sqrt(draws), 0.06 for 50 draws. No object gets more passes than quasi-random draws need to be worth
-            `draws`: 25 for 50. With 0 every object gets all draws.
+        tolerance: a standard error of mean probabilities at which an object is done, asked after 2, 4, 8, 12, ... draws
+            (less often where a pass makes many draws of few objects): the root of the sum over classes (and mean over
+            places, for dense predictions) of the squared standard errors that as many independent draws would have.
+            0.06 gives probabilities about as accurate, on average, as 50 independent draws do. It judges by
+            probabilities alone: small ones, and with them the entropy of objects that seem certain, become less exact,
+            so leave it out where the unknown is to be detected. None stops no object early; with 0, also no fewer than
+            `draws` draws are made.
         compiled: make the passes through ``torch.compile``: faster from some dozens of batches on, as the first call
             takes some ten seconds more.
 
@@ -158,7 +159,7 @@ class Predictive:
         self.logits = logits
         self.generator = generator
         self.keep_draws = keep_draws
-        self.tolerance = 0.42 / math.sqrt(draws) if tolerance is None else tolerance
+        self.tolerance = tolerance
         self._forward = Forward(model, logits, compiled=compiled)
 
     def __call__(
@@ -182,9 +183,8 @@ class Predictive:
             raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
         temperature = self.posterior.temperature if self.posterior is not None else 1.0
         plan = self._plan(inputs)
-        tolerance = 0.0 if keep else self.tolerance
-        average = _Average(keep, temperature, tolerance, plan.separable)
-        draws = self._enough() if tolerance else self.draws
+        average = _Average(keep, temperature, 0.0 if keep else self.tolerance or 0.0, plan.separable)
+        draws = self.draws if keep or self.tolerance == 0 else self._enough()
         with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(draws, generator)) as passes:
             objects = length(inputs) if plan.rows else 1
             while block := list(itertools.islice(passes, average.next(plan.draws(objects)))):
