@@ -26,7 +26,7 @@ PILOT = 4
 """Draws in the beginning, after half of which and all of which it is asked which objects are done; then every PILOT."""
 DOUBT = 0.4
 """How much of the largest variance that draws with an object's mean could have is added as that of one more draw, as a
-few draws may agree by chance. Chosen with the default tolerance on a LeNet-5 and a VGG-11: benchmarks/README.md."""
+few draws may agree by chance. Chosen on a LeNet-5 and a VGG-11."""
 
 
 def entropy(probs: Tensor) -> Tensor:
