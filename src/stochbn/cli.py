@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -300,20 +301,18 @@ def bench(
         folder.mkdir(parents=True, exist_ok=True)
     found = []
     with out.status("measuring") as status:
-        for network in networks:
-            for size in batch:
-                say = lambda what, name=network.name, size=size: status.update(f"{name}, batch {size}: {what}")  # noqa: E731
-                found.append(
-                    cost.measure(
-                        network,
-                        size,
-                        source=data,
-                        reference=reference,
-                        repetitions=repetitions,
-                        seed=seed,
-                        progress=say,
-                    )
-                )
+        for network, size in itertools.product(networks, batch):
+            say = lambda what, name=network.name, size=size: status.update(f"{name}, batch {size}: {what}")  # noqa: E731
+            one = cost.measure(
+                network,
+                size,
+                source=data,
+                reference=reference,
+                repetitions=repetitions,
+                seed=seed,
+                progress=say,
+            )
+            found.append(one)
     for table in cost.tables(found):
         out.print(table.rich())
     if folder is not None:

@@ -199,7 +199,7 @@ class Predictive:
         return average.prediction()
 
     def _plan(self, inputs: Any) -> Plan:
-        # Few passes are not worth the two small ones that planning them may take.
+        # Few passes are not worth the small ones that planning them may take.
         return self._forward.plan(inputs) if self.posterior is not None and self.draws >= PILOT else Plan()
 
     def _trains(self, module: nn.Module) -> bool:
@@ -332,7 +332,7 @@ class _Average:
         self.mean.add_(change, alpha=1 / self.count)
         self.expected.lerp_(entropy(probs), 1 / self.count)
         if self.tolerance:
-            self.squares += (change * (probs - self.mean)).sum(1).view(len(probs), -1).mean(1)
+            self.squares += _per_object(change * (probs - self.mean))
 
     def next(self, together: int) -> int:
         """How many draws to make in the next pass, if as many as `together` can be."""
@@ -342,21 +342,18 @@ class _Average:
         """``[M]``: which objects are not done; None if no more are done than before."""
         if not self.tolerance or self.count < 2 or (self.count > 2 and self.count % PILOT):
             return None
-        doubt = DOUBT * (self.mean - self.mean.square()).sum(1).view(len(self.mean), -1).mean(1)
+        doubt = DOUBT * _per_object(self.mean - self.mean.square())
         done = self.squares + doubt <= (self.tolerance * self.count) ** 2
         if not self.separable:
             done = done.all().expand_as(done)
         if not done.any():
             return None
-        self._finish(done)
-        return ~done
-
-    def _finish(self, done: Tensor) -> None:
         self.done.append((self.objects[done], self.mean[done], self.expected[done]))
         waiting = ~done
         self.objects, self.mean, self.expected, self.squares = (
             values[waiting] for values in (self.objects, self.mean, self.expected, self.squares)
         )
+        return waiting
 
     def prediction(self) -> Prediction:
         """What has been averaged.
@@ -375,6 +372,12 @@ class _Average:
                 "for NaN and infinity"
             )
         return Prediction(mean, expected, torch.stack(self.kept) if self.kept is not None else None)
+
+
+def _per_object(terms: Tensor) -> Tensor:
+    """``[N]``: terms ``[N, K, ...]`` summed over classes, with the mean over places of dense predictions."""
+    total = terms.sum(1)
+    return total.flatten(1).mean(1) if total.ndim > 1 else total
 
 
 class MCDropout(Predictive):

@@ -42,7 +42,7 @@ from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor, entropy
 
-__all__ = ["METHODS", "Settings", "compare", "tabulate"]
+__all__ = ["METHODS", "Settings", "compare", "finite", "tabulate"]
 
 COMPARISON = "stochbn.comparison/1"
 METHODS = (
@@ -254,20 +254,20 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too"
     written, shown = (_tables(title, objects, rows, near, spread) for spread in (True, False))
     about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
-    write_json(folder / "comparison.json", _finite(about))
+    write_json(folder / "comparison.json", finite(about))
     write_bytes(folder / "comparison.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
     means = {name: statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in methods}
     figures.save_equivalents(folder / "comparison", means, reached, title=data)
     return shown
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for infinity, which JSON lacks: an ensemble larger than any at hand, or no noise."""
+def finite(value: Any) -> Any:
+    """The same with None for what JSON lacks: infinity (more than any at hand, or no noise) and NaN (not known)."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if value == math.inf else value
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
