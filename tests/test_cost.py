@@ -35,6 +35,7 @@ def test_a_network_is_measured_and_the_results_written(network: Path, tmp_path: 
     assert found["batch"] == 20
     assert found["units"]["unit"] == 1
     assert all(value > 0 for value in found["units"].values())
+    assert all(value > 0 for value in found["nll"].values())
     assert found["textbook_50"] == pytest.approx(50 * found["units"]["textbook"])
     assert "lenet5, batch 20" in (tmp_path / "out" / "cost.md").read_text()
 

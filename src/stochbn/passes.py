@@ -26,6 +26,12 @@ allocator hands them back to the system after every use."""
 ROWS = 16
 """Objects in a pass below which a pass costs about as much as one of so many."""
 
+MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""The layers that may run in bfloat16."""
+
+LARGE = 2**16
+"""Weights of these layers below which a pass takes no less time in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,12 +42,14 @@ class Plan:
         size: how many objects go through the network together; None for all.
         separable: whether an object's logits are the same without the others of its batch.
         rows: how many objects may go through the network together under different draws; 0 for none.
+        head: the layer that makes the logits, if the others run in bfloat16; None for the network's own type.
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     size: int | None = None
     separable: bool = False
     rows: int = 0
+    head: nn.Module | None = None
 
     def draws(self, objects: int) -> int:
         """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4."""
@@ -55,7 +63,9 @@ class Forward:
     `plan` finds the cheapest way that gives the same logits. On a CPU convolutions run in channels-last layout, large
     batches in pieces that stay in cache, and several draws of few objects in one pass, each object normalised by the
     statistics of its draw. A network that cannot run so, or whose objects affect each other, is run as it is: this is
-    found out by five small passes, over a sixteenth of the objects or two, when inputs of a new shape come.
+    found out by five small passes, over a sixteenth of the objects or two, when inputs of a new shape come. Where the
+    processor multiplies bfloat16 numbers, all but the layer that makes the logits may run in these; whether rounding
+    matters beside the noise of the draws takes eight more small passes.
 
     Args:
         model: the network.
@@ -67,6 +77,7 @@ class Forward:
         self.model = model
         self.place = place
         self._measured: dict[Any, tuple[bool, float, bool, bool]] = {}
+        self._heads: dict[Any, nn.Module | None] = {}
         self._compiled: Callable[..., Any] | None = torch.compile(self._functional) if compiled else None
 
     def __call__(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan) -> list[Tensor]:
@@ -76,14 +87,24 @@ class Forward:
             RuntimeError, ValueError, TypeError: as `stochbn.calling.call` and `stochbn.calling.find_logits` do.
         """
         if len(draws) > 1:
-            return self._stacked(draws, inputs, plan.weights)
+            return self._stacked(draws, inputs, plan)
         own = dict(self.model.named_buffers(remove_duplicate=False))
         tensors = {**plan.weights, **{name: value.to(own[name]) for name, value in draws[0].items()}}
-        found = [self._logits(tensors, piece) for piece in _pieces(inputs, plan.size)]
+        found = [self._logits(tensors, piece, plan.head) for piece in _pieces(inputs, plan.size)]
         return [found[0] if len(found) == 1 else torch.cat(found)]
 
-    def plan(self, inputs: Any) -> Plan:
-        """How to make many passes over `inputs`; what it measures for their shape serves all later calls."""
+    def plan(
+        self, inputs: Any, sample: Callable[[], Sequence[Mapping[str, Tensor]]] | None = None, averaged: int = 50
+    ) -> Plan:
+        """How to make many passes over `inputs`; what it measures for their shape serves all later calls.
+
+        Args:
+            inputs: the network's input.
+            sample: gives some independent draws to judge rounding by: passes are made in bfloat16 if that changes
+                probabilities, in the mean square, by at most a quarter of the variance of a mean over draws. None for
+                passes in the network's own type.
+            averaged: how many draws that mean is over.
+        """
         try:
             objects = length(inputs)
         except ValueError:
@@ -98,10 +119,19 @@ class Forward:
             except (RuntimeError, ValueError, TypeError):  # which the pass itself will raise, with its own shape
                 return Plan()
         channels_last, activation, separable, stackable = self._measured[key]
+        weights = self._weights() if channels_last else {}
+        head = None
+        if sample is not None and separable and self._compiled is None and _on_cpu(inputs) and _multiplies_bfloat16():
+            if key not in self._heads:
+                self._heads[key] = self._head(take(inputs, slice(max(8, objects // 16))), weights, sample(), averaged)
+            head = self._heads[key]
+        if head is not None:
+            weights = self._low(head)
+            activation /= 2
         pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
         rows = max(size // 2, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
-        return Plan(self._weights() if channels_last else {}, size, separable, rows)
+        return Plan(weights, size, separable, rows, head)
 
     def _measure(self, inputs: Any, objects: int) -> tuple[bool, float, bool, bool]:
         """Whether channels-last works, an object's largest activation in bytes, and if objects separate and stack."""
@@ -140,15 +170,41 @@ class Forward:
             moved = mean + 0.1 * (variance + layer.eps).sqrt(), 1.2 * variance
             draws[1] |= dict(zip(buffer_names(name), moved, strict=True))
         try:
-            together = self._stacked(draws, inputs, weights)
+            together = self._stacked(draws, inputs, Plan(weights))
         except (RuntimeError, ValueError):
             return False
         one_by_one = [self([draw], inputs, Plan(weights))[0] for draw in draws]
         return all(map(_agree, one_by_one, together))
 
-    def _stacked(
-        self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, weights: Mapping[str, Tensor]
-    ) -> list[Tensor]:
+    def _head(
+        self, inputs: Any, weights: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], averaged: int
+    ) -> nn.Module | None:
+        """The layer that makes the logits, if passes with the others in bfloat16 round little beside these draws."""
+        called: list[nn.Module] = []
+        layers = [module for module in self.model.modules() if isinstance(module, MULTIPLYING)]
+        if torch.is_autocast_enabled("cpu") or any(m.weight.dtype != torch.float32 for m in layers):
+            return None
+        if sum(m.weight.numel() for m in layers) < LARGE:
+            return None
+        with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(lambda module, args, out: called.append(module)).remove)
+            full = [self([draw], inputs, Plan(weights))[0].softmax(1) for draw in draws]
+            hooks.close()
+            if not called:
+                return None
+            low = Plan(self._low(called[-1]), head=called[-1])
+            try:
+                rounded = [self([draw], inputs, low)[0] for draw in draws]
+            except (RuntimeError, ValueError):  # such as from a layer of another kind, whose weights are not bfloat16
+                return None
+        if any(logits.dtype != torch.float32 for logits in rounded):
+            return None
+        probs = torch.stack(full)
+        error = (torch.stack(rounded).softmax(2) - probs).square().mean()
+        return called[-1] if error <= probs.var(0).mean() / (4 * averaged) else None
+
+    def _stacked(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan) -> list[Tensor]:
         """The logits of several draws from one pass over as many copies of the input.
 
         The network's own statistics stay. What comes into a batch norm is shifted and scaled before, so that it leaves
@@ -162,7 +218,7 @@ class Forward:
             if len(x) != rows or x.shape[1] != scale.shape[1]:
                 raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N objects")
             shape = (rows, -1) + (1,) * (x.ndim - 2)
-            return torch.addcmul(shift.view(shape), x, scale.view(shape)), *others
+            return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype), *others
 
         with ExitStack() as hooks:
             for name, layer in batch_norms(self.model).items():
@@ -173,7 +229,7 @@ class Forward:
                 scale = ((variance + layer.eps) / (variances + layer.eps)).sqrt()
                 each = [v.repeat_interleave(objects, 0) for v in (scale, mean - means * scale)]
                 hooks.callback(layer.register_forward_pre_hook(functools.partial(exchange, each[0], each[1])).remove)
-            logits = find_logits(call(self.model, weights, _repeated(inputs, len(draws))), self.place)
+            logits = self._logits(plan.weights, _repeated(inputs, len(draws)), plan.head)
         if len(logits) != rows:
             raise ValueError("the output has no logits for each object")
         return list(torch.split(logits, objects))
@@ -190,7 +246,25 @@ class Forward:
                     found[name] = weight.detach().clone(memory_format=torch.channels_last)
         return found
 
-    def _logits(self, tensors: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def _low(self, head: nn.Module) -> dict[str, Tensor]:
+        """The weights in bfloat16, those of convolutions in channels-last layout, of all layers but `head`."""
+        found = {}
+        for prefix, module in self.model.named_modules():
+            if not isinstance(module, MULTIPLYING) or module is head:
+                continue
+            for name, value in module.named_parameters(recurse=False):
+                planes = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and value.ndim == 4
+                layout = torch.channels_last if planes else torch.contiguous_format
+                found[f"{prefix}.{name}"] = value.detach().to(torch.bfloat16, memory_format=layout)
+        return found
+
+    def _logits(self, tensors: Mapping[str, Tensor], inputs: Any, head: nn.Module | None) -> Tensor:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda module, args: tuple(map(_full, args)))
+            try:
+                return find_logits(call(self.model, tensors, _rounded(inputs)), self.place)
+            finally:
+                hook.remove()
         if self._compiled is None:
             return find_logits(call(self.model, tensors, inputs), self.place)
         try:
@@ -213,6 +287,23 @@ class Forward:
 def _channels_last(shape: torch.Size) -> tuple[int, ...]:
     _, channels, height, width = shape
     return channels * height * width, 1, channels * width, channels
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them such passes are slower, not faster."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported is not None and supported() for supported in asked)
+
+
+def _rounded(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.bfloat16() if inputs.dtype == torch.float32 else inputs
+    return {k: _rounded(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _full(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def _repeated(inputs: Any, times: int) -> Any:

@@ -22,11 +22,13 @@ from stochbn.statistics import mini_batches
 
 __all__ = ["Ensemble", "Exact", "MCDropout", "Prediction", "Predictive", "entropy"]
 
-PILOT = 4
-"""Draws in the beginning, after half of which and all of which it is asked which objects are done; then every PILOT."""
-DOUBT = 0.4
-"""How much of the largest variance that draws with an object's mean could have is added as that of one more draw, as a
-few draws may agree by chance. Chosen on a LeNet-5 and a VGG-11."""
+FIRST = 8
+"""Quasi-random draws of every object before it is asked which objects are done. Fewer agree by chance too often: the
+objects that are done too early seem more certain than they are, and the unknown is detected less well."""
+STEP = 4
+"""Draws from one such question to the next."""
+TOLERANCE = 0.42
+"""The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -94,8 +96,9 @@ class Predictive:
     """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
 
     `draws` says how accurate probabilities should be: about as accurate as an average over so many independent draws.
-    That takes fewer passes, half as many, because draws are quasi-random (``Posterior.iter_draws(quasi=True)``), and
-    fewer still with a `tolerance`. The passes are made in the way that is fastest on a CPU with the same results
+    That takes fewer passes, at most half as many, because draws are quasi-random
+    (``Posterior.iter_draws(quasi=True)``), and fewer still because each object gets draws only until its probabilities
+    are known to a `tolerance`. The passes are made in the way that is fastest on a CPU with the same results
     (`stochbn.passes`). What it comes to is measured in benchmarks/README.md.
 
     Probabilities are averaged over draws as they come, so memory does not grow with their number. The network runs in
@@ -113,15 +116,13 @@ class Predictive:
             left alone.
         keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
             object gets all draws.
-        tolerance: a standard error of mean probabilities at which an object is done, asked after 2, 4, 8, 12, ... draws
-            (less often where a pass makes many draws of few objects): the root of the sum over classes (and mean over
-            places, for dense predictions) of the squared standard errors that as many independent draws would have.
-            0.06 gives probabilities about as accurate, on average, as 50 independent draws do. It judges by
-            probabilities alone: small ones, and with them the entropy of objects that seem certain, become less exact,
-            so leave it out where the unknown is to be detected. None stops no object early; with 0, also no fewer than
-            `draws` draws are made.
-        compiled: make the passes through ``torch.compile``: faster from some dozens of batches on, as the first call
-            takes some ten seconds more.
+        tolerance: a standard error of mean probabilities at which an object is done, asked after 8, 12, 16, ... draws:
+            the root of the sum over classes (and mean over places, for dense predictions) of the squared standard
+            errors that as many independent draws would have. None is 0.42 / sqrt(draws), so 0.06 for 50. With 0, every
+            object gets as many draws as `draws` says, all in the network's own number type; without it, passes on a
+            CPU with bfloat16 instructions are in bfloat16 where rounding is small beside the noise of the draws.
+        compiled: make the passes through ``torch.compile``: they stay in the network's number type then, and the first
+            call takes some ten seconds more. It pays for many batches where there are no bfloat16 instructions.
 
     Raises:
         TypeError, ValueError: a wrong argument, or a posterior of another network.
@@ -182,9 +183,10 @@ class Predictive:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
         temperature = self.posterior.temperature if self.posterior is not None else 1.0
-        plan = self._plan(inputs)
-        average = _Average(keep, temperature, 0.0 if keep else self.tolerance or 0.0, plan.separable)
-        draws = self.draws if keep or self.tolerance == 0 else self._enough()
+        tolerance = 0.0 if keep else TOLERANCE / math.sqrt(self.draws) if self.tolerance is None else self.tolerance
+        plan = self._plan(inputs, exact=tolerance == 0)
+        average = _Average(keep, temperature, tolerance, plan.separable)
+        draws = self._enough() if tolerance else self.draws
         with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(draws, generator)) as passes:
             objects = length(inputs) if plan.rows else 1
             while block := list(itertools.islice(passes, average.next(plan.draws(objects)))):
@@ -198,9 +200,16 @@ class Predictive:
                     inputs = take(inputs, waiting)
         return average.prediction()
 
-    def _plan(self, inputs: Any) -> Plan:
+    def _plan(self, inputs: Any, exact: bool) -> Plan:
         # Few passes are not worth the small ones that planning them may take.
-        return self._forward.plan(inputs) if self.posterior is not None and self.draws >= PILOT else Plan()
+        if self.posterior is None or self.draws < FIRST:
+            return Plan()
+        return self._forward.plan(inputs, None if exact else self._sample, self.draws)
+
+    def _sample(self) -> list[Mapping[str, Tensor]]:
+        """The same draws every time, so that equal generators give equal predictions."""
+        assert self.posterior is not None
+        return list(self.posterior.iter_draws(4, torch.Generator().manual_seed(0)))
 
     def _trains(self, module: nn.Module) -> bool:
         return False
@@ -208,7 +217,7 @@ class Predictive:
     def _enough(self) -> int:
         """The number of quasi-random draws that are worth `draws` independent ones."""
         worth = self.posterior.worth if self.posterior is not None else 1.0
-        return max(min(self.draws, PILOT), math.ceil(self.draws / worth))
+        return max(min(self.draws, FIRST), math.ceil(self.draws / worth))
 
     def _passes(self, draws: int, generator: torch.Generator | None) -> Generator[Mapping[str, Tensor], None, None]:
         """The buffers of each forward pass."""
@@ -336,14 +345,13 @@ class _Average:
 
     def next(self, together: int) -> int:
         """How many draws to make in the next pass, if as many as `together` can be."""
-        return min(together, 2) if self.tolerance and self.count < PILOT else together
+        return min(together, FIRST - self.count) if self.tolerance and self.count < FIRST else together
 
     def waiting(self) -> Tensor | None:
         """``[M]``: which objects are not done; None if no more are done than before."""
-        if not self.tolerance or self.count < 2 or (self.count > 2 and self.count % PILOT):
+        if not self.tolerance or self.count < FIRST or self.count % STEP:
             return None
-        doubt = DOUBT * _per_object(self.mean - self.mean.square())
-        done = self.squares + doubt <= (self.tolerance * self.count) ** 2
+        done = self.squares <= (self.tolerance * self.count) ** 2
         if not self.separable:
             done = done.all().expand_as(done)
         if not done.any():
@@ -410,7 +418,7 @@ class MCDropout(Predictive):
                 "same; use Predictive for it, or a network trained with torch.nn.Dropout layers"
             )
 
-    def _plan(self, inputs: Any) -> Plan:
+    def _plan(self, inputs: Any, exact: bool) -> Plan:
         return Plan()  # masks depend on the memory layout and on which objects are predicted together
 
     def _trains(self, module: nn.Module) -> bool:

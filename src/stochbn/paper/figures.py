@@ -125,7 +125,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         )
         for word, label, color in (
             ("quasi", "all quasi-random draws", COLORS["Deep Ensembles"]),
-            ("draws", "with a tolerance: easy objects get fewer", COLORS["SBN"]),
+            ("draws", "default: easy objects get fewer", COLORS["SBN"]),
         ):
             names = [name for name in one["worth"] if name.startswith(word)]
             errors = [math.sqrt(variance / one["worth"][name]) for name in names]
