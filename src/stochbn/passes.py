@@ -119,15 +119,18 @@ class Forward:
             except (RuntimeError, ValueError, TypeError):  # which the pass itself will raise, with its own shape
                 return Plan()
         channels_last, activation, separable, stackable = self._measured[key]
-        weights = self._weights() if channels_last else {}
         head = None
         if sample is not None and separable and self._compiled is None and _on_cpu(inputs) and _multiplies_bfloat16():
             if key not in self._heads:
-                self._heads[key] = self._head(take(inputs, slice(max(8, objects // 16))), weights, sample(), averaged)
+                self._heads[key] = self._head(
+                    take(inputs, slice(max(8, objects // 16))), channels_last, sample(), averaged
+                )
             head = self._heads[key]
         if head is not None:
             weights = self._low(head)
             activation /= 2
+        else:
+            weights = self._weights() if channels_last else {}
         pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
         rows = max(size // 2, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
@@ -177,7 +180,7 @@ class Forward:
         return all(map(_agree, one_by_one, together))
 
     def _head(
-        self, inputs: Any, weights: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]], averaged: int
+        self, inputs: Any, channels_last: bool, draws: Sequence[Mapping[str, Tensor]], averaged: int
     ) -> nn.Module | None:
         """The layer that makes the logits, if passes with the others in bfloat16 round little beside these draws."""
         called: list[nn.Module] = []
@@ -189,7 +192,8 @@ class Forward:
         with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(lambda module, args, out: called.append(module)).remove)
-            full = [self([draw], inputs, Plan(weights))[0].softmax(1) for draw in draws]
+            own = Plan(self._weights() if channels_last else {})
+            full = [self([draw], inputs, own)[0].softmax(1) for draw in draws]
             hooks.close()
             if not called:
                 return None
