@@ -19,7 +19,7 @@ from stochbn.layers import batch_norms, buffer_names, running_statistics
 
 __all__ = ["Forward", "Plan"]
 
-PIECE = 10 * 2**20
+PIECE = 8 * 2**20
 """Bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and the memory
 allocator hands them back to the system after every use."""
 
@@ -133,7 +133,7 @@ class Forward:
             weights = self._weights() if channels_last else {}
         pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
-        rows = max(size // 2, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
+        rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
         return Plan(weights, size, separable, rows, head)
 
     def _measure(self, inputs: Any, objects: int) -> tuple[bool, float, bool, bool]:
