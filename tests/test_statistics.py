@@ -361,6 +361,45 @@ def test_random_numbers_are_not_consumed_without_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Layouts(nn.Module):
+    """Notes the layout of a convolution's weights at every call; `view` cannot take channels-last activations."""
+
+    def __init__(self, view: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.dropout, self.after = nn.Dropout(dropout), nn.BatchNorm1d(4 * 16)
+        self.head, self.view = nn.Linear(4 * 16, 3), view
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.convolution.weight.stride(1) == 1)
+        x = self.dropout(self.norm(self.convolution(x)))
+        out: Tensor = self.head(self.after(x.view(len(x), -1) if self.view else x.flatten(1)))
+        return out
+
+
+@pytest.mark.parametrize(("view", "last"), [(False, True), (True, False)])
+def test_convolutions_are_observed_in_channels_last_layout_where_that_gives_the_same(view: bool, last: bool) -> None:
+    model, batches = Layouts(view), [normal(12, 2, 6, 6, seed=i) for i in range(3)]
+    found, seen = observed(model, batches), list(model.seen)
+    assert seen == [False, True, last, last]
+    for name, rows in slow_statistics(model, batches).items():
+        torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
+
+
+def test_the_try_of_another_layout_takes_no_random_numbers() -> None:
+    model, batches = Layouts(view=False, dropout=0.5), [normal(12, 2, 6, 6, seed=i) for i in range(3)]
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        found, after = observed(model, batches), torch.get_rng_state()
+        torch.manual_seed(11)
+        wanted = slow_statistics(model, batches)
+        assert torch.equal(torch.get_rng_state(), after)
+    # Masks are laid out like the activations, so the other layout gives other statistics and is not taken.
+    for name, rows in wanted.items():
+        torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
+
+
 # Samples
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 __all__ = [
     "Batch",
     "call",
+    "channels_last_weights",
     "copied",
     "copied_buffers",
     "find_logits",
@@ -165,6 +166,24 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
         for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
     }
+
+
+def channels_last_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies in channels-last layout, by their names, of the weights of convolutions that are not in it."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            weight = module._parameters.get("weight")
+            # With one channel, is_contiguous() tells no layouts apart, but a convolution goes by the strides.
+            if weight is not None and weight.stride() != _channels_last_strides(weight.shape):
+                name = f"{name}.weight" if name else "weight"
+                found[name] = weight.detach().clone(memory_format=torch.channels_last)
+    return found
+
+
+def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return channels * height * width, 1, channels * width, channels
 
 
 def find_logits(output: Any, place: str | int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stochbn.calling import call, copied, find_logits, length, modes, take
+from stochbn.calling import call, channels_last_weights, copied, find_logits, length, modes, take
 from stochbn.layers import batch_norms, buffer_names, running_statistics
 
 __all__ = ["Forward", "Plan"]
@@ -130,7 +130,7 @@ class Forward:
             weights = self._low(head)
             activation /= 2
         else:
-            weights = self._weights() if channels_last else {}
+            weights = channels_last_weights(self.model) if channels_last else {}
         pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
         rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
@@ -149,7 +149,7 @@ class Forward:
             alone = find_logits(call(self.model, {}, part), self.place)
             for layer in batch_norms(self.model).values():
                 hooks.callback(layer.register_forward_pre_hook(note).remove)
-            weights = self._weights() if _on_cpu(inputs) else {}
+            weights = channels_last_weights(self.model) if _on_cpu(inputs) else {}
             for tensors in (weights, {}) if weights else ({},):
                 try:
                     together = find_logits(call(self.model, tensors, twice), self.place)
@@ -192,7 +192,7 @@ class Forward:
         with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(lambda module, args, out: called.append(module)).remove)
-            own = Plan(self._weights() if channels_last else {})
+            own = Plan(channels_last_weights(self.model) if channels_last else {})
             full = [self([draw], inputs, own)[0].softmax(1) for draw in draws]
             hooks.close()
             if not called:
@@ -238,18 +238,6 @@ class Forward:
             raise ValueError("the output has no logits for each object")
         return list(torch.split(logits, objects))
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The weights of convolutions that are not in channels-last layout, in it."""
-        found = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                weight = module._parameters.get("weight")
-                # With one channel, is_contiguous() tells no layouts apart, but a convolution goes by the strides.
-                if weight is not None and weight.stride() != _channels_last(weight.shape):
-                    name = f"{name}.weight" if name else "weight"
-                    found[name] = weight.detach().clone(memory_format=torch.channels_last)
-        return found
-
     def _low(self, head: nn.Module) -> dict[str, Tensor]:
         """The weights in bfloat16, those of convolutions in channels-last layout, of all layers but `head`."""
         found = {}
@@ -286,11 +274,6 @@ class Forward:
 
     def _functional(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return functional_call(self.model, tensors, args, kwargs, tie_weights=False)
-
-
-def _channels_last(shape: torch.Size) -> tuple[int, ...]:
-    _, channels, height, width = shape
-    return channels * height * width, 1, channels * width, channels
 
 
 @functools.cache
