@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import stochbn
 from conftest import Case, convnet, mlp, normal, seeded, settled
 from stochbn import Predictive, passes
-from stochbn.passes import Forward, Plan
+from stochbn.calling import take
+from stochbn.passes import Early, Forward, Plan
 from stochbn.posteriors import KINDS
 
 
@@ -72,6 +73,84 @@ def test_every_way_of_making_a_pass_gives_the_logits_of_the_slow_one(
         torch.testing.assert_close(one_by_one, wanted, rtol=1e-4, atol=1e-5)
         if plan.rows:
             torch.testing.assert_close(forward(draws, x, plan), wanted, rtol=1e-4, atol=1e-5)
+        for first in (draws, draws[:1]) if plan.rows else (draws[:1],):
+            early = Early(plan.early)
+            forward(first, x, plan, early)
+            torch.testing.assert_close([forward([d], x, plan, early)[0] for d in draws], wanted, rtol=1e-4, atol=1e-5)
+            some = torch.arange(9) % 3 > 0
+            if not plan.separable:
+                continue
+            early.take(some)
+            ways = [[forward([draw], take(x, some), plan, early)[0] for draw in draws]]
+            if plan.rows:
+                ways.append(forward(draws, take(x, some), plan, early))
+            for found in ways:
+                torch.testing.assert_close(found, [logits[some] for logits in wanted], rtol=1e-4, atol=1e-5)
+
+
+class Counting(nn.Conv2d):
+    """Counts the objects that it is called with."""
+
+    objects = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.objects += len(x)
+        return super().forward(x)
+
+
+class Early2d(nn.Module):
+    """A convolution before the first batch norm, used in one of several ways, and one behind."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = Counting(2, 2, 3, padding=1), nn.BatchNorm2d(2), Counting(2, 4, 3)
+        self.other, self.head, self.way = nn.BatchNorm2d(4), nn.Linear(4, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.first(x)
+        if self.way == "written to":
+            early = early.clamp_(-1, 1)
+        elif self.way == "called again":
+            early = self.first(early)
+        out = self.other(self.second(self.norm(early)))
+        if self.way == "called behind":
+            out = out + self.first(self.norm(x)).mean((1, 2, 3), keepdim=True)
+        logits: Tensor = self.head(out.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("way", ["once", "written to", "called again", "called behind"])
+def test_what_comes_before_the_first_batch_norm_runs_once_if_it_can(way: str, mode: Any) -> None:
+    model = Early2d(way)
+    settled(model, 2, 6, 6)
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 6, seed=3)], 8)
+    x = normal(20, 2, 6, 6)
+    draws = list(posterior.iter_draws(9, seeded(), quasi=True))
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    with mode():
+        predictive(x)  # plans
+        model.first.objects = model.second.objects = 0
+        found = predictive(x, generator=seeded())
+    assert model.second.objects == 9 * 20
+    assert model.first.objects == (20 if way == "once" else 9 * 20 * (1 + way.startswith("called")))
+    torch.testing.assert_close(found.probs, torch.stack(slow(model, draws, x)).softmax(2).mean(0))
+    assert "forward" not in vars(model.first)
+    assert not model.first._forward_hooks
+
+
+def test_a_layers_own_hook_and_forward_are_called_as_ever_and_stay() -> None:
+    model = Early2d("once")
+    settled(model, 2, 6, 6)
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 6, seed=3)], 8)
+    x, plain = normal(20, 2, 6, 6), model.first.forward
+    model.first.register_forward_hook(lambda module, args, out: 2 * out)
+    own = vars(model.first)["forward"] = lambda x: plain(x) + 1
+    draws = list(posterior.iter_draws(9, seeded(), quasi=True))
+    found = Predictive(model, posterior, 9, tolerance=0)(x, generator=seeded()).probs
+    assert vars(model.first)["forward"] is own
+    wanted = [Forward(model)([draw], x, Plan())[0] for draw in draws]
+    torch.testing.assert_close(found, torch.stack(wanted).softmax(2).mean(0))
 
 
 def test_plans_of_a_convolutional_network() -> None:

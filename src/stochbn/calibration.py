@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.calling import Batch, length, modes, network_input
-from stochbn.passes import Forward
+from stochbn.passes import Early, Forward
 from stochbn.posteriors import Posterior, check_draws
 
 __all__ = ["calibrate"]
@@ -82,12 +82,13 @@ def calibrate(
             if not length(inputs):
                 continue
             plan = forward.plan(inputs)
+            early = Early(plan.early)
             for size, loss in zip(batch_sizes, losses, strict=True):
                 generator = torch.Generator().manual_seed(seed + number)
                 count = 1 if size == math.inf else draws
                 total: Tensor | None = None
                 for buffers in posterior.rescale(size).iter_draws(count, generator, quasi=True):
-                    found = _log_likelihoods(forward([buffers], inputs, plan)[0], labels, temperatures)
+                    found = _log_likelihoods(forward([buffers], inputs, plan, early)[0], labels, temperatures)
                     total = found if total is None else torch.logaddexp(total, found)
                 assert total is not None
                 loss -= (total - math.log(count)).flatten(1).sum(1).cpu()

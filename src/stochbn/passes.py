@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from stochbn.calling import call, channels_last_weights, copied, find_logits, length, modes, take
 from stochbn.layers import batch_norms, buffer_names, running_statistics
 
-__all__ = ["Forward", "Plan"]
+__all__ = ["Early", "Forward", "Plan"]
 
 PIECE = 8 * 2**20
 """Bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and the memory
@@ -43,6 +43,7 @@ class Plan:
         separable: whether an object's logits are the same without the others of its batch.
         rows: how many objects may go through the network together under different draws; 0 for none.
         head: the layer that makes the logits, if the others run in bfloat16; None for the network's own type.
+        early: the layers that give the same under every draw, as they come before the first batch norm.
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Plan:
     separable: bool = False
     rows: int = 0
     head: nn.Module | None = None
+    early: tuple[nn.Module, ...] = ()
 
     def draws(self, objects: int) -> int:
         """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4."""
@@ -57,15 +59,68 @@ class Plan:
         return fit // 4 * 4 if fit >= 4 else max(1, fit // 2 * 2)
 
 
+class Early:
+    """What layers that do not depend on the draw make of the objects of a call.
+
+    The first pass over the objects notes their outputs, later ones take them from here instead of running the layers.
+
+    Args:
+        layers: a plan's `early` ones.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module] = ()) -> None:
+        self._layers = layers
+        self._outputs: dict[nn.Module, Tensor] = {}
+        self._noted: dict[nn.Module, int] = {}
+        self._known = False
+
+    def take(self, objects: Tensor) -> None:
+        """Keep some of the objects: a mask over those there are, ``[N]``."""
+        for layer, out in self._outputs.items():
+            self._outputs[layer] = out[objects].contiguous(memory_format=_layout(out))
+
+    def done(self, objects: int) -> None:
+        """All objects have gone through the network; layers that have not seen each of them once are run every time."""
+        if not self._known:
+            self._outputs = {layer: out for layer, out in self._outputs.items() if self._noted[layer] == objects}
+            self._known = True
+
+    @contextmanager
+    def used(self, start: int, stop: int, objects: int, times: int) -> Iterator[None]:
+        """Within it the network is called with those from `start` to `stop` of so many objects, all of them `times`."""
+
+        def note(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if not isinstance(out, Tensor) or len(out) != times * (stop - start):
+                self._noted[layer] = -objects
+                return
+            if layer not in self._outputs:
+                shape = (objects, *out.shape[1:])
+                self._outputs[layer] = torch.empty(
+                    shape, dtype=out.dtype, device=out.device, memory_format=_layout(out)
+                )
+            self._outputs[layer][start:stop] = out[: stop - start]
+            self._noted[layer] = self._noted.get(layer, 0) + stop - start
+
+        with ExitStack() as stack:
+            for layer in self._layers:
+                if not self._known:
+                    stack.callback(layer.register_forward_hook(note, prepend=True).remove)
+                elif layer in self._outputs:
+                    out = self._outputs[layer][start:stop]
+                    _replace_forward(layer, torch.cat([out] * times) if times > 1 else out, stack)
+            yield
+
+
 class Forward:
     """A network's logits with buffers in place of its own.
 
     `plan` finds the cheapest way that gives the same logits. On a CPU convolutions run in channels-last layout, large
     batches in pieces that stay in cache, and several draws of few objects in one pass, each object normalised by the
-    statistics of its draw. A network that cannot run so, or whose objects affect each other, is run as it is: this is
-    found out by five small passes, over a sixteenth of the objects or two, when inputs of a new shape come. Where the
-    processor multiplies bfloat16 numbers, all but the layer that makes the logits may run in these; whether rounding
-    matters beside the noise of the draws takes eight more small passes.
+    statistics of its draw; everywhere, the layers before the first batch norm run once. A network that cannot run so,
+    or whose objects affect each other, is run as it is: this is found out by six small passes, over a sixteenth of the
+    objects or two, when inputs of a new shape come. Where the processor multiplies bfloat16 numbers, all but the layer
+    that makes the logits may run in these; whether rounding matters beside the noise of the draws takes eight more
+    small passes.
 
     Args:
         model: the network.
@@ -76,21 +131,37 @@ class Forward:
     def __init__(self, model: nn.Module, place: str | int | None = None, *, compiled: bool = False) -> None:
         self.model = model
         self.place = place
-        self._measured: dict[Any, tuple[bool, float, bool, bool]] = {}
+        self._measured: dict[Any, _Measured] = {}
         self._heads: dict[Any, nn.Module | None] = {}
         self._compiled: Callable[..., Any] | None = torch.compile(self._functional) if compiled else None
 
-    def __call__(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan) -> list[Tensor]:
+    def __call__(
+        self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan, early: Early | None = None
+    ) -> list[Tensor]:
         """The logits ``[N, K, ...]`` of each draw of buffers, which are brought to the network's type and device.
+
+        Args:
+            draws: the buffers of each draw.
+            inputs: the network's input.
+            plan: how to make the passes.
+            early: of these inputs, under the same plan; None for running all layers.
 
         Raises:
             RuntimeError, ValueError, TypeError: as `stochbn.calling.call` and `stochbn.calling.find_logits` do.
         """
         if len(draws) > 1:
-            return self._stacked(draws, inputs, plan)
+            return self._stacked(draws, inputs, plan, early or Early())
         own = dict(self.model.named_buffers(remove_duplicate=False))
         tensors = {**plan.weights, **{name: value.to(own[name]) for name, value in draws[0].items()}}
-        found = [self._logits(tensors, piece, plan.head) for piece in _pieces(inputs, plan.size)]
+        if plan.size is None:  # objects that are not told apart
+            return [self._logits(tensors, inputs, plan.head)]
+        early, objects, found = early or Early(), length(inputs), []
+        for start in range(0, max(objects, 1), plan.size):
+            stop = min(start + plan.size, objects)
+            with early.used(start, stop, objects, 1):
+                piece = take(inputs, slice(start, stop)) if stop - start < objects else inputs
+                found.append(self._logits(tensors, piece, plan.head))
+        early.done(objects)
         return [found[0] if len(found) == 1 else torch.cat(found)]
 
     def plan(
@@ -118,47 +189,73 @@ class Forward:
                 self._measured[key] = self._measure(inputs, objects)
             except (RuntimeError, ValueError, TypeError):  # which the pass itself will raise, with its own shape
                 return Plan()
-        channels_last, activation, separable, stackable = self._measured[key]
-        head = None
-        if sample is not None and separable and self._compiled is None and _on_cpu(inputs) and _multiplies_bfloat16():
+        found = self._measured[key]
+        activation, head = found.activation, None
+        rounds = found.separable and self._compiled is None and _on_cpu(inputs) and _multiplies_bfloat16()
+        if sample is not None and rounds:
             if key not in self._heads:
                 self._heads[key] = self._head(
-                    take(inputs, slice(max(8, objects // 16))), channels_last, sample(), averaged
+                    take(inputs, slice(max(8, objects // 16))), found.channels_last, sample(), averaged
                 )
             head = self._heads[key]
         if head is not None:
             weights = self._low(head)
             activation /= 2
         else:
-            weights = channels_last_weights(self.model) if channels_last else {}
-        pieces = max(1, round(objects * activation / PIECE)) if separable and _on_cpu(inputs) else 1
+            weights = channels_last_weights(self.model) if found.channels_last else {}
+        pieces = max(1, round(objects * activation / PIECE)) if found.separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
-        rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if stackable else 0
-        return Plan(weights, size, separable, rows, head)
+        rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if found.stackable else 0
+        return Plan(weights, size, found.separable, rows, head, found.early)
 
-    def _measure(self, inputs: Any, objects: int) -> tuple[bool, float, bool, bool]:
-        """Whether channels-last works, an object's largest activation in bytes, and if objects separate and stack."""
+    def _measure(self, inputs: Any, objects: int) -> _Measured:
         few = max(1, objects // 16)
         part, twice = take(inputs, slice(few)), take(inputs, slice(2 * few))
         sizes = [0]
+        outputs: dict[nn.Module, list[Any]] = {}
 
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def arrive(norm: nn.Module, args: tuple[Any, ...]) -> None:
             sizes.extend(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+
+        def note(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if len(sizes) == 1 or layer in outputs:  # before the first batch norm, or once more
+                outputs.setdefault(layer, []).append(out)
 
         with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
             alone = find_logits(call(self.model, {}, part), self.place)
-            for layer in batch_norms(self.model).values():
-                hooks.callback(layer.register_forward_pre_hook(note).remove)
+            for norm in batch_norms(self.model).values():
+                hooks.callback(norm.register_forward_pre_hook(arrive).remove)
+            for module in self.model.modules():
+                if isinstance(module, MULTIPLYING):
+                    hooks.callback(module.register_forward_hook(note, prepend=True).remove)
             weights = channels_last_weights(self.model) if _on_cpu(inputs) else {}
             for tensors in (weights, {}) if weights else ({},):
+                del sizes[1:]
+                outputs.clear()
                 try:
-                    together = find_logits(call(self.model, tensors, twice), self.place)
+                    # Tensors that are made in inference mode do not tell whether they have been written to.
+                    with torch.inference_mode(False), torch.no_grad():
+                        together = find_logits(call(self.model, tensors, twice), self.place)
                 except (RuntimeError, ValueError):  # such as from view() on a tensor in channels-last layout
                     continue
                 if len(alone) == few and len(together) == length(twice) and _agree(alone, together[:few]):
                     hooks.close()
-                    return bool(tensors), max(sizes) / len(together), True, self._stackable(part, tensors)
-        return False, 0.0, False, False
+                    activation = max(sizes) / len(together)
+                    early = _unchanged(outputs, len(together), activation)
+                    if early and not (self._compiled is None and self._served(early, part, tensors, alone)):
+                        early = {}
+                    stackable = self._stackable(part, tensors)
+                    return _Measured(bool(tensors), activation, True, stackable, tuple(early))
+        return _Measured()
+
+    def _served(
+        self, outputs: Mapping[nn.Module, Tensor], inputs: Any, weights: Mapping[str, Tensor], logits: Tensor
+    ) -> bool:
+        """Whether the logits are the same with the first objects of these outputs in place of the layers' own."""
+        with ExitStack() as stack:
+            for layer, out in outputs.items():
+                _replace_forward(layer, out[: len(logits)], stack)
+            return _agree(logits, find_logits(call(self.model, weights, inputs), self.place))
 
     def _stackable(self, inputs: Any, weights: Mapping[str, Tensor]) -> bool:
         """Whether two draws can be made in one pass: tried with the running statistics and others near them."""
@@ -173,7 +270,7 @@ class Forward:
             moved = mean + 0.1 * (variance + layer.eps).sqrt(), 1.2 * variance
             draws[1] |= dict(zip(buffer_names(name), moved, strict=True))
         try:
-            together = self._stacked(draws, inputs, Plan(weights))
+            together = self._stacked(draws, inputs, Plan(weights), Early())
         except (RuntimeError, ValueError):
             return False
         one_by_one = [self([draw], inputs, Plan(weights))[0] for draw in draws]
@@ -208,7 +305,7 @@ class Forward:
         error = (torch.stack(rounded).softmax(2) - probs).square().mean()
         return called[-1] if error <= probs.var(0).mean() / (4 * averaged) else None
 
-    def _stacked(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan) -> list[Tensor]:
+    def _stacked(self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan, early: Early) -> list[Tensor]:
         """The logits of several draws from one pass over as many copies of the input.
 
         The network's own statistics stay. What comes into a batch norm is shifted and scaled before, so that it leaves
@@ -233,7 +330,9 @@ class Forward:
                 scale = ((variance + layer.eps) / (variances + layer.eps)).sqrt()
                 each = [v.repeat_interleave(objects, 0) for v in (scale, mean - means * scale)]
                 hooks.callback(layer.register_forward_pre_hook(functools.partial(exchange, each[0], each[1])).remove)
+            hooks.enter_context(early.used(0, objects, objects, len(draws)))
             logits = self._logits(plan.weights, _repeated(inputs, len(draws)), plan.head)
+        early.done(objects)
         if len(logits) != rows:
             raise ValueError("the output has no logits for each object")
         return list(torch.split(logits, objects))
@@ -276,6 +375,53 @@ class Forward:
         return functional_call(self.model, tensors, args, kwargs, tie_weights=False)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of inputs of one shape.
+
+    Attributes:
+        channels_last: whether convolutions work in that layout.
+        activation: the largest input of a batch norm, in bytes for an object.
+        separable: whether an object's logits are the same without the others.
+        stackable: whether several draws can be made in one pass.
+        early: the layers before the first batch norm whose outputs can be kept.
+    """
+
+    channels_last: bool = False
+    activation: float = 0.0
+    separable: bool = False
+    stackable: bool = False
+    early: tuple[nn.Module, ...] = ()
+
+
+def _unchanged(outputs: Mapping[nn.Module, Sequence[Any]], objects: int, activation: float) -> dict[nn.Module, Tensor]:
+    """Of layers' outputs, the single ones with a row for each object that nothing has written to since.
+
+    None if together they are larger than the largest input of a batch norm, so that keeping them costs little memory.
+    """
+    kept = {
+        layer: made[0]
+        for layer, made in outputs.items()
+        if len(made) == 1 and isinstance(made[0], Tensor) and len(made[0]) == objects and made[0]._version == 0
+    }
+    return kept if sum(t.numel() * t.element_size() for t in kept.values()) <= objects * activation else {}
+
+
+def _replace_forward(layer: nn.Module, out: Tensor, stack: ExitStack) -> None:
+    """Let a layer give this output, until the stack is closed."""
+    if "forward" in vars(layer):
+        stack.callback(setattr, layer, "forward", layer.forward)
+    else:
+        stack.callback(delattr, layer, "forward")
+    layer.forward = lambda *args, **kwargs: out
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 @functools.cache
 def _multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it; without them such passes are slower, not faster."""
@@ -297,15 +443,6 @@ def _repeated(inputs: Any, times: int) -> Any:
     if isinstance(inputs, Tensor):
         return torch.cat([inputs] * times)
     return {k: torch.cat([v] * times) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-
-def _pieces(inputs: Any, size: int | None) -> Iterator[Any]:
-    objects = length(inputs) if size is not None else 0
-    if size is None or objects <= size:
-        yield inputs
-        return
-    for start in range(0, objects, size):
-        yield take(inputs, slice(start, start + size))
 
 
 def _dynamic(called: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from stochbn.calling import Batch, call, copied_buffers, find_logits, join, length, modes, network_input, split, take
 from stochbn.layers import batch_norms
-from stochbn.passes import Forward, Plan
+from stochbn.passes import Early, Forward, Plan
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.statistics import mini_batches
 
@@ -185,12 +185,12 @@ class Predictive:
         temperature = self.posterior.temperature if self.posterior is not None else 1.0
         tolerance = 0.0 if keep else TOLERANCE / math.sqrt(self.draws) if self.tolerance is None else self.tolerance
         plan = self._plan(inputs, exact=tolerance == 0)
-        average = _Average(keep, temperature, tolerance, plan.separable)
+        average, early = _Average(keep, temperature, tolerance, plan.separable), Early(plan.early)
         draws = self._enough() if tolerance else self.draws
         with torch.no_grad(), modes(self.model, self._trains), closing(self._passes(draws, generator)) as passes:
             objects = length(inputs) if plan.rows else 1
             while block := list(itertools.islice(passes, average.next(plan.draws(objects)))):
-                for logits in self._forward(block, inputs, plan):
+                for logits in self._forward(block, inputs, plan, early):
                     average.add(logits)
                 waiting = average.waiting()
                 if waiting is not None:
@@ -198,6 +198,7 @@ class Predictive:
                     if not objects:
                         break
                     inputs = take(inputs, waiting)
+                    early.take(waiting)
         return average.prediction()
 
     def _plan(self, inputs: Any, exact: bool) -> Plan:
