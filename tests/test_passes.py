@@ -328,18 +328,31 @@ def test_an_object_gets_draws_until_its_error_is_small(tolerance: float, n: int,
     model = settled(mlp(), 4)
     posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
     x = 3 * normal(n, 4, seed=seed)
-    found = Predictive(model, posterior, 40, tolerance=tolerance)(x, generator=seeded(seed))
-    draws = list(posterior.iter_draws(20, seeded(seed), quasi=True))
+    found = Predictive(model, posterior, 50, tolerance=tolerance)(x, generator=seeded(seed))
+    draws = list(posterior.iter_draws(24, seeded(seed), quasi=True))
     every = torch.stack(slow(model, draws, x)).softmax(2)
     for i in range(n):
         enough, means = False, []
-        for count in (8, 12, 16, 20):
+        for count in (8, 12, 16, 20, 24):
             mean = every[:count, i].double().mean(0)
             squares = (every[:count, i] - mean).square().sum()
-            enough = enough or bool(squares.sqrt() / count <= tolerance * (1 + 1e-5)) or count == 20
+            enough = enough or bool(squares.sqrt() / count <= tolerance * (1 + 1e-5)) or count == 24
             if enough:  # or later, where few objects get several draws in one pass
                 means.append(mean)
         assert any(torch.allclose(found.probs[i].double(), mean, atol=1e-5) for mean in means)
+
+
+@pytest.mark.parametrize(
+    "kind, draws, made",
+    [("joint", 7, 7), ("joint", 8, 8), ("joint", 20, 8), ("joint", 22, 16), ("joint", 36, 16), ("joint", 50, 24)]
+    + [("factorized", 100, 48), ("empirical", 50, 50)],
+)
+def test_an_object_that_is_never_done_gets_whole_sets_of_points(kind: str, draws: int, made: int) -> None:
+    model, x = settled(mlp(), 4), normal(5, 4)
+    posterior = stochbn.fit(model, [normal(480, 4, seed=9)], 6, kind)
+    found = Predictive(model, posterior, draws, tolerance=1e-9)(x, generator=seeded(2))
+    every = slow(model, list(posterior.iter_draws(made, seeded(2), quasi=True)), x)
+    torch.testing.assert_close(found.probs, torch.stack(every).softmax(2).mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tolerance", [-1, float("nan"), float("inf")])

@@ -109,7 +109,8 @@ class Predictive:
         model: the network. Its output may be logits ``[N, K]`` or, for dense predictions, ``[N, K, H, W]``.
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
             its running averages.
-        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made.
+        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in whole sets
+            of 8.
         logits: where the logits are in an output that is not a tensor: a key, a field or a position. None looks for
             ``logits``, then ``out``, then the first entry of a tuple.
         generator: where draws come from; None is PyTorch's global generator, and with one given that is
@@ -218,7 +219,10 @@ class Predictive:
     def _enough(self) -> int:
         """The number of quasi-random draws that are worth `draws` independent ones."""
         worth = self.posterior.worth if self.posterior is not None else 1.0
-        return max(min(self.draws, FIRST), math.ceil(self.draws / worth))
+        if worth == 1 or self.draws < FIRST:
+            return self.draws
+        # Sobol points are evenly spread in multiples of a power of two: two draws more than one are not worth seven.
+        return FIRST * max(1, math.ceil((self.draws / worth - 2) / FIRST))
 
     def _passes(self, draws: int, generator: torch.Generator | None) -> Generator[Mapping[str, Tensor], None, None]:
         """The buffers of each forward pass."""
