@@ -343,9 +343,12 @@ def test_an_object_gets_draws_until_its_error_is_small(tolerance: float, n: int,
 
 
 @pytest.mark.parametrize(
-    "kind, draws, made",
-    [("joint", 7, 7), ("joint", 8, 8), ("joint", 20, 8), ("joint", 22, 16), ("joint", 36, 16), ("joint", 50, 24)]
-    + [("factorized", 100, 48), ("empirical", 50, 50)],
+    ("kind", "draws", "made"),
+    [
+        *(("joint", *pair) for pair in [(7, 7), (8, 8), (20, 8), (22, 16), (36, 16), (50, 24)]),
+        ("factorized", 100, 48),
+        ("empirical", 50, 50),
+    ],
 )
 def test_an_object_that_is_never_done_gets_whole_sets_of_points(kind: str, draws: int, made: int) -> None:
     model, x = settled(mlp(), 4), normal(5, 4)

@@ -109,8 +109,7 @@ class Predictive:
         model: the network. Its output may be logits ``[N, K]`` or, for dense predictions, ``[N, K, H, W]``.
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
             its running averages.
-        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in whole sets
-            of 8.
+        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights.
         logits: where the logits are in an output that is not a tensor: a key, a field or a position. None looks for
             ``logits``, then ``out``, then the first entry of a tuple.
         generator: where draws come from; None is PyTorch's global generator, and with one given that is
