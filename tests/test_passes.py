@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import stochbn
 from conftest import Case, convnet, mlp, normal, seeded, settled
@@ -172,8 +173,102 @@ def test_objects_that_affect_each_other_stay_together(monkeypatch: pytest.Monkey
     wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
     found = Predictive(model, posterior, 8, generator=seeded(), tolerance=0)(x)
     torch.testing.assert_close(found.probs, wanted)
-    early = Predictive(model, posterior, 50, generator=seeded(), tolerance=10)(x)
-    torch.testing.assert_close(early.probs, torch.stack(slow(model, draws[:8], x)).softmax(2).mean(0))
+    draws = list(posterior.iter_draws(24, seeded(), quasi=True))
+    every = torch.stack(slow(model, draws, x)).softmax(2)
+    errors = {n: (every[:n] - every[:n].mean(0)).square().sum((0, 2)).sqrt() / n for n in (8, 12, 16, 20)}
+    tolerance = errors[12].max().item() * 1.001
+    assert (errors[8] < tolerance).any(), "some would be done before the others"
+    assert errors[8].max() > tolerance
+    early = Predictive(model, posterior, 50, generator=seeded(), tolerance=tolerance)(x)
+    torch.testing.assert_close(early.probs, every[:12].mean(0))
+
+
+class Odd(nn.Module):
+    """Does one thing that passes must not be made cheaper for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.other, self.head, self.what = nn.BatchNorm1d(8), nn.Linear(8, 3), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, what = self.first(x), self.what
+        if what == "writes to large batches" and len(x) > 8:
+            x = x.mul_(1.5)
+        elif what == "writes to large values" and (x > 4).any():
+            x[x > 4] *= 1.5
+        if what == "the function of a norm" and not self.training:
+            x = F.batch_norm(x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
+        elif what == "a norm by keyword":
+            x = self.norm(input=x)
+        else:
+            x = self.norm(x)
+        if what == "some come to the second norm":
+            chosen = x[:, 0] > 0.3
+            if chosen.any():
+                x[chosen] = self.other(self.second(x[chosen]))
+        else:
+            x = self.other(self.second(x.relu()))
+        if what in ("the mean of all", "the mean of all, a class masked", "the mean of all, a class impossible"):
+            x = x - x.mean(0)
+        elif what == "the first of all":
+            x = x - x[:1]
+        elif what == "the one before":
+            x = torch.cat([x[:1], x[1:] + x[:-1]])
+        elif what == "groups of four":
+            x = x.view(-1, 4, 8).cumsum(1).view(-1, 8)
+        out: Tensor = self.head(x.relu()) * 2
+        masks = {"the mean of all, a class masked": -1e9, "the mean of all, a class impossible": -float("inf")}
+        if what in masks:
+            out = torch.cat([out, out.new_full((len(out), 1), masks[what])], 1)
+        return out
+
+
+@pytest.mark.parametrize("before", ["nothing", "equal objects", "not a number", "small objects"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "nothing", "writes to large batches", "writes to large values", "the function of a norm", "a norm by keyword",
+        "some come to the second norm", "the mean of all", "the mean of all, a class masked",
+        "the mean of all, a class impossible", "the first of all", "the one before", "groups of four",
+    ],
+)  # fmt: skip
+def test_odd_networks_get_the_results_of_slow_passes(what: str, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "PIECE", 256)
+    model = Odd(what)
+    settled(model, 4)
+    posterior = stochbn.fit(model, [normal(256, 4, seed=3)], 8 if what != "some come to the second norm" else 64)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    for objects in (64, 8):
+        x = normal(objects, 4)
+        x[-3] *= 20
+        if before == "equal objects":
+            predictive(torch.zeros_like(x))
+        elif before == "small objects":
+            predictive(0.01 * x)
+        elif before == "not a number":
+            with pytest.raises(ValueError, match="not finite"):
+                predictive(torch.where(torch.arange(objects)[:, None] == 0, float("nan"), x))
+        draws = list(posterior.iter_draws(9, seeded(), quasi=True))
+        for _ in range(2):
+            found = predictive(x, generator=seeded())
+            wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
+            torch.testing.assert_close(found.probs, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_are_not_stacked_on_statistics_that_would_cost_them_digits() -> None:
+    model = settled(mlp(), 4)
+    assert Forward(model).plan(normal(8, 4)).rows
+    next(buffer for name, buffer in model.named_buffers() if name.endswith("running_mean")).fill_(1e6)
+    assert not Forward(model).plan(normal(8, 4)).rows
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_network_that_is_compiled_already_is_run_as_it_is(inner: bool) -> None:
+    model = settled(mlp(), 4)
+    compiled: Any = torch.compile(model)
+    other = nn.Sequential(compiled) if inner else compiled
+    assert Forward(other).plan(normal(8, 4)) == Plan()
 
 
 def test_a_network_that_needs_its_own_layout_keeps_it() -> None:
@@ -214,6 +309,19 @@ def test_compiled_passes_give_the_same_and_serve_other_numbers_of_objects() -> N
             torch.testing.assert_close(compiled(x, generator=seeded(2)).probs, eager.probs)
 
 
+def test_no_number_of_objects_is_compiled_for_again() -> None:
+    model = settled(convnet(), 2, 6, 5)
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 5, seed=9)], 8)
+    compiled = Predictive(model, posterior, 8, tolerance=0, compiled=True)
+    compiled(normal(20, 2, 6, 5))
+    before = dict(torch._dynamo.utils.counters["stats"])
+    for n in (19, 16, 15, 2, 1, 40):
+        x = normal(n, 2, 6, 5, seed=n)
+        eager = Predictive(model, posterior, 8, tolerance=0)(x, generator=seeded(2))
+        torch.testing.assert_close(compiled(x, generator=seeded(2)).probs, eager.probs, rtol=1e-4, atol=1e-5)
+    assert dict(torch._dynamo.utils.counters["stats"])["unique_graphs"] == before["unique_graphs"]
+
+
 def test_a_network_that_cannot_be_compiled_is_run_without_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: Any) -> Any:
         def fail(*args: Any) -> Any:
@@ -228,6 +336,7 @@ def test_a_network_that_cannot_be_compiled_is_run_without_with_one_warning(monke
     with pytest.warns(UserWarning, match=r"Sequential cannot be compiled.*TypeError: no compiler here\)") as caught:
         first = compiled(x, generator=seeded(2))
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     second = compiled(x, generator=seeded(2))  # warnings are errors
     eager = Predictive(model, posterior, 6, tolerance=0)(x, generator=seeded(2))
     torch.testing.assert_close(first.probs, eager.probs)
@@ -311,6 +420,32 @@ def test_no_bfloat16_where_it_matters_or_is_not_wanted(monkeypatch: pytest.Monke
     wanted = torch.stack(slow(model, list(posterior.iter_draws(8, seeded(3), quasi=True)), x)).softmax(2).mean(0)
     torch.testing.assert_close(exact.probs, wanted, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(passes, "_multiplies_bfloat16", lambda: False)
+    assert Forward(model).plan(x, lambda: draws).head is None
+
+
+def test_bfloat16_is_judged_again_by_larger_objects_and_a_new_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convnet()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x - x.mean((1, 2, 3), keepdim=True))
+            return out
+
+    monkeypatch.setattr(passes, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(passes, "LARGE", 0)
+    model, x = Offset(), normal(40, 2, 6, 5, seed=4)
+    settled(model, 2, 6, 5).eval()
+    draws = list(stochbn.fit(model, [normal(64, 2, 6, 5, seed=9)], 8).iter_draws(4, seeded(1)))
+    forward = Forward(model)
+    assert forward.plan(x, lambda: draws).head is not None
+    assert forward.plan(x.where(x < 100, float("nan")), lambda: draws).head is not None
+    children = list(model.body.named_children())
+    setattr(model.body, children[-1][0], copy.deepcopy(children[-1][1]))
+    assert forward.plan(x, lambda: draws).head is model.body[-1]
+    x[33] += 300
+    assert forward.plan(x, lambda: draws).head is None
     assert Forward(model).plan(x, lambda: draws).head is None
 
 

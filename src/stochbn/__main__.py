@@ -15,6 +15,8 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] == "stochbn":
             raise
         sys.exit(f"the stochbn command needs {error.name}, which is not installed: pip install 'stochbn[paper]'")
+    except KeyboardInterrupt:  # before the command line, which has its own way to stop, was there
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import itertools
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,6 +83,10 @@ def main() -> None:
     except (ExperimentError, OSError, ValueError) as error:
         err.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         sys.exit(1)
+    except SystemExit as end:
+        if end.code == 130:
+            err.print("Stopped.")
+        raise
 
 
 @app.command()
@@ -292,13 +297,19 @@ def bench(
 ) -> None:
     """Measure what uncertainty costs with a network: time and memory, in forward passes of the plain network.
 
-    Each network is measured at each batch size; name one as NETWORK and run the command again for others. Leave the
-    machine alone meanwhile.
+    Each network is measured at each batch size, with a joint posterior that is fitted for it. Leave the machine alone
+    meanwhile.
     """
-    from stochbn.paper import cost
+    from stochbn.paper import checkpoints, cost
 
+    for network in networks:
+        checkpoint = checkpoints.load(network)
+        images = _load(data or checkpoint.data, "test")
+        _check_images(checkpoint, images)
+        cost.check_batch(images, max(batch))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_folder(folder / "cost.json")
     found = []
     with out.status("measuring") as status:
         for network, size in itertools.product(networks, batch):
@@ -313,10 +324,11 @@ def bench(
                 progress=say,
             )
             found.append(one)
+            if folder is not None:
+                cost.write(found, folder)
     for table in cost.tables(found):
         out.print(table.rich())
     if folder is not None:
-        cost.write(found, folder)
         out.print(f"Everything is in [bold]{escape(str(folder))}[/]: cost.json, cost.md and cost.png.")
 
 
@@ -629,8 +641,10 @@ def _check_folder(path: Path) -> None:
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"the folder {str(path.parent)!r} is not writable; name a file elsewhere")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise PermissionError(f"the folder {str(path.parent)!r} is not writable; name a file elsewhere") from error
 
 
 def _check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False) -> None:

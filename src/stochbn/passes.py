@@ -77,7 +77,8 @@ class Early:
     def take(self, objects: Tensor) -> None:
         """Keep some of the objects: a mask over those there are, ``[N]``."""
         for layer, out in self._outputs.items():
-            self._outputs[layer] = out[objects].contiguous(memory_format=_layout(out))
+            with _versioned():
+                self._outputs[layer] = out[objects].contiguous(memory_format=_layout(out))
 
     def done(self, objects: int) -> None:
         """All objects have gone through the network; layers that have not seen each of them once are run every time."""
@@ -95,12 +96,14 @@ class Early:
                 return
             if layer not in self._outputs:
                 shape = (objects, *out.shape[1:])
-                self._outputs[layer] = torch.empty(
-                    shape, dtype=out.dtype, device=out.device, memory_format=_layout(out)
-                )
+                with _versioned():
+                    self._outputs[layer] = torch.empty(
+                        shape, dtype=out.dtype, device=out.device, memory_format=_layout(out)
+                    )
             self._outputs[layer][start:stop] = out[: stop - start]
             self._noted[layer] = self._noted.get(layer, 0) + stop - start
 
+        served = {layer: out._version for layer, out in self._outputs.items()} if self._known else {}
         with ExitStack() as stack:
             for layer in self._layers:
                 if not self._known:
@@ -109,6 +112,9 @@ class Early:
                     out = self._outputs[layer][start:stop]
                     _replace_forward(layer, torch.cat([out] * times) if times > 1 else out, stack)
             yield
+        for layer, version in served.items():  # one that the network wrote to served this pass, but no other
+            if self._outputs[layer]._version != version:
+                del self._outputs[layer]
 
 
 class Forward:
@@ -117,10 +123,10 @@ class Forward:
     `plan` finds the cheapest way that gives the same logits. On a CPU convolutions run in channels-last layout, large
     batches in pieces that stay in cache, and several draws of few objects in one pass, each object normalised by the
     statistics of its draw; everywhere, the layers before the first batch norm run once. A network that cannot run so,
-    or whose objects affect each other, is run as it is: this is found out by six small passes, over a sixteenth of the
-    objects or two, when inputs of a new shape come. Where the processor multiplies bfloat16 numbers, all but the layer
-    that makes the logits may run in these; whether rounding matters beside the noise of the draws takes eight more
-    small passes.
+    or whose objects affect each other, is run as it is: this is found out by eight small passes or a few more, over a
+    sixteenth of the objects or an eighth, when inputs of a new shape come. Where the processor multiplies bfloat16
+    numbers, all but the layer that makes the logits may run in these; whether rounding matters beside the noise of the
+    draws takes eight more small passes, again when objects come that are half as large again as any before.
 
     Args:
         model: the network.
@@ -132,7 +138,8 @@ class Forward:
         self.model = model
         self.place = place
         self._measured: dict[Any, _Measured] = {}
-        self._heads: dict[Any, nn.Module | None] = {}
+        self._rounding: dict[Any, _Rounding] = {}
+        self._stacks = True
         self._compiled: Callable[..., Any] | None = torch.compile(self._functional) if compiled else None
 
     def __call__(
@@ -150,7 +157,11 @@ class Forward:
             RuntimeError, ValueError, TypeError: as `stochbn.calling.call` and `stochbn.calling.find_logits` do.
         """
         if len(draws) > 1:
-            return self._stacked(draws, inputs, plan, early or Early())
+            try:
+                return self._stacked(draws, inputs, plan, early or Early())
+            except (RuntimeError, ValueError):  # such as when only some of the objects come to a batch norm
+                self._stacks = False
+                return [logits for draw in draws for logits in self([draw], inputs, plan, early)]
         own = dict(self.model.named_buffers(remove_duplicate=False))
         tensors = {**plan.weights, **{name: value.to(own[name]) for name, value in draws[0].items()}}
         if plan.size is None:  # objects that are not told apart
@@ -160,7 +171,10 @@ class Forward:
             stop = min(start + plan.size, objects)
             with early.used(start, stop, objects, 1):
                 piece = take(inputs, slice(start, stop)) if stop - start < objects else inputs
-                found.append(self._logits(tensors, piece, plan.head))
+                if self._compiled is not None and plan.separable and 0 < stop - start < ROWS:
+                    # Compiled code is made again for one object, and for fewer than 16 in a convolution.
+                    piece = take(piece, torch.arange(ROWS).clamp(max=stop - start - 1))
+                found.append(self._logits(tensors, piece, plan.head)[: stop - start])
         early.done(objects)
         return [found[0] if len(found) == 1 else torch.cat(found)]
 
@@ -181,23 +195,22 @@ class Forward:
         except ValueError:
             objects = 0
         # A network that is compiled already would be compiled again for every other layout and number of objects.
-        if not objects or hasattr(self.model, "_orig_mod"):
+        if not objects or any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in self.model.modules()):
             return Plan()
         key = _shape(inputs), objects > 1, torch.is_autocast_enabled("cpu")
         if key not in self._measured:
             try:
-                self._measured[key] = self._measure(inputs, objects)
+                measured = self._measure(inputs, objects)
             except (RuntimeError, ValueError, TypeError):  # which the pass itself will raise, with its own shape
+                measured = None
+            if measured is None:
                 return Plan()
+            self._measured[key] = measured
         found = self._measured[key]
         activation, head = found.activation, None
         rounds = found.separable and self._compiled is None and _on_cpu(inputs) and _multiplies_bfloat16()
         if sample is not None and rounds:
-            if key not in self._heads:
-                self._heads[key] = self._head(
-                    take(inputs, slice(max(8, objects // 16))), found.channels_last, sample(), averaged
-                )
-            head = self._heads[key]
+            head = self._rounded(key, inputs, found.channels_last, sample, averaged)
         if head is not None:
             weights = self._low(head)
             activation /= 2
@@ -205,17 +218,22 @@ class Forward:
             weights = channels_last_weights(self.model) if found.channels_last else {}
         pieces = max(1, round(objects * activation / PIECE)) if found.separable and _on_cpu(inputs) else 1
         size = math.ceil(objects / pieces)
-        rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if found.stackable else 0
+        rows = max(size // 3, min(ROWS, int(PIECE / max(activation, 1)))) if found.stackable and self._stacks else 0
         return Plan(weights, size, found.separable, rows, head, found.early)
 
-    def _measure(self, inputs: Any, objects: int) -> _Measured:
-        few = max(1, objects // 16)
-        part, twice = take(inputs, slice(few)), take(inputs, slice(2 * few))
+    def _measure(self, inputs: Any, objects: int) -> _Measured | None:
+        """What is known of such inputs, from some objects of these; None if they tell nothing."""
+        few = objects // 16 | 1
+        # Objects from anywhere, and every second of them in the opposite order: their neighbours are others each time.
+        twice = take(inputs, torch.linspace(0, objects - 1, min(2 * few, objects)).round().long())
+        order = torch.arange(length(twice) - 1, -1, -2)
+        part = take(twice, order)
         sizes = [0]
         outputs: dict[nn.Module, list[Any]] = {}
 
-        def arrive(norm: nn.Module, args: tuple[Any, ...]) -> None:
-            sizes.extend(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+        def arrive(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = (*args, *kwargs.values())
+            sizes.extend(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
         def note(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if len(sizes) == 1 or layer in outputs:  # before the first batch norm, or once more
@@ -223,8 +241,10 @@ class Forward:
 
         with torch.no_grad(), modes(self.model, lambda module: False), ExitStack() as hooks:
             alone = find_logits(call(self.model, {}, part), self.place)
+            if alone.softmax(1).isnan().any():
+                return None
             for norm in batch_norms(self.model).values():
-                hooks.callback(norm.register_forward_pre_hook(arrive).remove)
+                hooks.callback(norm.register_forward_pre_hook(arrive, with_kwargs=True).remove)
             for module in self.model.modules():
                 if isinstance(module, MULTIPLYING):
                     hooks.callback(module.register_forward_hook(note, prepend=True).remove)
@@ -233,48 +253,82 @@ class Forward:
                 del sizes[1:]
                 outputs.clear()
                 try:
-                    # Tensors that are made in inference mode do not tell whether they have been written to.
-                    with torch.inference_mode(False), torch.no_grad():
+                    with _versioned():
                         together = find_logits(call(self.model, tensors, twice), self.place)
                 except (RuntimeError, ValueError):  # such as from view() on a tensor in channels-last layout
                     continue
-                if len(alone) == few and len(together) == length(twice) and _agree(alone, together[:few]):
+                if len(together) > 1 and (together == together[:1]).all():
+                    return None  # equal objects do not tell whether they affect each other
+                if len(alone) == len(order) and len(together) == length(twice) and _agree(alone, together[order]):
                     hooks.close()
                     activation = max(sizes) / len(together)
                     early = _unchanged(outputs, len(together), activation)
-                    if early and not (self._compiled is None and self._served(early, part, tensors, alone)):
+                    if early and not (self._compiled is None and self._served(early, order, part, tensors)):
                         early = {}
                     stackable = self._stackable(part, tensors)
                     return _Measured(bool(tensors), activation, True, stackable, tuple(early))
         return _Measured()
 
     def _served(
-        self, outputs: Mapping[nn.Module, Tensor], inputs: Any, weights: Mapping[str, Tensor], logits: Tensor
+        self, outputs: Mapping[nn.Module, Tensor], objects: Tensor, inputs: Any, weights: Mapping[str, Tensor]
     ) -> bool:
-        """Whether the logits are the same with the first objects of these outputs in place of the layers' own."""
+        """Whether the logits of another draw are the same with these objects of the outputs in place of its own."""
+        draw = self._neighbours()[1]
+        own = self([draw], inputs, Plan(weights))[0]
         with ExitStack() as stack:
             for layer, out in outputs.items():
-                _replace_forward(layer, out[: len(logits)], stack)
-            return _agree(logits, find_logits(call(self.model, weights, inputs), self.place))
+                _replace_forward(layer, out[objects], stack)
+            return _agree(own, self([draw], inputs, Plan(weights))[0])
 
-    def _stackable(self, inputs: Any, weights: Mapping[str, Tensor]) -> bool:
-        """Whether two draws can be made in one pass: tried with the running statistics and others near them."""
-        if self._compiled is not None or not _on_cpu(inputs) or torch.is_autocast_enabled("cpu"):
-            return False
+    def _neighbours(self) -> list[dict[str, Tensor]]:
+        """Two draws: the running statistics, and others near them."""
         draws: list[dict[str, Tensor]] = [{}, {}]
         for name, layer in batch_norms(self.model).items():
             mean, variance = running_statistics(layer)
-            if mean.dtype.itemsize < 4:
-                return False
-            draws[0] |= dict(zip(buffer_names(name), (mean, variance), strict=True))
             moved = mean + 0.1 * (variance + layer.eps).sqrt(), 1.2 * variance
-            draws[1] |= dict(zip(buffer_names(name), moved, strict=True))
+            for draw, values in zip(draws, ((mean, variance), moved), strict=True):
+                draw.update(zip(buffer_names(name), values, strict=True))
+        return draws
+
+    def _stackable(self, inputs: Any, weights: Mapping[str, Tensor]) -> bool:
+        """Whether two draws can be made in one pass."""
+        if self._compiled is not None or not _on_cpu(inputs) or torch.is_autocast_enabled("cpu"):
+            return False
+        for layer in batch_norms(self.model).values():
+            mean, variance = running_statistics(layer)
+            # The draws' statistics come on top of the network's own, which must leave them digits enough.
+            if mean.dtype.itemsize < 4 or not (mean.abs() <= 1000 * (variance + layer.eps).sqrt()).all():
+                return False
+        draws = self._neighbours()
         try:
             together = self._stacked(draws, inputs, Plan(weights), Early())
         except (RuntimeError, ValueError):
             return False
         one_by_one = [self([draw], inputs, Plan(weights))[0] for draw in draws]
         return all(map(_agree, one_by_one, together))
+
+    def _rounded(
+        self,
+        key: Any,
+        inputs: Any,
+        channels_last: bool,
+        sample: Callable[[], Sequence[Mapping[str, Tensor]]],
+        averaged: int,
+    ) -> nn.Module | None:
+        """The layer that makes the logits, if the others may run in bfloat16: by objects as large as any before."""
+        sizes = _amplitudes(inputs)
+        largest = sizes.max().item()
+        known = self._rounding.get(key)
+        if known is not None and known.head is None:
+            return None
+        if known is None or largest > known.largest or known.head not in set(self.model.modules()):
+            if not math.isfinite(largest):
+                return None
+            ranks = torch.linspace(0, len(sizes) - 1, min(len(sizes), max(8, len(sizes) // 16))).round().long()
+            chosen = take(inputs, sizes.argsort(stable=True)[ranks])
+            known = _Rounding(self._head(chosen, channels_last, sample(), averaged), 1.5 * largest)
+            self._rounding[key] = known
+        return known.head
 
     def _head(
         self, inputs: Any, channels_last: bool, draws: Sequence[Mapping[str, Tensor]], averaged: int
@@ -353,7 +407,7 @@ class Forward:
         if head is not None:
             hook = head.register_forward_pre_hook(lambda module, args: tuple(map(_full, args)))
             try:
-                return find_logits(call(self.model, tensors, _rounded(inputs)), self.place)
+                return find_logits(call(self.model, tensors, _in_bfloat16(inputs)), self.place)
             finally:
                 hook.remove()
         if self._compiled is None:
@@ -367,7 +421,7 @@ class Forward:
             warnings.warn(
                 f"{type(self.model).__name__} cannot be compiled, so its passes are made without torch.compile; "
                 f"that is slower and gives the same results ({type(error).__name__}: {reason})",
-                stacklevel=2,
+                stacklevel=4,  # who called the predictive
             )
             return logits
 
@@ -392,6 +446,26 @@ class _Measured:
     separable: bool = False
     stackable: bool = False
     early: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """Whether inputs of one shape may be rounded.
+
+    Attributes:
+        head: the layer that makes the logits, if the others run in bfloat16; None if they must not.
+        largest: the largest number in inputs for which this holds.
+    """
+
+    head: nn.Module | None
+    largest: float
+
+
+@contextmanager
+def _versioned() -> Iterator[None]:
+    """Tensors that are made within it tell whether they have been written to, as those of inference mode do not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _unchanged(outputs: Mapping[nn.Module, Sequence[Any]], objects: int, activation: float) -> dict[nn.Module, Tensor]:
@@ -429,10 +503,21 @@ def _multiplies_bfloat16() -> bool:
     return any(supported is not None and supported() for supported in asked)
 
 
-def _rounded(inputs: Any) -> Any:
+def _amplitudes(inputs: Any) -> Tensor:
+    """``[N]``: the largest absolute number of every object."""
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs.values()
+    return torch.stack(
+        [
+            t.flatten(1).abs().amax(1).float() if t.is_floating_point() and t.numel() else torch.zeros(len(t))
+            for t in (t.unsqueeze(-1) for t in tensors if isinstance(t, Tensor))
+        ]
+    ).amax(0)
+
+
+def _in_bfloat16(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.bfloat16() if inputs.dtype == torch.float32 else inputs
-    return {k: _rounded(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return {k: _in_bfloat16(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _full(value: Any) -> Any:
@@ -466,9 +551,16 @@ def _on_cpu(inputs: Any) -> bool:
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
-    """Whether logits are the same but for rounding."""
+    """Whether logits are the same but for rounding.
+
+    Rounding grows with the logits, but for those that mask a class (-1e9, minus infinity): these must be the same.
+    """
+    if first.shape != second.shape:
+        return False
     coarse = first.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
-    scale = first.abs().amax().nan_to_num().item()
-    return first.shape == second.shape and torch.allclose(
-        first, second, rtol=0, atol=(3e-2 if coarse else 1e-4) * scale + 1e-30, equal_nan=True
+    masks = first.abs() > 1e4
+    scale = first.masked_fill(masks, 0).abs().amax().item()
+    logits, others = (logits.masked_fill(masks, 0) for logits in (first, second))
+    return torch.allclose(first[masks], second[masks], rtol=3e-2 if coarse else 1e-4) and torch.allclose(
+        logits, others, rtol=0, atol=(3e-2 if coarse else 1e-4) * scale + 1e-30
     )

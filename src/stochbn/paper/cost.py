@@ -8,11 +8,13 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from stochbn.paper.networks import build
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Posterior
 
-__all__ = ["measure", "tables", "write"]
+__all__ = ["check_batch", "measure", "tables", "write"]
 
 BUDGETS = (8, 16, 25, 35, 50, 100, 200)
 """The values of ``draws`` whose error and time are measured."""
@@ -73,8 +75,7 @@ def measure(
     train = data.load(source or checkpoint.data, "train").shuffled(seed)
     train = train.take(torch.arange(min(4096, len(train))))
     known = data.load(source or checkpoint.data, "test").shuffled(seed)
-    if len(known) < batch:
-        raise ValueError(f"{known.name} has {len(known)} test images, fewer than a batch of {batch}")
+    check_batch(known, batch)
     x = next(known.batches(batch))[0].contiguous()
     progress("fitting")
     batches = [inputs.contiguous() for inputs, _ in train.batches(512)]
@@ -149,6 +150,8 @@ def measure(
             ("every draw", stochbn.Predictive(model, posterior, tolerance=0)),
         )
     }
+    progress("memory")
+    memory = _memory(network, posterior, x)
     units = {name: seconds / unit for name, seconds in took.items()}
     curve = [(units[f"draws {n}"], variance / error[f"draws {n}"]) for n in BUDGETS]
     return {
@@ -176,8 +179,18 @@ def measure(
         "first": first / unit,
         "first_compiled_s": first_compiled_draws,
         "floor_compile_s": first_compiled,
-        "memory": _memory(network, posterior, x),
+        "memory": memory,
     }
+
+
+def check_batch(images: data.Images, batch: int) -> None:
+    """Refuse a batch of more images than there are.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if len(images) < batch:
+        raise ValueError(f"{images.name} has {len(images)} test images, fewer than a batch of {batch}")
 
 
 def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -336,17 +349,38 @@ def _memory(network: Path, posterior: Posterior, x: Tensor) -> float:
     """
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
-    peaks = []
+    context = multiprocessing.get_context("spawn")
+    peaks: list[float] = []
     for predicted in (posterior, None):
-        found = []
+        found: list[int] = []
         for _ in range(3):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found.append(pool.submit(_peak, network, predicted, x.numpy()).result())
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_peak, args=(theirs, network, predicted, x.numpy()), daemon=True)
+            with _interrupts_ignored():
+                process.start()
+            theirs.close()
+            try:
+                found.append(ours.recv())
+            except EOFError:
+                raise ValueError("the memory could not be measured: the process that does it has ended") from None
+            finally:
+                process.kill()
+                process.join()
         peaks.append(statistics.median(found))
     return peaks[0] / peaks[1]
 
 
-def _peak(network: Path, posterior: Posterior | None, x: Any) -> int:
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process that is started within it ignores Ctrl-C from its first moment: the one that started it ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _peak(pipe: Connection, network: Path, posterior: Posterior | None, x: Any) -> None:
     warnings.simplefilter("ignore")
     model = checkpoints.load(network).model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     inputs = torch.from_numpy(x)
@@ -358,7 +392,7 @@ def _peak(network: Path, posterior: Posterior | None, x: Any) -> int:
         _plain(model, inputs)
     else:
         stochbn.Predictive(model, posterior, 200)(inputs)
-    return max(1, _memory_of_this_process()["VmHWM"] - before)
+    pipe.send(max(1, _memory_of_this_process()["VmHWM"] - before))
 
 
 def _memory_of_this_process(reset: bool = False) -> dict[str, int]:
