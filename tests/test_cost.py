@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import stochbn
@@ -36,8 +37,36 @@ def test_a_network_is_measured_and_the_results_written(network: Path, tmp_path: 
     assert found["units"]["unit"] == 1
     assert all(value > 0 for value in found["units"].values())
     assert all(value > 0 for value in found["nll"].values())
+    assert found["per_draw"] == pytest.approx(found["units"]["every"] / 16)
+    curve = [(found["units"][f"draws {n}"], found["worth"][f"draws {n}"]) for n in cost.BUDGETS]
+    reached = cost._reached([(units, worth or math.inf) for units, worth in curve], 50.0)
+    assert found["to_50"] == (None if reached == math.inf else pytest.approx(reached))
+    assert found["memory"] > 0
     assert found["textbook_50"] == pytest.approx(50 * found["units"]["textbook"])
     assert "lenet5, batch 20" in (tmp_path / "out" / "cost.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "digits:0-4", "--batch", "20", "--batch", "100000"], "fewer than a batch of 100000"),
+        (["--data", "digits:0-4", "--out", "{file}"], "exists"),
+        (["--data", "{large}"], "the network takes"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_measuring(
+    arguments: list[str], message: str, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("measured"))
+    places = {"file": tmp_path / "file", "large": tmp_path / "large"}
+    places["file"].write_text("something")
+    for i in range(2):
+        (places["large"] / "test" / str(i)).mkdir(parents=True)
+        Image.new("L", (32, 32)).save(places["large"] / "test" / str(i) / "0.png")
+    with pytest.raises((ValueError, OSError), match=message):
+        CliRunner().invoke(
+            cli.app, ["bench", str(network), *(a.format(**places) for a in arguments)], catch_exceptions=False
+        )
 
 
 def test_a_batch_larger_than_the_data_is_refused(network: Path) -> None:

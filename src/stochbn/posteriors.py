@@ -51,7 +51,7 @@ class Posterior(ABC):
 
     kind: ClassVar[str]
     worth: ClassVar[float] = 2.0
-    """How many independent draws a quasi-random one is worth, at least, from four draws on: benchmarks/README.md."""
+    """How many independent draws a quasi-random one is worth on the networks of benchmarks/README.md, or more."""
 
     layers: Mapping[str, int]
     batch_size: float | None

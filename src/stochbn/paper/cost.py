@@ -96,7 +96,7 @@ def measure(
     drawn = posterior.draw(1)
     dropout = _with_dropout(checkpoint)
     ensemble = [copy.deepcopy(model) for _ in range(5)]
-    small = [piece for piece in torch.split(batches[0], 16) if len(piece) == 16]
+    small = [piece for inputs in batches for piece in torch.split(inputs, 16) if len(piece) == 16]
 
     progress("times")
     ways: dict[str, Callable[[], object]] = {
