@@ -132,7 +132,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
             axes.plot([units[name] for name in names], errors, "o-", ms=4, color=color, label=label)
         wanted = math.sqrt(variance / 50)
         axes.axhline(wanted, color="black", lw=0.8, ls=":")
-        axes.annotate("50 independent draws", (0.98, wanted), (0, 3), ("axes fraction", "data"), "offset points",
+        axes.annotate("50 draws", (0.98, wanted), (0, 3), ("axes fraction", "data"), "offset points",
                       ha="right", fontsize=7)  # fmt: skip
         axes.axvline(5, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", yscale="log", xlabel="cost, plain forward passes", title=title)
