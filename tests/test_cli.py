@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -508,6 +509,24 @@ def test_files_that_cannot_be_written_are_told_before_the_work(
     for command in commands:
         assert_told(main(*command, "--out", tmp_path / "none" / "file"), "there is no folder", "make it first")
         assert_told(main(*command, "--out", tmp_path), "is a folder; name a file")
+
+
+@pytest.mark.parametrize("command", ["predict", "bench"])
+def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
+    command: str, trained: Trained, tmp_path: Path, main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = stochbn.Predictive._passes
+
+    def interrupted(*args: Any) -> Iterator[Any]:
+        yield from itertools.islice(passes(*args), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stochbn.Predictive, "_passes", interrupted)
+    ended = main(command, trained.networks[0], "--out", tmp_path / "results")
+    assert ended.code == 130
+    assert ended.error.splitlines()[-1] == "Stopped."
+    assert "Traceback" not in ended.error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
 
 
 @pytest.fixture
