@@ -189,7 +189,7 @@ def save_figure(found: dict[str, dict[str, Any]], title: str, path: Path) -> Non
     figure = Figure(figsize=(4 * len(shown) + 2.4, 3.8), layout="constrained")
     groups = list(dict.fromkeys(one["group"] for one in found.values()))
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for group, marker in zip(groups, "*osD^v<", strict=False):
+        for group, marker in zip(groups, itertools.cycle("*osD^v<"), strict=False):
             points = sorted((one["cost"], one[key]) for one in found.values() if one["group"] == group)
             axes.plot(*zip(*points, strict=True), f"-{marker}", markersize=5, linewidth=0.8, label=group, alpha=0.8)
         axes.set(xscale="log", xlabel="cost, forward passes", title=_FIGURE[key])

@@ -126,7 +126,7 @@ class Forward:
     `plan` finds the cheapest way that gives the same logits. On a CPU convolutions run in channels-last layout, large
     batches in pieces that stay in cache, and several draws of few objects in one pass, each object normalised by the
     statistics of its draw; everywhere, the layers before the first batch norm run once. A network that cannot run so,
-    or whose objects affect each other, is run as it is: this is found out by eight small passes or a few more, over a
+    or whose objects affect each other, is run as it is: this is found out by five small passes or six, over a
     sixteenth of the objects or an eighth, when inputs of a new shape come. Where the processor multiplies bfloat16
     numbers, all but the layer that makes the logits may run in these; whether rounding matters beside the noise of the
     draws takes eight more passes over up to 32 objects, again when some come that are half as large again as before.
@@ -228,7 +228,7 @@ class Forward:
         """What is known of such inputs, from some objects of these; None if they tell nothing."""
         few = objects // 16 | 1
         # Objects from anywhere, and every second of them in the opposite order: their neighbours are others each time.
-        twice = take(inputs, torch.linspace(0, objects - 1, min(2 * few, objects)).round().long())
+        twice = take(inputs, _spread(objects, 2 * few))
         order = torch.arange(length(twice) - 1, -1, -2)
         part = take(twice, order)
         sizes = [0]
@@ -265,23 +265,25 @@ class Forward:
                 if len(alone) == len(order) and len(together) == length(twice) and _agree(alone, together[order]):
                     hooks.close()
                     activation = max(sizes) / len(together)
-                    early = _unchanged(outputs, len(together), activation)
-                    if early and not (self._compiled is None and self._served(early, order, part, tensors)):
+                    if self._compiled is not None:
+                        return _Measured(bool(tensors), activation, True)
+                    plan, draws = Plan(tensors), self._neighbours()
+                    wanted = [alone, self(draws[1:], part, plan)[0]]
+                    early = {layer: out[order] for layer, out in _unchanged(outputs, len(together), activation).items()}
+                    if early and not self._served(early, draws[1], part, plan, wanted[1]):
                         early = {}
-                    stackable = self._stackable(part, tensors)
+                    stackable = self._stackable(draws, part, plan, wanted)
                     return _Measured(bool(tensors), activation, True, stackable, tuple(early))
         return _Measured()
 
     def _served(
-        self, outputs: Mapping[nn.Module, Tensor], objects: Tensor, inputs: Any, weights: Mapping[str, Tensor]
+        self, outputs: Mapping[nn.Module, Tensor], draw: Mapping[str, Tensor], inputs: Any, plan: Plan, wanted: Tensor
     ) -> bool:
-        """Whether the logits of another draw are the same with these objects of the outputs in place of its own."""
-        draw = self._neighbours()[1]
-        own = self([draw], inputs, Plan(weights))[0]
+        """Whether a draw gives the wanted logits with these outputs in place of the layers' own."""
         with ExitStack() as stack:
             for layer, out in outputs.items():
-                _replace_forward(layer, out[objects], stack)
-            return _agree(own, self([draw], inputs, Plan(weights))[0])
+                _replace_forward(layer, out, stack)
+            return _agree(wanted, self([draw], inputs, plan)[0])
 
     def _neighbours(self) -> list[dict[str, Tensor]]:
         """Two draws: the running statistics, and others near them."""
@@ -293,22 +295,21 @@ class Forward:
                 draw.update(zip(buffer_names(name), values, strict=True))
         return draws
 
-    def _stackable(self, inputs: Any, weights: Mapping[str, Tensor]) -> bool:
-        """Whether two draws can be made in one pass."""
-        if self._compiled is not None or not _on_cpu(inputs) or torch.is_autocast_enabled("cpu"):
+    def _stackable(
+        self, draws: Sequence[Mapping[str, Tensor]], inputs: Any, plan: Plan, wanted: Sequence[Tensor]
+    ) -> bool:
+        """Whether these draws give the wanted logits in one pass."""
+        if not _on_cpu(inputs) or torch.is_autocast_enabled("cpu"):
             return False
         for layer in batch_norms(self.model).values():
             mean, variance = running_statistics(layer)
             # The draws' statistics come on top of the network's own, which must leave them digits enough.
             if mean.dtype.itemsize < 4 or not (mean.abs() <= 1000 * (variance + layer.eps).sqrt()).all():
                 return False
-        draws = self._neighbours()
         try:
-            together = self._stacked(draws, inputs, Plan(weights), Early())
+            return all(map(_agree, wanted, self._stacked(draws, inputs, plan, Early())))
         except (RuntimeError, ValueError):
             return False
-        one_by_one = [self([draw], inputs, Plan(weights))[0] for draw in draws]
-        return all(map(_agree, one_by_one, together))
 
     def _rounded(
         self,
@@ -319,15 +320,15 @@ class Forward:
         averaged: int,
     ) -> nn.Module | None:
         """The layer that makes the logits, if the others may run in bfloat16: by objects as large as any before."""
-        sizes = _amplitudes(inputs)
-        largest = sizes.max().item()
         known = self._rounding.get(key)
         if known is not None and known.head is None:
             return None
+        sizes = _amplitudes(inputs)
+        largest = sizes.max().item()
         if known is None or largest > known.largest or known.head not in set(self.model.modules()):
             if not math.isfinite(largest):
                 return None
-            ranks = torch.linspace(0, len(sizes) - 1, min(len(sizes), max(FEW, len(sizes) // 16))).round().long()
+            ranks = _spread(len(sizes), max(FEW, len(sizes) // 16))
             chosen = take(inputs, sizes.argsort(stable=True)[ranks])
             known = _Rounding(self._head(chosen, channels_last, sample(), averaged), 1.5 * largest)
             self._rounding[key] = known
@@ -506,13 +507,19 @@ def _multiplies_bfloat16() -> bool:
     return any(supported is not None and supported() for supported in asked)
 
 
+def _spread(objects: int, most: int) -> Tensor:
+    """At most so many of the objects, evenly spread from the first to the last: their indices."""
+    return torch.linspace(0, objects - 1, min(objects, most)).round().long()
+
+
 def _amplitudes(inputs: Any) -> Tensor:
     """``[N]``: the largest absolute number of every object."""
     tensors = (inputs,) if isinstance(inputs, Tensor) else inputs.values()
     return torch.stack(
         [
-            t.flatten(1).abs().amax(1).float() if t.is_floating_point() and t.numel() else torch.zeros(len(t))
-            for t in (t.unsqueeze(-1) for t in tensors if isinstance(t, Tensor))
+            t.reshape(len(t), -1).abs().amax(1).float() if t.is_floating_point() and t.numel() else torch.zeros(len(t))
+            for t in tensors
+            if isinstance(t, Tensor)
         ]
     ).amax(0)
 
@@ -560,10 +567,10 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape:
         return False
-    coarse = first.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
+    rounding = 3e-2 if first.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu") else 1e-4
     masks = first.abs() > 1e4
     scale = first.masked_fill(masks, 0).abs().amax().item()
     logits, others = (logits.masked_fill(masks, 0) for logits in (first, second))
-    return torch.allclose(first[masks], second[masks], rtol=3e-2 if coarse else 1e-4) and torch.allclose(
-        logits, others, rtol=0, atol=(3e-2 if coarse else 1e-4) * scale + 1e-30
+    return torch.allclose(first[masks], second[masks], rtol=rounding) and torch.allclose(
+        logits, others, rtol=0, atol=rounding * scale + 1e-30
     )

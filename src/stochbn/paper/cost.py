@@ -349,25 +349,29 @@ def _memory(network: Path, posterior: Posterior, x: Tensor) -> float:
     """
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
+    draws, plain = (
+        statistics.median(_peak_of_a_process(network, predicted, x) for _ in range(3))
+        for predicted in (posterior, None)
+    )
+    return draws / plain
+
+
+def _peak_of_a_process(network: Path, posterior: Posterior | None, x: Tensor) -> int:
+    """The kilobytes that a prediction takes at its peak, in a new process."""
     context = multiprocessing.get_context("spawn")
-    peaks: list[float] = []
-    for predicted in (posterior, None):
-        found: list[int] = []
-        for _ in range(3):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_peak, args=(theirs, network, predicted, x.numpy()), daemon=True)
-            with _interrupts_ignored():
-                process.start()
-            theirs.close()
-            try:
-                found.append(ours.recv())
-            except EOFError:
-                raise ValueError("the memory could not be measured: the process that does it has ended") from None
-            finally:
-                process.kill()
-                process.join()
-        peaks.append(statistics.median(found))
-    return peaks[0] / peaks[1]
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_peak, args=(theirs, network, posterior, x.numpy()), daemon=True)
+    with _interrupts_ignored():
+        process.start()
+    theirs.close()
+    try:
+        peak: int = ours.recv()
+    except EOFError:
+        raise ValueError("the memory could not be measured: the process that does it has ended") from None
+    finally:
+        process.kill()
+        process.join()
+    return peak
 
 
 @contextmanager
