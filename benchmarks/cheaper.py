@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import stochbn
 from stochbn import metrics
 from stochbn.files import write, write_bytes, write_json
-from stochbn.layers import batch_norms
+from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints
 from stochbn.paper.data import Images
 from stochbn.paper.report import read_recipe

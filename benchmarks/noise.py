@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import stochbn
 from stochbn import metrics
 from stochbn.files import write_bytes, write_json
-from stochbn.layers import batch_norms, running_statistics
+from stochbn.network.layers import batch_norms, running_statistics
 from stochbn.paper import checkpoints
 from stochbn.paper.data import Images
 from stochbn.paper.report import read_recipe

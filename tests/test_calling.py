@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import ByName, Twice, Untouched, mixed_up, mlp, normal
-from stochbn.calling import call, find_logits, length, modes, network_input, split
+from stochbn.network.calling import call, find_logits, length, modes, network_input, split
 
 X = normal(5, 4)
 LABELS = torch.zeros(5, dtype=torch.long)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import CASES, ChannelsLast, Frozen, FusedActivation, OwnForward, Twice, mlp
-from stochbn.layers import batch_norms, buffer_names, running_statistics
+from stochbn.network.layers import batch_norms, buffer_names, running_statistics
 
 
 def test_every_kind_of_batch_norm_and_its_subclasses_are_found_in_registration_order() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import stochbn
 from conftest import normal, settled
-from stochbn.layers import batch_norms
+from stochbn.network.layers import batch_norms
 from stochbn.paper.networks import NETWORKS, PreActivationBlock, build, lenet5, resnet18, vgg11
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import stochbn
 from conftest import Case, convnet, mlp, normal, seeded, settled
 from stochbn import Predictive, passes
-from stochbn.calling import take
+from stochbn.network.calling import take
 from stochbn.passes import Early, Forward, Plan
 from stochbn.posteriors import KINDS
 

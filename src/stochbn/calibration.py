@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.calling import Batch, length, modes, network_input
+from stochbn.network.calling import Batch, length, modes, network_input
 from stochbn.passes import Early, Forward
 from stochbn.posteriors import Posterior, check_draws
 

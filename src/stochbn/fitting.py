@@ -7,8 +7,8 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from stochbn.calling import Batch
-from stochbn.layers import batch_norms, running_statistics
+from stochbn.network.calling import Batch
+from stochbn.network.layers import batch_norms, running_statistics
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
 from stochbn.statistics import Moments, Sample, mini_batches, observer
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stochbn.calling import call, channels_last_weights, copied, find_logits, length, modes, take
-from stochbn.layers import batch_norms, buffer_names, running_statistics
+from stochbn.network.calling import call, channels_last_weights, copied, find_logits, length, modes, take
+from stochbn.network.layers import batch_norms, buffer_names, running_statistics
 
 __all__ = ["Early", "Forward", "Plan"]
 
@@ -157,7 +157,7 @@ class Forward:
             early: of these inputs, under the same plan; None for running all layers.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `stochbn.calling.call` and `stochbn.calling.find_logits` do.
+            RuntimeError, ValueError, TypeError: as `stochbn.network.calling.call` and `stochbn.network.calling.find_logits` do.
         """
         if len(draws) > 1:
             try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.files import read_tensors, write_tensors
-from stochbn.layers import batch_norms, buffer_names, running_statistics
+from stochbn.network.layers import batch_norms, buffer_names, running_statistics
 from stochbn.statistics import Moments
 
 if TYPE_CHECKING:

@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stochbn.calling import Batch, call, copied_buffers, find_logits, join, length, modes, network_input, split, take
-from stochbn.layers import batch_norms
+from stochbn.network.calling import (
+    Batch,
+    call,
+    copied_buffers,
+    find_logits,
+    join,
+    length,
+    modes,
+    network_input,
+    split,
+    take,
+)
+from stochbn.network.layers import batch_norms
 from stochbn.passes import Early, Forward, Plan
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.statistics import mini_batches

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.calling import Batch, call, channels_last_weights, copied_buffers, length, modes, network_input, split
-from stochbn.layers import batch_norms, running_statistics
+from stochbn.network.calling import (
+    Batch,
+    call,
+    channels_last_weights,
+    copied_buffers,
+    length,
+    modes,
+    network_input,
+    split,
+)
+from stochbn.network.layers import batch_norms, running_statistics
 
 __all__ = ["Moments", "Sample", "mini_batches", "observer"]
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn import metrics
-from stochbn.calling import modes
 from stochbn.files import write_bytes, write_json
-from stochbn.layers import batch_norms
+from stochbn.network.calling import modes
+from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
 from stochbn.paper.comparison import finite
 from stochbn.paper.networks import build
