@@ -98,6 +98,136 @@ def test_many_half_precision_probabilities_are_counted_right(dtype: torch.dtype)
     assert metrics.evaluate(probs, labels) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
+GOOD = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_confidence_of_exactly_1_is_in_the_last_bin_in_every_type(dtype: torch.dtype) -> None:
+    """Half of the objects are sure and wrong, half nearly sure and right: one bin, where the errors cancel in part."""
+    probs = torch.tensor([[1.0, 0.0, 0.0]] * 30 + [[0.0625, 0.9375, 0.0]] * 10, dtype=dtype)
+    labels = [2] * 30 + [1] * 10
+    assert metrics.evaluate(probs, labels)["ece"] == pytest.approx((30 + 9.375) / 40 - 10 / 40, abs=1e-12)
+
+
+@given(
+    confidences=st.lists(st.sampled_from([129, 140, 200, 238, 239, 250, 255, 256]), min_size=1, max_size=20),
+    seed=st.integers(0, 10**6),
+)
+def test_numbers_that_every_type_holds_have_the_same_scores_in_all(confidences: list[int], seed: int) -> None:
+    top = torch.tensor(confidences).double() / 256
+    probs = torch.stack([top, 1 - top], 1)
+    labels = torch.randint(2, (len(top),), generator=seeded(seed))
+    wanted = slow_evaluate(probs.tolist(), labels.tolist(), 1e-4)
+    for dtype in FLOATS:
+        found = metrics.evaluate(probs.to(dtype), labels)
+        if not (probs.gather(1, labels[:, None]) == 0).any():  # which counts as something else in each
+            assert found["nll"] == pytest.approx(wanted["nll"], rel=1e-12, abs=1e-12)
+        for key in ("error", "brier", "ece"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1_000_000,), (2, 500, 600)])
+def test_scores_of_many_objects_have_the_digits_of_those_of_few(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    few = torch.tensor([[0.875, 0.0625, 0.0625], [0.25, 0.5, 0.25], [0.125, 0.125, 0.75], [0.875, 0.125, 0.0]])
+    labels = torch.tensor([0, 2, 2, 1])
+    wanted = slow_evaluate(few.tolist(), labels.tolist())
+    index = torch.arange(math.prod(shape)).remainder(4).view(shape)
+    found = metrics.evaluate(few.to(dtype)[index].movedim(-1, 1), labels[index])
+    assert found == pytest.approx(wanted, rel=1e-9)
+    tempered = metrics.calibrated_nll(few.to(dtype)[:, :], labels, (few, labels))
+    many = index.flatten()[:200_000]
+    assert metrics.calibrated_nll(few.to(dtype)[many], labels[many], (few, labels)) == pytest.approx(tempered, rel=1e-9)
+
+
+def test_evaluating_many_classes_in_parts_leaves_no_object_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = (3 * normal(50, 7)).softmax(1)
+    labels = torch.randint(7, (50,), generator=seeded())
+    whole = metrics.evaluate(probs, labels), metrics.calibrated_nll(probs, labels)
+    for block in (1, 7, 20, 7 * 49, 7 * 50):
+        monkeypatch.setattr(metrics, "BLOCK", block)
+        found = metrics.evaluate(probs, labels), metrics.calibrated_nll(probs, labels)
+        assert found[0] == pytest.approx(whole[0], rel=1e-12)
+        assert found[1] == pytest.approx(whole[1], rel=1e-12)
+
+
+def test_python_numbers_keep_the_digits_that_float32_does_not_hold() -> None:
+    near, nearer = 1e3, 1e3 + 1e-9
+    assert metrics.ood([near] * 3, [nearer] * 2)["auroc"] == 1
+    assert metrics.entropy_cdf([near, nearer])[0].tolist() == [near, nearer]
+    assert metrics.risk_coverage([nearer, near], [0.0, 1.0])["risk"].tolist() == [1.0, 0.5]
+    assert metrics.evaluate([[0.3, 0.7]], [0])["nll"] == pytest.approx(-math.log(0.3), rel=1e-15)
+    assert metrics.deep_ensemble_equivalent(nearer, [nearer, near]) == 1
+
+
+def test_half_precision_scores_and_losses_of_many_objects_are_not_added_up_in_half_precision() -> None:
+    wrong = (torch.arange(300_000) % 3 == 0).half()
+    found = metrics.risk_coverage(torch.zeros(300_000, dtype=torch.bfloat16), wrong)
+    assert found["aurc"] == pytest.approx(1 / 3, rel=1e-12)
+    points, fractions = metrics.entropy_cdf(wrong.bfloat16())
+    assert points.tolist() == [0, 1]
+    assert fractions.tolist() == pytest.approx([2 / 3, 1], rel=1e-12)
+    assert metrics.ood(wrong, 1 - wrong)["auroc"] == pytest.approx(2 / 3, abs=1e-6)
+
+
+NOT_NUMBERS: list[Any] = [None, "0.5", {}, {"a": 1}, [None], ["0.5", "0.5"], object(), len, np.array(["a", "b"]), 1j]
+
+
+@pytest.mark.parametrize("given_", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: metrics.evaluate(value, [0, 1]),
+        lambda value: metrics.evaluate(GOOD, value),
+        lambda value: metrics.ood(value, [1.0]),
+        lambda value: metrics.ood([1.0], value),
+        lambda value: metrics.calibrated_nll(value, [0, 1], (GOOD, [0, 1])),
+        lambda value: metrics.calibrated_nll(GOOD, [0, 1], (GOOD, value)),
+        lambda value: metrics.calibrated_nll(GOOD, [0, 1], [value]),  # type: ignore[arg-type]
+        lambda value: metrics.deep_ensemble_equivalent(value, [1.0]),
+        lambda value: metrics.deep_ensemble_equivalent(1.0, value),
+        lambda value: metrics.risk_coverage(value, [1.0]),
+        lambda value: metrics.risk_coverage([1.0], value),
+        lambda value: metrics.entropy_cdf(value),
+    ],
+)
+def test_what_is_no_number_is_refused_by_the_name_of_the_argument(call: Any, given_: Any) -> None:
+    names = "probabilities|labels|entropy|nll|ensembles|uncertainty|losses|held_out"
+    with pytest.raises((TypeError, ValueError), match=f"^expected ({names})"):
+        call(given_)
+
+
+@pytest.mark.parametrize("huge", [10**400, -(10**30), 2**64])
+def test_whole_numbers_without_bounds_are_refused_as_values(huge: int) -> None:
+    calls: list[Any] = [
+        lambda: metrics.evaluate([[0.5, 0.5]], [huge]),
+        lambda: metrics.evaluate([[0.5, huge]], [0]),
+        lambda: metrics.ood([1], [huge]),
+        lambda: metrics.deep_ensemble_equivalent(huge, [1.0]),
+        lambda: metrics.risk_coverage([huge], [1]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert 20 < len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.eye(2, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_numbers_in_a_grid_are_refused(tensor: Tensor) -> None:
+    for call in (lambda: metrics.evaluate(tensor, [0, 1]), lambda: metrics.entropy_cdf(tensor)):
+        with pytest.raises(TypeError, match="as a dense tensor of real numbers"):
+            call()
+
+
+def test_tensors_with_gradients_are_evaluated_without_them() -> None:
+    logits = normal(12, 3).requires_grad_()
+    labels = torch.arange(12) % 3
+    assert metrics.evaluate(logits.softmax(1), labels)["error"] >= 0
+    assert metrics.calibrated_nll(logits.softmax(1), labels)["nll"] > 0
+    assert not metrics.risk_coverage(logits[:, 0], logits[:, 1])["risk"].requires_grad
+
+
 def test_known_values() -> None:
     probs = [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]
     found = metrics.evaluate(probs, [0, 2])
@@ -159,9 +289,6 @@ def test_evaluating_leaves_its_arguments_alone() -> None:
     metrics.evaluate(probs, labels)
     assert torch.equal(probs, before[0])
     assert torch.equal(labels, before[1])
-
-
-GOOD = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +23,19 @@ __all__ = [
 
 BINS = 15
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+BLOCK = 2**22
+"""Probabilities that are taken to float64 at a time: 32 MB, however many objects there are."""
+
 
 def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     """Error, negative log-likelihood, Brier score and calibration error of predicted probabilities.
 
+    All sums are in float64, whatever type the probabilities have.
+
     Args:
-        probs: ``[N, K]``, or ``[N, K, H, W]`` for dense predictions: a tensor or what `torch.as_tensor` takes.
+        probs: ``[N, K]``, or ``[N, K, H, W]`` for dense predictions: a tensor, an array or nested lists (float64).
         labels: ``[N]`` or ``[N, H, W]``: whole numbers from 0 to K - 1.
 
     Returns:
@@ -35,27 +44,30 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
         of its type, so that an underflow does not read as infinity.
         ``brier``: mean squared distance between the probabilities and the one-hot label, summed over classes (0 to 2).
         ``ece``: expected calibration error of the most probable class, a fraction, in 15 bins of
-        equal width (Guo et al., 2017).
+        equal width (Guo et al., 2017), the last of which holds a confidence of exactly 1.
 
     Raises:
         ImportError: torchmetrics is not installed.
-        TypeError: labels that are not whole numbers.
+        TypeError: arguments that are no numbers, or labels that are not whole numbers.
         ValueError: empty or mismatched arguments, probabilities that are negative, not finite or do not sum to 1, or
             labels out of range; the message says which.
+
+    >>> found = evaluate([[0.75, 0.25], [1.0, 0.0]], [0, 0])
+    >>> {name: round(value, 4) for name, value in found.items()}
+    {'error': 0.0, 'nll': 0.1438, 'brier': 0.0625, 'ece': 0.125}
     """
     probs, labels = _check_predictions(probs, labels)
-    classes = probs.shape[1]
     classification = _torchmetrics()
+    confidence, predicted = probs.max(1)
+    right = predicted == labels
     # torchmetrics puts a confidence of exactly 1 into a bin of its own, and takes one above 1, which rounding may
-    # leave, as a sign that these are logits.
-    clipped = probs.clamp(0, 1 - 2**-24)
-    chosen = probs.gather(1, labels[:, None]).double().clamp(min=torch.finfo(probs.dtype).tiny)
-    one_hot = torch.nn.functional.one_hot(labels, classes)
+    # leave, as a sign that these are logits. It adds up in the type that it is given.
+    confidence = confidence.double().clamp(max=1 - 2**-53)
     return {
-        "error": 100 * (probs.argmax(1) != labels).double().mean().item(),
-        "nll": 0.0 - chosen.log().mean().item(),
-        "brier": (probs.double() - one_hot).square().sum(1).mean().item(),
-        "ece": classification.multiclass_calibration_error(clipped, labels, classes, n_bins=BINS, norm="l1").item(),
+        "error": 100 * (1 - right.double().mean()).item(),
+        "nll": 0.0 - _chosen(probs, labels).log().mean().item(),
+        "brier": _brier(probs, labels),
+        "ece": classification.binary_calibration_error(confidence, right.long(), n_bins=BINS, norm="l1").item(),
     }
 
 
@@ -74,6 +86,7 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
 
     Raises:
         ImportError: torchmetrics is not installed.
+        TypeError: an argument that is no numbers.
         ValueError: an argument is empty, not finite or not a vector.
     """
     known, unknown = _scores(entropy_known, "entropy_known"), _scores(entropy_unknown, "entropy_unknown")
@@ -113,6 +126,8 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
     """
     logs, labels = _log_probabilities(probs, labels)
     if held_out is not None:
+        if not isinstance(held_out, (tuple, list)) or len(held_out) != 2:
+            raise TypeError(f"expected held_out as a pair of probabilities and labels, got {_given(held_out)}")
         chosen_on, their_labels = _log_probabilities(*held_out)
         if chosen_on.shape[1] != logs.shape[1]:
             raise ValueError(
@@ -142,17 +157,30 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
         ensembles: likewise of ensembles of 1, 2, 3, ... networks.
 
     Raises:
+        TypeError: arguments that are no numbers.
         ValueError: no ensembles, or a number that is not finite.
 
     Source: Ashukha et al., 2020, section 4.
+
+    >>> deep_ensemble_equivalent(0.75, [1.0, 0.5, 0.25])
+    1.5
     """
-    if not len(ensembles) or not all(map(math.isfinite, (nll, *ensembles))):
-        raise ValueError(f"expected finite NLLs of at least one ensemble, got {nll} and {list(ensembles)}")
-    if nll >= ensembles[0]:
+    reached = _numbers(nll, "nll").double()
+    sizes = _numbers(ensembles, "ensembles").double()
+    if (
+        reached.numel() != 1
+        or sizes.ndim != 1
+        or not len(sizes)
+        or not torch.cat([reached.view(1), sizes]).isfinite().all()
+    ):
+        raise ValueError(f"expected finite NLLs of at least one ensemble, got {_given(nll)} and {_given(ensembles)}")
+    method: float = reached.item()
+    if method >= sizes[0]:
         return 1.0
-    for size, (worse, better) in enumerate(pairwise(map(float, ensembles)), start=1):
-        if nll >= better:
-            return size + (worse - float(nll)) / (worse - better)
+    pairs: Iterator[tuple[float, float]] = pairwise(sizes.tolist())
+    for size, (worse, better) in enumerate(pairs, start=1):
+        if method >= better:
+            return size + (worse - method) / (worse - better)
     return math.inf
 
 
@@ -171,6 +199,7 @@ def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
         lower is better.
 
     Raises:
+        TypeError: an argument that is no numbers.
         ValueError: an argument is empty, not finite or not a vector, or their lengths differ.
     """
     scores, losses = _scores(uncertainty, "uncertainty"), _scores(losses, "losses")
@@ -194,6 +223,7 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
         The sorted distinct entropies and the fraction of objects at or below each, both ``[M]`` in float64.
 
     Raises:
+        TypeError: the argument is no numbers.
         ValueError: the argument is empty, not finite or not a vector.
     """
     values, counts = torch.unique(_scores(entropy, "entropy"), return_counts=True)
@@ -202,8 +232,8 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
 
 def _check_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes."""
-    probs, labels = torch.as_tensor(probs), torch.as_tensor(labels)
-    if probs.ndim < 2 or probs.shape[1] < 2 or not probs.is_floating_point():
+    probs, labels = _numbers(probs, "probabilities"), _tensor(labels, "labels")
+    if probs.ndim < 2 or probs.shape[1] < 2 or probs.dtype not in FLOATS:
         raise ValueError(
             "expected floating-point probabilities [N, K, ...] with at least 2 classes, "
             f"got {probs.dtype} {list(probs.shape)}"
@@ -234,7 +264,7 @@ def _check_probabilities(probs: Tensor) -> None:
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
         raise ValueError(f"probabilities must not be negative, found {probs.min().item():.6g}")
-    sums = probs.double().sum(1)
+    sums = probs.sum(1, dtype=torch.float64)
     tolerance = 1e-3 if probs.dtype.itemsize >= 4 else 2e-2
     if (sums - 1).abs().max() > tolerance:
         worst = sums[(sums - 1).abs().argmax()].item()
@@ -244,15 +274,37 @@ def _check_probabilities(probs: Tensor) -> None:
         )
 
 
+def _chosen(probs: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities ``[N]`` of the labels, in float64 and above 0."""
+    return probs.gather(1, labels[:, None])[:, 0].double().clamp(min=torch.finfo(probs.dtype).tiny)
+
+
+def _brier(probs: Tensor, labels: Tensor) -> float:
+    total = 0.0
+    for part, chosen in _blocks(probs, labels):
+        distance = part.to(torch.float64, copy=True)
+        distance.scatter_add_(1, chosen[:, None], torch.full_like(distance[:, :1], -1))
+        total += float(distance.square_().sum())
+    return total / len(labels)
+
+
+def _blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive objects with their labels, so many that float64 copies of them stay small."""
+    size = max(1, BLOCK // rows.shape[1])
+    return zip(torch.split(rows, size), torch.split(labels, size), strict=True)
+
+
 def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """The logarithms of probabilities, in float64 and not below that of the smallest number, and labels."""
     probs, labels = _check_predictions(probs, labels)
-    return probs.double().clamp(min=torch.finfo(probs.dtype).tiny).log(), labels
+    return probs.to(torch.float64, copy=True).clamp_(min=torch.finfo(probs.dtype).tiny).log_(), labels
 
 
 def _tempered_nll(logs: Tensor, labels: Tensor, power: float) -> float:
-    tempered = (power * logs).log_softmax(1)
-    return 0.0 - tempered.gather(1, labels[:, None]).mean().item()
+    total = 0.0
+    for part, chosen in _blocks(logs, labels):
+        total -= (power * part).log_softmax(1).gather(1, chosen[:, None]).sum().item()
+    return total / len(labels)
 
 
 def _best_temperature(logs: Tensor, labels: Tensor) -> float:
@@ -279,12 +331,45 @@ def _lowest(function: Callable[[float], float], low: float, high: float) -> floa
 
 
 def _scores(values: Any, name: str) -> Tensor:
-    scores = torch.as_tensor(values).double().cpu()
+    """A vector of finite numbers in float64 on the CPU."""
+    scores = _numbers(values, name)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must be a vector of at least one number, got shape {list(scores.shape)}")
+    scores = scores.double().cpu()
     if not scores.isfinite().all():
         raise ValueError(f"{name} contains NaN or infinity")
     return scores
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """What was given, as a tensor without gradients."""
+    try:
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if isinstance(error, (ValueError, OverflowError)) else TypeError
+        raise kind(
+            f"expected {name} as a tensor, an array or lists of numbers, all rows of the same length; "
+            f"got {_given(values)} ({error})"
+        ) from error
+    if found.is_complex() or found.layout != torch.strided or found.is_meta:
+        raise TypeError(
+            f"expected {name} as a dense tensor of real numbers, got {found.dtype} on {found.device}, {found.layout}"
+        )
+    return found
+
+
+def _numbers(values: Any, name: str) -> Tensor:
+    """The same, but Python's own numbers, which have the digits of float64, keep them."""
+    found = _tensor(values, name)
+    if found.is_floating_point() and not isinstance(values, (Tensor, np.ndarray, np.generic)):
+        return torch.as_tensor(values, dtype=torch.float64).detach()
+    return found
+
+
+def _given(value: Any) -> str:
+    """What to call an argument in an error: short, whatever it is."""
+    text = type(value).__name__ if isinstance(value, (Tensor, np.ndarray)) else reprlib.repr(value)
+    return f"{text} of shape {list(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else text
 
 
 def _torchmetrics() -> Any:
