@@ -480,6 +480,102 @@ def write_labels(*labels: Any, kind: Any) -> Callable[[Path], None]:
     return make
 
 
+def write_folder(folder: Path, images: Sequence[Any], ending: str = "png") -> Path:
+    """One folder of images for each of two classes, which take turns."""
+    for number, image in enumerate(images):
+        home = folder / "test" / "ab"[number % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        image.save(home / f"{number:02}.{ending}")
+    return folder
+
+
+def grey(size: int = 20, value: int = 255) -> Any:
+    return Image.new("L", (size, size), value)
+
+
+def deep(mode: str = "I;16", value: int = 65535) -> Any:
+    """An image of 16 bits or more."""
+    if mode == "I;16":
+        return Image.fromarray(np.full((20, 20), value, np.uint16))
+    return Image.new(mode, (20, 20), value)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 0, 1), (1, 1)])
+@pytest.mark.parametrize(("mode", "ending"), [("I;16", "png"), ("I;16", "tiff"), ("I", "tiff"), ("F", "tiff")])
+def test_images_of_more_than_8_bits_are_refused_wherever_they_are(
+    order: tuple[int, ...], mode: str, ending: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "x", [deep(mode) if i else grey() for i in order], ending)
+    with pytest.raises(DataError, match=rf"an image of mode '{mode}.*expected 8-bit images"):
+        load(str(folder), "test")
+
+
+@pytest.mark.parametrize(
+    ("image", "channels"),
+    [
+        (grey(), [255]),
+        (Image.new("1", (20, 20), 1), [255]),
+        (Image.new("1", (20, 20), 0), [0]),
+        (Image.new("LA", (20, 20), (200, 7)), [200, 7]),
+        (Image.new("RGB", (20, 20), (1, 2, 255)), [1, 2, 255]),
+        (Image.new("RGBA", (20, 20), (1, 2, 255, 0)), [1, 2, 255, 0]),
+        (Image.new("RGB", (20, 20), (255, 0, 0)).convert("P"), [255, 0, 0]),
+    ],
+    ids=lambda value: getattr(value, "mode", ""),
+)
+def test_every_mode_of_8_bits_or_fewer_gives_inputs_from_0_to_1(
+    image: Any, channels: list[int], tmp_path: Path
+) -> None:
+    found = load(str(write_folder(tmp_path / "x", [image] * 3)), "test")
+    assert found.pixels.dtype == torch.uint8
+    assert found.shape == (len(channels), 20, 20)
+    assert found.pixels[1, :, 3, 4].tolist() == channels
+    (inputs, _), *_ = found.batches(3)
+    torch.testing.assert_close(inputs[2, :, 0, 0], torch.tensor(channels) / 255)
+
+
+def test_images_for_printing_are_brought_to_colour(tmp_path: Path) -> None:
+    red, plain = Image.new("CMYK", (20, 20), (0, 255, 255, 0)), Image.new("RGB", (20, 20), (0, 0, 255))
+    found = load(str(write_folder(tmp_path / "x", [red, plain, red], "jpg")), "test")
+    assert found.shape == (3, 20, 20)
+    colours = {tuple((pixels[:, 0, 0] > 128).tolist()) for pixels in found.pixels}
+    assert colours == {(True, False, False), (False, False, True)}
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([grey(), grey(), Image.new("RGB", (20, 20))], "2 L of 20x20, 1 RGB of 20x20"),
+        ([Image.new("RGB", (20, 20)), Image.new("RGBA", (20, 20))], "1 RGB of 20x20, 1 RGBA of 20x20"),
+        ([grey(), Image.new("LA", (20, 20)), grey(21), grey(22)], r"different sizes or depths \(.*, \.\.\.\)"),
+    ],
+)
+def test_modes_and_sizes_that_are_mixed_are_named(images: Sequence[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        load(str(write_folder(tmp_path / "x", images)), "test")
+
+
+def test_black_and_white_images_among_grey_ones_and_palettes_among_colours_are_brought_to_these(tmp_path: Path) -> None:
+    mixed = load(str(write_folder(tmp_path / "grey", [grey(), Image.new("1", (20, 20), 1)])), "test")
+    assert (mixed.pixels == 255).all()
+    colour = Image.new("RGB", (20, 20), (255, 0, 0))
+    mixed = load(str(write_folder(tmp_path / "colour", [colour, colour.convert("P")])), "test")
+    assert (mixed.pixels == torch.tensor([255, 0, 0])[:, None, None]).all()
+
+
+@pytest.mark.parametrize("label", [10**6, 2**40, 2**63 - 1])
+def test_labels_too_large_to_be_classes_are_refused(label: int, tmp_path: Path) -> None:
+    write_labels(0, label, kind=datasets.Value("int64"))(tmp_path / "x")
+    with pytest.raises(DataError, match="not whole numbers of at least 0 and below 1,000,000"):
+        load(str(tmp_path / "x"), "test")
+
+
+def test_a_range_of_classes_of_thousands_of_digits_is_refused(asked: list[str]) -> None:
+    with pytest.raises(DataError, match="unknown data set 'digits:0-999"):
+        load("digits:0-" + "9" * 5000, "train")
+    assert asked == []
+
+
 def images_of_two_sizes(folder: Path) -> None:
     images = [*pictures(2, 20, 20), *pictures(1, 20, 21)]
     write_parquet(folder, "test", {"image": images, "label": [0, 1, 2]}, labelled())

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,13 @@ HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": 
 
 FOLDER_VARIABLE = "STOCHBN_DATA"
 """The environment variable that names a folder with local copies, one subfolder for each data set."""
+
+
+MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB"}
+"""Pillow's modes of images of 8 bits or fewer, and what they are brought to: grey, colour, or these with an alpha."""
+
+MOST_CLASSES = 1_000_000
+"""Labels are less than this: a larger number is no label, and a name for each class would fill the memory."""
 
 
 class DataError(ExperimentError):
@@ -135,13 +143,16 @@ def load(source: str, split: str, report: Callable[[int, int], None] = lambda do
             set on the Hugging Face Hub, or a local folder in a layout that ``datasets.load_dataset`` reads (Parquet
             files, or one folder of images for each class). A range of classes after a colon selects them:
             ``digits:0-4``. The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
+            Images of 8 bits are read: grey, colour, black and white, with a palette, CMYK (brought to RGB), or with
+            transparency as a channel of its own (LA, RGBA).
         split: ``train`` or ``test``.
         report: called now and then with the number of images decoded and of all.
 
     Raises:
-        DataError: the data set cannot be had, or holds no usable images and labels.
+        DataError: the data set cannot be had, or holds no usable images and labels: images of 16 bits, or of different
+            sizes or modes, are refused by name.
     """
-    match = re.fullmatch(r"(.+):(\d+)(?:-(\d+))?", source)
+    match = re.fullmatch(r"(.+):(\d{1,9})(?:-(\d{1,9}))?", source)
     name = match[1] if match else source
     images = _digits(split) if name == "digits" else _dataset(name, split, report)
     if match:
@@ -176,7 +187,7 @@ def _dataset(name: str, split: str, report: Callable[[int, int], None]) -> Image
     import huggingface_hub
 
     location = _local_copy(name) or HUB.get(name, name)
-    local = Path(location).is_dir()
+    local = _is_folder(location)
     place = _place(name)
     advice = (
         f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir FOLDER/{place}`, "
@@ -184,7 +195,7 @@ def _dataset(name: str, split: str, report: Callable[[int, int], None]) -> Image
     )
     if not local and name not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise DataError(
-            f"unknown data set {name!r}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
+            f"unknown data set {name!r:.200}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
             "nor a Hub name of the form owner/name"
         )
     shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
@@ -217,7 +228,7 @@ def _dataset(name: str, split: str, report: Callable[[int, int], None]) -> Image
 
 def _local_copy(name: str) -> str | None:
     """The folder of a data set that is on disk; a folder here that is called like a short name needs a ./ before it."""
-    if name not in HUB and Path(name).is_dir():
+    if name not in HUB and _is_folder(name):
         return name
     root = os.environ.get(FOLDER_VARIABLE)
     if not root:
@@ -225,7 +236,11 @@ def _local_copy(name: str) -> str | None:
     if not Path(root).is_dir():
         raise DataError(f"{FOLDER_VARIABLE} is set to {root!r}, which is not a folder")
     copy = Path(root) / _place(name)
-    return str(copy) if copy.is_dir() else None
+    return str(copy) if _is_folder(copy) else None
+
+
+def _is_folder(name: str | Path) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112 (False, and no error, for what cannot be a path)
 
 
 def _place(name: str) -> str:
@@ -247,25 +262,48 @@ def _decode(table: Any, location: str, report: Callable[[int, int], None]) -> Im
         return found[0]
 
     image, label = column(datasets.Image, "image"), column(datasets.ClassLabel, "label")
+    arrays = []
+    kinds: Counter[str] = Counter()
     try:
-        arrays = []
         for picture in table[image]:
-            arrays.append(np.asarray(picture.convert("RGB") if getattr(picture, "mode", "") == "P" else picture))
+            array, kind = _array(picture)
+            arrays.append(array)
+            kinds[kind] += 1
             if len(arrays) % 500 == 0 or len(arrays) == len(table):
                 report(len(arrays), len(table))
+    except DataError as error:
+        raise DataError(f"{location!r} holds as number {len(arrays)} {error}; expected 8-bit images") from error
     except Exception as error:  # Pillow and pyarrow raise errors of many kinds for damaged images
         raise DataError(f"{location!r} holds an image that cannot be decoded: {error}") from error
-    shapes = {array.shape for array in arrays}
-    if len(shapes) > 1 or any(array.dtype != np.uint8 for array in arrays[:1]):
+    if len(kinds) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
         raise DataError(
-            f"{location!r} holds images of different sizes or depths ({sorted(shapes)[:3]}...); "
-            "expected 8-bit images of one size"
+            f"{location!r} holds images of different sizes or depths ({found}{', ...' if len(kinds) > 3 else ''}); "
+            "expected 8-bit images of one size and mode"
         )
     pixels = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, 0, 0, dtype=torch.uint8)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.movedim(-1, 1)
     values, feature = table[label][:], table.features[label]
-    if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise DataError(f"{location!r} has labels that are not whole numbers of at least 0 in its column {label!r}")
+    if not all(isinstance(value, int) and 0 <= value < MOST_CLASSES for value in values):
+        raise DataError(
+            f"{location!r} has labels that are not whole numbers of at least 0 and below {MOST_CLASSES:,} in its "
+            f"column {label!r}"
+        )
     labels = torch.tensor(values, dtype=torch.int64)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
     return Images(pixels.contiguous(), labels, tuple(names), location)
+
+
+def _array(picture: Any) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str]:
+    """An image as ``[H, W]`` or ``[H, W, C]``, uint8, and what kind of image that is: mode and size.
+
+    Raises:
+        DataError: it is no image, or not of 8 bits.
+    """
+    mode = getattr(picture, "mode", None)
+    if mode is None:
+        raise DataError(f"what is no image ({type(picture).__name__})")
+    if mode not in MODES:
+        raise DataError(f"an image of mode {mode!r} (not one of {', '.join(MODES)})")
+    brought = picture if mode == MODES[mode] else picture.convert(MODES[mode])
+    return np.asarray(brought), f"{brought.mode} of {picture.width}x{picture.height}"
