@@ -5,16 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import multiprocessing
 import os
 import platform
-import signal
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from stochbn.network.calling import modes
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
 from stochbn.paper.comparison import finite
+from stochbn.paper.memory import peak_of_draws
 from stochbn.paper.networks import build
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Posterior
@@ -151,7 +147,7 @@ def measure(
         )
     }
     progress("memory")
-    memory = _memory(network, posterior, x)
+    memory = peak_of_draws(network, posterior, x)
     units = {name: seconds / unit for name, seconds in took.items()}
     curve = [(units[f"draws {n}"], variance / error[f"draws {n}"]) for n in BUDGETS]
     return {
@@ -339,69 +335,3 @@ def _reached(curve: Sequence[tuple[float, float]], worth: float) -> float:
             part = math.log(worth / before) / math.log(after / before)
             return cost * math.pow(more / cost, part)
     return curve[0][0] if curve[0][1] >= worth else math.inf
-
-
-def _memory(network: Path, posterior: Posterior, x: Tensor) -> float:
-    """The peak of 200 draws over that of one plain pass, each in a process of its own, above what it starts with.
-
-    The medians of three processes each, as memory may be handed out in other blocks from one to the next. It is known
-    on Linux only; elsewhere it is NaN.
-    """
-    if not Path("/proc/self/clear_refs").exists():
-        return math.nan
-    draws, plain = (
-        statistics.median(_peak_of_a_process(network, predicted, x) for _ in range(3))
-        for predicted in (posterior, None)
-    )
-    return draws / plain
-
-
-def _peak_of_a_process(network: Path, posterior: Posterior | None, x: Tensor) -> int:
-    """The kilobytes that a prediction takes at its peak, in a new process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(theirs, network, posterior, x.numpy()), daemon=True)
-    with _interrupts_ignored():
-        process.start()
-    theirs.close()
-    try:
-        peak: int = ours.recv()
-    except EOFError:
-        raise ValueError("the memory could not be measured: the process that does it has ended") from None
-    finally:
-        process.kill()
-        process.join()
-    return peak
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process that is started within it ignores Ctrl-C from its first moment: the one that started it ends it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _peak(pipe: Connection, network: Path, posterior: Posterior | None, x: Any) -> None:
-    warnings.simplefilter("ignore")
-    model = checkpoints.load(network).model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    inputs = torch.from_numpy(x)
-    _plain(model, inputs[:1])  # libraries' own memory
-    if posterior is not None:
-        stochbn.Predictive(model, posterior, 8)(inputs[:1])
-    before = _memory_of_this_process(reset=True)["VmRSS"]
-    if posterior is None:
-        _plain(model, inputs)
-    else:
-        stochbn.Predictive(model, posterior, 200)(inputs)
-    pipe.send(max(1, _memory_of_this_process()["VmHWM"] - before))
-
-
-def _memory_of_this_process(reset: bool = False) -> dict[str, int]:
-    """What Linux says of this process in kilobytes: ``VmRSS`` now, ``VmHWM`` at its peak since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {line[0].rstrip(":"): int(line[1]) for line in lines if line[2:] == ["kB"]}

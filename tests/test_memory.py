@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import stochbn
+from stochbn.paper import checkpoints, data, networks
+from stochbn.paper.memory import _memory_of_this_process, _peak_of_a_process
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is known on Linux alone")
+
+
+def test_the_peak_of_a_process_is_that_since_the_reset() -> None:
+    before = _memory_of_this_process(reset=True)["VmRSS"]
+    block = torch.ones(25_000_000)
+    assert block.sum() > 0
+    del block
+    assert _memory_of_this_process()["VmHWM"] - before > 90_000
+    assert _memory_of_this_process(reset=True)["VmHWM"] - before < 50_000
+
+
+def test_a_larger_batch_takes_more_memory_and_a_lost_process_is_told(tmp_path: Path) -> None:
+    images = data.load("digits:0-4", "train")
+    arguments = networks.arguments_for(images)
+    model = networks.build("lenet5", **arguments)
+    file = tmp_path / "network.safetensors"
+    checkpoints.save(file, checkpoints.Checkpoint(model, "lenet5", arguments, "digits:0-4", images.classes))
+    posterior = stochbn.fit(model, [next(images.batches(64))[0]], 16)
+    (x, _), *_ = images.batches(600)
+    assert _peak_of_a_process(file, None, x) > 2 * _peak_of_a_process(file, None, x[:60])
+    assert _peak_of_a_process(file, posterior, x[:60]) > 0
+    with pytest.raises(ValueError, match="the process that does it has ended"):
+        _peak_of_a_process(tmp_path / "missing.safetensors", None, x)
