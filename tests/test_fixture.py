@@ -18,8 +18,8 @@ FIXTURE = Path(__file__).parent / "fixtures" / "probabilities.json"
 KINDS = ("joint", "factorized", "empirical")
 NETWORKS: dict[str, dict[str, Any]] = {
     "lenet5": {"channels": 1, "size": 28},
-    "vgg11": {"channels": 3, "size": 32, "width": 0.125},
-    "resnet18": {"channels": 3, "size": 32, "width": 0.125},
+    "vgg11": {"channels": 3, "size": 32, "width": 0.125, "bias": False},
+    "resnet18-final-bn": {"channels": 3, "size": 32, "width": 0.125},
 }
 
 

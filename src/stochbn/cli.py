@@ -118,7 +118,7 @@ def demo(
 
 @app.command()
 def reproduce(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11 or resnet18.", show_default=False)],
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11, resnet18, ...", show_default=False)],
     preset: Annotated[
         str,
         typer.Option(help="paper (the published protocol), reduced (an hour or so on two cores) or smoke (a minute)."),
@@ -133,6 +133,13 @@ def reproduce(
     members: Annotated[int | None, Override("--members", help="Networks in the Deep Ensemble.")] = None,
     batch_size: Annotated[int | None, Override("--batch-size", help="Objects in a training mini-batch.")] = None,
     learning_rate: Annotated[float | None, Override("--learning-rate", help="Adam's, decaying to 0.")] = None,
+    decay: Annotated[str | None, Override("--decay", help="Lower the learning rate each epoch or each step.")] = None,
+    decrease_from: Annotated[
+        int | None, Override("--decrease-from", help="Keep the learning rate for so many epochs first.")
+    ] = None,
+    uniform_scale: Annotated[
+        bool | None, Override("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
+    ] = None,
     statistics_batch: Annotated[
         int | None, Override("--statistics-batch", help="Objects in a mini-batch whose statistics are observed.")
     ] = None,
@@ -175,7 +182,8 @@ def reproduce(
         "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
         "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
-        "train_images": train_images, "test_images": test_images,
+        "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
+        "uniform_scale": uniform_scale,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stochbn.paper.data import Images
-from stochbn.paper.networks import arguments_for
+from stochbn.paper.networks import RESNET_BLOCKS, VGG_CONVOLUTIONS, arguments_for
 from stochbn.paper.training import Schedule
 
 __all__ = ["DEMOS", "PRESETS", "Member", "Recipe"]
@@ -39,6 +39,9 @@ class Recipe:
         arguments: further network arguments.
         batch_size: objects in a training mini-batch.
         learning_rate: Adam's, decaying linearly to 0.
+        decay: when the learning rate changes: each ``epoch``, as published, or each ``step``.
+        decrease_from: how many epochs the learning rate stays as it is first.
+        uniform_scale: whether the scale of every batch norm starts from U(0, 1), as published, and not from 1.
         statistics_batch: objects in a mini-batch whose statistics are observed.
         draws: draws, or dropout passes, of each network at test time.
         seed: what all randomness comes from.
@@ -72,6 +75,9 @@ class Recipe:
     evaluate_on: str = "test"
     train_images: int | None = None
     test_images: int | None = None
+    decay: str = "step"
+    decrease_from: int = 0
+    uniform_scale: bool = False
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "members": 1, "statistics_batch": 2, "draws": 1, "train_images": 1, "test_images": 1}
@@ -115,6 +121,8 @@ class Recipe:
             precision=self.precision,
             compile=self.compile,
             processes=self.processes,
+            decay=self.decay,
+            decrease_from=self.decrease_from,
         )
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:
@@ -122,39 +130,58 @@ class Recipe:
         return arguments_for(images) | self.arguments | (self.dropout or {} if member.kind == "dropout" else {})
 
 
-_LENET = Recipe("lenet5", "mnist", "notmnist", epochs=50, members=6, dropout={"dropout": 0.5})
+_PUBLISHED: dict[str, Any] = {"decay": "epoch", "uniform_scale": True}
+_CIFAR: dict[str, Any] = {"data": "cifar10:0-4", "unknown": "cifar10:5-9", "augment": True}
+_LENET = Recipe("lenet5", "mnist", "notmnist", epochs=8, members=6, dropout={"dropout": 0.5})
 _VGG = Recipe(
     "vgg11",
-    "cifar10:0-4",
-    "cifar10:5-9",
-    epochs=200,
-    members=6,
+    **_CIFAR,
+    epochs=10,
+    members=3,
     dropout={"dropout": 0.05, "classifier_dropout": 0.2},
-    augment=True,
+    arguments={"width": 0.5},
+    test_images=2000,
 )
-_RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
-_REDUCED: dict[str, Any] = {"epochs": 8, "batch_size": 64, "members": 3, "test_images": 2000}
+_RESNET = Recipe(
+    "resnet18",
+    **_CIFAR,
+    epochs=8,
+    batch_size=64,
+    members=3,
+    dropout=None,
+    arguments={"width": 0.25},
+    test_images=2000,
+)
+_PAPER: dict[str, Any] = {"epochs": 200, "batch_size": 16, "members": 12, "arguments": {}, "test_images": None}
 _SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images": 256, "test_images": 64}
+_SMALL: dict[str, Any] = {"arguments": {"width": 0.125}, "batch_size": 32, **_SMOKE}
 
-PRESETS = {
+
+def _presets(recipe: Recipe) -> dict[str, Recipe]:
+    """The presets of a network for CIFAR, whose reduced one this is."""
+    return {
+        "paper": replace(recipe, **_PAPER, **_PUBLISHED),
+        "reduced": recipe,
+        "smoke": replace(recipe, **_SMALL),
+    }
+
+
+PRESETS: dict[str, dict[str, Recipe]] = {
     "lenet5": {
-        "paper": _LENET,
-        "reduced": replace(_LENET, epochs=8),
+        "paper": replace(_LENET, epochs=50, **_PUBLISHED),
+        "reduced": _LENET,
         "smoke": replace(_LENET, data="digits:0-4", unknown="digits:5-9", **_SMOKE),
     },
-    "vgg11": {
-        "paper": _VGG,
-        "reduced": replace(_VGG, arguments={"width": 0.5}, **_REDUCED | {"batch_size": 16, "epochs": 10}),
-        "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
-    },
-    "resnet18": {
-        "paper": _RESNET,
-        "reduced": replace(_RESNET, arguments={"width": 0.25}, **_REDUCED),
-        "smoke": replace(_RESNET, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
+    **{f"vgg{depth}": _presets(replace(_VGG, network=f"vgg{depth}")) for depth in VGG_CONVOLUTIONS},
+    **{f"resnet{depth}": _presets(replace(_RESNET, network=f"resnet{depth}")) for depth in RESNET_BLOCKS},
+    "resnet18-final-bn": {
+        "reduced": replace(_RESNET, network="resnet18-final-bn"),
+        "smoke": replace(_RESNET, network="resnet18-final-bn", **_SMALL),
     },
 }
-"""What ``stochbn reproduce`` runs: ``paper`` is the published protocol on five classes of CIFAR-10 (for all ten,
-override the data), ``reduced`` takes about an hour on two CPU cores, ``smoke`` less than a minute."""
+"""What ``stochbn reproduce`` runs. ``paper`` is the published protocol, point by point in ``docs/protocol.md``.
+``reduced`` takes about an hour on two CPU cores and ``smoke`` less than a minute; both are ours: the learning rate
+changes at every step, and batch norm's scale starts from 1."""
 
 DEMOS = {
     "digits": replace(_LENET, data="digits:0-4", unknown="digits:5-9", epochs=12, members=3),

@@ -170,10 +170,12 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
     if not network.exists():
         state = home / "training.safetensors"
         model = train(
-            functools.partial(networks.build, recipe.network, **arguments),
+            functools.partial(networks.build, recipe.network, uniform_scale=recipe.uniform_scale, **arguments),
             images,
             recipe.schedule(member),
+            held_out=parts.get("held-out"),
             state=state,
+            log=home / "training.csv",
             report=None
             if recipe.processes > 1
             else lambda step, steps, loss: progress(member.name, "train", step, steps),
