@@ -150,17 +150,17 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
     text = stochbn_("evaluate", *trained.networks, "--ood", "digits:5-9", "--draws", 3, "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
     assert [(row["method"], row["sbn"], row["members"]) for row in results["scores"]] == [
-        ("SBN", False, 1), ("SBN", True, 1), ("Deep Ensembles", False, 2), ("Deep Ensembles", True, 2),
+        ("plain", False, 1), ("plain", True, 1), ("Deep Ensembles", False, 2), ("Deep Ensembles", True, 2),
         ("Dropout", False, 1), ("Dropout", True, 1),
     ]  # fmt: skip
     scores = results["scores"]
     assert all(row["error"] < 20 for row in scores)
     assert all(row["entropy_unknown"] > row["entropy_known"] for row in scores)
-    for i, label in enumerate(("SBN", "Deep Ensembles (2)", "Dropout")):
+    for i, label in enumerate(("plain", "Deep Ensembles (2)", "Dropout")):
         plain, sbn = scores[2 * i : 2 * i + 2]
         cells = [f"{s['error']:.2f}" for s in (plain, sbn)] + [f"{s['nll']:.4f}" for s in (plain, sbn)]
         assert f"{label} {' '.join(cells)}" in words(text)
-        drawn = label if label == "SBN" else f"{label} + SBN"
+        drawn = "SBN" if label == "plain" else f"{label} + SBN"
         assert f"{drawn} {sbn['entropy_known']:.3f}" in words(text)
     assert "digits:0-4 (test)" in text
     assert "digits:5-9 (test)" in text
@@ -195,7 +195,7 @@ def test_evaluation_without_out_writes_nothing(trained: Trained) -> None:
 def test_a_network_without_a_posterior_is_evaluated_without_sbn_and_that_is_said(alone: Path) -> None:
     text = stochbn_("evaluate", alone, "--ood", "digits:5-9", "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
-    assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("SBN", False)]
+    assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False)]
     assert "run 'stochbn fit' on them first" in words(text)
 
 
@@ -300,7 +300,7 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     assert (folder / "entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "entropy-cdf.svg").read_text()
     assert (folder / "results.md").stat().st_size
-    for row in ("SBN", "Deep Ensembles (2)", "Dropout"):
+    for row in ("plain", "Deep Ensembles (2)", "Dropout"):
         assert row in text
     assert "demo-digits" in text
     (command,) = [shlex.split(line) for line in text.splitlines() if "demo --data mnist" in line]
@@ -324,7 +324,7 @@ def test_reproducing_an_experiment_changes_its_preset_field_by_field(tiny_demo: 
     expected = recipes.PRESETS["lenet5"]["smoke"]
     changes = {"members": 1, "dropout": None, "draws": 1, "unknown": None, "seed": 3, "learning_rate": 0.002}
     assert about["recipe"] == {**expected.as_dict(), **changes, "statistics_batch": 8, "augment": False}
-    assert [row["method"] for row in json.loads(Path("run/results.json").read_text())["scores"]] == ["SBN", "SBN"]
+    assert [row["method"] for row in json.loads(Path("run/results.json").read_text())["scores"]] == ["plain", "plain"]
     assert stochbn.load("run/plain-0/network.sbn.safetensors").batch_size == 8
 
 
