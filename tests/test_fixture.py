@@ -1,4 +1,4 @@
-"""Predictions stay what they were: probabilities of three seeded networks, by a release before the passes were rebuilt."""
+"""Predictions stay what they were: probabilities of three seeded networks, from before the passes were rebuilt."""
 
 from __future__ import annotations
 

@@ -152,6 +152,7 @@ def reproduce(
     classifier_dropout: Annotated[
         float | None, Override("--classifier-dropout", help="Dropout rate before the classifier (vgg11).")
     ] = None,
+    bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
     precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
@@ -163,6 +164,13 @@ def reproduce(
     train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
     test_images: Annotated[
         int | None, Override("--test-images", help="Use this many test images of each kind.")
+    ] = None,
+    keep_draws: Annotated[
+        bool | None,
+        Override(
+            "--keep-draws/--no-keep-draws",
+            help="Keep the log-probabilities of every draw. \\[default: up to 256 MiB for a network]",
+        ),
     ] = None,
 ) -> None:
     """Repeat one of the paper's experiments: SBN, Deep Ensembles and Dropout on known and unknown classes.
@@ -188,14 +196,14 @@ def reproduce(
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:
         changes["unknown"] = None if unknown == "none" else unknown
-    if width is not None:
-        changes["arguments"] = {**recipe.arguments, "width": width}
+    arguments = {name: value for name, value in (("width", width), ("bias", bias)) if value is not None}
+    changes["arguments"] = {**recipe.arguments, **arguments}
     rates = {"dropout": dropout, "classifier_dropout": classifier_dropout}
     rates = {**(recipe.dropout or {}), **{name: rate for name, rate in rates.items() if rate is not None}}
     if dropout == 0 and classifier_dropout is None:
         rates = {}
     changes["dropout"] = rates if any(rates.values()) else None
-    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs)
+    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs, keep_draws)
 
 
 @app.command()
@@ -223,7 +231,7 @@ def report(
         out.print(table.rich())
 
 
-def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
+def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:
     """Run a recipe with progress bars, and show what came out."""
     from stochbn.paper import report, runner
 
@@ -250,7 +258,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
             bars.update(tasks[key], completed=done)
 
         side_by_side = 1 if recipe.processes > 1 else _side_by_side(len(recipe.all_members()))
-        runner.run(recipe, folder, jobs=jobs or side_by_side, progress=advance)
+        runner.run(recipe, folder, jobs=jobs or side_by_side, keep_draws=keep_draws, progress=advance)
     for table in report.write_run(folder):
         out.print(table.rich())
     out.print(
@@ -525,7 +533,7 @@ def evaluate(
     found = report.methods(predictions[False], predictions[True])
     names = known.name, unknown.name if unknown is not None else None
     if folder is None:
-        shown = report.tabulate([method.scores() for method in found], *names)
+        shown = report.tabulate(report.score(found), *names)
     else:
         described = [p and {"kind": p.kind, "batch_size": p.batch_size, "temperature": p.temperature} for p in fitted]
         about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}

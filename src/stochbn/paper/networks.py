@@ -23,6 +23,7 @@ __all__ = [
     "PreActivationBottleneck",
     "arguments_for",
     "build",
+    "build_with_uniform_scale",
     "lenet5",
     "resnet",
     "resnet18_final_bn",
@@ -224,13 +225,11 @@ def arguments_for(images: Images) -> dict[str, Any]:
     return {"classes": len(images.classes), "channels": channels, "size": height}
 
 
-def build(name: str, *, uniform_scale: bool = False, **arguments: object) -> nn.Module:
+def build(name: str, **arguments: object) -> nn.Module:
     """The network with this name and fresh weights, in channels-last layout (faster convolutions).
 
     Args:
         name: one of `NETWORKS`.
-        uniform_scale: draw the scale of every batch norm from U(0, 1), as published and as PyTorch did in 2018, in
-            place of 1. Convolutions and linear layers are drawn today as they were then.
         arguments: of the network's function.
 
     Raises:
@@ -242,10 +241,21 @@ def build(name: str, *, uniform_scale: bool = False, **arguments: object) -> nn.
     if unknown := [argument for argument in arguments if argument not in known]:
         raise ValueError(f"{name} has no argument {unknown[0]}; it has {', '.join(known)}")
     model: nn.Module = NETWORKS[name](**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if uniform_scale:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                nn.init.uniform_(module.weight)
+    return model
+
+
+def build_with_uniform_scale(name: str, **arguments: object) -> nn.Module:
+    """As `build`, with the scale of every batch norm from U(0, 1) in place of 1: as published, and as PyTorch in 2018.
+
+    Convolutions and linear layers need nothing of the kind: they are drawn today as they were then.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    model = build(name, **arguments)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.uniform_(module.weight)
     return model
 
 

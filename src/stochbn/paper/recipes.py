@@ -103,6 +103,23 @@ class Recipe:
         """Every field, as JSON holds it."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, described: dict[str, Any]) -> Recipe:
+        """The recipe with these fields; one that an earlier version did not have was at its default.
+
+        Before the learning rate's decay was a field, ``resnet18`` was today's ``resnet18-final-bn``, and convolutions
+        of ``vgg11`` had no biases.
+
+        Raises:
+            TypeError, ValueError: there is no such field, or a value is impossible.
+        """
+        if "decay" not in described:
+            if described["network"] == "resnet18":
+                described = {**described, "network": "resnet18-final-bn"}
+            if described["network"] == "vgg11":
+                described = {**described, "arguments": {"bias": False, **described["arguments"]}}
+        return cls(**described)
+
     def all_members(self) -> list[Member]:
         """The networks to train, the one that takes longest (two times `draws` passes) first."""
         dropout = [Member("dropout", 0)] if self.dropout is not None else []
