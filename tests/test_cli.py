@@ -27,9 +27,9 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import checkpoints, data, figures, recipes, runner
+from stochbn.paper import checkpoints, data, figures, recipes, runner, training
 from stochbn.paper.checkpoints import Checkpoint
-from stochbn.paper.networks import build
+from stochbn.paper.networks import build, build_with_uniform_scale
 from test_runner import TINY
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -111,9 +111,11 @@ def test_training_and_fitting_leave_a_network_and_its_posterior(trained: Trained
         assert posterior.batch_size == 16
         assert posterior.mini_batches == len(data.load("digits:0-4", "train")) // 16
     assert sorted(path.name for path in trained.networks[0].parent.iterdir()) == [
-        "a.safetensors", "a.sbn.safetensors", "b.safetensors", "b.sbn.safetensors", "dropout.safetensors",
-        "dropout.sbn.safetensors",
+        "a.safetensors", "a.sbn.safetensors", "a.training.csv", "b.safetensors", "b.sbn.safetensors", "b.training.csv",
+        "dropout.safetensors", "dropout.sbn.safetensors", "dropout.training.csv",
     ]  # fmt: skip
+    (epoch,) = training.read_log(trained.networks[0].with_name("a.training.csv"))
+    assert epoch.accuracy > 0.5
 
 
 def test_training_and_fitting_say_what_to_run_next_in_a_line_that_can_be_copied(trained: Trained) -> None:
@@ -217,6 +219,27 @@ def test_any_network_with_dropout_counts_as_dropout(tmp_path: Path) -> None:
     text = stochbn_("evaluate", "v.safetensors", "--draws", 2)
     assert "│ Dropout" in text
     assert "│ SBN" not in text
+
+
+def test_a_network_can_be_trained_with_every_option_of_a_recipe(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", noise(32, 32, 32, 3), [i % 5 for i in range(32)])
+    options: tuple[object, ...] = (
+        "--width", 0.05, "--dropout", 0.1, "--classifier-dropout", 0.25, "--no-bias", "--augment",
+        "--decay", "epoch", "--decrease-from", 1, "--uniform-scale", "--precision", "bf16-mixed",
+    )  # fmt: skip
+    given = ("train", "--data", folder, "--network", "vgg11", "--epochs", 3, "--batch-size", 8)
+    stochbn_(*given, *options, "--out", "v.safetensors")
+    checkpoint = checkpoints.load("v.safetensors")
+    shape = {"classes": 5, "channels": 3, "size": 32}
+    network = {"width": 0.05, "dropout": 0.1, "classifier_dropout": 0.25, "bias": False}
+    assert checkpoint.arguments == shape | network
+    expected = training.train(
+        functools.partial(build_with_uniform_scale, "vgg11", **checkpoint.arguments),
+        data.load(str(folder), "train"),
+        training.Schedule(3, 8, augment=True, precision="bf16-mixed", decay="epoch", decrease_from=1),
+    )
+    theirs = expected.state_dict()
+    assert all(value.equal(theirs[name]) for name, value in checkpoint.model.state_dict().items())
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
