@@ -25,6 +25,7 @@ from stochbn.paper.data import Images
 from stochbn.paper.networks import build
 from stochbn.paper.recipes import DEMOS, PRESETS, Member, Recipe
 from stochbn.paper.runner import DRAWS, PREDICTIONS, fit_posterior, predict_all, predict_member, run
+from stochbn.paper.training import augmented
 
 TINY = Recipe(
     "lenet5",
@@ -120,7 +121,7 @@ def test_recipes_survive_json_and_can_be_built(recipe: Recipe) -> None:
 
 
 def test_recipes_of_earlier_runs_name_the_networks_of_today() -> None:
-    newer = {"decay", "decrease_from", "uniform_scale"}
+    newer = {"decay", "decrease_from", "uniform_scale", "augment_fit"}
     for network, arguments in (("resnet18", {"width": 0.25}), ("vgg11", {"width": 0.5}), ("lenet5", {})):
         recipe = replace(TINY, network=network, arguments=arguments)
         assert Recipe.from_dict(recipe.as_dict()) == recipe
@@ -283,6 +284,27 @@ def test_draws_are_left_out_where_that_is_asked_for_or_where_they_are_large(
     for name, kept in (("without", False), ("large", False), ("asked for", True)):
         assert (tmp_path / name / "plain-0" / "draws.safetensors").exists() == kept
         assert_same_numbers(tmp_path / name, finished[0], ["plain-0"])
+
+
+def test_posteriors_are_fitted_on_augmented_images_if_the_recipe_says_so(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(replace(TINY, members=1, dropout=None, augment_fit=True), folder)
+    home = folder / "plain-0"
+    model = checkpoints.load(home / "network.safetensors").model
+    seed = TINY.schedule(Member("plain", 0)).seed
+    train = data.load("digits:0-4", "train").shuffled(0).take(torch.arange(48))
+    fitted = stochbn.load(home / "network.sbn.safetensors")
+    again = fit_posterior(model, augmented(train, seed), 16, seed).draw(2, seeded())
+    for name, value in fitted.draw(2, seeded()).items():
+        torch.testing.assert_close(value, again[name])
+    unlike = stochbn.load(finished[0] / "plain-0" / "network.sbn.safetensors").draw(2, seeded())
+    assert all(not value.equal(unlike[name]) for name, value in fitted.draw(2, seeded()).items())
+    observed, _ = read_tensors(home / "statistics.safetensors", runner.STATISTICS)
+    together = torch.cat([observed[layer] for layer in fitted.layers], 2).double()
+    assert isinstance(fitted, stochbn.Factorized)
+    torch.testing.assert_close(together.mean(0)[0], fitted.mean_mean, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_grows_by_members_and_keeps_what_is_there(finished: tuple[Path, Any], tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from conftest import seeded
+from stochbn.paper import data
 from stochbn.paper.data import Images, load
 from stochbn.paper.networks import build
-from stochbn.paper.training import Schedule, read_log, train
+from stochbn.paper.training import Schedule, augmented, read_log, train
 
 
 class StopHereError(Exception):
@@ -202,6 +203,23 @@ def test_lenet5_learns_digits() -> None:
 
 def lenet_for_five() -> nn.Module:
     return build("lenet5", classes=5)
+
+
+def test_all_images_are_augmented_once_by_the_seed_alone() -> None:
+    pixels = torch.randint(256, (1200, 3, 12, 12), generator=seeded(3)).to(torch.uint8)
+    images = Images(pixels, torch.arange(1200) % 5, tuple("abcde"), "noise")
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first, again, other = (augmented(images, seed) for seed in (4, 4, 5))
+    assert torch.random.get_rng_state().equal(state)
+    assert first.pixels.equal(again.pixels)
+    assert not first.pixels.equal(other.pixels)
+    assert first.labels.equal(images.labels)
+    assert first.shape == images.shape
+    changed = (first.pixels != pixels).flatten(1).any(1)
+    assert changed.double().mean() > 0.95
+    torch.manual_seed(4)
+    assert first.pixels[:1000].equal(data.augment(pixels[:1000]))
 
 
 # ---------------------------------------------------------------- the learning rate

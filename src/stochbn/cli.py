@@ -154,6 +154,9 @@ def reproduce(
     ] = None,
     bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    augment_fit: Annotated[
+        bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
+    ] = None,
     precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
     processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
@@ -191,7 +194,7 @@ def reproduce(
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
         "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
         "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
-        "uniform_scale": uniform_scale,
+        "uniform_scale": uniform_scale, "augment_fit": augment_fit,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:

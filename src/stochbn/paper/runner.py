@@ -29,7 +29,7 @@ from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
-from stochbn.paper.training import train
+from stochbn.paper.training import augmented, train
 from stochbn.posteriors import Posterior
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
@@ -211,6 +211,8 @@ def _run_member(
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
         state.unlink(missing_ok=True)
     model = on_accelerator(checkpoints.load(network).model)
+    if recipe.augment_fit:
+        images = augmented(images, recipe.schedule(member).seed)
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():

@@ -10,7 +10,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from stochbn.files import read_tensors, write_bytes, write_tensors
 from stochbn.paper.data import Images, as_input, augment
 
-__all__ = ["Epoch", "Schedule", "keep_freed_memory", "read_log", "train"]
+__all__ = ["Epoch", "Schedule", "augmented", "keep_freed_memory", "read_log", "train"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 SCORE_BATCH = 250
@@ -235,6 +235,14 @@ def _train(
             # Left to the end of the process, the communication threads of one process may abort it.
             fabric.barrier()
             torch.distributed.destroy_process_group()
+
+
+def augmented(images: Images, seed: int) -> Images:
+    """Every image once as training with augmentation shows it, by chance that depends on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pixels = [augment(images.pixels[start : start + 1000]) for start in range(0, len(images), 1000)]
+    return replace(images, pixels=torch.cat(pixels).contiguous())
 
 
 def read_log(path: Path) -> list[Epoch]:
