@@ -121,7 +121,7 @@ def test_recipes_survive_json_and_can_be_built(recipe: Recipe) -> None:
 
 
 def test_recipes_of_earlier_runs_name_the_networks_of_today() -> None:
-    newer = {"decay", "decrease_from", "uniform_scale", "augment_fit"}
+    newer = {"decay", "decrease_from", "uniform_scale", "augment_fit", "drawn"}
     for network, arguments in (("resnet18", {"width": 0.25}), ("vgg11", {"width": 0.5}), ("lenet5", {})):
         recipe = replace(TINY, network=network, arguments=arguments)
         assert Recipe.from_dict(recipe.as_dict()) == recipe
@@ -134,7 +134,7 @@ def test_recipes_of_earlier_runs_name_the_networks_of_today() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"decay": "year"}, {"decrease_from": 2}, {"epochs": 0},
+    [{"drawn": "none"}, {"decay": "year"}, {"decrease_from": 2}, {"epochs": 0},
      {"members": 0}, {"draws": 0}, {"statistics_batch": 0}, {"train_images": 0}, {"test_images": -1},
      {"held_out": 1.0}, {"held_out": -0.1}, {"evaluate_on": "held-out"}, {"held_out": 0.1, "evaluate_on": "train"},
      {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": -1.0}],
@@ -305,6 +305,27 @@ def test_posteriors_are_fitted_on_augmented_images_if_the_recipe_says_so(
     together = torch.cat([observed[layer] for layer in fitted.layers], 2).double()
     assert isinstance(fitted, stochbn.Factorized)
     torch.testing.assert_close(together.mean(0)[0], fitted.mean_mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_hidden_linear_layer_of_lenet5_keeps_its_running_statistics_if_the_recipe_says_so(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(replace(TINY, members=1, drawn="convolutions"), folder)
+    for name, hidden in (("plain-0", "10"), ("dropout-0", "12")):
+        fitted, all_drawn = (stochbn.load(f / name / "network.sbn.safetensors") for f in (folder, finished[0]))
+        model = checkpoints.load(folder / name / "network.safetensors").model
+        fitted.check(model)
+        assert isinstance(model.get_submodule(hidden), nn.BatchNorm1d)
+        assert fitted.skipped == (hidden,)
+        assert list(fitted.layers) == [layer for layer in all_drawn.layers if layer != hidden]
+        assert isinstance(fitted, stochbn.Factorized)
+        assert isinstance(all_drawn, stochbn.Factorized)
+        for key in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
+            assert getattr(fitted, key).equal(getattr(all_drawn, key)[:70])
+    ours, theirs = predictions(folder, ["plain-0"])["plain-0"], predictions(finished[0])["plain-0"]
+    assert ours["plain.known"].equal(theirs["plain.known"])
+    assert not ours["sbn.known"].equal(theirs["sbn.known"])
 
 
 def test_a_run_grows_by_members_and_keeps_what_is_there(finished: tuple[Path, Any], tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ def reproduce(
     ] = None,
     bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    drawn: Annotated[str | None, Override("--drawn", help="Batch norms to draw: all or convolutions'.")] = None,
     augment_fit: Annotated[
         bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
     ] = None,
@@ -194,7 +195,7 @@ def reproduce(
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
         "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
         "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
-        "uniform_scale": uniform_scale, "augment_fit": augment_fit,
+        "uniform_scale": uniform_scale, "augment_fit": augment_fit, "drawn": drawn,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:

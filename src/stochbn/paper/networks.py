@@ -22,6 +22,7 @@ __all__ = [
     "PreActivationBlock",
     "PreActivationBottleneck",
     "arguments_for",
+    "batch_norms_of_linear_layers",
     "build",
     "build_with_uniform_scale",
     "lenet5",
@@ -257,6 +258,11 @@ def build_with_uniform_scale(name: str, **arguments: object) -> nn.Module:
         if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight)
     return model
+
+
+def batch_norms_of_linear_layers(model: nn.Module) -> list[str]:
+    """The names of the batch norms that normalise vectors, not images: they stand behind linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d)]
 
 
 def _resnet_trunk(

@@ -27,6 +27,7 @@ from stochbn.files import write_tensors
 from stochbn.paper import ExperimentError, checkpoints, data, folders, networks
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
+from stochbn.paper.fitting import fit_posterior, undrawn
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
@@ -216,13 +217,11 @@ def _run_member(
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
-        fit_posterior(
-            model,
-            images,
-            recipe.statistics_batch,
-            recipe.schedule(member).seed,
-            lambda done, total: progress(member.name, "fit", done, total),
-        ).save(posterior)
+        follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
+        fitted = fit_posterior(model, images, recipe.statistics_batch, recipe.schedule(member).seed, follow)
+        if recipe.drawn == "convolutions":
+            fitted = undrawn(fitted, networks.batch_norms_of_linear_layers(model))
+        fitted.save(posterior)
     predictions, *statistics = _outputs(folder, member)
     for path in statistics:
         if not path.exists():
@@ -310,38 +309,6 @@ def on_accelerator(model: nn.Module) -> nn.Module:
     """The network, moved to the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model if accelerator is None else model.to(accelerator)
-
-
-def fit_posterior(
-    model: nn.Module,
-    images: Images,
-    batch_size: int,
-    seed: int = 0,
-    report: Report = lambda done, total: None,
-    *,
-    kind: str = "factorized",
-) -> Posterior:
-    """Fit a posterior on training images in a random order, which the seed determines.
-
-    Args:
-        model: the network.
-        images: its training data.
-        batch_size: objects in a mini-batch whose statistics are observed.
-        seed: where the order comes from, and the masks of dropout.
-        report: called with the number of images done and of all.
-        kind: as for `stochbn.fit`; the paper's by default.
-    """
-
-    def batches() -> Any:
-        done = 0
-        for inputs, labels in images.shuffled(seed).batches(32 * batch_size):
-            yield inputs
-            done += len(labels)
-            report(done, len(images))
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size, kind)
 
 
 def predict_all(
