@@ -86,6 +86,7 @@ def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]
         The files written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -97,6 +98,7 @@ def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]
             if None not in held_out:
                 axes.plot(numbers, held_out, ".-", color=f"C{i}", lw=1.8, ms=3)
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylim(bottom=0)
     panels[0].legend(fontsize=7, title="thin: in training; thick: held-out", title_fontsize=7)
