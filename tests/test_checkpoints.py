@@ -17,6 +17,7 @@ from stochbn.paper.networks import build
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "lenet5": {"classes": 3, "channels": 1, "size": 16},
     "vgg11": {"classes": 4, "channels": 3, "size": 32, "width": 0.05, "dropout": 0.1, "classifier_dropout": 0.5},
+    "resnet18-final-bn": {"classes": 5, "channels": 2, "size": 8, "width": 0.05},
     "resnet18": {"classes": 5, "channels": 2, "size": 8, "width": 0.05},
 }
 
@@ -44,6 +45,19 @@ def test_a_network_comes_back_bit_for_bit(network: str, dropout: float, tmp_path
     assert (loaded.network, loaded.arguments, loaded.data) == (saved.network, saved.arguments, saved.data)
     assert loaded.classes == saved.classes
     assert not any(module.training for module in loaded.model.modules())
+    x = normal(5, saved.arguments["channels"], saved.arguments["size"], saved.arguments["size"])
+    with torch.no_grad():
+        assert loaded.model(x).equal(saved.model(x))
+
+
+@pytest.mark.parametrize(("network", "older"), [("resnet18-final-bn", "resnet18"), ("vgg11", "vgg11")])
+def test_networks_of_earlier_versions_are_told_by_their_weights(network: str, older: str, tmp_path: Path) -> None:
+    bias = {"bias": False} if network == "vgg11" else {}
+    saved = checkpoint(network, **bias)
+    described = about(network=older, arguments=ARGUMENTS[network], classes=list(saved.classes))
+    write_tensors(tmp_path / "n.safetensors", "stochbn.network/1", saved.model.state_dict(), described)
+    loaded = checkpoints.load(tmp_path / "n.safetensors")
+    assert (loaded.network, loaded.arguments) == (network, ARGUMENTS[network] | bias)
     x = normal(5, saved.arguments["channels"], saved.arguments["size"], saved.arguments["size"])
     with torch.no_grad():
         assert loaded.model(x).equal(saved.model(x))

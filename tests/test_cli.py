@@ -27,9 +27,9 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import checkpoints, data, figures, recipes, runner
+from stochbn.paper import checkpoints, data, figures, recipes, runner, training
 from stochbn.paper.checkpoints import Checkpoint
-from stochbn.paper.networks import build
+from stochbn.paper.networks import build, build_with_uniform_scale
 from test_runner import TINY
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -111,9 +111,11 @@ def test_training_and_fitting_leave_a_network_and_its_posterior(trained: Trained
         assert posterior.batch_size == 16
         assert posterior.mini_batches == len(data.load("digits:0-4", "train")) // 16
     assert sorted(path.name for path in trained.networks[0].parent.iterdir()) == [
-        "a.safetensors", "a.sbn.safetensors", "b.safetensors", "b.sbn.safetensors", "dropout.safetensors",
-        "dropout.sbn.safetensors",
+        "a.safetensors", "a.sbn.safetensors", "a.training.csv", "b.safetensors", "b.sbn.safetensors", "b.training.csv",
+        "dropout.safetensors", "dropout.sbn.safetensors", "dropout.training.csv",
     ]  # fmt: skip
+    (epoch,) = training.read_log(trained.networks[0].with_name("a.training.csv"))
+    assert epoch.accuracy > 0.5
 
 
 def test_training_and_fitting_say_what_to_run_next_in_a_line_that_can_be_copied(trained: Trained) -> None:
@@ -150,17 +152,17 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
     text = stochbn_("evaluate", *trained.networks, "--ood", "digits:5-9", "--draws", 3, "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
     assert [(row["method"], row["sbn"], row["members"]) for row in results["scores"]] == [
-        ("SBN", False, 1), ("SBN", True, 1), ("Deep Ensembles", False, 2), ("Deep Ensembles", True, 2),
+        ("plain", False, 1), ("plain", True, 1), ("Deep Ensembles", False, 2), ("Deep Ensembles", True, 2),
         ("Dropout", False, 1), ("Dropout", True, 1),
     ]  # fmt: skip
     scores = results["scores"]
     assert all(row["error"] < 20 for row in scores)
     assert all(row["entropy_unknown"] > row["entropy_known"] for row in scores)
-    for i, label in enumerate(("SBN", "Deep Ensembles (2)", "Dropout")):
+    for i, label in enumerate(("plain", "Deep Ensembles (2)", "Dropout")):
         plain, sbn = scores[2 * i : 2 * i + 2]
         cells = [f"{s['error']:.2f}" for s in (plain, sbn)] + [f"{s['nll']:.4f}" for s in (plain, sbn)]
         assert f"{label} {' '.join(cells)}" in words(text)
-        drawn = label if label == "SBN" else f"{label} + SBN"
+        drawn = "SBN" if label == "plain" else f"{label} + SBN"
         assert f"{drawn} {sbn['entropy_known']:.3f}" in words(text)
     assert "digits:0-4 (test)" in text
     assert "digits:5-9 (test)" in text
@@ -195,7 +197,7 @@ def test_evaluation_without_out_writes_nothing(trained: Trained) -> None:
 def test_a_network_without_a_posterior_is_evaluated_without_sbn_and_that_is_said(alone: Path) -> None:
     text = stochbn_("evaluate", alone, "--ood", "digits:5-9", "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
-    assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("SBN", False)]
+    assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False)]
     assert "run 'stochbn fit' on them first" in words(text)
 
 
@@ -217,6 +219,27 @@ def test_any_network_with_dropout_counts_as_dropout(tmp_path: Path) -> None:
     text = stochbn_("evaluate", "v.safetensors", "--draws", 2)
     assert "│ Dropout" in text
     assert "│ SBN" not in text
+
+
+def test_a_network_can_be_trained_with_every_option_of_a_recipe(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", noise(32, 32, 32, 3), [i % 5 for i in range(32)])
+    options: tuple[object, ...] = (
+        "--width", 0.05, "--dropout", 0.1, "--classifier-dropout", 0.25, "--no-bias", "--augment",
+        "--decay", "epoch", "--decrease-from", 1, "--uniform-scale", "--precision", "bf16-mixed",
+    )  # fmt: skip
+    given = ("train", "--data", folder, "--network", "vgg11", "--epochs", 3, "--batch-size", 8)
+    stochbn_(*given, *options, "--out", "v.safetensors")
+    checkpoint = checkpoints.load("v.safetensors")
+    shape = {"classes": 5, "channels": 3, "size": 32}
+    network = {"width": 0.05, "dropout": 0.1, "classifier_dropout": 0.25, "bias": False}
+    assert checkpoint.arguments == shape | network
+    expected = training.train(
+        functools.partial(build_with_uniform_scale, "vgg11", **checkpoint.arguments),
+        data.load(str(folder), "train"),
+        training.Schedule(3, 8, augment=True, precision="bf16-mixed", decay="epoch", decrease_from=1),
+    )
+    theirs = expected.state_dict()
+    assert all(value.equal(theirs[name]) for name, value in checkpoint.model.state_dict().items())
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
@@ -300,7 +323,7 @@ def test_the_demonstration_leaves_results_figure_and_posteriors_and_says_what_is
     assert (folder / "entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "entropy-cdf.svg").read_text()
     assert (folder / "results.md").stat().st_size
-    for row in ("SBN", "Deep Ensembles (2)", "Dropout"):
+    for row in ("plain", "Deep Ensembles (2)", "Dropout"):
         assert row in text
     assert "demo-digits" in text
     (command,) = [shlex.split(line) for line in text.splitlines() if "demo --data mnist" in line]
@@ -324,7 +347,7 @@ def test_reproducing_an_experiment_changes_its_preset_field_by_field(tiny_demo: 
     expected = recipes.PRESETS["lenet5"]["smoke"]
     changes = {"members": 1, "dropout": None, "draws": 1, "unknown": None, "seed": 3, "learning_rate": 0.002}
     assert about["recipe"] == {**expected.as_dict(), **changes, "statistics_batch": 8, "augment": False}
-    assert [row["method"] for row in json.loads(Path("run/results.json").read_text())["scores"]] == ["SBN", "SBN"]
+    assert [row["method"] for row in json.loads(Path("run/results.json").read_text())["scores"]] == ["plain", "plain"]
     assert stochbn.load("run/plain-0/network.sbn.safetensors").batch_size == 8
 
 

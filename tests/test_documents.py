@@ -30,7 +30,9 @@ def test_every_row_of_numbers_stands_in_a_measured_result(document: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: str(path.relative_to(ROOT))
+    "document",
+    [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "protocol.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_every_link_and_figure_exists(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())

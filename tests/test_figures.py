@@ -13,10 +13,11 @@ from torch import Tensor
 
 import stochbn
 from conftest import seeded
-from stochbn.paper.figures import save_entropy_cdf, save_statistics
+from stochbn.paper.figures import save_entropy_cdf, save_statistics, save_training
+from stochbn.paper.training import Epoch
 from stochbn.statistics import Moments
 
-METHODS = [(name, sbn) for name in ("SBN", "Deep Ensembles", "Dropout") for sbn in (False, True)]
+METHODS = [(name, sbn) for name in ("plain", "Deep Ensembles", "Dropout") for sbn in (False, True)]
 
 
 def entropies(classes: int = 5, n: int = 40) -> dict[tuple[str, bool], Tensor]:
@@ -56,17 +57,19 @@ def curves(figure: matplotlib.figure.Figure) -> dict[str, tuple[np.ndarray[Any, 
     }
 
 
-def test_the_figure_has_the_papers_five_curves_in_two_files(tmp_path: Path, drawn: list[Any]) -> None:
+def test_the_figure_has_the_papers_five_curves_and_the_plain_network_in_two_files(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
     files = save_entropy_cdf(tmp_path / "entropy-cdf", entropies(), classes=5, title="known and unknown")
     assert [file.name for file in files] == ["entropy-cdf.png", "entropy-cdf.svg"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["entropy-cdf.png", "entropy-cdf.svg"]
     assert_png_and_svg(files)
     (figure,) = drawn
     assert set(curves(figure)) == {
-        "SBN", "Deep Ensembles", "Deep Ensembles + SBN", "Dropout", "Dropout + SBN",
+        "plain", "SBN", "Deep Ensembles", "Deep Ensembles + SBN", "Dropout", "Dropout + SBN",
     }  # fmt: skip
     (axes,) = figure.axes
-    assert len(axes.get_lines()) == 5
+    assert len(axes.get_lines()) == 6
     assert axes.get_title() == "known and unknown"
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves(figure))
 
@@ -76,7 +79,7 @@ def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn
     given["Dropout", True] = torch.tensor([0.5, 0.25, 0.5, 1.0])
     save_entropy_cdf(tmp_path / "f", given, classes=5, title="x")
     found = curves(drawn[0])
-    keys = {"SBN": ("SBN", True), "Deep Ensembles + SBN": ("Deep Ensembles", True), "Dropout": ("Dropout", False)}
+    keys = {"SBN": ("plain", True), "Deep Ensembles + SBN": ("Deep Ensembles", True), "Dropout": ("Dropout", False)}
     for label, key in keys.items():
         x, y, _ = found[label]
         values = given[key].double().numpy()
@@ -90,6 +93,7 @@ def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn
     assert styles["Deep Ensembles"] == styles["Dropout"] == styles["SBN"] == "-"
     lines = {str(line.get_label()): line for line in drawn[0].axes[0].get_lines()}
     assert lines["Dropout"].get_color() == lines["Dropout + SBN"].get_color() != lines["SBN"].get_color()
+    assert lines["plain"].get_color() == "0.5", "grey"
     assert {line.get_drawstyle() for line in lines.values()} == {"steps-post"}
 
 
@@ -115,7 +119,7 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {("SBN", True): torch.zeros(7)},
+        {("plain", True): torch.zeros(7)},
         {("Dropout", False): torch.full((7,), math.log(5) * (1 + 1e-7))},
         {("Deep Ensembles", True): torch.tensor([0.3])},
     ],
@@ -202,6 +206,22 @@ def test_the_same_statistics_are_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_single_network_is_drawn_with_and_without_sbn(tmp_path: Path, drawn: list[Any]) -> None:
-    entropies = {("SBN", False): torch.tensor([0.1, 0.5]), ("SBN", True): torch.tensor([0.2, 0.6])}
+    entropies = {("plain", False): torch.tensor([0.1, 0.5]), ("plain", True): torch.tensor([0.2, 0.6])}
     save_entropy_cdf(tmp_path / "figure", entropies, classes=5, title="One network")
-    assert set(curves(drawn[0])) == {"plain BN", "SBN"}
+    assert set(curves(drawn[0])) == {"plain", "SBN"}
+
+
+def log(n: int, *, held_out: bool = True) -> list[Epoch]:
+    scores = (0.7, 0.8) if held_out else (None, None)
+    return [Epoch(i + 1, 1e-3, 1 / (i + 1), 1 - 1 / (i + 2), *scores) for i in range(n)]
+
+
+def test_the_log_of_training_is_drawn_for_every_network(tmp_path: Path, drawn: list[Any]) -> None:
+    logs = {"plain-0": log(4), "dropout-0": log(3, held_out=False)}
+    assert_png_and_svg(save_training(tmp_path / "training", logs))
+    loss, accuracy = drawn[0].axes
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["plain-0", "dropout-0"]
+    assert [len(axes.get_lines()) for axes in (loss, accuracy)] == [3, 3], "two in training, one held-out"
+    np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    np.testing.assert_allclose(accuracy.get_lines()[1].get_ydata(), [0.8] * 4)
+    assert "nats" in loss.get_ylabel()

@@ -1,4 +1,4 @@
-"""Predictions stay what they were: probabilities of three seeded networks, by a release before the passes were rebuilt."""
+"""Predictions stay what they were: probabilities of three seeded networks, from before the passes were rebuilt."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FIXTURE = Path(__file__).parent / "fixtures" / "probabilities.json"
 KINDS = ("joint", "factorized", "empirical")
 NETWORKS: dict[str, dict[str, Any]] = {
     "lenet5": {"channels": 1, "size": 28},
-    "vgg11": {"channels": 3, "size": 32, "width": 0.125},
-    "resnet18": {"channels": 3, "size": 32, "width": 0.125},
+    "vgg11": {"channels": 3, "size": 32, "width": 0.125, "bias": False},
+    "resnet18-final-bn": {"channels": 3, "size": 32, "width": 0.125},
 }
 
 

@@ -25,7 +25,7 @@ from stochbn.paper.runner import PREDICTIONS, run
 from stochbn.paper.tables import Table
 from test_runner import TINY
 
-SIX = [(name, sbn) for name in ("SBN", "Deep Ensembles", "Dropout") for sbn in (False, True)]
+SIX = [(name, sbn) for name in ("plain", "Deep Ensembles", "Dropout") for sbn in (False, True)]
 RECIPE = replace(TINY, epochs=1, train_images=64, test_images=40)
 
 
@@ -75,7 +75,7 @@ def test_methods_are_the_papers_three_without_and_with_sbn() -> None:
     assert [method.members for method in found.values()] == [1, 1, 3, 3, 1, 1]
     for (name, sbn), method in found.items():
         kind = "sbn" if sbn else "plain"
-        group = {"SBN": plain[:1], "Deep Ensembles": plain, "Dropout": dropout}[name]
+        group = {"plain": plain[:1], "Deep Ensembles": plain, "Dropout": dropout}[name]
         for part, probs in (("known", method.known), ("unknown", method.unknown)):
             assert probs is not None
             slow = sum(m[f"{kind}.{part}"].exp() for m in group) / len(group)
@@ -91,12 +91,12 @@ def test_an_ensemble_averages_probabilities_and_not_their_logarithms() -> None:
 
 
 def test_what_is_missing_leaves_methods_out() -> None:
-    assert list(named(methods([member(0)], []))) == [("SBN", False), ("SBN", True)]
-    assert list(named(methods([member(0, sbn=False)], []))) == [("SBN", False)]
+    assert list(named(methods([member(0)], []))) == [("plain", False), ("plain", True)]
+    assert list(named(methods([member(0, sbn=False)], []))) == [("plain", False)]
     assert list(named(methods([], [member(0)]))) == [("Dropout", False), ("Dropout", True)]
     found = named(methods([member(0), member(1, sbn=False)], []))
-    assert list(found) == [("SBN", False), ("SBN", True), ("Deep Ensembles", False)]
-    assert named(methods([member(0, unknown=False)], []))["SBN", True].unknown is None
+    assert list(found) == [("plain", False), ("plain", True), ("Deep Ensembles", False)]
+    assert named(methods([member(0, unknown=False)], []))["plain", True].unknown is None
     assert [m.members for m in methods([], [member(0), member(1)])] == [2, 2]
 
 
@@ -128,25 +128,40 @@ def test_scores_are_errors_calibration_entropies_and_detection() -> None:
     assert "auroc" not in replace(method, unknown=None).scores()
 
 
+def test_what_sbn_changes_is_scored_against_the_same_method_without() -> None:
+    found = methods([member(i) for i in range(3)], [member(7)])
+    by_key = {(row["method"], row["sbn"]): row for row in report.score(found)}
+    for (name, sbn), row in by_key.items():
+        assert ("nll_change" in row) == sbn
+        if sbn:
+            plain = by_key[name, False]
+            for key in ("error", "nll", "entropy_unknown", "auroc"):
+                assert row[f"{key}_change"] == pytest.approx(row[key] - plain[key], abs=1e-6), key
+                assert row[f"{key}_change_se"] > 0
+    assert not any("nll_change" in row for row in report.score([m for m in found if m.sbn]))
+
+
 # ---------------------------------------------------------------- runs
 
 
 def test_a_run_has_all_three_methods_without_and_with_sbn_in_results_and_tables(
     reported: tuple[Path, list[Table]],
 ) -> None:
-    folder, (accuracy, out_of_domain) = reported
+    folder, (accuracy, out_of_domain, changed) = reported
     results = json.loads((folder / "results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == SIX
     assert [row["members"] for row in results["scores"]] == [1, 1, 2, 2, 1, 1]
-    assert [row[0] for row in accuracy.rows] == ["SBN", "Deep Ensembles (2)", "Dropout"]
+    assert [row[0] for row in accuracy.rows] == ["plain", "Deep Ensembles (2)", "Dropout"]
     assert all(cell not in ("", "-") for row in accuracy.rows for cell in row)
     assert len(out_of_domain.rows) == 6
     assert "digits:0-4 (test)" in accuracy.title
     assert "digits:5-9 (test)" in out_of_domain.title
     assert "published" not in accuracy.title, "the published numbers are from other data"
     text = (folder / "results.md").read_text()
-    assert text == f"{accuracy.markdown()}\n\n{out_of_domain.markdown()}\n"
-    for name in ("entropy-cdf.png", "entropy-cdf.svg", "statistics.png", "statistics.svg"):
+    assert text == f"{accuracy.markdown()}\n\n{out_of_domain.markdown()}\n\n{changed.markdown()}\n"
+    assert [row[0] for row in changed.rows] == ["plain", "Deep Ensembles (2)", "Dropout"]
+    assert all("±" in cell for row in changed.rows for cell in row[3:])
+    for name in ("entropy-cdf.png", "entropy-cdf.svg", "statistics.png", "statistics.svg", "training.png"):
         assert (folder / name).stat().st_size > 5000
     assert (folder / "entropy-cdf.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "entropy-cdf.svg").read_text()
@@ -161,7 +176,7 @@ def test_results_are_what_the_metrics_give_on_the_stored_predictions_combined_by
         name: read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)[0]
         for name in ("plain-0", "plain-1", "dropout-0")
     }
-    groups = {"SBN": ["plain-0"], "Deep Ensembles": ["plain-0", "plain-1"], "Dropout": ["dropout-0"]}
+    groups = {"plain": ["plain-0"], "Deep Ensembles": ["plain-0", "plain-1"], "Dropout": ["dropout-0"]}
     labels = stored["plain-0"]["labels"]
     for row in results["scores"]:
         kind = "sbn" if row["sbn"] else "plain"
@@ -171,8 +186,10 @@ def test_results_are_what_the_metrics_give_on_the_stored_predictions_combined_by
         )
         expected: dict[str, float] = slow_scores(known, labels, unknown)
         expected |= metrics.evaluate(known, labels)
+        calibrated = metrics.calibrated_nll(known, labels)
+        expected |= {"calibrated_nll": calibrated["nll"], "temperature": calibrated["temperature"]}
         expected |= metrics.ood(torch.special.entr(known).sum(1), torch.special.entr(unknown).sum(1))
-        assert set(expected) | {"method", "sbn", "members"} == set(row)
+        assert set(expected) | {"method", "sbn", "members"} == {key for key in row if "_change" not in key}
         for key, value in expected.items():
             assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
 
@@ -191,7 +208,8 @@ def test_a_report_needs_no_network_and_gives_the_same_files_again(
     reported: tuple[Path, list[Table]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(reported[0], tmp_path)
-    names = ("results.json", "results.md", "entropy-cdf.png", "entropy-cdf.svg", "statistics.png", "statistics.svg")
+    names = ("results.json", "results.md", "entropy-cdf.png", "entropy-cdf.svg", "statistics.png", "statistics.svg",
+             "training.png", "training.svg")  # fmt: skip
     before = {name: (folder / name).read_bytes() for name in names}
     for name in names:
         (folder / name).unlink()
@@ -213,8 +231,8 @@ def test_a_run_without_unknown_data_has_one_table_and_no_entropy_figure(
     recipe = replace(RECIPE, unknown=None, dropout=None, members=1, train_images=32, test_images=10)
     run(recipe, tmp_path / "run")
     shown = write_run(tmp_path / "run")
-    assert len(shown) == 1
-    assert [row[0] for row in shown[0].rows] == ["SBN"]
+    assert len(shown) == 2
+    assert [row[0] for row in shown[0].rows] == ["plain"]
     assert not list((tmp_path / "run").glob("entropy-cdf*"))
 
 
@@ -240,8 +258,8 @@ def test_methods_of_any_kind_are_written_with_their_settings(tmp_path: Path) -> 
     shown = write(tmp_path, {"draws": 7}, found, "known data", "unknown data", "a title")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["draws"] == 7
-    assert results["scores"] == [method.scores() for method in found]
-    assert len(shown) == 2
+    assert results["scores"] == report.score(found)
+    assert len(shown) == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "entropy-cdf.png", "entropy-cdf.svg", "results.json", "results.md",
     ]  # fmt: skip
@@ -250,7 +268,7 @@ def test_methods_of_any_kind_are_written_with_their_settings(tmp_path: Path) -> 
 def test_a_single_network_without_a_posterior_can_be_written(tmp_path: Path) -> None:
     shown = write(tmp_path, {}, methods([member(0, sbn=False)], []), "known data", "unknown data", "a title")
     assert [len(table.rows) for table in shown] == [1, 1]
-    assert "SBN" in (tmp_path / "results.md").read_text()
+    assert "| plain |" in (tmp_path / "results.md").read_text()
 
 
 def test_results_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:
@@ -263,7 +281,7 @@ def test_results_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> N
 
 def test_several_seeds_give_means_and_standard_deviations(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shown = write_seeds(runs, tmp_path)
-    each = [[method.scores() for method in report.read_run(folder)[1]] for folder in runs]
+    each = [report.score(report.read_run(folder)[1]) for folder in runs]
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == SIX
     for row, first, second in zip(results["scores"], *each, strict=True):
@@ -271,6 +289,10 @@ def test_several_seeds_give_means_and_standard_deviations(runs: tuple[Path, Path
         for key in ("error", "nll", "brier", "ece", "entropy_known", "entropy_unknown", "auroc", "aupr", "fpr95"):
             assert row[key][0] == pytest.approx((first[key] + second[key]) / 2)
             assert row[key][1] == pytest.approx(statistics.stdev([first[key], second[key]]))
+        if row["sbn"]:
+            both = [first["nll_change"], second["nll_change"]]
+            assert row["nll_change"] == pytest.approx(statistics.mean(both))
+            assert row["nll_change_se"] == pytest.approx(abs(both[0] - both[1]) / 2), "that of a mean of two"
     assert results["recipe"]["seed"] == [0, 1]
     assert all("±" in cell for table in shown for row in table.rows for cell in row[1:])
     assert (tmp_path / "results.md").read_text() == "\n\n".join(table.markdown() for table in shown) + "\n"

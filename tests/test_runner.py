@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import stochbn
 from conftest import fit_factorized, seeded
 from stochbn.files import read_tensors
-from stochbn.paper import checkpoints, data
+from stochbn.paper import checkpoints, data, runner
 from stochbn.paper.data import Images
 from stochbn.paper.networks import build
 from stochbn.paper.recipes import DEMOS, PRESETS, Member, Recipe
-from stochbn.paper.runner import PREDICTIONS, fit_posterior, predict_all, predict_member, run
+from stochbn.paper.runner import DRAWS, PREDICTIONS, fit_posterior, predict_all, predict_member, run
+from stochbn.paper.training import augmented
 
 TINY = Recipe(
     "lenet5",
@@ -98,11 +99,12 @@ def test_members_are_built_for_the_images_and_only_one_with_dropout() -> None:
 
 
 def test_the_schedule_of_a_member_is_that_of_the_recipe() -> None:
-    recipe = replace(TINY, epochs=7, batch_size=5, learning_rate=0.125, augment=True)
+    recipe = replace(TINY, epochs=7, batch_size=5, learning_rate=0.125, augment=True, decay="epoch", decrease_from=3)
     for member in recipe.all_members():
         schedule = recipe.schedule(member)
         assert (schedule.epochs, schedule.batch_size, schedule.learning_rate) == (7, 5, 0.125)
         assert schedule.augment
+        assert (schedule.decay, schedule.decrease_from) == ("epoch", 3)
         assert (schedule.precision, schedule.compile) == (recipe.precision, recipe.compile)
 
 
@@ -118,9 +120,22 @@ def test_recipes_survive_json_and_can_be_built(recipe: Recipe) -> None:
             assert any(isinstance(m, nn.Dropout) for m in model.modules()) == (member.kind == "dropout")
 
 
+def test_recipes_of_earlier_runs_name_the_networks_of_today() -> None:
+    newer = {"decay", "decrease_from", "uniform_scale", "augment_fit", "drawn"}
+    for network, arguments in (("resnet18", {"width": 0.25}), ("vgg11", {"width": 0.5}), ("lenet5", {})):
+        recipe = replace(TINY, network=network, arguments=arguments)
+        assert Recipe.from_dict(recipe.as_dict()) == recipe
+        older = {name: value for name, value in recipe.as_dict().items() if name not in newer}
+        read = Recipe.from_dict(older)
+        renamed = {"resnet18": {"network": "resnet18-final-bn"}, "vgg11": {"arguments": {"width": 0.5, "bias": False}}}
+        assert read == replace(recipe, **renamed.get(network, {}))  # type: ignore[arg-type]
+        assert (read.decay, read.uniform_scale) == ("step", False)
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"members": 0}, {"draws": 0}, {"statistics_batch": 0}, {"train_images": 0}, {"test_images": -1},
+    [{"drawn": "none"}, {"decay": "year"}, {"decrease_from": 2}, {"epochs": 0},
+     {"members": 0}, {"draws": 0}, {"statistics_batch": 0}, {"train_images": 0}, {"test_images": -1},
      {"held_out": 1.0}, {"held_out": -0.1}, {"evaluate_on": "held-out"}, {"held_out": 0.1, "evaluate_on": "train"},
      {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": -1.0}],
     ids=str,
@@ -224,7 +239,9 @@ def test_without_posterior_or_unknown_data_a_member_predicts_less() -> None:
 
 def test_a_run_leaves_every_members_network_posterior_and_predictions(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
-    assert not list(folder.rglob("training*")), "the state of training was left behind"
+    assert {path.name for path in folder.rglob("training*")} == {"training.csv"}, (
+        "the state of training was left behind"
+    )
     assert not list(folder.rglob(".*")), "temporary files were left behind"
     for name in NAMES:
         checkpoint = checkpoints.load(folder / name / "network.safetensors")
@@ -240,6 +257,90 @@ def test_a_run_leaves_every_members_network_posterior_and_predictions(finished: 
             assert len(value) == 30
             if key != "labels":
                 torch.testing.assert_close(value.exp().sum(1), torch.ones(30))
+
+
+def test_a_run_keeps_every_draw_of_every_member_and_method_in_half_precision(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    for name, means in predictions(folder).items():
+        draws, about = read_tensors(folder / name / "draws.safetensors", DRAWS)
+        assert about == {"member": name}
+        assert set(draws) == set(means) - {"labels"}
+        for key, value in draws.items():
+            passes = 1 if key.startswith("plain") and name != "dropout-0" else 3
+            assert (value.dtype, value.shape) == (torch.float16, (passes, 30, 5))
+            mean = value.double().exp().mean(0)
+            torch.testing.assert_close(mean, means[key].double().exp(), rtol=1e-2, atol=1e-3)
+    assert not draws["sbn.known"][0].equal(draws["sbn.known"][1])
+
+
+def test_draws_are_left_out_where_that_is_asked_for_or_where_they_are_large(
+    finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(TINY, members=1, dropout=None)
+    run(recipe, tmp_path / "without", keep_draws=False)
+    monkeypatch.setattr(runner, "DRAWS_LIMIT", 2 * 3 * 60 * 5 * 2 - 1)
+    run(recipe, tmp_path / "large")
+    run(recipe, tmp_path / "asked for", keep_draws=True)
+    for name, kept in (("without", False), ("large", False), ("asked for", True)):
+        assert (tmp_path / name / "plain-0" / "draws.safetensors").exists() == kept
+        assert_same_numbers(tmp_path / name, finished[0], ["plain-0"])
+
+
+def test_posteriors_are_fitted_on_augmented_images_if_the_recipe_says_so(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(replace(TINY, members=1, dropout=None, augment_fit=True), folder)
+    home = folder / "plain-0"
+    model = checkpoints.load(home / "network.safetensors").model
+    seed = TINY.schedule(Member("plain", 0)).seed
+    train = data.load("digits:0-4", "train").shuffled(0).take(torch.arange(48))
+    fitted = stochbn.load(home / "network.sbn.safetensors")
+    again = fit_posterior(model, augmented(train, seed), 16, seed).draw(2, seeded())
+    for name, value in fitted.draw(2, seeded()).items():
+        torch.testing.assert_close(value, again[name])
+    unlike = stochbn.load(finished[0] / "plain-0" / "network.sbn.safetensors").draw(2, seeded())
+    assert all(not value.equal(unlike[name]) for name, value in fitted.draw(2, seeded()).items())
+    observed, _ = read_tensors(home / "statistics.safetensors", runner.STATISTICS)
+    together = torch.cat([observed[layer] for layer in fitted.layers], 2).double()
+    assert isinstance(fitted, stochbn.Factorized)
+    torch.testing.assert_close(together.mean(0)[0], fitted.mean_mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_hidden_linear_layer_of_lenet5_keeps_its_running_statistics_if_the_recipe_says_so(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(replace(TINY, members=1, drawn="convolutions"), folder)
+    for name, hidden in (("plain-0", "10"), ("dropout-0", "12")):
+        fitted, all_drawn = (stochbn.load(f / name / "network.sbn.safetensors") for f in (folder, finished[0]))
+        model = checkpoints.load(folder / name / "network.safetensors").model
+        fitted.check(model)
+        assert isinstance(model.get_submodule(hidden), nn.BatchNorm1d)
+        assert fitted.skipped == (hidden,)
+        assert list(fitted.layers) == [layer for layer in all_drawn.layers if layer != hidden]
+        assert isinstance(fitted, stochbn.Factorized)
+        assert isinstance(all_drawn, stochbn.Factorized)
+        for key in ("mean_mean", "mean_variance", "variance_mean", "variance_variance"):
+            assert getattr(fitted, key).equal(getattr(all_drawn, key)[:70])
+    ours, theirs = predictions(folder, ["plain-0"])["plain-0"], predictions(finished[0])["plain-0"]
+    assert ours["plain.known"].equal(theirs["plain.known"])
+    assert not ours["sbn.known"].equal(theirs["sbn.known"])
+
+
+def test_a_run_grows_by_members_and_keeps_what_is_there(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(replace(TINY, members=1, dropout=None), folder)
+    before = contents(folder)
+    run(TINY, folder)
+    assert_same_numbers(folder, finished[0])
+    after = contents(folder)
+    assert all(after[name] == content for name, content in before.items() if name != "run.json")
+    assert json.loads((folder / "run.json").read_text()) == json.loads((finished[0] / "run.json").read_text())
+    for change in ({"members": 1}, {"dropout": None}, {"members": 3, "draws": 9}, {"dropout": {"dropout": 0.1}}):
+        with pytest.raises(ValueError, match="holds another run"):
+            run(replace(TINY, **change), folder)
+    assert contents(folder) == after
 
 
 def test_members_differ(finished: tuple[Path, Any]) -> None:
@@ -355,7 +456,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(finished: tuple[P
     assert not (folder / "plain-0" / "network.safetensors").exists()
     run(TINY, folder)
     assert_same_numbers(folder, finished[0])
-    assert {file for file in contents(folder) if "training" in file} == set()
+    assert {Path(file).name for file in contents(folder) if "training" in file} == {"training.csv"}
 
 
 def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path) -> None:
@@ -386,7 +487,7 @@ def test_choices_can_be_made_on_a_part_of_the_training_images(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 3}, {"seed": 1}, {"draws": 4}, {"members": 3}, {"learning_rate": 1e-4}, {"unknown": "digits:6-9"},
+    [{"epochs": 3}, {"seed": 1}, {"draws": 4}, {"members": 1}, {"learning_rate": 1e-4}, {"unknown": "digits:6-9"},
      {"dropout": {"dropout": 0.25}}, {"train_images": 32}],
     ids=str,
 )  # fmt: skip

@@ -4,15 +4,17 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from conftest import seeded
+from stochbn.paper import data
 from stochbn.paper.data import Images, load
 from stochbn.paper.networks import build
-from stochbn.paper.training import Schedule, train
+from stochbn.paper.training import Schedule, augmented, read_log, train
 
 
 class StopHereError(Exception):
@@ -201,6 +203,127 @@ def test_lenet5_learns_digits() -> None:
 
 def lenet_for_five() -> nn.Module:
     return build("lenet5", classes=5)
+
+
+def test_all_images_are_augmented_once_by_the_seed_alone() -> None:
+    pixels = torch.randint(256, (1200, 3, 12, 12), generator=seeded(3)).to(torch.uint8)
+    images = Images(pixels, torch.arange(1200) % 5, tuple("abcde"), "noise")
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first, again, other = (augmented(images, seed) for seed in (4, 4, 5))
+    assert torch.random.get_rng_state().equal(state)
+    assert first.pixels.equal(again.pixels)
+    assert not first.pixels.equal(other.pixels)
+    assert first.labels.equal(images.labels)
+    assert first.shape == images.shape
+    changed = (first.pixels != pixels).flatten(1).any(1)
+    assert changed.double().mean() > 0.95
+    torch.manual_seed(4)
+    assert first.pixels[:1000].equal(data.augment(pixels[:1000]))
+
+
+# ---------------------------------------------------------------- the learning rate
+
+
+def test_the_learning_rate_falls_linearly_to_zero_once_an_epoch_or_at_each_step() -> None:
+    by_epoch, by_step = (Schedule(4, learning_rate=0.5, decay=decay) for decay in ("epoch", "step"))
+    assert [by_epoch.rate(e) for e in (0, 0.75, 1, 2, 3, 3.99)] == [0.5, 0.5, 0.375, 0.25, 0.125, 0.125]
+    assert [by_step.rate(e) for e in (0, 0.5, 1, 2, 3, 3.5)] == [0.5, 0.4375, 0.375, 0.25, 0.125, 0.0625]
+
+
+def test_the_learning_rate_stays_until_the_epoch_it_decreases_from() -> None:
+    schedule = Schedule(6, learning_rate=0.5, decay="epoch", decrease_from=2)
+    assert [schedule.rate(e) for e in range(6)] == [0.5, 0.5, 0.5, 0.375, 0.25, 0.125]
+    assert Schedule(6, learning_rate=0.5, decrease_from=2).rate(2.5) == pytest.approx(0.5 * 3.5 / 4)
+
+
+def test_training_uses_the_learning_rate_of_each_epoch() -> None:
+    images = few(8)
+    whole = train(small, images, Schedule(3, 4, decay="epoch"))
+    assert not same(whole, train(small, images, Schedule(3, 4, decay="step")))
+    assert not same(whole, train(small, images, Schedule(3, 4, decay="epoch", decrease_from=2)))
+    one = [train(small, images, Schedule(1, 4, decay=decay, learning_rate=0.01)) for decay in ("epoch", "step")]
+    assert not same(*one), "within the first epoch the rate by step has fallen already"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decay": "year"}, "each 'epoch' or each 'step', not each 'year'"),
+        ({"decrease_from": 3}, "decrease_from must be from 0 to 2 for 3 epochs, got 3"),
+        ({"decrease_from": -1}, "decrease_from must be from 0 to 2 for 3 epochs, got -1"),
+    ],
+)
+def test_impossible_decays_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(3, **changes)
+
+
+# ---------------------------------------------------------------- the log
+
+
+def test_the_log_has_a_line_of_loss_and_accuracy_for_every_epoch(tmp_path: Path) -> None:
+    images, log, fresh = few(9), tmp_path / "training.csv", list[nn.Module]()
+    held_out = few(30, seed=5)
+    schedule = Schedule(4, 9, 0.02, decay="epoch")
+    model = train(functools.partial(Double, [], fresh), images, schedule, held_out=held_out, log=log)
+    epochs = read_log(log)
+    assert [one.epoch for one in epochs] == [1, 2, 3, 4]
+    assert [one.learning_rate for one in epochs] == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    log_probs = fresh[0].train()((images.pixels / 255).double()).log_softmax(1)  # the first step sees fresh weights
+    assert epochs[0].loss == pytest.approx(-log_probs[range(9), images.labels].mean().item(), rel=1e-4)
+    assert epochs[0].accuracy == pytest.approx((log_probs.argmax(1) == images.labels).double().mean().item(), rel=1e-4)
+    with torch.no_grad():
+        log_probs = model(held_out.pixels / 255).log_softmax(1)  # the last line is of the network that comes back
+    assert epochs[-1].held_out_loss == pytest.approx(-log_probs[range(30), held_out.labels].mean().item(), rel=1e-4)
+    right = (log_probs.argmax(1) == held_out.labels).double().mean().item()
+    assert epochs[-1].held_out_accuracy == pytest.approx(right, rel=1e-4)
+
+
+def test_the_loss_in_the_log_is_the_mean_over_all_steps_of_an_epoch(tmp_path: Path) -> None:
+    reported: list[tuple[int, float]] = []
+    log = tmp_path / "training.csv"
+    follow = lambda step, steps, loss: reported.append((step, loss))  # noqa: E731
+    train(small, few(240), Schedule(1, 2, 1e-2), log=log, report=follow)
+    (first, a), (second, b), (third, c) = reported
+    mean = (first * a + (second - first) * b + (third - second) * c) / third
+    assert read_log(log)[0].loss == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_log_without_held_out_images_leaves_their_columns_empty(tmp_path: Path) -> None:
+    log = tmp_path / "training.csv"
+    train(small, few(12), Schedule(2, 4), log=log)
+    assert [(one.held_out_loss, one.held_out_accuracy) for one in read_log(log)] == [(None, None)] * 2
+    assert all(0 <= one.accuracy <= 1 and one.loss > 0 for one in read_log(log))
+
+
+def test_the_log_and_held_out_images_do_not_change_the_network(tmp_path: Path) -> None:
+    build_small, schedule = functools.partial(small, 0.3), Schedule(3, 4)
+    plain = train(build_small, few(12), schedule)
+    logged = train(build_small, few(12), schedule, held_out=few(20, seed=3), log=tmp_path / "training.csv")
+    assert same(plain, logged)
+
+
+def test_the_log_of_an_interrupted_run_is_that_of_a_whole_one(tmp_path: Path) -> None:
+    schedule, held_out = Schedule(4, 4), few(9, seed=2)
+    train(small, few(12), schedule, held_out=held_out, log=tmp_path / "whole.csv")
+    state, log = tmp_path / "state.safetensors", tmp_path / "training.csv"
+    for end in (6, 9):
+        with pytest.raises(StopHereError):
+            train(small, few(12), schedule, held_out=held_out, state=state, log=log, report=stopping_at(end))
+    train(small, few(12), schedule, held_out=held_out, state=state, log=log)
+    assert log.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "epoch,learning_rate,loss,accuracy,held_out_loss\n1,2\n"])
+def test_a_damaged_log_is_refused_or_empty(text: str, tmp_path: Path) -> None:
+    log = tmp_path / "training.csv"
+    log.write_text(text)
+    if not text:
+        assert read_log(log) == []
+        return
+    with pytest.raises(ValueError, match=r"training\.csv' is damaged or not a log of training"):
+        read_log(log)
 
 
 # ---------------------------------------------------------------- interrupted runs

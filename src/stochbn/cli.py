@@ -118,7 +118,7 @@ def demo(
 
 @app.command()
 def reproduce(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11 or resnet18.", show_default=False)],
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11, resnet18, ...", show_default=False)],
     preset: Annotated[
         str,
         typer.Option(help="paper (the published protocol), reduced (an hour or so on two cores) or smoke (a minute)."),
@@ -133,6 +133,13 @@ def reproduce(
     members: Annotated[int | None, Override("--members", help="Networks in the Deep Ensemble.")] = None,
     batch_size: Annotated[int | None, Override("--batch-size", help="Objects in a training mini-batch.")] = None,
     learning_rate: Annotated[float | None, Override("--learning-rate", help="Adam's, decaying to 0.")] = None,
+    decay: Annotated[str | None, Override("--decay", help="Lower the learning rate each epoch or each step.")] = None,
+    decrease_from: Annotated[
+        int | None, Override("--decrease-from", help="Keep the learning rate for so many epochs first.")
+    ] = None,
+    uniform_scale: Annotated[
+        bool | None, Override("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
+    ] = None,
     statistics_batch: Annotated[
         int | None, Override("--statistics-batch", help="Objects in a mini-batch whose statistics are observed.")
     ] = None,
@@ -145,7 +152,12 @@ def reproduce(
     classifier_dropout: Annotated[
         float | None, Override("--classifier-dropout", help="Dropout rate before the classifier (vgg11).")
     ] = None,
+    bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    drawn: Annotated[str | None, Override("--drawn", help="Batch norms to draw: all or convolutions'.")] = None,
+    augment_fit: Annotated[
+        bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
+    ] = None,
     precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
     processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
@@ -156,6 +168,13 @@ def reproduce(
     train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
     test_images: Annotated[
         int | None, Override("--test-images", help="Use this many test images of each kind.")
+    ] = None,
+    keep_draws: Annotated[
+        bool | None,
+        Override(
+            "--keep-draws/--no-keep-draws",
+            help="Keep the log-probabilities of every draw. \\[default: up to 256 MiB for a network]",
+        ),
     ] = None,
 ) -> None:
     """Repeat one of the paper's experiments: SBN, Deep Ensembles and Dropout on known and unknown classes.
@@ -175,19 +194,20 @@ def reproduce(
         "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
         "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
         "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
-        "train_images": train_images, "test_images": test_images,
+        "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
+        "uniform_scale": uniform_scale, "augment_fit": augment_fit, "drawn": drawn,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:
         changes["unknown"] = None if unknown == "none" else unknown
-    if width is not None:
-        changes["arguments"] = {**recipe.arguments, "width": width}
+    arguments = {name: value for name, value in (("width", width), ("bias", bias)) if value is not None}
+    changes["arguments"] = {**recipe.arguments, **arguments}
     rates = {"dropout": dropout, "classifier_dropout": classifier_dropout}
     rates = {**(recipe.dropout or {}), **{name: rate for name, rate in rates.items() if rate is not None}}
     if dropout == 0 and classifier_dropout is None:
         rates = {}
     changes["dropout"] = rates if any(rates.values()) else None
-    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs)
+    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs, keep_draws)
 
 
 @app.command()
@@ -215,7 +235,7 @@ def report(
         out.print(table.rich())
 
 
-def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
+def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:
     """Run a recipe with progress bars, and show what came out."""
     from stochbn.paper import report, runner
 
@@ -242,7 +262,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> None:
             bars.update(tasks[key], completed=done)
 
         side_by_side = 1 if recipe.processes > 1 else _side_by_side(len(recipe.all_members()))
-        runner.run(recipe, folder, jobs=jobs or side_by_side, progress=advance)
+        runner.run(recipe, folder, jobs=jobs or side_by_side, keep_draws=keep_draws, progress=advance)
     for table in report.write_run(folder):
         out.print(table.rich())
     out.print(
@@ -340,22 +360,51 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 5,
     batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Adam's, decaying linearly to 0.")] = 1e-3,
+    decay: Annotated[str, typer.Option(help="Lower the learning rate each epoch or each step.")] = "step",
+    decrease_from: Annotated[int, typer.Option(help="Keep the learning rate for so many epochs first.")] = 0,
+    uniform_scale: Annotated[
+        bool, typer.Option("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
+    ] = False,
+    width: Annotated[float | None, Override("--width", help="Factor on the network's channels.")] = None,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout rate; above 0 for MC Dropout.")] = 0.0,
+    classifier_dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Dropout rate before the classifier (vgg).")
+    ] = 0.0,
+    bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips, for CIFAR.")] = False,
+    precision: Annotated[str, typer.Option(help="Of training: 32-true or bf16-mixed.")] = "32-true",
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile training steps.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train a network on images as in the paper: Adam, batch size 16, learning rate decaying to 0."""
+    """Train a network on images as in the paper: Adam, batch size 16, learning rate decaying to 0.
+
+    Loss and accuracy of every epoch are written beside it, as NETWORK.training.csv.
+    """
     from stochbn.paper import checkpoints, networks, training
 
     _check_folder(path)
     images = _load(data, "train")
-    arguments = networks.arguments_for(images) | ({"dropout": dropout} if dropout else {})
-    schedule = training.Schedule(epochs, batch_size, learning_rate, seed)
+    given = {"width": width, "dropout": dropout or None, "classifier_dropout": classifier_dropout or None, "bias": bias}
+    arguments = networks.arguments_for(images) | {name: value for name, value in given.items() if value is not None}
+    build = networks.build_with_uniform_scale if uniform_scale else networks.build
+    schedule = training.Schedule(
+        epochs,
+        batch_size,
+        learning_rate,
+        seed,
+        augment=augment,
+        precision=precision,
+        compile=compile,
+        decay=decay,
+        decrease_from=decrease_from,
+    )
     with _bars() as bars:
         task = bars.add_task("training", total=None, unit="img")
         model = training.train(
-            functools.partial(networks.build, network, **arguments),
+            functools.partial(build, network, **arguments),
             images,
             schedule,
+            log=path.with_name(f"{path.name.removesuffix('.safetensors')}.training.csv"),
             report=lambda step, steps, loss: bars.update(
                 task, completed=step * batch_size, total=steps * batch_size, description=f"training, loss {loss:.4f}"
             ),
@@ -517,7 +566,7 @@ def evaluate(
     found = report.methods(predictions[False], predictions[True])
     names = known.name, unknown.name if unknown is not None else None
     if folder is None:
-        shown = report.tabulate([method.scores() for method in found], *names)
+        shown = report.tabulate(report.score(found), *names)
     else:
         described = [p and {"kind": p.kind, "batch_size": p.batch_size, "temperature": p.temperature} for p in fitted]
         about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stochbn.files import read_tensors, write_tensors
 from stochbn.paper.networks import build
@@ -61,9 +61,19 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     tensors, about = read_tensors(path, FORMAT)
     try:
         with torch.random.fork_rng():
-            model = build(about["network"], **about["arguments"])
+            network, arguments = _layout(about["network"], about["arguments"], tensors)
+            model = build(network, **arguments)
         model.load_state_dict(tensors)
-        network, arguments, trained_on, classes = (about[key] for key in ("network", "arguments", "data", "classes"))
+        trained_on, classes = about["data"], about["classes"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} does not hold a network of this release: {error}") from error
     return Checkpoint(model.eval(), network, arguments, trained_on, tuple(classes))
+
+
+def _layout(network: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a network in a file, also of an earlier one: its weights tell what it had no name for."""
+    if network == "resnet18" and "1.bn1.weight" in tensors:
+        return "resnet18-final-bn", arguments
+    if network == "vgg11" and "0.bias" not in tensors:
+        return network, {"bias": False, **arguments}
+    return network, arguments

@@ -20,7 +20,16 @@ from stochbn.posteriors import Factorized
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_costs", "save_diagnosis", "save_entropy_cdf", "save_equivalents", "save_statistics"]
+    from stochbn.paper.training import Epoch
+
+__all__ = [
+    "save_costs",
+    "save_diagnosis",
+    "save_entropy_cdf",
+    "save_equivalents",
+    "save_statistics",
+    "save_training",
+]
 
 COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
 
@@ -30,8 +39,8 @@ def save_entropy_cdf(
 ) -> list[Path]:
     """Draw the empirical distribution functions of entropies as the paper's figure does: PNG and SVG.
 
-    The curves are SBN, Dropout and Deep Ensembles, the latter two solid without and dashed with SBN. The single
-    network without SBN is left out, as in the paper, unless it is the only other one.
+    The curves are SBN, Dropout and Deep Ensembles, the latter two solid without and dashed with SBN, and in grey the
+    plain network, which shows what SBN adds.
 
     Args:
         path: where to, without an ending.
@@ -46,16 +55,12 @@ def save_entropy_cdf(
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    several = any(method != "SBN" for method, _ in entropies)
     for (method, sbn), values in entropies.items():
-        if method == "SBN" and not sbn and several:
-            continue
         x, y = entropy_cdf(values)
-        label, style, color = method, "-", COLORS[method]
-        if method == "SBN" and not sbn:
-            label, color = "plain BN", "0.5"
-        elif method != "SBN" and sbn:
-            label, style = f"{method} + SBN", "--"
+        if method == "plain":
+            label, style, color = ("SBN", "-", COLORS["SBN"]) if sbn else ("plain", "-", "0.5")
+        else:
+            label, style, color = (f"{method} + SBN", "--", COLORS[method]) if sbn else (method, "-", COLORS[method])
         axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=color, lw=1.8)
     limit = math.log(classes)
     axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
@@ -65,6 +70,38 @@ def save_entropy_cdf(
     axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=9, title="lower and further right is better", title_fontsize=8)
+    return _save(figure, path)
+
+
+def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]:
+    """Draw the loss and the accuracy of every epoch, for each network: PNG and SVG.
+
+    Thin lines are of training images while the weights change, thick ones of held-out images, where there are some.
+
+    Args:
+        path: where to, without an ending.
+        logs: each network's log, by its name.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(panels, ("loss", "accuracy"), ("loss (nats)", "accuracy"), strict=True):
+        for i, (name, epochs) in enumerate(logs.items()):
+            numbers = [one.epoch for one in epochs]
+            axes.plot(numbers, [getattr(one, key) for one in epochs], ".-", color=f"C{i}", lw=0.8, ms=3, label=name)
+            held_out = [getattr(one, f"held_out_{key}") for one in epochs]
+            if None not in held_out:
+                axes.plot(numbers, held_out, ".-", color=f"C{i}", lw=1.8, ms=3)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(fontsize=7, title="thin: in training; thick: held-out", title_fontsize=7)
     return _save(figure, path)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stochbn.paper.data import Images
-from stochbn.paper.networks import arguments_for
+from stochbn.paper.networks import RESNET_BLOCKS, VGG_CONVOLUTIONS, arguments_for
 from stochbn.paper.training import Schedule
 
 __all__ = ["DEMOS", "PRESETS", "Member", "Recipe"]
@@ -39,7 +39,13 @@ class Recipe:
         arguments: further network arguments.
         batch_size: objects in a training mini-batch.
         learning_rate: Adam's, decaying linearly to 0.
+        decay: when the learning rate changes: each ``epoch``, as published, or each ``step``.
+        decrease_from: how many epochs the learning rate stays as it is first.
+        uniform_scale: whether the scale of every batch norm starts from U(0, 1), as published, and not from 1.
         statistics_batch: objects in a mini-batch whose statistics are observed.
+        drawn: which batch norms are drawn: ``all``, or those of ``convolutions`` alone, as published for LeNet-5, whose
+            hidden linear layer keeps its running statistics.
+        augment_fit: whether these objects are cropped and flipped at random, as published where training does so.
         draws: draws, or dropout passes, of each network at test time.
         seed: what all randomness comes from.
         augment: whether training images are cropped and flipped at random.
@@ -72,6 +78,11 @@ class Recipe:
     evaluate_on: str = "test"
     train_images: int | None = None
     test_images: int | None = None
+    decay: str = "step"
+    decrease_from: int = 0
+    uniform_scale: bool = False
+    augment_fit: bool = False
+    drawn: str = "all"
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "members": 1, "statistics_batch": 2, "draws": 1, "train_images": 1, "test_images": 1}
@@ -88,6 +99,8 @@ class Recipe:
             raise ValueError(f"held_out must be a fraction from 0 to 1, got {self.held_out}")
         if self.evaluate_on not in ("test", "held-out"):
             raise ValueError(f"evaluate_on must be 'test' or 'held-out', got {self.evaluate_on!r}")
+        if self.drawn not in ("all", "convolutions"):
+            raise ValueError(f"drawn must be 'all' or 'convolutions', got {self.drawn!r}")
         if self.evaluate_on == "held-out" and not self.held_out:
             raise ValueError("there are no held-out images to evaluate on: set held_out, such as 0.1")
         for member in self.all_members():
@@ -96,6 +109,23 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Every field, as JSON holds it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, described: dict[str, Any]) -> Recipe:
+        """The recipe with these fields; one that an earlier version did not have was at its default.
+
+        Before the learning rate's decay was a field, ``resnet18`` was today's ``resnet18-final-bn``, and convolutions
+        of ``vgg11`` had no biases.
+
+        Raises:
+            TypeError, ValueError: there is no such field, or a value is impossible.
+        """
+        if "decay" not in described:
+            if described["network"] == "resnet18":
+                described = {**described, "network": "resnet18-final-bn"}
+            if described["network"] == "vgg11":
+                described = {**described, "arguments": {"bias": False, **described["arguments"]}}
+        return cls(**described)
 
     def all_members(self) -> list[Member]:
         """The networks to train, the one that takes longest (two times `draws` passes) first."""
@@ -115,6 +145,8 @@ class Recipe:
             precision=self.precision,
             compile=self.compile,
             processes=self.processes,
+            decay=self.decay,
+            decrease_from=self.decrease_from,
         )
 
     def network_arguments(self, member: Member, images: Images) -> dict[str, Any]:
@@ -122,39 +154,59 @@ class Recipe:
         return arguments_for(images) | self.arguments | (self.dropout or {} if member.kind == "dropout" else {})
 
 
-_LENET = Recipe("lenet5", "mnist", "notmnist", epochs=50, members=6, dropout={"dropout": 0.5})
+_PUBLISHED: dict[str, Any] = {"decay": "epoch", "uniform_scale": True}
+_CIFAR: dict[str, Any] = {"data": "cifar10:0-4", "unknown": "cifar10:5-9", "augment": True}
+_LENET = Recipe("lenet5", "mnist", "notmnist", epochs=8, members=6, dropout={"dropout": 0.5})
 _VGG = Recipe(
     "vgg11",
-    "cifar10:0-4",
-    "cifar10:5-9",
-    epochs=200,
-    members=6,
+    **_CIFAR,
+    epochs=10,
+    members=3,
     dropout={"dropout": 0.05, "classifier_dropout": 0.2},
-    augment=True,
+    arguments={"width": 0.5},
+    test_images=2000,
 )
-_RESNET = Recipe("resnet18", "cifar10:0-4", "cifar10:5-9", epochs=200, members=6, dropout=None, augment=True)
-_REDUCED: dict[str, Any] = {"epochs": 8, "batch_size": 64, "members": 3, "test_images": 2000}
+_RESNET = Recipe(
+    "resnet18",
+    **_CIFAR,
+    epochs=8,
+    batch_size=64,
+    members=3,
+    dropout=None,
+    arguments={"width": 0.25},
+    test_images=2000,
+)
+_PAPER: dict[str, Any] = {"epochs": 200, "batch_size": 16, "members": 12, "arguments": {}, "test_images": None}
 _SMOKE: dict[str, Any] = {"epochs": 1, "members": 2, "draws": 4, "train_images": 256, "test_images": 64}
+_SMALL: dict[str, Any] = {"arguments": {"width": 0.125}, "batch_size": 32, **_SMOKE}
 
-PRESETS = {
+
+def _presets(recipe: Recipe) -> dict[str, Recipe]:
+    """The presets of a network for CIFAR, whose reduced one this is."""
+    return {
+        "paper": replace(recipe, **_PAPER, **_PUBLISHED, augment_fit=True),
+        "reduced": recipe,
+        "smoke": replace(recipe, **_SMALL),
+    }
+
+
+PRESETS: dict[str, dict[str, Recipe]] = {
     "lenet5": {
-        "paper": _LENET,
-        "reduced": replace(_LENET, epochs=8),
+        "paper": replace(_LENET, epochs=50, **_PUBLISHED, drawn="convolutions"),
+        "reduced": _LENET,
         "smoke": replace(_LENET, data="digits:0-4", unknown="digits:5-9", **_SMOKE),
     },
-    "vgg11": {
-        "paper": _VGG,
-        "reduced": replace(_VGG, arguments={"width": 0.5}, **_REDUCED | {"batch_size": 16, "epochs": 10}),
-        "smoke": replace(_VGG, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
-    },
-    "resnet18": {
-        "paper": _RESNET,
-        "reduced": replace(_RESNET, arguments={"width": 0.25}, **_REDUCED),
-        "smoke": replace(_RESNET, arguments={"width": 0.125}, batch_size=32, **_SMOKE),
+    **{f"vgg{depth}": _presets(replace(_VGG, network=f"vgg{depth}")) for depth in VGG_CONVOLUTIONS},
+    **{f"resnet{depth}": _presets(replace(_RESNET, network=f"resnet{depth}")) for depth in RESNET_BLOCKS},
+    "resnet18-final-bn": {
+        "reduced": replace(_RESNET, network="resnet18-final-bn"),
+        "smoke": replace(_RESNET, network="resnet18-final-bn", **_SMALL),
     },
 }
-"""What ``stochbn reproduce`` runs: ``paper`` is the published protocol on five classes of CIFAR-10 (for all ten,
-override the data), ``reduced`` takes about an hour on two CPU cores, ``smoke`` less than a minute."""
+"""What ``stochbn reproduce`` runs. ``paper`` is the published protocol, point by point in ``docs/protocol.md``.
+``reduced`` takes about an hour on two CPU cores and ``smoke`` less than a minute; both are ours: the learning rate
+changes at every step, batch norm's scale starts from 1, every batch norm is drawn, and posteriors are fitted on images
+as they are."""
 
 DEMOS = {
     "digits": replace(_LENET, data="digits:0-4", unknown="digits:5-9", epochs=12, members=3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.files import read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
+from stochbn.paper.differences import paired
 from stochbn.paper.goodness import distances
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
+from stochbn.paper.training import read_log
 from stochbn.posteriors import Factorized, load
 from stochbn.predictive import entropy
 
@@ -28,6 +31,7 @@ __all__ = [
     "read_recipe",
     "read_run",
     "read_statistics",
+    "score",
     "tabulate",
     "tabulate_run",
     "write",
@@ -41,7 +45,7 @@ class Method:
     """What one method predicts.
 
     Attributes:
-        name: ``SBN`` (a single network), ``Deep Ensembles`` or ``Dropout``.
+        name: ``plain`` (a single network), ``Deep Ensembles`` or ``Dropout``.
         sbn: whether the batch-norm statistics were drawn.
         members: number of networks.
         known: probabilities ``[N, K]`` for test objects of the known classes.
@@ -57,9 +61,15 @@ class Method:
     unknown: Tensor | None = None
 
     def scores(self) -> dict[str, Any]:
-        """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies."""
+        """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
+
+        With at least 10 known objects also ``calibrated_nll`` (nats) and the best ``temperature``.
+        """
         found: dict[str, Any] = {"method": self.name, "sbn": self.sbn, "members": self.members}
         found |= metrics.evaluate(self.known, self.labels)
+        if len(self.labels) >= 10:
+            calibrated = metrics.calibrated_nll(self.known, self.labels)
+            found |= {"calibrated_nll": calibrated["nll"], "temperature": calibrated["temperature"]}
         found["entropy_known"] = entropy(self.known).mean().item()
         if self.unknown is not None:
             found["entropy_unknown"] = entropy(self.unknown).mean().item()
@@ -75,7 +85,7 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
             single network, several are also a Deep Ensemble.
         dropout: likewise for networks with dropout; several are averaged.
     """
-    groups = {"SBN": plain[:1], "Deep Ensembles": plain if len(plain) > 1 else [], "Dropout": dropout}
+    groups = {"plain": plain[:1], "Deep Ensembles": plain if len(plain) > 1 else [], "Dropout": dropout}
 
     def mean(members: Sequence[Mapping[str, Tensor]], key: str) -> Tensor | None:
         return torch.stack([m[key].exp() for m in members]).mean(0) if all(key in m for m in members) else None
@@ -89,18 +99,37 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
     return found
 
 
+def score(found: Sequence[Method]) -> list[dict[str, Any]]:
+    """The scores of every method; one with SBN also has its differences from the same one without (`paired`)."""
+    without = {method.name: method for method in found if not method.sbn}
+    scores = []
+    for method in found:
+        row = method.scores()
+        if method.sbn and (plain := without.get(method.name)) is not None:
+            unknown = None if plain.unknown is None or method.unknown is None else (plain.unknown, method.unknown)
+            row |= paired((plain.known, method.known), method.labels, unknown)
+        scores.append(row)
+    return scores
+
+
 def tabulate(
     scores: Sequence[dict[str, Any]], known: str, unknown: str | None, published: str | None = None
 ) -> list[Table]:
-    """The table of errors and calibration and, with unknown data, the out-of-domain table, from `Method.scores`.
+    """The table of errors and calibration, with unknown data the out-of-domain table, and what SBN changes.
 
     Args:
-        scores: of every method.
+        scores: of every method, from `score`. Those that earlier versions wrote have no differences: the table of what
+            SBN changes is left out.
         known: name of the data of known classes.
         unknown: name of the data of unknown classes, if any.
         published: the network whose published numbers to show beside the measured ones, if any.
     """
-    return [tables.accuracy(scores, known, published), *([tables.out_of_domain(scores, unknown)] if unknown else [])]
+    shown = [tables.accuracy(scores, known, published)]
+    if unknown:
+        shown.append(tables.out_of_domain(scores, unknown))
+    if any("nll_change" in row for row in scores):
+        shown.append(tables.changes(scores, known))
+    return shown
 
 
 def write(
@@ -129,7 +158,7 @@ def write(
     Raises:
         OSError: the folder cannot be written.
     """
-    scores = [method.scores() for method in found]
+    scores = score(found)
     shown = _write_tables(folder, {**about, "scores": scores}, tabulate(scores, known, unknown, published))
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
@@ -149,7 +178,7 @@ def read_recipe(folder: Path) -> Recipe:
     if not file.exists():
         raise FileNotFoundError(f"{str(folder)!r} is no run folder: it has no run.json")
     try:
-        return Recipe(**json.loads(file.read_text())["recipe"])
+        return Recipe.from_dict(json.loads(file.read_text())["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged or not of a run: {error}") from error
 
@@ -176,7 +205,8 @@ def write_run(folder: Path) -> list[Table]:
     """Write a run's tables and figures into its folder, from what is stored there, and return the tables.
 
     Beside what `write` makes, ``statistics.png`` and ``.svg`` show observed and fitted statistics, and
-    ``results.json`` has their distances for every layer.
+    ``results.json`` has their distances for every layer; ``training.png`` and ``.svg`` show every member's log of
+    loss and accuracy, where there are logs.
 
     Raises:
         FileNotFoundError, ValueError: as `read_run`.
@@ -186,6 +216,13 @@ def write_run(folder: Path) -> list[Table]:
     observations, posterior = read_statistics(folder)
     about["kolmogorov_smirnov"] = distances(observations, posterior)
     figures.save_statistics(folder / "statistics", observations, posterior)
+    logs = {
+        member.name: read_log(log)
+        for member in read_recipe(folder).all_members()
+        if (log := folder / member.name / "training.csv").exists()
+    }
+    if logs:
+        figures.save_training(folder / "training", logs)
     recipe = about["recipe"]
     known, unknown = _names(about)
     title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
@@ -213,6 +250,8 @@ def tabulate_run(about: Mapping[str, Any], scores: Sequence[dict[str, Any]]) -> 
 def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
     """Write the tables of several runs that differ in their seeds: mean and standard deviation of every number.
 
+    What SBN changes has a standard error over the seeds in place of the deviation.
+
     Args:
         runs: at least two finished run folders.
         folder: where ``results.json`` and ``results.md`` go; it is made.
@@ -231,22 +270,31 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
         raise ValueError("these runs used different data, so their numbers are not averaged")
     if len(set(seeds)) < len(seeds) or len(seeds) < 2:
         raise ValueError(f"expected runs with at least two different seeds, got the seeds {seeds}")
-    scores = [
-        {
-            name: (statistics.mean(values), statistics.stdev(values)) if isinstance(values[0], float) else values[0]
-            for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
-        }
-        for rows in zip(*([method.scores() for method in found] for _, found in loaded), strict=True)
-    ]
+    scores = [_over_seeds(rows) for rows in zip(*(score(found) for _, found in loaded), strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     about = {"recipe": {**recipes[0], "seed": seeds}, "data": first["data"], "runs": [str(run) for run in runs]}
     return _write_tables(folder, {**about, "scores": scores}, tabulate_run(first, scores))
 
 
+def _over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One method's scores in several runs: of each number mean and standard deviation, of a change the mean's error."""
+    found: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if not isinstance(first, float):
+            found[name] = first
+        elif name.endswith("_change"):
+            found[name] = statistics.mean(values)
+            found[f"{name}_se"] = statistics.stdev(values) / math.sqrt(len(values))
+        elif not name.endswith("_change_se"):
+            found[name] = statistics.mean(values), statistics.stdev(values)
+    return found
+
+
 def _published(recipe: Mapping[str, Any]) -> str | None:
     """The network whose published numbers are from this recipe's data, if there are any."""
     network: str = recipe["network"]
-    return network if recipe["data"] in tables.PUBLISHED_DATA.get(network, ()) else None
+    return network if recipe["data"] == tables.PUBLISHED_DATA.get(network) else None
 
 
 def _names(about: Mapping[str, Any]) -> tuple[str, str | None]:

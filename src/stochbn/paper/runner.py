@@ -1,18 +1,17 @@
 """Running a recipe: every member is trained, fitted and evaluated in a folder of its own.
 
 A run folder holds ``run.json`` (recipe, versions, data fingerprints), a folder for each member with its ``network``,
-posterior (``network.sbn``) and ``predictions`` (log-probabilities; the first plain network's also the observed
-``statistics``), and what `stochbn.paper.report` makes of these. Every file is written whole, and a file that is there
-is not made again: a run that was stopped continues where it was.
+the log of its ``training``, its posterior (``network.sbn``), ``predictions`` (log-probabilities, the mean over draws),
+``draws`` (those of every draw) and, for the first plain network, the observed ``statistics``; and what
+`stochbn.paper.report` makes of these. Every file is written whole, and a file that is there is not made again: a run
+that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
-import platform
 import signal
 import time
 from collections.abc import Callable
@@ -24,17 +23,19 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from stochbn.files import write_json, write_tensors
-from stochbn.paper import ExperimentError, checkpoints, data, networks
+from stochbn.files import write_tensors
+from stochbn.paper import ExperimentError, checkpoints, data, folders, networks
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
+from stochbn.paper.fitting import fit_posterior, undrawn
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
-from stochbn.paper.training import train
+from stochbn.paper.training import augmented, train
 from stochbn.posteriors import Posterior
 from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
 
 __all__ = [
+    "DRAWS",
     "PREDICTIONS",
     "STATISTICS",
     "RunError",
@@ -50,6 +51,9 @@ __all__ = [
 ]
 
 PREDICTIONS = "stochbn.predictions/1"
+DRAWS = "stochbn.draws/1"
+DRAWS_LIMIT = 2**28
+"""Bytes of a member's draws up to which they are kept unless something else is asked for."""
 STATISTICS = "stochbn.statistics/1"
 PREDICT_BATCH = 250
 
@@ -65,13 +69,22 @@ class RunError(ExperimentError):
     """A member of a run failed; what is finished is kept."""
 
 
-def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lambda *_: None) -> None:
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    keep_draws: bool | None = None,
+    progress: Progress = lambda *_: None,
+) -> None:
     """Train, fit and evaluate every member of a recipe in a run folder, continuing what is there.
 
     Args:
         recipe: what to run.
         folder: the run folder; it is made, or belongs to a run of the same recipe on the same data.
         jobs: members side by side, each in a process of its own with an equal share of the cores.
+        keep_draws: whether every draw's log-probabilities are kept, in ``draws.safetensors`` of each member: for each
+            method and part, as ``sbn.known``, ``[S, N, K]`` in float16. None keeps them up to 256 MiB for a member.
         progress: called with a member's name, its stage, and how much of how much is done.
 
     Raises:
@@ -92,11 +105,11 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
-    _claim(recipe, folder, parts)
+    folders.claim(recipe, folder, parts)
     waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
     if jobs == 1:
         for member in waiting:
-            _run_member(recipe, member, folder, parts, progress)
+            _run_member(recipe, member, folder, parts, keep_draws, progress)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -106,7 +119,7 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             while waiting and len(running) < jobs:
                 member = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = recipe, member, folder, packed(parts), threads, theirs
+                arguments = recipe, member, folder, packed(parts), keep_draws, threads, theirs
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -134,12 +147,20 @@ def run(recipe: Recipe, folder: Path, *, jobs: int = 1, progress: Progress = lam
             process.join()
 
 
-def _work(recipe: Recipe, member: Member, folder: Path, arrays: dict[str, Any], threads: int, pipe: Connection) -> None:
+def _work(
+    recipe: Recipe,
+    member: Member,
+    folder: Path,
+    arrays: dict[str, Any],
+    keep_draws: bool | None,
+    threads: int,
+    pipe: Connection,
+) -> None:
     """A member's process. Once the process that started it is gone, its next report ends it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
     torch.set_num_threads(threads)
     try:
-        _run_member(recipe, member, folder, unpacked(arrays), lambda *event: pipe.send(event))
+        _run_member(recipe, member, folder, unpacked(arrays), keep_draws, lambda *event: pipe.send(event))
     except BrokenPipeError:
         raise SystemExit(1) from None
     except Exception as error:
@@ -159,7 +180,14 @@ def unpacked(arrays: dict[str, Any]) -> dict[str, Images]:
     }
 
 
-def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, Images], progress: Progress) -> None:
+def _run_member(
+    recipe: Recipe,
+    member: Member,
+    folder: Path,
+    parts: dict[str, Images],
+    keep_draws: bool | None,
+    progress: Progress,
+) -> None:
     home = folder / member.name
     home.mkdir(exist_ok=True)
     images = parts["train"]
@@ -169,11 +197,14 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
     arguments = recipe.network_arguments(member, images)
     if not network.exists():
         state = home / "training.safetensors"
+        build = networks.build_with_uniform_scale if recipe.uniform_scale else networks.build
         model = train(
-            functools.partial(networks.build, recipe.network, **arguments),
+            functools.partial(build, recipe.network, **arguments),
             images,
             recipe.schedule(member),
+            held_out=parts.get("held-out"),
             state=state,
+            log=home / "training.csv",
             report=None
             if recipe.processes > 1
             else lambda step, steps, loss: progress(member.name, "train", step, steps),
@@ -181,16 +212,16 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
         state.unlink(missing_ok=True)
     model = on_accelerator(checkpoints.load(network).model)
+    if recipe.augment_fit:
+        images = augmented(images, recipe.schedule(member).seed)
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
-        fit_posterior(
-            model,
-            images,
-            recipe.statistics_batch,
-            recipe.schedule(member).seed,
-            lambda done, total: progress(member.name, "fit", done, total),
-        ).save(posterior)
+        follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
+        fitted = fit_posterior(model, images, recipe.statistics_batch, recipe.schedule(member).seed, follow)
+        if recipe.drawn == "convolutions":
+            fitted = undrawn(fitted, networks.batch_norms_of_linear_layers(model))
+        fitted.save(posterior)
     predictions, *statistics = _outputs(folder, member)
     for path in statistics:
         if not path.exists():
@@ -204,6 +235,9 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
             write_tensors(path, STATISTICS, observed, {"batch_size": recipe.statistics_batch})
     if predictions.exists():
         return
+    if keep_draws is None:
+        objects = sum(len(parts[part]) for part in ("known", "unknown") if part in parts)
+        keep_draws = 2 * recipe.draws * objects * len(images.classes) * torch.float16.itemsize <= DRAWS_LIMIT
     tensors = predict_member(
         model,
         stochbn.load(posterior),
@@ -212,9 +246,14 @@ def _run_member(recipe: Recipe, member: Member, folder: Path, parts: dict[str, I
         recipe.draws,
         recipe.schedule(member).seed,
         lambda done, total: progress(member.name, "predict", done, total),
+        keep_draws=keep_draws,
     )
+    draws = {key.removesuffix(".draws"): value for key, value in tensors.items() if key.endswith(".draws")}
+    if draws:
+        write_tensors(home / "draws.safetensors", DRAWS, draws, {"member": member.name})
+    means = {key: value for key, value in tensors.items() if not key.endswith(".draws")}
     about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
-    write_tensors(predictions, PREDICTIONS, tensors, about)
+    write_tensors(predictions, PREDICTIONS, means, about)
 
 
 def predict_member(
@@ -225,6 +264,8 @@ def predict_member(
     draws: int,
     seed: int,
     report: Report = lambda done, total: None,
+    *,
+    keep_draws: bool = False,
 ) -> dict[str, Tensor]:
     """Log-probabilities of one network's methods: as it is, and with SBN where there is a posterior.
 
@@ -232,7 +273,8 @@ def predict_member(
 
     Returns:
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
-        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``.
+        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``. With `keep_draws` also those of every draw, as
+        ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
     """
     # Every draw is made, so that all methods take as many.
     kind = MCDropout if has_dropout(model) else functools.partial(Predictive, tolerance=0)
@@ -241,20 +283,20 @@ def predict_member(
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
     parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
     total = len(predictors) * sum(map(len, parts.values()))
-    tensors = {"labels": known.labels}
+    tensors, before = {"labels": known.labels}, 0
     for method, predictor in predictors.items():
         for part, images in parts.items():
-            before = sum(map(len, tensors.values())) - len(known)
-            tensors[f"{method}.{part}"] = (
-                predict_all(
-                    predictor,
-                    images,
-                    torch.Generator().manual_seed(seed),
-                    lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
-                )
-                .probs.log()
-                .cpu()
+            prediction = predict_all(
+                predictor,
+                images,
+                torch.Generator().manual_seed(seed),
+                lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
+                keep_draws=keep_draws,
             )
+            before += len(images)
+            tensors[f"{method}.{part}"] = prediction.probs.log().cpu()
+            if prediction.log_probs is not None:
+                tensors[f"{method}.{part}.draws"] = prediction.log_probs.half().cpu()
     return tensors
 
 
@@ -269,49 +311,22 @@ def on_accelerator(model: nn.Module) -> nn.Module:
     return model if accelerator is None else model.to(accelerator)
 
 
-def fit_posterior(
-    model: nn.Module,
-    images: Images,
-    batch_size: int,
-    seed: int = 0,
-    report: Report = lambda done, total: None,
-    *,
-    kind: str = "factorized",
-) -> Posterior:
-    """Fit a posterior on training images in a random order, which the seed determines.
-
-    Args:
-        model: the network.
-        images: its training data.
-        batch_size: objects in a mini-batch whose statistics are observed.
-        seed: where the order comes from, and the masks of dropout.
-        report: called with the number of images done and of all.
-        kind: as for `stochbn.fit`; the paper's by default.
-    """
-
-    def batches() -> Any:
-        done = 0
-        for inputs, labels in images.shuffled(seed).batches(32 * batch_size):
-            yield inputs
-            done += len(labels)
-            report(done, len(images))
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size, kind)
-
-
 def predict_all(
     predictor: Predictor,
     images: Images,
     generator: torch.Generator | None = None,
     report: Report = lambda done, total: None,
+    *,
+    keep_draws: bool | None = None,
 ) -> Prediction:
-    """Predict a data set batch by batch; `report` is called with the number of images done and of all."""
+    """Predict a data set batch by batch; `report` is called with the number of images done and of all.
+
+    `keep_draws` is as for a `Predictor`, whose own setting None leaves.
+    """
     predictions = []
     done = 0
     for inputs, labels in images.batches(PREDICT_BATCH):
-        predictions.append(predictor(inputs, generator=generator))
+        predictions.append(predictor(inputs, generator=generator, keep_draws=keep_draws))
         done += len(labels)
         report(done, len(images))
     return Prediction.cat(predictions)
@@ -345,37 +360,3 @@ def _outputs(folder: Path, member: Member) -> list[Path]:
     """What a member leaves for the report: predictions, and for the first plain network statistics."""
     names = ["predictions", "statistics"] if member == Member("plain", 0) else ["predictions"]
     return [folder / member.name / f"{name}.safetensors" for name in names]
-
-
-def _claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
-    """Make the run folder, or check that it belongs to this recipe and this data."""
-    ours = {
-        "recipe": recipe.as_dict(),
-        "data": {
-            part: {"name": images.name, "images": len(images), "sha256": images.fingerprint}
-            for part, images in parts.items()
-        },
-    }
-    file = folder / "run.json"
-    if file.exists():
-        try:
-            theirs = json.loads(file.read_text())
-            # A setting that a run made by an earlier release does not name had its default.
-            theirs = {"recipe": Recipe(**theirs["recipe"]).as_dict(), "data": dict(theirs["data"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(file)!r} is damaged or not of a run; name another folder") from error
-        differing = [
-            f"{field} is {theirs[part].get(field)!r} there and {value!r} here"
-            for part in ("recipe", "data")
-            for field, value in ours[part].items()
-            if theirs[part].get(field) != value
-        ]
-        if differing:
-            raise ValueError(f"{str(folder)!r} holds another run: {'; '.join(differing)}. Name another folder")
-        return
-    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".run-") for path in folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
-    write_json(file, {**ours, "versions": versions, "machine": machine})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import functools
+import io
 import math
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,19 +18,20 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stochbn.files import read_tensors, write_tensors
+from stochbn.files import read_tensors, write_bytes, write_tensors
 from stochbn.paper.data import Images, as_input, augment
 
-__all__ = ["Schedule", "keep_freed_memory", "train"]
+__all__ = ["Epoch", "Schedule", "augmented", "keep_freed_memory", "read_log", "train"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+SCORE_BATCH = 250
 STATE = "stochbn.training/1"
 WEIGHTS = "stochbn.weights/1"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network is trained: the paper's protocol is Adam, 1e-3 decaying linearly to 0, batch size 16.
+    """How a network is trained, with Adam. As published: from 1e-3 linearly to 0, changed each epoch, batch size 16.
 
     Attributes:
         epochs: passes over the training data; what is left of it after the last full mini-batch is dropped.
@@ -40,6 +43,8 @@ class Schedule:
         compile: whether the training step's forward and backward passes are compiled.
         processes: how many processes train one network together, each on its own accelerator if there are any. Every
             one takes mini-batches of `batch_size`, whose statistics are its own, and their gradients are averaged.
+        decay: when the learning rate changes: each ``epoch``, as published, or each ``step``.
+        decrease_from: how many epochs the learning rate stays as it is, before it falls linearly to 0.
     """
 
     epochs: int
@@ -50,6 +55,8 @@ class Schedule:
     precision: str = "32-true"
     compile: bool = False
     processes: int = 1
+    decay: str = "step"
+    decrease_from: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -59,6 +66,39 @@ class Schedule:
                 "expected at least 1 epoch, a batch size of at least 2, a positive learning rate and at least 1 "
                 f"process, got {self.epochs}, {self.batch_size}, {self.learning_rate} and {self.processes}"
             )
+        if self.decay not in ("epoch", "step"):
+            raise ValueError(f"the learning rate decays each 'epoch' or each 'step', not each {self.decay!r}")
+        if not 0 <= self.decrease_from < self.epochs:
+            raise ValueError(
+                f"decrease_from must be from 0 to {self.epochs - 1} for {self.epochs} epochs, got {self.decrease_from}"
+            )
+
+    def rate(self, epochs: float) -> float:
+        """The learning rate after so many epochs; a fraction is what of the epoch is done."""
+        passed = math.floor(epochs) if self.decay == "epoch" else epochs
+        return self.learning_rate * (1 - max(0.0, passed - self.decrease_from) / (self.epochs - self.decrease_from))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the log of a training.
+
+    Attributes:
+        epoch: its number, from 1.
+        learning_rate: Adam's at its first step.
+        loss: the mean loss of its mini-batches in nats, in training mode and while the weights change.
+        accuracy: likewise, the fraction of its training images that were classified correctly.
+        held_out_loss: after the epoch, the mean loss of the held-out images in nats, with running statistics; None
+            without such images.
+        held_out_accuracy: likewise, the fraction of them that is classified correctly.
+    """
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    accuracy: float
+    held_out_loss: float | None = None
+    held_out_accuracy: float | None = None
 
 
 def train(
@@ -66,7 +106,9 @@ def train(
     images: Images,
     schedule: Schedule,
     *,
+    held_out: Images | None = None,
     state: Path | None = None,
+    log: Path | None = None,
     report: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
     """Train a network and return it on the CPU in evaluation mode.
@@ -79,9 +121,11 @@ def train(
         build: makes the network with fresh weights, which come from the seed.
         images: the training data.
         schedule: how long, in which batches and at which rate.
+        held_out: images to predict after every epoch, for the log; training does not depend on them.
         state: a file that holds the state after the last finished epoch but the last; a run that was stopped
             continues from there and gives what an uninterrupted one would. The caller deletes it once the network
             is saved.
+        log: a CSV file that gets a line for every epoch, see `Epoch`.
         report: called about every 50 steps with the step, the number of steps and the mean loss in nats since the
             last call; with several processes it must be picklable.
 
@@ -100,7 +144,15 @@ def train(
         model = build()
         result = Path(folder) / "weights.safetensors"  # several processes cannot return as much through a pipe
         loop = functools.partial(
-            _train, build=build, images=images, schedule=schedule, state=state, report=report, result=result
+            _train,
+            build=build,
+            images=images,
+            schedule=schedule,
+            held_out=held_out,
+            state=state,
+            log=log,
+            report=report,
+            result=result,
         )
         fabric.launch(loop)
         model.load_state_dict(read_tensors(result, WEIGHTS)[0])
@@ -114,7 +166,9 @@ def _train(
     build: Callable[[], nn.Module],
     images: Images,
     schedule: Schedule,
+    held_out: Images | None,
     state: Path | None,
+    log: Path | None,
     report: Callable[[int, int, float], None] | None,
     result: Path,
 ) -> None:
@@ -123,6 +177,7 @@ def _train(
     size, rank = schedule.batch_size, fabric.global_rank
     per_epoch = len(images) // (size * fabric.world_size)
     steps = per_epoch * schedule.epochs
+    epochs: list[Epoch] = []
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
         model = build().train()
@@ -133,6 +188,8 @@ def _train(
             network, optimizer = compiled, adam  # as they are on the device: the wrappers only take a tenth of the time
         pixels, labels = images.pixels.to(fabric.device), images.labels.to(fabric.device)
         first = _restore(state, model, adam) if state is not None and state.exists() else 0
+        if first and log is not None and log.exists():
+            epochs = read_log(log)[:first]
         for epoch in range(first, schedule.epochs):
             # A seed of its own for every epoch: an interrupted run needs no generator state to continue alike.
             seed = (schedule.seed + 1) * 1_000_003 + epoch
@@ -141,18 +198,21 @@ def _train(
             if rank:
                 torch.manual_seed(seed + 7919 * rank)
             total, count = torch.zeros((), device=fabric.device), 0
+            lost, right = 0.0, torch.zeros((), dtype=torch.int64, device=fabric.device)
             for i in range(per_epoch):
                 step = epoch * per_epoch + i
                 for group in optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate * (1 - step / steps)
+                    group["lr"] = schedule.rate(step / per_epoch)
                 start = (i * fabric.world_size + rank) * size
                 chosen = order[start : start + size]
                 batch = pixels[chosen]
                 optimizer.zero_grad()
-                loss = cross_entropy(network(as_input(augment(batch) if schedule.augment else batch)), labels[chosen])
+                logits = network(as_input(augment(batch) if schedule.augment else batch))
+                loss = cross_entropy(logits, labels[chosen])
                 fabric.backward(loss)
                 optimizer.step()
                 total += loss.detach()
+                right += (logits.detach().argmax(1) == labels[chosen]).sum()
                 count += 1
                 if count == 50 or i == per_epoch - 1:
                     mean = total.item() / count
@@ -160,7 +220,13 @@ def _train(
                         raise ValueError(f"the training loss is {mean} at step {step}; use a lower learning rate")
                     if report is not None and rank == 0:
                         report(step + 1, steps, mean)
+                    lost += mean * count
                     total, count = torch.zeros_like(total), 0
+            if log is not None and rank == 0:
+                trained = schedule.rate(epoch), lost / per_epoch, right.item() / (per_epoch * size)
+                scores = (None, None) if held_out is None else _score(fabric, model, held_out)
+                epochs.append(Epoch(epoch + 1, *trained, *scores))
+                _write_log(log, epochs)
             if state is not None and rank == 0 and epoch + 1 < schedule.epochs:
                 _store(state, model, adam, epoch + 1)
         if rank == 0:
@@ -169,6 +235,57 @@ def _train(
             # Left to the end of the process, the communication threads of one process may abort it.
             fabric.barrier()
             torch.distributed.destroy_process_group()
+
+
+def augmented(images: Images, seed: int) -> Images:
+    """Every image once as training with augmentation shows it, by chance that depends on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pixels = [augment(images.pixels[start : start + 1000]) for start in range(0, len(images), 1000)]
+    return replace(images, pixels=torch.cat(pixels).contiguous())
+
+
+def read_log(path: Path) -> list[Epoch]:
+    """The epochs in a log that `train` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or no such log.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [
+            Epoch(
+                int(row["epoch"]),
+                *(float(row[name]) for name in ("learning_rate", "loss", "accuracy")),
+                *(float(row[name]) if row[name] else None for name in ("held_out_loss", "held_out_accuracy")),
+            )
+            for row in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or not a log of training: {error}") from error
+
+
+def _write_log(path: Path, epochs: list[Epoch]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Epoch)])
+    writer.writerows(["" if value is None else f"{value:.6g}" for value in astuple(one)] for one in epochs)
+    write_bytes(path, text.getvalue().encode())
+
+
+def _score(fabric: Fabric, model: nn.Module, images: Images) -> tuple[float, float]:
+    """Loss and accuracy of the network as it is, in evaluation mode; it is left in training mode."""
+    model.eval()
+    lost, right = 0.0, 0
+    with torch.inference_mode(), fabric.autocast():
+        for inputs, labels in images.batches(SCORE_BATCH):
+            logits = model(inputs.to(fabric.device)).float().cpu()
+            lost += cross_entropy(logits, labels, reduction="sum").item()
+            right += int((logits.argmax(1) == labels).sum())
+    model.train()
+    return lost / len(images), right / len(images)
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,72 @@
+"""A run's folder: whose it is, and the description in its ``run.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stochbn
+from stochbn.files import write_json
+from stochbn.paper.data import Images
+from stochbn.paper.recipes import Recipe
+
+__all__ = ["claim"]
+
+
+def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
+    """Make the folder of a run, or check that it belongs to this recipe and this data.
+
+    A run grows: of a recipe that differs in more plain members only, or in a network with dropout where there was none,
+    the new members are trained and what is there is kept.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+        OSError: the folder cannot be made or written.
+    """
+    ours = {
+        "recipe": recipe.as_dict(),
+        "data": {
+            part: {"name": images.name, "images": len(images), "sha256": images.fingerprint}
+            for part, images in parts.items()
+        },
+    }
+    file = folder / "run.json"
+    if file.exists():
+        try:
+            about = json.loads(file.read_text())
+            theirs = {"recipe": Recipe.from_dict(about["recipe"]).as_dict(), "data": dict(about["data"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(file)!r} is damaged or not of a run; name another folder") from error
+        grown = _growth(theirs["recipe"], ours["recipe"])
+        differing = [
+            f"{field} is {theirs[part].get(field)!r} there and {value!r} here"
+            for part in ("recipe", "data")
+            for field, value in ours[part].items()
+            if theirs[part].get(field) != value and not (part == "recipe" and field in grown)
+        ]
+        if differing:
+            raise ValueError(f"{str(folder)!r} holds another run: {'; '.join(differing)}. Name another folder")
+        if grown:
+            write_json(file, {**about, **ours})
+        return
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".run-") for path in folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
+    write_json(file, {**ours, "versions": versions, "machine": machine})
+
+
+def _growth(theirs: dict[str, Any], ours: dict[str, Any]) -> set[str]:
+    """The fields in which our recipe only adds members to theirs."""
+    grown = set()
+    if ours["members"] > theirs["members"]:
+        grown.add("members")
+    if theirs["dropout"] is None and ours["dropout"] is not None:
+        grown.add("dropout")
+    return grown

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import normal
+from stochbn import metrics
+from stochbn.paper.differences import paired
+from stochbn.predictive import entropy
+
+
+def predictions(n: int, seed: int, like: Tensor | None = None, classes: int = 4) -> Tensor:
+    """Random probabilities or, like others, these a little changed."""
+    logits = 2 * normal(n, classes, seed=seed)
+    return logits.softmax(1) if like is None else (like.log() + 0.1 * logits).softmax(1)
+
+
+def test_changes_are_differences_of_the_metrics() -> None:
+    labels = torch.arange(60) % 4
+    known = predictions(60, 0), predictions(60, 1)
+    unknown = predictions(50, 2), predictions(50, 3)
+    found = paired(known, labels, unknown)
+    scores = [
+        metrics.evaluate(k, labels)
+        | metrics.ood(entropy(k), entropy(u))
+        | {"calibrated_nll": metrics.calibrated_nll(k, labels)["nll"], "entropy_unknown": entropy(u).mean().item()}
+        for k, u in zip(known, unknown, strict=True)
+    ]
+    for key in ("error", "nll", "calibrated_nll", "entropy_unknown", "auroc"):
+        assert found[f"{key}_change"] == pytest.approx(scores[1][key] - scores[0][key], abs=1e-5), key
+
+
+def test_errors_are_those_of_the_mean_over_objects() -> None:
+    labels = torch.arange(40) % 4
+    first, second = predictions(40, 0), predictions(40, 1)
+    rows = range(40)
+    differences = [math.log(first[i, labels[i]]) - math.log(second[i, labels[i]]) for i in rows]
+    mean = sum(differences) / 40
+    slow = math.sqrt(sum((d - mean) ** 2 for d in differences) / 39 / 40)
+    found = paired((first, second), labels)
+    assert found["nll_change"] == pytest.approx(mean, rel=1e-5)
+    assert found["nll_change_se"] == pytest.approx(slow, rel=1e-5)
+
+
+def test_errors_are_as_large_as_changes_vary_over_samples_of_objects() -> None:
+    """The bootstrap of a sample of objects, in which known and unknown ones are drawn again."""
+    n, m = 300, 250
+    labels = torch.arange(n) % 4
+    first, unknown = predictions(n, 0), predictions(m, 2)
+    second, unknown_second = predictions(n, 1, first), 0.5 * predictions(m, 3, unknown) + 0.5 / 4
+    found = paired((first, second), labels, (unknown, unknown_second))
+    again: dict[str, list[float]] = {}
+    source = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        i, j = (torch.randint(size, (size,), generator=source) for size in (n, m))
+        for key, value in paired((first[i], second[i]), labels[i], (unknown[j], unknown_second[j])).items():
+            again.setdefault(key, []).append(value)
+    for key in ("error", "nll", "entropy_unknown", "auroc"):
+        spread = torch.tensor(again[f"{key}_change"]).std().item()
+        assert found[f"{key}_change_se"] == pytest.approx(spread, rel=0.2), key
+
+
+def test_predictions_that_move_together_have_small_errors() -> None:
+    labels = torch.arange(200) % 4
+    first = predictions(200, 0)
+    near, far = paired((first, predictions(200, 1, first)), labels), paired((first, predictions(200, 1)), labels)
+    assert near["nll_change_se"] < 0.2 * far["nll_change_se"]
+    same = paired((first, first), labels, (first, first))
+    assert set(same.values()) == {0.0}
+
+
+def test_too_few_objects_leave_changes_out() -> None:
+    probs = predictions(9, 0), predictions(9, 1)
+    labels = torch.arange(9) % 4
+    assert "calibrated_nll_change" not in paired(probs, labels)
+    assert "auroc_change" not in paired(probs, labels)
+    assert "auroc_change" not in paired(probs, labels, (probs[0][:1], probs[1][:1]))
+    assert paired((probs[0][:1], probs[1][:1]), labels[:1]) == {}
