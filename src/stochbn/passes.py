@@ -157,7 +157,7 @@ class Forward:
             early: of these inputs, under the same plan; None for running all layers.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `stochbn.network.calling.call` and `stochbn.network.calling.find_logits` do.
+            RuntimeError, ValueError, TypeError: as `stochbn.network.calling.call` and `find_logits` there raise them.
         """
         if len(draws) > 1:
             try:
