@@ -9,7 +9,6 @@ import itertools
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from stochbn.files import check_file, write_bytes
 
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.checkpoints import Checkpoint
@@ -329,7 +330,7 @@ def bench(
         cost.check_batch(images, max(batch))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_folder(folder / "cost.json")
+        check_file(folder / "cost.json")
     found = []
     with out.status("measuring") as status:
         for network, size in itertools.product(networks, batch):
@@ -382,7 +383,7 @@ def train(
     """
     from stochbn.paper import checkpoints, networks, training
 
-    _check_folder(path)
+    check_file(path)
     images = _load(data, "train")
     given = {"width": width, "dropout": dropout or None, "classifier_dropout": classifier_dropout or None, "bias": bias}
     arguments = networks.arguments_for(images) | {name: value for name, value in given.items() if value is not None}
@@ -440,7 +441,7 @@ def fit(
 
     checkpoint = checkpoints.load(network)
     path = path or _default_posterior(network)
-    _check_folder(path)
+    check_file(path)
     images = _load(data or checkpoint.data, "train")
     _check_images(checkpoint, images)
     with _bars() as bars:
@@ -479,7 +480,6 @@ def diagnose(
     """
     import torch
 
-    from stochbn.files import write_bytes
     from stochbn.paper import checkpoints, figures, goodness, tables
 
     checkpoint = checkpoints.load(network)
@@ -593,7 +593,6 @@ def predict(
     """Predict images with SBN: class, probability, entropy and mutual information of each, as CSV."""
     import torch
 
-    from stochbn.files import write_bytes
     from stochbn.paper import checkpoints
     from stochbn.paper.runner import predict_all
     from stochbn.predictive import Predictive
@@ -606,7 +605,7 @@ def predict(
             "name one with --posterior"
         )
     predictive = Predictive(checkpoint.model, fitted, draws)
-    _check_folder(path)
+    check_file(path)
     images = _load(data or checkpoint.data, split)
     _check_images(checkpoint, images)
     with _bars() as bars:
@@ -682,18 +681,6 @@ def _posterior(network: Path, path: Path | None) -> Posterior | None:
         if not path.exists():
             return None
     return load(path)
-
-
-def _check_folder(path: Path) -> None:
-    """Refuse a file that cannot be written before the work, not after it."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise PermissionError(f"the folder {str(path.parent)!r} is not writable; name a file elsewhere") from error
 
 
 def _check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False) -> None:

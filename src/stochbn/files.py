@@ -155,10 +155,9 @@ def read_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, T
     if not path.is_file():
         other = "; there is a folder, a pipe or a device" if path.exists() else ""
         raise FileNotFoundError(f"there is no file {str(path)!r}{other}")
-    content = _read(path)
+    content, header = _read(path)
     try:
         tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata: dict[str, str] = header.get("__metadata__") or {}
     except Exception as error:  # the reader raises errors of many kinds for types and shapes that it does not know
         raise _broken(path, error) from error
@@ -180,8 +179,8 @@ def read_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, T
         raise ValueError(f"{str(path)!r} has no description that can be read: {reason}") from error
 
 
-def _read(path: Path) -> bytes:
-    """A file's bytes, once its first ones say that it may be a safetensors file."""
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A file's bytes and its header, once its first ones say that it may be a safetensors file."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -190,16 +189,17 @@ def _read(path: Path) -> bytes:
         if length > LONGEST_HEADER:
             raise _broken(path, f"a header of {length} bytes, more than {LONGEST_HEADER}")
         file.seek(0)
-        header = file.read(8 + length)
+        first = file.read(8 + length)
         try:
-            ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header[8:]).items() if name[:2] != "__"]
+            header = json.loads(first[8:])
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name[:2] != "__"]
             wanted = 8 + length + max(ends, default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise _broken(path, error) from error
         if wanted != size:
             raise _broken(path, f"{size} bytes where its header says {wanted}")
         try:
-            return header + file.read()
+            return first + file.read(), header
         except MemoryError as error:
             raise _broken(path, f"{size} bytes do not fit into memory") from error
 

@@ -23,7 +23,7 @@ from stochbn.network.calling import modes
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
 from stochbn.paper.comparison import finite
-from stochbn.paper.memory import peak_of_draws
+from stochbn.paper.memory import peak_of_draws, plain_prediction
 from stochbn.paper.networks import build
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Posterior
@@ -84,7 +84,7 @@ def measure(
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     floor = torch.compile(last)
     x_last = x.contiguous(memory_format=torch.channels_last)
-    first_compiled = _seconds(lambda: _plain(floor, x_last))
+    first_compiled = _seconds(lambda: plain_prediction(floor, x_last))
     compiled = stochbn.Predictive(model, posterior, 16, tolerance=0, compiled=True)
     first_compiled_draws = _seconds(lambda: compiled(x))
     others = next(train.batches(16))[0].contiguous()
@@ -96,17 +96,17 @@ def measure(
 
     progress("times")
     ways: dict[str, Callable[[], object]] = {
-        "unit": lambda: _plain(model, x),
-        "floor": lambda: _plain(floor, x_last),
-        "channels-last": lambda: _plain(last, x_last),
+        "unit": lambda: plain_prediction(model, x),
+        "floor": lambda: plain_prediction(floor, x_last),
+        "channels-last": lambda: plain_prediction(last, x_last),
         "textbook": lambda: _textbook(textbook, drawn, x),
         "every": lambda: every(x),
         "compiled": lambda: compiled(x),
         "literal": lambda: _literal(textbook, others, x),
         "dropout": lambda: _dropped(dropout, x),
-        "ensemble": lambda: sum(_plain(member, x) for member in ensemble),
+        "ensemble": lambda: sum(plain_prediction(member, x) for member in ensemble),
         "fit": lambda: stochbn.fit(model, small, 16),
-        "plain pass over what is fitted": lambda: [_plain(model, piece) for piece in small],
+        "plain pass over what is fitted": lambda: [plain_prediction(model, piece) for piece in small],
     }
     predictives = {n: stochbn.Predictive(model, posterior, n) for n in BUDGETS}
     quasi = {n: stochbn.Predictive(model, posterior, n, tolerance=0) for n in QUASI}
@@ -267,17 +267,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-@torch.no_grad()
-def _plain(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return model(x).softmax(1)
-
-
 def _textbook(model: nn.Module, drawn: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """One draw as a tutorial would make it: copied into the buffers, then an eager pass."""
     buffers = dict(model.named_buffers())
     for name, values in drawn.items():
         buffers[name].copy_(values[0])
-    return _plain(model, x)
+    return plain_prediction(model, x)
 
 
 def _literal(model: nn.Module, others: Tensor, x: Tensor) -> Tensor:
@@ -287,11 +282,11 @@ def _literal(model: nn.Module, others: Tensor, x: Tensor) -> Tensor:
     for layer in layers:
         layer.momentum = 1.0
     model.train()
-    _plain(model, others)
+    plain_prediction(model, others)
     model.eval()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-    return _plain(model, x)
+    return plain_prediction(model, x)
 
 
 def _with_dropout(checkpoint: checkpoints.Checkpoint) -> nn.Module:
@@ -302,7 +297,7 @@ def _with_dropout(checkpoint: checkpoints.Checkpoint) -> nn.Module:
 
 def _dropped(model: nn.Module, x: Tensor) -> Tensor:
     with modes(model, lambda module: isinstance(module, nn.Dropout)):
-        return _plain(model, x)
+        return plain_prediction(model, x)
 
 
 def _reference(model: nn.Module, posterior: Posterior, x: Tensor, draws: int, seed: int) -> tuple[Tensor, float]:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import statistics
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from stochbn.paper import checkpoints
 from stochbn.paper.processes import interrupts_held
 from stochbn.posteriors import Posterior
 
-__all__ = ["peak_of_draws"]
+__all__ = ["peak_of_draws", "plain_prediction"]
 
 
 def peak_of_draws(network: Path, posterior: Posterior, x: Tensor) -> float:
@@ -67,19 +68,20 @@ def _peak(pipe: Connection, network: Path, posterior: Posterior | None, x: Any) 
     warnings.simplefilter("ignore")
     model = checkpoints.load(network).model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     inputs = torch.from_numpy(x)
-    _predict(model, inputs[:1])  # libraries' own memory
+    plain_prediction(model, inputs[:1])  # libraries' own memory
     if posterior is not None:
         stochbn.Predictive(model, posterior, 8)(inputs[:1])
     before = _memory_of_this_process(reset=True)["VmRSS"]
     if posterior is None:
-        _predict(model, inputs)
+        plain_prediction(model, inputs)
     else:
         stochbn.Predictive(model, posterior, 200)(inputs)
     pipe.send(max(1, _memory_of_this_process()["VmHWM"] - before))
 
 
 @torch.no_grad()
-def _predict(model: torch.nn.Module, x: Tensor) -> Tensor:
+def plain_prediction(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Probabilities ``[N, K]`` by one plain pass: what draws are measured in."""
     probs: Tensor = model(x).softmax(1)
     return probs
 

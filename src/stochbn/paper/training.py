@@ -212,7 +212,8 @@ def _train(
                 fabric.backward(loss)
                 optimizer.step()
                 total += loss.detach()
-                right += (logits.detach().argmax(1) == labels[chosen]).sum()
+                if log is not None:
+                    right += (logits.detach().argmax(1) == labels[chosen]).sum()
                 count += 1
                 if count == 50 or i == per_epoch - 1:
                     mean = total.item() / count
