@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -65,6 +66,24 @@ def test_ctrl_c_within_comes_at_the_end() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         reached = True
     assert reached
+
+
+def test_ctrl_c_comes_at_the_end_whichever_thread_of_the_process_gets_it() -> None:
+    ended, reached = threading.Event(), False
+    others = [threading.Thread(target=ended.wait) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012 (the order is what is tested)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            reached = True
+    finally:
+        ended.set()
+        for thread in others:
+            thread.join()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_was_blocked_before_stays_so_and_errors_pass() -> None:
