@@ -145,18 +145,29 @@ class Wrapped(nn.Module):
         return self.wrap(self.network(x))
 
 
+class Counter:
+    """Counts for a network and all copies of it together."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counter:
+        return self
+
+
 class Failing(nn.Module):
-    """Raises in its n-th forward pass, after its first layers ran."""
+    """Raises after a number of forward passes of it and all its copies, when its first layers ran."""
 
     def __init__(self, network: nn.Module, after: int) -> None:
         super().__init__()
         self.network = network
-        self.left = after
+        self.passes = Counter()
+        self.after = after
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.network(x)
-        self.left -= 1
-        if self.left < 0:
+        self.passes.value += 1
+        if self.passes.value > self.after:
             raise KeyError("the network's own error")
         return out
 

@@ -439,9 +439,9 @@ def test_the_network_is_left_as_it_was_when_it_raises_midway(after: int) -> None
     inner = settled(mlp(), 4)
     model = Failing(inner, 10**6)
     posterior, batches = fitted(model), held_out(inner)
-    model.left = after
     mixed_up(model)
     before = Untouched(model)
+    model.after = model.passes.value + after
     with pytest.raises(KeyError, match="the network's own error"):
         calibrate(model, posterior, batches, draws=2)
     before.check()

@@ -9,7 +9,7 @@ from torch import Tensor
 from conftest import normal
 from stochbn import metrics
 from stochbn.paper.differences import paired
-from stochbn.predictive import entropy
+from stochbn.predictions import entropy
 
 
 def predictions(n: int, seed: int, like: Tensor | None = None, classes: int = 4) -> Tensor:

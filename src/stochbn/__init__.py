@@ -12,15 +12,18 @@ from stochbn import metrics
 from stochbn.calibration import calibrate
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, Joint, Posterior, load
-from stochbn.predictive import Ensemble, Exact, MCDropout, Prediction, Predictive
+from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
+from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive
 
 __all__ = [
     "Empirical",
     "Ensemble",
+    "Estimate",
     "Exact",
     "Factorized",
     "Joint",
     "MCDropout",
+    "MultilabelPrediction",
     "Posterior",
     "Prediction",
     "Predictive",

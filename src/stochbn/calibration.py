@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stochbn.network.calling import Batch, length, modes, network_input
-from stochbn.passes import Early, Forward
+from stochbn.execution import Call, NetworkChanged, passes
+from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.tasks import make_task
 
 __all__ = ["calibrate"]
 
@@ -30,6 +33,9 @@ def calibrate(
     temperature: bool = False,
     draws: int = 8,
     logits: str | int | None = None,
+    class_axis: int | None = None,
+    output: Literal["logits", "probs"] | None = None,
+    inputs: InputsOf = None,
     seed: int = 0,
 ) -> Posterior:
     """Choose the noise level of a posterior, and if wanted a temperature, by the NLL of held-out data.
@@ -50,7 +56,7 @@ def calibrate(
         temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise; otherwise the
             posterior's own stays.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
-        logits: where the logits are in the network's output, as for `Predictive`.
+        logits: where the logits are in the network's output, as for `Predictive`; so `class_axis`, `output`, `inputs`.
         seed: where the draws come from.
 
     Returns:
@@ -75,24 +81,23 @@ def calibrate(
     temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
     losses = torch.zeros(len(batch_sizes), len(temperatures), dtype=torch.float64)
     objects = 0
-    with torch.no_grad(), modes(model, lambda module: False):
-        forward = Forward(model, logits)
-        for number, batch in enumerate(held_out):
-            inputs, labels = network_input(model, batch), _labels(batch)
-            if not length(inputs):
-                continue
-            plan = forward.plan(inputs)
-            early = Early(plan.early)
-            for size, loss in zip(batch_sizes, losses, strict=True):
-                generator = torch.Generator().manual_seed(seed + number)
-                count = 1 if size == math.inf else draws
-                total: Tensor | None = None
-                for buffers in posterior.rescale(size).iter_draws(count, generator, quasi=True):
-                    found = _log_likelihoods(forward([buffers], inputs, plan, early)[0], labels, temperatures)
-                    total = found if total is None else torch.logaddexp(total, found)
-                assert total is not None
-                loss -= (total - math.log(count)).flatten(1).sum(1).cpu()
-            objects += labels.numel()
+    network = Network.of(model)
+    call = Call(
+        make_task("classification", logits, class_axis, output),
+        posterior=posterior,
+        sample=lambda count: list(posterior.iter_draws(count, torch.Generator().manual_seed(0))),
+    )
+    for number, batch in enumerate(held_out):
+        objects_in, labels = network_input(model, batch, inputs), _labels(batch)
+        if not objects_in.divisible or not len(objects_in):
+            continue
+        network.look()
+        sizes = [(posterior.rescale(size), 1 if size == math.inf else draws) for size in batch_sizes]
+        try:
+            losses += _losses(network, objects_in, labels, call, sizes, temperatures, seed + number)
+        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+            losses += _losses(network, objects_in, labels, call, sizes, temperatures, seed + number)
+        objects += labels.numel()
     if not objects:
         raise ValueError("there are no held-out objects: the iterable is empty or already used up")
     if not losses.isfinite().all():
@@ -109,6 +114,30 @@ def calibrate(
             f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}", stacklevel=2
         )
     return replace(posterior.rescale(batch_sizes[best]), temperature=_refined(losses[best], temperatures, at))
+
+
+def _losses(
+    network: Network,
+    inputs: NetworkInput,
+    labels: Tensor,
+    call: Call,
+    noise: Sequence[tuple[Posterior, int]],
+    temperatures: Tensor,
+    seed: int,
+) -> Tensor:
+    """``[B, T]``: the negative log-likelihood of a batch, summed over objects, under each noise and temperature."""
+    losses = []
+    with passes(network, inputs, call) as made:
+        for posterior, draws in noise:
+            drawn = posterior.iter_draws(draws, torch.Generator().manual_seed(seed), quasi=True)
+            total: Tensor | None = None
+            while block := list(itertools.islice(drawn, made.draws)):
+                for raw in made(block):
+                    each = _log_likelihoods(raw, labels, temperatures)
+                    total = each if total is None else torch.logaddexp(total, each)
+            assert total is not None
+            losses.append((math.log(draws) - total).flatten(1).sum(1).cpu())
+    return torch.stack(losses)
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_norms", "buffer_names", "running_statistics"]
+__all__ = ["batch_norms", "buffer_names", "running_statistics", "unwrap"]
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -52,3 +52,10 @@ def buffer_names(layer: str) -> tuple[str, str]:
     """The qualified names of a layer's running mean and running variance."""
     prefix = f"{layer}." if layer else ""
     return f"{prefix}running_mean", f"{prefix}running_var"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """TEMPORARY."""
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel"):
+        model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module
+    return model

@@ -40,7 +40,8 @@ from stochbn.paper.runner import (
 )
 from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
-from stochbn.predictive import Predictor, entropy
+from stochbn.predictions import entropy
+from stochbn.predictive import Predictor
 
 __all__ = ["METHODS", "Settings", "compare", "finite", "tabulate"]
 

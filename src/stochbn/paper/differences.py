@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochbn import metrics
-from stochbn.predictive import entropy
+from stochbn.predictions import entropy
 
 __all__ = ["paired"]
 

@@ -23,7 +23,7 @@ from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
 from stochbn.paper.training import read_log
 from stochbn.posteriors import Factorized, load
-from stochbn.predictive import entropy
+from stochbn.predictions import entropy
 
 __all__ = [
     "Method",

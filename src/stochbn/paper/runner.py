@@ -32,7 +32,8 @@ from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
 from stochbn.posteriors import Posterior
-from stochbn.predictive import MCDropout, Prediction, Predictive, Predictor
+from stochbn.predictions import Prediction
+from stochbn.predictive import MCDropout, Predictive, Predictor
 
 __all__ = [
     "DRAWS",

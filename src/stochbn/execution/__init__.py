@@ -1,0 +1,51 @@
+"""Forward passes of one network under many draws of its statistics: the obvious way, and faster ones with its results.
+
+    inputs -> verify (follow, and try the ways) -> plan -> run (on a replica) -> raw values of each draw
+
+`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from one pass over a copy,
+what a network does to the objects of a batch; `verify` is the only place that tries a way; `plan` says which ways a call
+takes; `run` holds all state of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from stochbn.execution.plan import WAYS, Call, Draw, Plan, Settings, make_plan
+from stochbn.execution.run import NetworkChanged, Passes
+from stochbn.execution.verify import examine, guard, refuse
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Network
+
+__all__ = ["WAYS", "Call", "Draw", "NetworkChanged", "Passes", "Plan", "Settings", "passes", "planned"]
+
+
+def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
+    """How the passes of a call are made; what it takes to find that out is kept for later calls."""
+    guard(network, inputs, call)
+    if network.known.in_place:
+        return Plan(together=f"passes run on the network itself: {network.known.in_place}")
+    if call.whole:
+        return Plan(together=call.whole)
+    verdict, refused = examine(network, inputs, call)
+    return make_plan(verdict, len(inputs), call.settings, cpu=inputs.on_cpu, refused=refused)
+
+
+@contextmanager
+def passes(network: Network, inputs: NetworkInput, call: Call) -> Iterator[Passes]:
+    """The passes of one call, on a replica of this thread's own; `Network.look` comes before it.
+
+    Raises:
+        NetworkChanged: a pass changed more of the replica than it may, and was not known to.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        plan = planned(network, inputs, call)
+        with network.replica() as replica:
+            made = Passes(network, replica, inputs, call, plan)
+            yield made
+            made.close()
+        if made.rounds_too_much:
+            refuse(network, inputs, call, "bfloat16", "rounding was not small beside the noise of the draws")

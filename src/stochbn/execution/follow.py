@@ -1,0 +1,488 @@
+"""Following a network through one pass: whether objects stay apart, what comes before the first batch norm, what changes.
+
+The pass is made with a few objects on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
+that really runs and follows the axis of the objects through it (`stochbn.execution.rules`); a function mode sees where
+Python code reads the number of objects, for which it gets a symbol (`stochbn.execution.sizes`), or reads numbers out of
+a tensor. So what is concluded rests on the operations, not on the values of some objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from stochbn.execution.masks import DispatchMode, Masks
+from stochbn.execution.rules import Flow, Mixed, flows_of, joined
+from stochbn.execution.sizes import ObjectCount, Sizes
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Network, Replica, snapshot
+from stochbn.tasks import Task
+
+__all__ = ["Followed", "Unit", "follow", "guarded"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A call of a module that gives the same under every draw.
+
+    Attributes:
+        name: the module's.
+        call: which of its calls in a pass, from 0.
+        per: for every tensor in its output how many rows an object has; 0 for one that does not depend on objects.
+        size: bytes of the output for each object.
+    """
+
+    name: str
+    call: int
+    per: tuple[int, ...]
+    size: float
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a pass has shown of a network, for inputs of one kind.
+
+    Attributes:
+        in_place: why passes must run on the user's own object; empty if they need not.
+        dependent: why an object's output may depend on the others; empty if it is proven not to.
+        sizes: for which numbers of objects this holds.
+        stateful: whether a pass changes buffers or attributes.
+        state: names of parameters that a pass writes to.
+        reads_layout: whether Python code looks at the memory layout of tensors.
+        irregular: why draws cannot share a pass; empty if every batch norm has the objects on the first axis.
+        rows: for each batch norm, by name, how many rows of its input an object has.
+        units: what can be kept from one draw to the next.
+        activation: bytes of the largest input of a batch norm, for each object.
+        last: name of the last linear layer or convolution that was called.
+    """
+
+    in_place: str = ""
+    dependent: str = ""
+    sizes: Sizes = field(default_factory=lambda: Sizes(0))
+    stateful: bool = False
+    state: frozenset[str] = frozenset()
+    reads_layout: bool = False
+    irregular: str = ""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    units: tuple[Unit, ...] = ()
+    activation: float = 0.0
+    last: str = ""
+
+
+class _OfTheOriginal(BaseException):
+    """The copy uses a tensor of the user's network. No ``except Exception`` of a network catches it."""
+
+
+@dataclass
+class _Frame:
+    """A call of a module that has not ended."""
+
+    name: str
+    module: nn.Module
+    call: int
+    drawn: bool = False
+    multiplies: bool = False
+    inputs: frozenset[int] = frozenset()
+
+
+class _Follower(DispatchMode):
+    """Follows the objects through all tensor operations."""
+
+    def __init__(self, replica: Replica, objects: int, foreign: frozenset[int]) -> None:
+        super().__init__()
+        self.objects, self.foreign = objects, foreign
+        self.sizes = Sizes(objects)
+        self.reasons: list[str] = []
+        self.irregular = ""
+        self.reads_layout = False
+        self.frames: list[_Frame] = []
+        self.written: dict[int, int] = {}
+        self.clock = 0
+        self._flows: dict[int, Flow] = {}
+        self._alive: list[Tensor] = []
+        self._sharing: dict[int, list[Tensor]] = {}
+        self._norms = {id(norm): name for name, norm in replica.norms.items()}
+        self._statistics: dict[int, nn.Module] = {}
+        for norm in replica.norms.values():
+            for statistic in (norm.running_mean, norm.running_var):
+                assert statistic is not None
+                self.set(statistic, Flow(drawn=True))
+                self._statistics[id(statistic)] = norm
+
+    def flow(self, tensor: Tensor) -> Flow:
+        return self._flows.get(id(tensor), Flow())
+
+    def set(self, tensor: Tensor, flow: Flow) -> None:
+        if id(tensor) not in self._flows:
+            self._alive.append(tensor)  # so that no other tensor gets its identity
+            self._sharing.setdefault(_storage(tensor), []).append(tensor)
+        self._flows[id(tensor)] = flow
+
+    def read(self, tensor: Any, what: str) -> None:
+        """Python code looks at the values of a tensor."""
+        if isinstance(tensor, Tensor) and (not self.flow(tensor).constant or self.flow(tensor).drawn):
+            self.reasons.append(what)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(_storage(t) in self.foreign for t in tensors):
+            raise _OfTheOriginal
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"):
+            for t in tensors:
+                self.read(t, "Python code or a shape depends on the values of tensors")
+        self._look_at_statistics(name, tensors)
+        form = _form(args)
+        outputs = func(*args, **kwargs)
+        self.clock += 1
+        made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+        try:
+            if torch.Tag.nondeterministic_seeded in func.tags and any(not self.flow(t).constant for t in tensors):
+                if not _off(func, args, kwargs):
+                    raise Mixed("random numbers are drawn")
+            if _form(args) != form:
+                raise Mixed(f"the operation {name} changes the shape of a tensor in place")
+            if name == "as_strided_":  # of axes of length 1, as pooling does
+                flows = [self.flow(args[0])]
+            else:
+                flows = flows_of(func, args, kwargs, outputs, self.flow, self.objects)
+        except Mixed as mixed:
+            drawn = any(self.flow(t).drawn for t in tensors)
+            flows = [Flow(mixed=f"{mixed}{self._where()}", drawn=drawn) for _ in made]
+        except Exception:  # an operation with arguments that no rule expects
+            drawn = any(self.flow(t).drawn for t in tensors)
+            flows = [Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made]
+        self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
+        return outputs
+
+    def _note(self, func: Any, args: Any, kwargs: Any, made: list[Tensor], flows: list[Flow], multiplies: bool) -> None:
+        drawn = any(flow.drawn for flow in flows)
+        for frame in self.frames:
+            frame.drawn |= drawn
+            frame.multiplies |= multiplies
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.is_write and isinstance(value, Tensor)
+        ] + [kwargs[a.name] for a in func._schema.arguments if a.is_write and isinstance(kwargs.get(a.name), Tensor)]
+        for tensor in written:
+            new = flows[0] if flows else Flow()
+            for out, flow in zip(made, flows, strict=True):
+                new = flow if out is tensor else new
+            self._write(tensor, new)
+        for tensor, flow in zip(made, flows, strict=True):
+            if not any(tensor is t for t in written):
+                self.set(tensor, flow)
+
+    def _write(self, tensor: Tensor, flow: Flow) -> None:
+        storage = _storage(tensor)
+        self.written[storage] = self.clock
+        after = joined(self.flow(tensor), flow)
+        for other in self._sharing.get(storage, []):
+            before = self.flow(other)
+            if other.shape == tensor.shape or (before.axis, before.per) == (after.axis, after.per) or after.constant:
+                self._flows[id(other)] = joined(before, after)
+            else:
+                reason = after.mixed or "a tensor is filled part by part"
+                self._flows[id(other)] = Flow(mixed=reason, drawn=before.drawn or after.drawn)
+        self.set(tensor, after)
+
+    def _look_at_statistics(self, name: str, tensors: list[Tensor]) -> None:
+        """Drawn statistics, and what goes into a batch norm, must be used by that batch norm alone."""
+        for t in tensors:
+            norm = self._statistics.get(id(t))
+            if norm is not None and all(frame.module is not norm for frame in self.frames):
+                self.irregular = self.irregular or "the statistics of a batch norm are used outside of it"
+        frame = self.frames[-1] if self.frames else None
+        if frame is not None and id(frame.module) in self._norms and "batch_norm" not in name:
+            if name not in ("view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"):
+                if any(id(t) in frame.inputs for t in tensors):
+                    self.irregular = self.irregular or (
+                        f"batch norm {frame.name!r} does more with its input than normalise it"
+                    )
+
+    def _where(self) -> str:
+        return f" (in {self.frames[-1].name!r})" if self.frames and self.frames[-1].name else ""
+
+
+class _Reads(TorchFunctionMode):
+    """Sees where Python code reads sizes and values of tensors."""
+
+    def __init__(self, follower: _Follower) -> None:
+        super().__init__()
+        self.follower = follower
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        follower, name = self.follower, getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+        if attribute in ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage", "untyped_storage"):
+            follower.read(args[0], "Python code reads the values of tensors")
+        elif attribute in ("is_contiguous", "stride"):
+            follower.reads_layout |= not follower.flow(args[0]).constant
+        elif name not in _TAKE_SIZES and any(isinstance(v, ObjectCount) for v in pytree.tree_leaves((args, kwargs))):
+            follower.sizes.pin()
+        result = func(*args, **kwargs)
+        if attribute in ("shape", "size", "__len__", "numel", "nelement"):
+            return self._symbolic(args[0], result, attribute, args[1:], kwargs)
+        return result
+
+    def _symbolic(self, tensor: Any, result: Any, attribute: str, args: Any, kwargs: Any) -> Any:
+        flow = self.follower.flow(tensor)
+        if flow.mixed:
+            self.follower.reasons.append(f"Python code reads the size of a tensor that has been mixed: {flow.mixed}")
+        if flow.axis is None:
+            return result
+        if attribute in ("numel", "nelement"):
+            return ObjectCount(self.follower.sizes, result // self.follower.objects)
+        count = ObjectCount(self.follower.sizes, flow.per)
+        if attribute == "__len__":
+            return count if flow.axis == 0 else result
+        if isinstance(result, torch.Size):
+            return torch.Size([count if axis == flow.axis else n for axis, n in enumerate(result)])
+        dim = kwargs.get("dim", args[0] if args else 0)
+        return count if dim % tensor.ndim == flow.axis else result
+
+
+def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) -> Followed:
+    """What must be known before any pass: whether passes change the network, and whether they can run on a copy.
+
+    Args:
+        network: the network.
+        inputs: some objects.
+        training: names of the modules to put in training mode.
+
+    Raises:
+        Exception: as the network raises it.
+    """
+    replica = network.fresh(own_parameters=True)
+    if replica is None:
+        return Followed(in_place=network.known.in_place)
+    replica.modes(training)
+    follower = _Follower(replica, 1, _storages(network.model))
+    replica.mark()
+    try:
+        with Masks(0), follower:
+            inputs.call(replica.model)
+    except _OfTheOriginal:
+        return Followed(in_place=_CLOSURE)
+    state = _written(network.model, replica.model)
+    return Followed(
+        stateful=bool(state) or replica.changed(), state=state
+    )
+
+
+def follow(
+    network: Network, inputs: NetworkInput, draw: Mapping[str, Tensor], task: Task, training: frozenset[str]
+) -> Followed:
+    """Follow a network through one pass over some objects.
+
+    Args:
+        network: the network.
+        inputs: the objects.
+        draw: statistics to make the pass with; whatever they are, they count as drawn.
+        task: takes from the output what the caller needs of it, with the objects on the first axis.
+        training: names of the modules to put in training mode.
+
+    Raises:
+        Exception: as the network raises it.
+    """
+    replica = network.fresh(own_parameters=True)
+    if replica is None:
+        return Followed(in_place=network.known.in_place)
+    replica.modes(training)
+    replica.statistics({name: value.clone() for name, value in draw.items()})
+    follower = _Follower(replica, len(inputs), _storages(network.model))
+    watch = _Watch(replica, follower)
+    copies = inputs.map(Tensor.clone)
+    for tensor in copies.tensors():
+        follower.set(tensor, Flow(axis=0))
+    try:
+        with Masks(0), _Reads(follower), follower:
+            output = replica.model(*copies.args, **copies.kwargs)
+    except _OfTheOriginal:
+        return Followed(in_place=_CLOSURE)
+    finally:
+        watch.remove()
+    with follower:
+        flow = follower.flow(task.raw(output))
+    dependent = next(iter(follower.reasons), flow.mixed)
+    if not dependent and flow.axis is None:
+        dependent = "the output does not depend on the objects"
+    if not dependent and (flow.axis != 0 or flow.per != 1):
+        dependent = "the output has the objects elsewhere than on its first axis"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in replica.modules.values()):
+        dependent = dependent or "it has scripted layers, whose conclusions from sizes cannot be seen"
+    changed = watch.changed()
+    state = _written(network.model, replica.model)
+    return Followed(
+        dependent=dependent,
+        sizes=follower.sizes,
+        stateful=bool(changed) or bool(state),
+        state=state,
+        reads_layout=follower.reads_layout,
+        irregular=follower.irregular or watch.irregular,
+        rows=watch.rows,
+        units=() if dependent else watch.units(changed),
+        activation=watch.activation / len(inputs),
+        last=watch.last,
+    )
+
+
+class _Watch:
+    """Hooks on a copy that tell which module is running, and what batch norms and modules are given and give."""
+
+    def __init__(self, replica: Replica, follower: _Follower) -> None:
+        self.follower = follower
+        self.irregular, self.last = "", ""
+        self.rows: dict[str, int] = {}
+        self.activation = 0
+        self._names = {module: name for name, module in replica.model.named_modules()}
+        self._norms = {norm: name for name, norm in replica.norms.items()}
+        self._calls: dict[str, int] = {}
+        self._ended: list[tuple[_Frame, _Frame | None, int, list[Tensor], Any]] = []
+        self._hooked = {
+            module: any(
+                not isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
+                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            )
+            for module in self._names
+        }
+        self._before = {module: _own_state(module) for module in self._names}
+        self._handles = [
+            handle
+            for module in self._names
+            if not isinstance(module, torch.jit.ScriptModule)
+            for handle in (
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, with_kwargs=True),
+            )
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self._names[module]
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        self.follower.frames.append(_Frame(name, module, call, inputs=frozenset(map(id, tensors))))
+        if module not in self._norms:
+            return
+        self.activation = max([self.activation, *(t.numel() * t.element_size() for t in tensors)])
+        for frame in self.follower.frames:
+            frame.drawn = True
+        flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
+        per = self.rows.setdefault(self._norms[module], flow.per)
+        if flow.axis != 0 or per != flow.per or args[0].ndim < 2:
+            self.irregular = self.irregular or f"batch norm {name!r} has the objects elsewhere than on its first axis"
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        frame = self.follower.frames.pop()
+        parent = self.follower.frames[-1] if self.follower.frames else None
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if isinstance(module, MULTIPLYING):
+            self.last = frame.name
+        self._ended.append((frame, parent, self.follower.clock, tensors, output))
+
+    def changed(self) -> set[nn.Module]:
+        """The modules whose attributes or buffers the pass has changed."""
+        norms = {id(t) for norm in self._norms for t in (norm.running_mean, norm.running_var)}
+        return {
+            module
+            for module, (leaves, versions) in self._before.items()
+            if (after := _own_state(module))[1] != versions
+            or len(after[0]) != len(leaves)
+            or any(a is not b and id(a) not in norms for a, b in zip(after[0], leaves, strict=True))
+        }
+
+    def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
+        """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
+        changed = set(changed)
+        usable: dict[int, Unit] = {}
+        for frame, _, clock, tensors, output in self._ended:
+            flows = [self.follower.flow(t) for t in tensors]
+            if frame.drawn or not frame.multiplies or any(f.drawn or f.mixed or f.axis not in (0, None) for f in flows):
+                continue
+            if any(self.follower.written.get(_storage(t), 0) > clock for t in tensors):
+                continue
+            if any(module in changed or self._hooked[module] for module in frame.module.modules()):
+                continue
+            if not tensors or any(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(output)):
+                continue
+            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.objects
+            per = tuple(f.per if f.axis == 0 else 0 for f in flows)
+            usable[id(frame)] = Unit(frame.name, frame.call, per, size)
+        parents = {id(frame): parent for frame, parent, *_ in self._ended}
+        outermost = []
+        for frame, *_ in self._ended:
+            parent = parents[id(frame)]
+            if id(frame) in usable and (parent is None or id(parent) not in usable):
+                outermost.append(usable[id(frame)])
+        return tuple(outermost)
+
+
+MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""The layers whose arithmetic is worth saving."""
+
+_MULTIPLYING = {"convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu"}
+_TAKE_SIZES = {
+    "view", "reshape", "expand", "repeat", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "unflatten",
+    "broadcast_to", "tile", "flatten", "permute", "arange", "Size", "expand_as",
+}  # fmt: skip
+_CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() or -id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _storages(model: nn.Module) -> frozenset[int]:
+    leaves = [leaf for leaf in snapshot(model) if isinstance(leaf, Tensor)]
+    return frozenset(s for s in map(_storage, leaves) if s > 0)
+
+
+def _own_state(module: nn.Module) -> tuple[list[Any], list[int]]:
+    leaves = snapshot(module, inside=False)
+    return leaves, [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:
+    theirs = dict(original.named_parameters())
+    return frozenset(name for name, p in copy.named_parameters() if name in theirs and not _equal(p, theirs[name]))
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
+def _form(args: Any) -> tuple[Any, ...]:
+    """Shape of the first argument, and how its entries are laid out."""
+    if not args or not isinstance(args[0], Tensor):
+        return ()
+    strides = [s for s, n in zip(args[0].stride(), args[0].shape, strict=True) if n > 1]
+    return args[0].shape, strides, args[0].storage_offset()
+
+
+def _off(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation that can draw random numbers draws none: dropout that is off."""
+    names = [argument.name for argument in func._schema.arguments]
+    bound = {**{a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}, **kwargs}
+    bound |= dict(zip(names, args, strict=False))
+    if "dropout_p" in bound:
+        return bool(bound["dropout_p"] == 0)
+    return "train" in bound and not bound["train"]

@@ -1,0 +1,173 @@
+"""Which ways the passes of a call take: a pure function of what is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stochbn.execution.follow import Followed, Unit
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Network
+from stochbn.tasks import Task
+
+__all__ = ["WAYS", "Call", "Draw", "Plan", "Settings", "Verdict", "make_plan"]
+
+Draw = Mapping[str, Tensor]
+"""Drawn statistics: buffers ``[C]`` by their names."""
+
+WAYS = ("pieces", "prefix", "stacked", "channels_last", "bfloat16")
+"""The faster ways of making passes, by the names of their modules."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What passes may do, and the sizes that their ways go by. The defaults serve all but measurements and tests.
+
+    Attributes:
+        ways: the faster ways that may be taken.
+        piece: bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and
+            the memory allocator hands them back to the system after every use.
+        cached: bytes of the largest activation up to which a pass takes little longer for more objects.
+        rows: objects in a pass below which a pass costs about as much as one of so many.
+        weights: weights of linear layers and convolutions below which a pass takes no less time in bfloat16.
+        bfloat16: whether the processor multiplies bfloat16 numbers; None asks it.
+        first: draws of every object before it is asked which are done. Fewer agree by chance too often: objects that
+            are done too early seem more certain than they are, and the unknown is detected less well.
+        step: draws from one such question to the next.
+    """
+
+    ways: frozenset[str] = frozenset(WAYS)
+    piece: int = 8 * 2**20
+    cached: int = 2**18
+    rows: int = 16
+    weights: int = 2**16
+    bfloat16: bool | None = None
+    first: int = 8
+    step: int = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks of its passes.
+
+    Attributes:
+        task: what it reads from the network's output.
+        training: names of the modules in training mode.
+        settings: what passes may do.
+        whole: why the objects go through the network together, one draw a pass; empty if a plan may say otherwise.
+        posterior: what draws are from, as far as verdicts depend on it.
+        sample: gives some draws to try ways with, the same every time.
+        exact: no way may round more than float32 does.
+        averaged: how many independent draws the mean over draws is to be worth.
+        temperature: what logits are divided by.
+    """
+
+    task: Task
+    training: frozenset[str] = frozenset()
+    settings: Settings = field(default_factory=Settings)
+    whole: str = ""
+    posterior: Hashable = None
+    sample: Callable[[int], Sequence[Draw]] = lambda count: [{}] * count
+    exact: bool = True
+    averaged: int = 50
+    temperature: float = 1.0
+
+    def key(self, network: Network, inputs: NetworkInput) -> Hashable:
+        """What a verdict depends on."""
+        about = inputs.kind(), self.task, self.training, self.posterior, self.settings
+        return "verdict", about, torch.is_autocast_enabled("cpu"), network.weights()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a network for inputs of one kind.
+
+    Attributes:
+        followed: what a pass has shown.
+        refused: why a way must not be taken, by its name.
+    """
+
+    followed: Followed
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the passes of a call are made.
+
+    Attributes:
+        ways: the faster ways that are taken.
+        together: why objects stay together; empty if they may be taken apart.
+        size: how many objects go through the network together.
+        rows: how many objects may go through the network together under different draws; 0 for one draw a pass.
+        units: the calls of modules whose outputs are kept from one draw to the next.
+        norms: for each batch norm, by its name, how many rows of its input an object has.
+        head: the layer that stays in the network's own type where others are in bfloat16.
+        exact: the plan to go on with where bfloat16 rounds too much; None if it is not taken.
+        refused: why each other way is not taken.
+    """
+
+    ways: frozenset[str] = frozenset()
+    together: str = ""
+    size: int | None = None
+    rows: int = 0
+    units: tuple[Unit, ...] = ()
+    norms: Mapping[str, int] = field(default_factory=dict)
+    head: str = ""
+    exact: Plan | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def draws(self, objects: int) -> int:
+        """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4."""
+        fit = self.rows // max(objects, 1)
+        return fit // 4 * 4 if fit >= 4 else max(1, fit // 2 * 2)
+
+
+def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, refused: Mapping[str, str]) -> Plan:
+    """The fastest plan that a verdict allows.
+
+    Args:
+        verdict: what is known of the network.
+        objects: the number of objects.
+        settings: what passes may do.
+        cpu: whether the inputs are on a CPU.
+        refused: why ways are not for this call, by their names.
+    """
+    followed = verdict.followed
+    refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **refused, **verdict.refused}
+    if followed.dependent or followed.in_place:
+        together = followed.in_place or followed.dependent
+        return Plan(together=together, refused={way: f"objects stay together: {together}" for way in WAYS})
+    size = objects
+    activation = followed.activation / (2 if "bfloat16" not in refused else 1)
+    if "pieces" not in refused:
+        pieces = max(1, round(objects * activation / settings.piece)) if cpu else 1
+        size = math.ceil(objects / pieces)
+        if pieces == 1:
+            refused["pieces"] = "all objects fit into the cache together" if cpu else "it is for CPUs"
+    rows = 0
+    if "stacked" not in refused:
+        fit = int(settings.piece / max(activation, 1))
+        rows = max(size // 3, min(settings.rows, fit), min(int(settings.cached / max(activation, 1)), 1024))
+        if rows // max(size, 1) < 2:
+            refused["stacked"] = f"one draw of {size} objects makes full use of the processor"
+    ways = frozenset(way for way in WAYS if way not in refused)
+    exact = None
+    if "bfloat16" in ways:
+        ways -= {"channels_last"}  # whose weights are those of bfloat16
+        without = {**refused, "bfloat16": "rounding is not small beside the noise of the draws"}
+        exact = make_plan(verdict, objects, settings, cpu=cpu, refused=without)
+    return Plan(
+        ways=ways | ({"stacked"} if rows else set()),  # fewer objects are left later on
+        size=size,
+        rows=rows,
+        units=followed.units if "prefix" in ways else (),
+        norms=followed.rows,
+        head=followed.last if "bfloat16" in ways else "",
+        exact=exact,
+        refused=refused,
+    )

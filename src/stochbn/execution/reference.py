@@ -1,0 +1,23 @@
+"""The slow, obvious way to make a pass, which every faster one is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Replica
+from stochbn.tasks import Task
+
+__all__ = ["reference"]
+
+
+def reference(replica: Replica, draw: Mapping[str, Tensor], inputs: NetworkInput, task: Task) -> Tensor:
+    """The raw values ``[N, C, ...]`` that a task reads from the network's output under one draw.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
+    """
+    replica.statistics(draw)
+    return task.raw(inputs.call(replica.model))

@@ -1,0 +1,203 @@
+"""All state of one call: the objects that are not done, what is kept of them, and how their passes are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stochbn.execution.plan import Call, Draw, Plan
+from stochbn.execution.reference import reference
+from stochbn.execution.ways import bfloat16
+from stochbn.execution.ways.channels_last import channels_last_weights
+from stochbn.execution.ways.pieces import pieces
+from stochbn.execution.ways.prefix import PrefixCache
+from stochbn.execution.ways.stacked import Stack
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Network, Replica
+
+__all__ = ["NetworkChanged", "Passes"]
+
+
+class NetworkChanged(Exception):
+    """Passes changed the network that they ran on, which was not known before: the call is to be made again."""
+
+
+class Passes:
+    """Makes the passes of one call.
+
+    Args:
+        network: what is kept of the user's network.
+        replica: the network to run.
+        inputs: the objects.
+        call: what the call asks for.
+        plan: how the passes are made.
+    """
+
+    def __init__(self, network: Network, replica: Replica, inputs: NetworkInput, call: Call, plan: Plan) -> None:
+        self.plan = plan
+        self.rounds_too_much = False
+        self._first = True
+        self._network, self._replica, self._call = network, replica, call
+        self._inputs = inputs
+        self._objects = len(inputs) if inputs.divisible else 1
+        self._unchecked = bool(plan.head)
+        self._cache: PrefixCache | None = None
+        self._stack: Stack | None = None
+        self._head: bfloat16.Head | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._cache = PrefixCache(self.plan.units, self._objects) if self.plan.units else None
+        self._install(self._replica)
+
+    def _install(self, replica: Replica) -> None:
+        """Bring a replica into the state that passes need."""
+        self._replica, plan = replica, self.plan
+        replica.modes(self._call.training)
+        replica.mark()
+        if plan.head:
+            replica.exchange(bfloat16.low_weights(self._network, replica, plan.head))
+            self._head = bfloat16.Head(replica, plan.head)
+        elif "channels_last" in plan.ways:
+            replica.exchange(channels_last_weights(self._network, replica))
+        if plan.rows:
+            self._stack = Stack(replica, plan.norms)
+        if self._cache is not None:
+            self._cache.install(replica)
+
+    def _uninstall(self) -> None:
+        for mechanism in (self._cache, self._stack, self._head):
+            if mechanism is not None:
+                mechanism.remove()
+        self._stack = self._head = None
+        self._replica.restore()
+
+    def close(self) -> None:
+        """Take the replica back to how it was.
+
+        Raises:
+            NetworkChanged: a pass changed more of it than it may, and was not known to.
+        """
+        self._uninstall()
+        if not self._network.known.stateful and self._replica.changed():
+            if not self._network.known.in_place:
+                self._network.known.stateful = True
+                raise NetworkChanged
+
+    @property
+    def draws(self) -> int:
+        """How many draws to make in the next call, at most."""
+        if self._unchecked:
+            return self._call.settings.first
+        return self.plan.draws(self._objects) if self.plan.rows else 1
+
+    def __call__(self, draws: Sequence[Draw]) -> Tensor:
+        """The raw values ``[S, M, C, ...]`` of S draws of the objects that are not done.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
+        """
+        try:
+            values = self.attempt(draws)
+            if self._unchecked:
+                self._unchecked = False
+                if self.plan.exact is not None and self._rounding_matters(draws, values):
+                    self.rounds_too_much = True
+                    self._change(self.plan.exact)
+                    values = self.attempt(draws)
+        except Exception:
+            if self.plan.size is None:
+                raise
+            # What works on some objects need not on all. The slow way tells whether the error is the network's.
+            self._change(Plan(together=self.plan.together))
+            values = torch.stack([self._one(draw) for draw in draws])
+        if self._first:
+            self._first = False
+            self._call.task.check(values[0])
+        return values
+
+    def exchange(self, inputs: NetworkInput) -> None:
+        """Make the next passes of other objects; for plans without ways, which keep nothing of those before."""
+        self._inputs = inputs
+
+    def keep(self, mask: Tensor) -> None:
+        """Make the next passes of some of the objects only."""
+        self._inputs = self._inputs.take(mask)
+        self._objects = len(self._inputs)
+        if self._cache is not None:
+            self._cache.take(mask)
+
+    def attempt(self, draws: Sequence[Draw]) -> Tensor:
+        """As a call, but whatever is raised by the plan's ways is raised, and nothing is checked."""
+        together = self.plan.draws(self._objects) if self.plan.rows else 1
+        blocks = []
+        for start in range(0, len(draws), together):
+            block = draws[start : start + together]
+            blocks.append(self._stacked(block) if len(block) > 1 else self._one(block[0])[None])
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def _one(self, draw: Draw) -> Tensor:
+        if self._stack is not None:
+            self._stack.pause()
+        made = []
+        if self.plan.size is None:
+            self._renew()
+            return reference(self._replica, draw, self._inputs, self._call.task)
+        for start, stop in pieces(self._objects, self.plan.size):
+            inputs = self._piece(start, stop)
+            self._renew()
+            if self._cache is not None:
+                self._cache.begin(start, stop, 1)
+            values = reference(self._replica, draw, inputs, self._call.task)
+            made.append(values)
+        if self._cache is not None:
+            self._cache.done()
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _stacked(self, draws: Sequence[Draw]) -> Tensor:
+        assert self._stack is not None
+        times = len(draws)
+        inputs = self._piece(0, self._objects).map(lambda tensor: torch.cat([tensor] * times))
+        self._renew()
+        self._stack(draws, self._objects)
+        if self._cache is not None:
+            self._cache.begin(0, self._objects, times)
+        values = self._call.task.raw(inputs.call(self._replica.model))
+        if self._cache is not None:
+            self._cache.done()
+        return values.unflatten(0, (times, self._objects))
+
+    def _piece(self, start: int, stop: int) -> NetworkInput:
+        inputs = self._inputs if stop - start == self._objects else self._inputs.take(slice(start, stop))
+        return bfloat16.rounded(inputs) if self.plan.head else inputs
+
+    def _renew(self) -> None:
+        """Where passes change the replica, each gets one of its own."""
+        if self._network.known.stateful and not self._network.known.in_place:
+            fresh = self._network.fresh()
+            assert fresh is not None
+            self._uninstall()
+            self._install(fresh)
+
+    def _change(self, plan: Plan) -> None:
+        """Go on in another way, with a new replica, as a pass that failed may have left anything in the old one."""
+        fresh = self._network.fresh() if not self._network.known.in_place else None
+        self._uninstall()
+        self.plan, self._unchecked = plan, False
+        self._replica.usable = False
+        self._replica = fresh or self._replica
+        self._begin()
+
+    def _rounding_matters(self, draws: Sequence[Draw], values: Tensor) -> bool:
+        probe = bfloat16.probe_objects(self._objects, len(draws))
+        if probe is None:
+            return True
+        task, temperature = self._call.task, self._call.temperature
+        self._renew()
+        self._uninstall()
+        full = task.values(reference(self._replica, draws[0], self._inputs.take(probe), task)[None], temperature)[0]
+        self._install(self._replica)
+        low = task.values(values[:, probe], temperature)[0]
+        return bfloat16.matters(low[0], full[0], low, self._call.averaged)

@@ -1,0 +1,191 @@
+"""The number of objects as a symbol: an integer that notes what a network's Python code concludes from it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["ObjectCount", "Sizes"]
+
+
+class Sizes:
+    """What has been concluded from the number of objects, and for which other numbers it would be concluded too.
+
+    Args:
+        objects: the number of objects that a network is being followed with.
+    """
+
+    def __init__(self, objects: int) -> None:
+        self.objects = objects
+        self._guards: list[Callable[[int], bool]] = []
+
+    def require(self, guard: Callable[[int], bool]) -> None:
+        """Note a condition on the number of objects."""
+        self._guards.append(guard)
+
+    def pin(self) -> None:
+        """Note that only this number of objects is known to be treated so."""
+        self._guards.append(lambda n: n == self.objects)
+
+    def hold(self, objects: int) -> bool:
+        """Whether the same is concluded for so many objects."""
+        return all(guard(objects) for guard in self._guards)
+
+
+class ObjectCount(int):
+    """The integer ``factor * objects + offset``, which stays a symbol through sums and products.
+
+    A comparison notes its outcome, so that it is known for which other numbers of objects it is the same. Everything
+    else that a program can do with an integer is taken to depend on its value.
+    """
+
+    sizes: Sizes
+    factor: int
+    offset: int
+
+    def __new__(cls, sizes: Sizes, factor: int, offset: int = 0) -> ObjectCount:
+        self = super().__new__(cls, factor * sizes.objects + offset)
+        self.sizes, self.factor, self.offset = sizes, factor, offset
+        return self
+
+    def _at(self, objects: int) -> int:
+        return self.factor * objects + self.offset
+
+    def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        outcome = compare(self._at(self.sizes.objects), _value(other))
+        if isinstance(other, ObjectCount):
+            if other.factor != self.factor:
+                self.sizes.require(lambda n: compare(self._at(n), other._at(n)) == outcome)
+        else:
+            self.sizes.require(lambda n: compare(self._at(n), other) == outcome)
+        return outcome
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare(operator.lt, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare(operator.le, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(operator.gt, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(operator.ge, other)
+
+    def __eq__(self, other: object) -> Any:
+        return self._compare(operator.eq, other)
+
+    def __ne__(self, other: object) -> Any:
+        return self._compare(operator.ne, other)
+
+    def __hash__(self) -> int:
+        self.sizes.pin()
+        return hash(_value(self))
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def _linear(self, factor: int, offset: int) -> int:
+        return ObjectCount(self.sizes, factor, offset) if factor else offset
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, ObjectCount):
+            return self._linear(self.factor + other.factor, self.offset + other.offset)
+        return self._linear(self.factor, self.offset + other) if _whole(other) else self._opaque(operator.add, other)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> int:
+        return self._linear(-self.factor, -self.offset)
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other if _whole(other) else self._opaque(operator.sub, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
+
+    def __mul__(self, other: Any) -> Any:
+        if _whole(other) and not isinstance(other, ObjectCount):
+            return self._linear(self.factor * other, self.offset * other)
+        return self._opaque(operator.mul, other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        if _whole(other) and not isinstance(other, ObjectCount) and other:
+            if not self.factor % other and not self.offset % other:
+                return self._linear(self.factor // other, self.offset // other)
+            quotient = self._at(self.sizes.objects) // other
+            self.sizes.require(lambda n: self._at(n) // other == quotient)
+            return quotient
+        return self._opaque(operator.floordiv, other)
+
+    def __mod__(self, other: Any) -> Any:
+        if _whole(other) and not isinstance(other, ObjectCount) and other:
+            rest = self._at(self.sizes.objects) % other
+            self.sizes.require(lambda n: self._at(n) % other == rest)
+            return rest
+        return self._opaque(operator.mod, other)
+
+    def _opaque(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        self.sizes.pin()
+        return operation(_value(self), _value(other))
+
+    def _opaque_reversed(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        self.sizes.pin()
+        return operation(_value(other), _value(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._opaque(operator.truediv, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._opaque_reversed(operator.truediv, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._opaque_reversed(operator.floordiv, other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._opaque_reversed(operator.mod, other)
+
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        return self._opaque(lambda a, b: pow(a, b, modulus), other)
+
+    def __rpow__(self, other: Any, modulus: Any = None) -> Any:
+        return self._opaque_reversed(lambda a, b: pow(a, b, modulus), other)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __and__(self, other: Any) -> Any:
+        return self._opaque(operator.and_, other)
+
+    def __or__(self, other: Any) -> Any:
+        return self._opaque(operator.or_, other)
+
+    def __rshift__(self, other: Any) -> Any:
+        return self._opaque(operator.rshift, other)
+
+    def __lshift__(self, other: Any) -> Any:
+        return self._opaque(operator.lshift, other)
+
+    def __abs__(self) -> int:
+        return self if self >= 0 else -self
+
+    def __int__(self) -> int:
+        self.sizes.pin()
+        return _value(self)
+
+    def __float__(self) -> float:
+        self.sizes.pin()
+        return float(_value(self))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _value(value: Any) -> Any:
+    return value._at(value.sizes.objects) if isinstance(value, ObjectCount) else value

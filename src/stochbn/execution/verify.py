@@ -1,0 +1,175 @@
+"""The only place that tries a way: what may be done with a network and inputs of one kind, and why not more.
+
+What is known of a network is kept for it. It depends on the kind of the input (shapes of an object, types, every
+argument that is no tensor), on the task, on which modules are in training mode, on autocast, on the posterior, and on
+the weights: if one of these is another, it is found out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stochbn.execution.follow import Followed, follow, guarded
+from stochbn.execution.plan import WAYS, Call, Plan, Verdict, make_plan
+from stochbn.execution.reference import reference
+from stochbn.execution.run import Passes
+from stochbn.execution.sizes import Sizes
+from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Knowledge, Network, Replica
+
+__all__ = ["examine", "guard", "refuse"]
+
+
+def guard(network: Network, inputs: NetworkInput, call: Call) -> None:
+    """Find out, and note at the network, whether it can run on a copy and whether passes change it."""
+    key, known = ("guarded", inputs.kind(), call.training), network.known
+    if known.in_place or known.get(key):
+        return
+    few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
+    for objects in (few, inputs):
+        try:
+            _note(known, guarded(network, objects, call.training))
+        except Exception:  # which the pass itself will raise, if it is not for the number of objects
+            continue
+        known.keep(key, True)
+        return
+
+
+def _note(known: Knowledge, followed: Followed) -> None:
+    known.in_place = known.in_place or followed.in_place
+    known.state |= followed.state
+    known.stateful |= followed.stateful
+
+
+def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
+    """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
+    if not inputs.divisible:
+        return Verdict(Followed(dependent="the arguments do not share a first axis of objects")), {}
+    if not len(inputs):
+        return Verdict(Followed(dependent="there are no objects")), {}
+    key, objects, known = call.key(network, inputs), len(inputs), network.known
+    refused = dict(known.get(("refused", key), {}))
+    if call.exact:
+        refused["bfloat16"] = "it would round more than the network's own type"
+    for verdict in (known.get(key), known.get((key, objects))):
+        if verdict is not None and verdict.followed.sizes.hold(objects):
+            return verdict, refused
+    followed, at_objects = _followed(network, inputs, call)
+    _note(known, followed)
+    verdict = Verdict(followed) if followed.in_place or followed.dependent else _tried(network, inputs, call, followed)
+    if verdict is None:
+        return Verdict(Followed(dependent="the outputs are not finite")), {}
+    known.keep((key, objects) if at_objects else key, verdict)
+    return verdict, refused
+
+
+def refuse(network: Network, inputs: NetworkInput, call: Call, way: str, reason: str) -> None:
+    """Note that a way is not for such inputs."""
+    key = "refused", call.key(network, inputs)
+    network.known.keep(key, {**network.known.get(key, {}), way: reason})
+
+
+def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed, bool]:
+    """What a pass shows, and whether it was made with all objects, as it is otherwise for other numbers of them."""
+    objects = len(inputs)
+    draw = call.sample(1)[0]
+    three = inputs.take(torch.linspace(0, objects - 1, 3, device=inputs.tensors()[0].device).round().long())
+    try:
+        followed = follow(network, three, draw, call.task, call.training)
+        if followed.sizes.hold(objects) or followed.in_place:
+            return followed, False
+    except Exception:  # not with three objects, then
+        pass
+    try:
+        return follow(network, inputs, draw, call.task, call.training), True
+    except Exception as error:
+        return Followed(dependent=f"it cannot be followed ({type(error).__name__})", sizes=Sizes(objects)), True
+
+
+def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict | None:
+    """The ways that give the same as slow passes on some objects, alone and together; None if nothing can be told."""
+    objects = len(inputs)
+    replica = network.fresh()
+    assert replica is not None
+    cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
+    reasons = {
+        "prefix": prefix.applies(followed),
+        "stacked": stacked.applies(replica, followed, cpu=cpu, autocast=autocast),
+        "channels_last": channels_last.applies(replica, followed, cpu=cpu),
+        "bfloat16": bfloat16.applies(
+            replica, followed, cpu=cpu, autocast=autocast, weights=settings.weights, supported=settings.bfloat16
+        ),
+    }
+    refused = {way: reason for way, reason in reasons.items() if reason}
+    few = objects // 16 | 1
+    doubled = inputs.take(torch.linspace(0, objects - 1, min(objects, 2 * few)).round().long().to(inputs.device))
+    # Every second one in the opposite order: its neighbours are others than in the slow passes.
+    order = torch.arange(len(doubled) - 1, -1, -2, device=inputs.device)
+    some = doubled.take(order)
+    draws = call.sample(2)
+    replica.modes(call.training)
+    slow = torch.stack([reference(_own(network, replica, call), draw, doubled, call.task) for draw in draws])
+    if slow.isnan().any():
+        return None
+    slow = slow[:, order]
+
+    def agree(refused: Mapping[str, str]) -> bool:
+        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
+        fresh = network.fresh()
+        assert fresh is not None
+        fast = Passes(network, fresh, some, call, _strained(plan, len(some)))
+        try:
+            first = fast.attempt(draws)
+            second = fast.attempt(draws[:1])
+        except Exception:
+            return False
+        return _agree(slow, first) and _agree(slow[:1], second)
+
+    if not agree(refused):
+        tried = [way for way in WAYS if way not in refused and way != "bfloat16"]
+        for way in tried:
+            others = {other: "not tried" for other in WAYS if other != way and other not in refused}
+            if not agree({**refused, **others}):
+                refused[way] = "it does not give what slow passes give on some of the objects"
+        if not agree(refused):
+            refused |= {way: "the ways together do not give what slow passes give" for way in tried}
+            if not agree(refused):
+                return Verdict(replace(followed, dependent="some objects have other outputs beside others"), refused)
+    return Verdict(followed, refused)
+
+
+def _own(network: Network, replica: Replica, call: Call) -> Replica:
+    """The replica, or where passes change it another one."""
+    if not network.known.stateful:
+        return replica
+    fresh = network.fresh()
+    assert fresh is not None
+    fresh.modes(call.training)
+    return fresh
+
+
+def _strained(plan: Plan, objects: int) -> Plan:
+    """The plan with sizes that make every way take part in passes over so many objects."""
+    size = (objects + 1) // 2 if "pieces" not in plan.refused or plan.refused["pieces"].startswith("all") else objects
+    return replace(plan, size=size, rows=4 * objects if plan.rows else 0)
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether raw values are the same but for rounding.
+
+    Rounding grows with the values, but for those that mask a class (-1e9, minus infinity): these must be the same.
+    """
+    if first.shape != second.shape:
+        return False
+    rounding = 3e-2 if torch.is_autocast_enabled("cpu") or first.dtype.itemsize < 4 else 1e-4
+    masks = first.abs() > 1e4
+    scale = first.masked_fill(masks, 0).abs().amax().item() if first.numel() else 0.0
+    values, others = (each.masked_fill(masks, 0) for each in (first, second))
+    return torch.allclose(first[masks], second[masks], rtol=rounding) and torch.allclose(
+        values, others, rtol=0, atol=rounding * scale + 1e-30
+    )

@@ -1,0 +1,120 @@
+"""All but the layer that makes the logits in bfloat16, where the processor has instructions for it.
+
+Applies to: networks in float32 with enough weights, whose objects are proven not to affect each other. Error: rounding
+to 8 bits, which is not small. So every call that is made so makes a draw of some of its own objects again in the
+network's own type, and goes on in bfloat16 only if the squared errors are small beside the noise of what is averaged.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochbn.execution.follow import MULTIPLYING, Followed
+from stochbn.execution.ways.channels_last import sampled
+from stochbn.network.inputs import NetworkInput
+from stochbn.network.replica import Network, Replica
+
+__all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounded"]
+
+SHARE = 20
+"""The check may take one part in so many of the passes it is about."""
+
+
+def applies(
+    replica: Replica, followed: Followed, *, cpu: bool, autocast: bool, weights: int, supported: bool | None
+) -> str:
+    """Why the way must not be tried; empty if it may.
+
+    Args:
+        replica: the network.
+        followed: what a pass has shown of it.
+        cpu: whether the inputs are on a CPU.
+        autocast: whether the call is within autocast.
+        weights: the least number of weights that are worth it.
+        supported: whether the processor has the instructions; None asks it.
+    """
+    if not cpu:
+        return "it is for CPUs"
+    if not (_supported() if supported is None else supported):
+        return "this processor has no instructions for it"
+    layers = [m for m in replica.modules.values() if isinstance(m, MULTIPLYING)]
+    if autocast or any(m.weight.dtype != torch.float32 for m in layers):
+        return "the network does not run in float32"
+    if sum(m.weight.numel() for m in layers) < weights:
+        return f"fewer than {weights} weights"
+    return "" if followed.last else "no layer makes the logits"
+
+
+def low_weights(network: Network, replica: Replica, head: str) -> dict[str, Tensor]:
+    """The weights in bfloat16, those of convolutions in channels-last layout, of all layers but `head`.
+
+    They are kept once for a network, until its weights change.
+    """
+    own = {
+        f"{prefix}.{name}" if prefix else name: (module, value)
+        for prefix, module in replica.modules.items()
+        if isinstance(module, MULTIPLYING) and prefix != head
+        for name, value in module._parameters.items()
+        if value is not None
+    }
+    key, now = ("bfloat16", head), (network.weights(), sampled(value for _, value in own.values()))
+    kept = network.known.get(key)
+    if kept is None or kept[0] != now:
+        weights = {}
+        for name, (module, value) in own.items():
+            planes = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and value.ndim == 4
+            layout = torch.channels_last if planes else torch.contiguous_format
+            weights[name] = value.detach().to(torch.bfloat16, memory_format=layout)
+        kept = now, weights
+        network.known.keep(key, kept)
+    found: dict[str, Tensor] = kept[1]
+    return found
+
+
+def rounded(inputs: NetworkInput) -> NetworkInput:
+    """The inputs with float32 tensors in bfloat16."""
+    return inputs.map(lambda t: t.bfloat16() if t.dtype == torch.float32 else t)
+
+
+class Head:
+    """The layer that makes the logits, given its input in float32."""
+
+    def __init__(self, replica: Replica, name: str) -> None:
+        self._handle = replica.modules[name].register_forward_pre_hook(lambda _, args: tuple(map(_full, args)))
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        self._handle.remove()
+
+
+def probe_objects(objects: int, draws: int) -> Tensor | None:
+    """Which objects to make one of so many draws of again: a twentieth of the passes; None if too few to tell."""
+    count = objects * draws // SHARE
+    return torch.linspace(0, objects - 1, count).round().long() if count >= 4 else None
+
+
+def matters(low: Tensor, full: Tensor, values: Tensor, averaged: int) -> bool:
+    """Whether rounding changes averages by more than a quarter of the variance of a mean over draws.
+
+    Args:
+        low: ``[n, ...]``: what is averaged, of one draw of some objects, with rounding.
+        full: the same without.
+        values: ``[S, n, ...]``: that of S draws of the same objects.
+        averaged: how many independent draws the mean is over.
+    """
+    error = (low - full).square().sum()
+    return not bool(error <= values.var(0).sum() / (4 * averaged))
+
+
+@functools.cache
+def _supported() -> bool:
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported is not None and supported() for supported in asked)
+
+
+def _full(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

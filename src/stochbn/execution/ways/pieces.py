@@ -1,0 +1,18 @@
+"""Large batches in pieces whose activations stay in the processor's cache.
+
+Applies to: networks whose objects are proven not to affect each other. Error: rounding, as products of matrices of
+another number of rows may be summed in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+__all__ = ["pieces"]
+
+
+def pieces(objects: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """First and last-but-one of each piece of at most `size` objects; None is one piece. No objects are one piece."""
+    size = size or max(objects, 1)
+    for start in range(0, max(objects, 1), size):
+        yield start, min(start + size, objects)

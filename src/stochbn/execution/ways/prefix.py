@@ -1,0 +1,135 @@
+"""What comes before the first batch norm on every path, run once for all draws.
+
+Applies to: calls of modules whose outputs are proven not to depend on the draw, that have no side effects and no hooks
+of the user, and whose outputs nothing writes to afterwards. Error: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stochbn.execution.follow import Followed, Unit
+from stochbn.network.replica import Replica
+
+__all__ = ["PrefixCache", "applies"]
+
+
+def applies(followed: Followed) -> str:
+    """Why the way must not be tried; empty if it may."""
+    if not followed.units:
+        return "nothing that is worth keeping comes before the first batch norm, without side effects"
+    if sum(unit.size for unit in followed.units) > followed.activation:
+        return "its outputs are larger than the largest input of a batch norm"
+    return ""
+
+
+class _Kept:
+    """The output of one call of a module for all objects, filled piece by piece."""
+
+    def __init__(self, per: Sequence[int]) -> None:
+        self.per = per
+        self.tensors: list[Tensor] = []
+        self.structure: Any = None
+        self.objects = 0
+
+    def fill(self, output: Any, start: int, stop: int, objects: int) -> None:
+        leaves, self.structure = pytree.tree_flatten(output)
+        for place, (out, per) in enumerate(zip(leaves, self.per, strict=True)):
+            if place == len(self.tensors):
+                shape = (objects * per, *out.shape[1:])
+                self.tensors.append(
+                    torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=_layout(out)) if per else out
+                )
+            if per:
+                self.tensors[place][start * per : stop * per] = out[: (stop - start) * per]
+        self.objects += stop - start
+
+    def rows(self, start: int, stop: int, times: int) -> Any:
+        chosen = [t[start * per : stop * per] if per else t for t, per in zip(self.tensors, self.per, strict=True)]
+        if times > 1:
+            chosen = [torch.cat([t] * times) if per else t for t, per in zip(chosen, self.per, strict=True)]
+        return pytree.tree_unflatten(chosen, self.structure)
+
+    def take(self, mask: Tensor) -> None:
+        self.tensors = [
+            t[mask.repeat_interleave(per)].contiguous(memory_format=_layout(t)) if per else t
+            for t, per in zip(self.tensors, self.per, strict=True)
+        ]
+
+
+class PrefixCache:
+    """Keeps the outputs of modules in the first pass over the objects, and gives them in later ones.
+
+    Args:
+        replica: the network.
+        units: the calls whose outputs are kept.
+        objects: the number of objects.
+    """
+
+    def __init__(self, units: Sequence[Unit], objects: int) -> None:
+        self._units = {(unit.name, unit.call): unit for unit in units}
+        self._kept: dict[tuple[str, int], _Kept] = {}
+        self._objects = objects
+        self._calls: dict[str, int] = {}
+        self._now = (0, 0, 1)
+        self._complete = False
+        self._replaced: list[tuple[nn.Module, Any]] = []
+
+    def install(self, replica: Replica) -> None:
+        """Serve a network, until `remove`."""
+        for name in {name for name, _ in self._units}:
+            module = replica.modules[name]
+            self._replaced.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = self._serving(name, module.forward)
+
+    def remove(self) -> None:
+        """Take the network back to its own modules' outputs."""
+        for module, own in self._replaced:
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
+        self._replaced.clear()
+
+    def begin(self, start: int, stop: int, times: int) -> None:
+        """The next pass is of the objects from `start` to `stop`, each `times`."""
+        self._now = start, stop, times
+        self._calls = dict.fromkeys(self._calls, 0)
+
+    def done(self) -> None:
+        """All objects have gone through the network; what has not seen each of them once is run every time."""
+        if not self._complete:
+            self._kept = {key: kept for key, kept in self._kept.items() if kept.objects == self._objects}
+            self._complete = True
+
+    def take(self, mask: Tensor) -> None:
+        """Keep some of the objects."""
+        for kept in self._kept.values():
+            kept.take(mask)
+
+    def _serving(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def serve(*args: Any, **kwargs: Any) -> Any:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            key = name, call
+            if self._complete and key in self._kept:
+                return self._kept[key].rows(*self._now)
+            output = forward(*args, **kwargs)
+            if not self._complete and key in self._units:
+                start, stop, _ = self._now
+                kept = self._kept.setdefault(key, _Kept(self._units[key].per))
+                kept.fill(output, start, stop, self._objects)
+            return output
+
+        return serve
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format

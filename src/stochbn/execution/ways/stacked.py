@@ -1,0 +1,86 @@
+"""Several draws of few objects in one pass, each object normalised by the statistics of its draw.
+
+A batch norm whose statistics are 0 and 1 divides by sqrt(1 + eps). What comes into it is shifted and scaled before, row
+by row, so that it leaves as if normalised by the statistics of its row's draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
+
+Applies to: networks whose objects are proven not to affect each other, and in which every batch norm has the objects on
+the first axis and does nothing with its input but normalise it. Error: rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochbn.execution.follow import Followed
+from stochbn.network.layers import buffer_names
+from stochbn.network.replica import Replica
+
+__all__ = ["Stack", "applies"]
+
+
+def applies(replica: Replica, followed: Followed, *, cpu: bool, autocast: bool) -> str:
+    """Why the way must not be tried; empty if it may."""
+    if not cpu:
+        return "it is for CPUs"
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in replica.model.parameters()):
+        return "in half precision it would round more than slow passes do"
+    if autocast:
+        return "autocast would round what is shifted and scaled"
+    return followed.irregular
+
+
+class Stack:
+    """Hooks that normalise each row of a pass by the statistics of its draw.
+
+    Args:
+        replica: the network.
+        norms: for each batch norm, by its name, how many rows of its input an object has.
+    """
+
+    def __init__(self, replica: Replica, norms: Mapping[str, int]) -> None:
+        self._replica = replica
+        self._norms = {name: per for name, per in norms.items() if name in replica.norms}
+        self._scales: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}
+        self._neutral: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __call__(self, draws: Sequence[Mapping[str, Tensor]], objects: int) -> None:
+        """Make the next pass one of these draws, with so many objects in each."""
+        self._scales.clear()
+        for name, per in self._norms.items():
+            layer = self._replica.norms[name]
+            mean_name, variance_name = buffer_names(name)
+            if mean_name not in draws[0]:
+                continue
+            means, variances = (torch.stack([draw[key] for draw in draws]) for key in (mean_name, variance_name))
+            means, variances = means.to(layer.running_mean), variances.to(layer.running_var)
+            scale = ((1 + layer.eps) / (variances + layer.eps)).sqrt()
+            self._scales[layer] = scale, -means * scale, objects * per
+            if mean_name not in self._neutral:
+                self._neutral |= {mean_name: torch.zeros_like(means[0]), variance_name: torch.ones_like(means[0])}
+                self._handles.append(layer.register_forward_pre_hook(self._exchange))
+        self._replica.statistics(self._neutral)
+
+    def _exchange(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if layer not in self._scales:
+            return None
+        scale, shift, rows = self._scales[layer]
+        x, *others = args
+        if len(x) != len(scale) * rows or x.shape[1] != scale.shape[1]:
+            raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N objects")
+        shape = (len(x), -1) + (1,) * (x.ndim - 2)
+        scale, shift = (values.repeat_interleave(rows, 0).view(shape) for values in (scale, shift))
+        return torch.addcmul(shift, x, scale).to(x.dtype), *others
+
+    def pause(self) -> None:
+        """Make the next passes as if there were no hooks."""
+        self._scales.clear()
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()

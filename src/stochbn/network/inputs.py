@@ -1,0 +1,254 @@
+"""How a network is called: its input taken from a batch, and what a task reads taken from its output."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stochbn.network.layers import unwrap
+
+__all__ = ["Batch", "InputsOf", "NetworkInput", "network_input", "read_output"]
+
+Batch = Any
+"""A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
+
+InputsOf = int | Callable[[Any], Any] | None
+"""What of a batch the network takes: the number of leading entries of a tuple, which become positional arguments, or a
+function from a batch to a tensor, a tuple of positional arguments or a mapping of named ones. None: see `Batch`."""
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """The arguments of a network for N objects, of which all tensors have the objects on their first axis.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: named ones.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """N.
+
+        Raises:
+            ValueError: the tensors have no first (batch) axis, or disagree about its length.
+        """
+        lengths = {t.shape[0] if t.ndim else None for t in self.tensors()}
+        count = lengths.pop() if lengths else None
+        if count is None or lengths:
+            shapes = [list(t.shape) for t in self.tensors()]
+            raise ValueError(f"expected tensors that share a first (batch) axis, got shapes {shapes}")
+        return count
+
+    def tensors(self) -> list[Tensor]:
+        """All arguments that are tensors."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the objects can be taken apart: all tensors are arguments, and share a first axis."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        tensors = self.tensors()
+        shared = len({t.shape[0] if t.ndim else None for t in tensors}) == 1 and tensors[0].ndim > 0
+        return shared and sum(isinstance(leaf, Tensor) for leaf in leaves) == len(tensors)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
+        """The same with every tensor changed; what is no tensor stays."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return NetworkInput(tuple(map(changed, self.args)), {k: changed(v) for k, v in self.kwargs.items()})
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor."""
+        return self.tensors()[0].device
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether all tensors are on a CPU."""
+        return all(tensor.device.type == "cpu" for tensor in self.tensors())
+
+    def take(self, objects: slice | Tensor) -> NetworkInput:
+        """Some of the objects."""
+        return self.map(lambda tensor: tensor[objects])
+
+    def split(self, size: int) -> Iterator[NetworkInput]:
+        """The consecutive pieces of `size` objects; a smaller remainder is dropped."""
+        for start in range(0, len(self) - size + 1, size):
+            yield self.take(slice(start, start + size))
+
+    def join(self, other: NetworkInput) -> NetworkInput:
+        """The objects of both; what is no tensor is taken from `other`.
+
+        Raises:
+            ValueError: their objects differ in shape, or the two in their arguments.
+        """
+        if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
+            raise ValueError("expected inputs with the same arguments, got different ones for the objects and the others")
+
+        def joined(first: Any, second: Any) -> Any:
+            return torch.cat([first, second]) if isinstance(second, Tensor) else second
+
+        try:
+            args = tuple(joined(a, b) for a, b in zip(self.args, other.args, strict=True))
+            return NetworkInput(args, {k: joined(self.kwargs[k], v) for k, v in other.kwargs.items()})
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"these objects do not fit into a mini-batch of the others: {error}") from error
+
+    def call(self, model: nn.Module) -> Any:
+        """The network's output for copies of the arguments, as it may write to them.
+
+        Raises:
+            RuntimeError, ValueError: as the network raised it, with the shapes of the input put in front.
+        """
+        copies = self.map(Tensor.clone)
+        try:
+            return model(*copies.args, **copies.kwargs)
+        except (RuntimeError, ValueError) as error:
+            if type(error) not in (RuntimeError, ValueError):  # a subclass, such as out of memory, says more
+                raise
+            named = {k: list(v.shape) for k, v in self.kwargs.items() if isinstance(v, Tensor)}
+            shapes = [list(v.shape) for v in self.args if isinstance(v, Tensor)]
+            shown = named if not shapes else shapes[0] if len(shapes) == 1 and not named else [*shapes, named]
+            raise type(error)(f"{type(model).__name__} failed on an input of shape {shown}: {error}") from error
+
+    def kind(self) -> Any:
+        """What inputs have in common that differ in their objects only: shapes, types, and all that is no tensor.
+
+        Something that is no tensor counts by what it is equal to, if it is a simple value, and otherwise by identity.
+        """
+
+        def described(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.shape[1:], value.dtype, value.device
+            if isinstance(value, (tuple, list)):
+                return type(value), tuple(map(described, value))
+            simple = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device))
+            return (type(value), value) if simple else (type(value), _Identity(value))
+
+        return tuple(map(described, self.args)), tuple((k, described(v)) for k, v in sorted(self.kwargs.items()))
+
+
+class _Identity:
+    """Equal to itself alone, and keeps what it is of alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def network_input(model: nn.Module, batch: Batch, inputs: InputsOf = None) -> NetworkInput:
+    """The part of a batch that the network takes, on the network's device.
+
+    A tensor is taken as it is, a tuple or list by its first entry, a mapping by the entries that the network's
+    ``forward`` has arguments for (so a mapping may carry labels and identifiers too); of a wrapped network
+    (``torch.compile``, ``DataParallel``), by those of the network inside.
+
+    Args:
+        model: the network.
+        batch: the batch.
+        inputs: another way to take the input from a batch: a number of leading entries, or a function.
+
+    Raises:
+        TypeError: the batch is none of these, or a mapping without any argument of the network.
+        ValueError: the batch is an empty tuple, or has fewer entries than `inputs` asks for.
+    """
+    device = next((p.device for p in model.parameters()), None)
+
+    def on_device(found: NetworkInput) -> NetworkInput:
+        return found.map(lambda tensor: tensor.to(device)) if device is not None else found
+
+    if inputs is not None:
+        return on_device(_chosen(batch, inputs))
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("got an empty tuple as a batch; expected (input, ...)")
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return on_device(NetworkInput((batch,)))
+    if isinstance(batch, Mapping):
+        inner = unwrap(model)
+        arguments = inspect.signature(inner.forward).parameters.values()
+        takes_any = any(a.kind is a.VAR_KEYWORD for a in arguments)
+        names = {a.name for a in arguments}
+        chosen = {key: value for key, value in batch.items() if takes_any or key in names}
+        if not any(isinstance(value, Tensor) for value in chosen.values()):
+            raise TypeError(
+                f"got a batch with the entries {sorted(map(str, batch))}, none of which is a tensor argument of "
+                f"{type(inner).__name__}.forward; its arguments are {sorted(names)}"
+            )
+        return on_device(NetworkInput((), chosen))
+    raise TypeError(
+        f"got a batch of type {type(batch).__name__}; expected a tensor, an (input, ...) tuple or a mapping of "
+        "argument names to tensors, or inputs=... to say what the network takes"
+    )
+
+
+def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:
+    if isinstance(inputs, int) and not isinstance(inputs, bool):
+        if inputs < 1:
+            raise ValueError(f"inputs must be at least 1, the number of entries that the network takes, got {inputs}")
+        if not isinstance(batch, (tuple, list)) or len(batch) < inputs:
+            found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+            raise ValueError(f"expected batches that are tuples of at least {inputs} entries (inputs={inputs}), got {found}")
+        chosen: Any = tuple(batch[:inputs])
+    elif callable(inputs):
+        chosen = inputs(batch)
+    else:
+        raise TypeError(f"inputs must be a number of leading entries or a function of a batch, got {inputs!r}")
+    if isinstance(chosen, Tensor):
+        chosen = (chosen,)
+    found = NetworkInput((), dict(chosen)) if isinstance(chosen, Mapping) else None
+    if found is None and isinstance(chosen, (tuple, list)):
+        found = NetworkInput(tuple(chosen))
+    if found is None or not found.tensors():
+        raise TypeError(
+            f"inputs must give a tensor, a tuple of arguments or a mapping of named ones, got {type(chosen).__name__}"
+            + ("" if found is None else " without any tensor")
+        )
+    return found
+
+
+def read_output(output: Any, place: str | int | None = None) -> Any:
+    """What a network's output has at a place.
+
+    Args:
+        output: a tensor, a tuple or list, a mapping, or an object with fields (a dataclass, say).
+        place: a key, field or position. None takes a tensor as it is, the entry or field ``logits`` (or ``out``, as
+            torchvision's segmentation networks call it) where there is one, and otherwise the first entry of a tuple.
+
+    Raises:
+        ValueError: there is nothing at that place.
+    """
+    if isinstance(output, Tensor) and place is None:
+        return output
+    for candidate in ("logits", "out") if place is None else (place,):
+        if isinstance(output, Mapping) and candidate in output:
+            return output[candidate]
+        if isinstance(candidate, str) and not isinstance(output, (Tensor, Mapping)) and hasattr(output, candidate):
+            return getattr(output, candidate)
+        if isinstance(candidate, int) and isinstance(output, Sequence) and -len(output) <= candidate < len(output):
+            return output[candidate]
+    if place is None and isinstance(output, (tuple, list)) and output:
+        return output[0]
+    wanted = "logits" if place is None else place
+    entries = f" with the entries {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise ValueError(
+        f"the network's output is a {type(output).__name__}{entries} and has nothing at {wanted!r}; "
+        "say where its logits are with logits=<key, field or position>"
+    )

@@ -1,0 +1,348 @@
+"""The network that passes run on: a copy of the user's that shares its parameters and owns everything else.
+
+A replica is a deep copy of the network in which every parameter is a new object on the storage of the user's own. So
+weights take no memory twice, training them further is seen, and whatever else a pass changes (buffers, training flags,
+hooks, attributes, a parameter that is assigned anew) is changed in the copy. These rules go beyond a deep copy:
+
+* Parameters that a pass itself writes to are state, not weights: a replica has copies of them.
+* Tensors that are plain attributes, such as the weight that old-style weight norm computes, are copied.
+* Hooks and a patched ``forward`` are copied with the network: a bound method is bound to the copy, a function is the
+  same function and runs in every pass.
+* Wrappers (``torch.compile``, ``DataParallel``) are taken off.
+* A network that cannot be copied, or whose copy calls the original's layers (a closure over it, say), runs in place:
+  one call at a time, with its buffers exchanged and its flags set until the call ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import threading
+import types
+import weakref
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stochbn.network.layers import buffer_names, unwrap
+
+__all__ = ["Knowledge", "Network", "Replica", "snapshot"]
+
+_ATOMS = {
+    bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
+    types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Size, torch.Generator, torch.memory_format,
+    Tensor, nn.Parameter, torch.layout,
+}  # fmt: skip
+
+
+def snapshot(root: nn.Module, *, inside: bool = True) -> list[Any]:
+    """All that a network consists of, down to numbers, tensors and functions, in a fixed order.
+
+    Two snapshots of one network with the same objects in the same places mean that nothing was assigned in between.
+
+    Args:
+        root: the network.
+        inside: also what the modules in it consist of.
+    """
+    leaves: list[Any] = []
+    seen = {id(root)}
+    waiting: list[Any] = [vars(root)]
+    while waiting:
+        container = waiting.pop()
+        if isinstance(container, dict):
+            leaves.extend(container)
+            values: Iterable[Any] = container.values()
+        else:
+            values = container
+        for value in values:
+            kind = type(value)
+            if kind in _ATOMS or isinstance(value, Tensor):
+                leaves.append(value)
+                continue
+            leaves.append(kind)
+            if isinstance(value, (dict, list, tuple, set, frozenset)):
+                if value and id(value) not in seen:
+                    seen.add(id(value))
+                    waiting.append(value)
+                continue
+            leaves.append(value)
+            if id(value) in seen or (not inside and isinstance(value, nn.Module)) or not hasattr(value, "__dict__"):
+                continue
+            seen.add(id(value))
+            waiting.append(vars(value))
+    return leaves
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+class Replica:
+    """A network to make passes with.
+
+    Args:
+        model: the copy, or the user's own network where it runs in place.
+        original: the user's.
+    """
+
+    def __init__(self, model: nn.Module, original: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.norms = {
+            name: layer
+            for name, layer in self.modules.items()
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        }
+        self._statistics = {
+            name: (layer._buffers, key)
+            for layer_name, layer in self.norms.items()
+            for name, key in zip(buffer_names(layer_name), ("running_mean", "running_var"), strict=True)
+        }
+        self._own = {name: buffers[key] for name, (buffers, key) in self._statistics.items()}
+        self._types = {name: (t.device, t.dtype) for name, t in self._own.items() if t is not None}
+        mine, theirs = dict(model.named_buffers()), dict(original.named_buffers())
+        self._copies = list(mine.values())
+        self._originals = [theirs[name] for name in mine if name in theirs]
+        if len(self._originals) != len(self._copies):
+            raise ValueError("buffers of the copy and the original differ in their names")
+        self.usable = True  # until a pass has failed on it
+        self._parameters: list[tuple[dict[str, Any], str, Any]] = []
+        self._training: frozenset[str] | None = None
+        self._state: list[Any] | None = None
+        self._versions: list[int] = []
+
+    def refresh(self) -> None:
+        """Bring all buffers up to date with the user's network."""
+        self.statistics({})
+        if self._copies and self._copies[0] is not self._originals[0]:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._originals)
+
+    def modes(self, training: frozenset[str]) -> None:
+        """Put the modules of these names in training mode and all others in evaluation mode.
+
+        Flags are set one by one: ``train()`` may be overridden.
+        """
+        for name, module in self.modules.items():
+            flag = name in training
+            if isinstance(module, torch.jit.ScriptModule):
+                module.training = flag
+            else:
+                vars(module)["training"] = flag
+        if training != self._training:
+            self._training, self._state = training, None
+
+    def statistics(self, draw: Mapping[str, Tensor]) -> None:
+        """Put drawn statistics in the place of the layers' own; layers that are not in `draw` have their own."""
+        for name, (buffers, key) in self._statistics.items():
+            value = draw.get(name)
+            if value is None:
+                buffers[key] = self._own[name]
+                continue
+            device, dtype = self._types[name]
+            buffers[key] = value if value.dtype == dtype and value.device == device else value.to(device, dtype)
+
+    def exchange(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put other tensors in the place of the parameters of these names, until `restore`."""
+        for name, value in parameters.items():
+            prefix, _, key = name.rpartition(".")
+            own = self.modules[prefix]._parameters
+            self._parameters.append((own, key, own[key]))
+            own[key] = value  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Put the network's own statistics and parameters back."""
+        self.statistics({})
+        while self._parameters:
+            own, key, value = self._parameters.pop()
+            own[key] = value
+
+    def mark(self) -> None:
+        """Remember the present state, for `changed`, if it is not known already."""
+        if self._state is None:
+            self._state = snapshot(self.model)
+        self._versions = _versions(self._state, without=self._observing())
+
+    def changed(self) -> bool:
+        """Whether anything has been assigned or written to since `mark`.
+
+        What `restore` puts back does not count, nor do buffers of batch norms in training mode, which do not use them.
+        """
+        state = snapshot(self.model)
+        return self._state is None or not _same(state, self._state) or _versions(state, without=self._observing()) != self._versions
+
+    def _observing(self) -> set[int]:
+        return {id(buffer) for norm in self.norms.values() if norm.training for buffer in norm._buffers.values()}
+
+
+class Knowledge:
+    """What has been found out about a network since it was last changed.
+
+    Attributes:
+        in_place: why passes must run on the user's own object; empty if they need not.
+        stateful: passes change the replica, so each gets one of its own.
+        state: names of parameters that passes write to.
+    """
+
+    def __init__(self, seen: list[Any], versions: list[int]) -> None:
+        self.in_place = ""
+        self.stateful = False
+        self.state: frozenset[str] = frozenset()
+        self._seen, self._versions = seen, versions
+        self._kept: dict[Hashable, Any] = {}
+
+    def is_of(self, seen: list[Any], versions: list[int]) -> bool:
+        """Whether it is of a network in this state."""
+        return versions == self._versions and _same(seen, self._seen)
+
+    def get(self, key: Hashable, default: Any = None) -> Any:
+        """What is kept under a key."""
+        return self._kept.get(key, default)
+
+    def keep(self, key: Hashable, value: Any, most: int = 64) -> None:
+        """Keep something, and forget the oldest of too many."""
+        self._kept[key] = value
+        for old in list(self._kept)[:-most]:
+            self._kept.pop(old, None)
+
+
+class Network:
+    """A user's network, and what is kept of it between calls: one object for all that predict with it.
+
+    Nothing here waits for a lock while a network can be copied, as an interrupted thread may never let one go.
+
+    Attributes:
+        model: the user's network, without wrappers.
+        known: what has been found out about it.
+    """
+
+    _all: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.known = Knowledge([], [])
+        self._in_use = threading.RLock()
+        self._local = threading.local()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Network:
+        """The one of this network, made where there is none."""
+        inner = unwrap(model)
+        made = cls(inner)
+        while True:
+            first = cls._all.setdefault(inner, weakref.ref(made))()
+            if first is not None:
+                return first
+            cls._all.pop(inner, None)  # nobody held the one before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return Network.of(copy.deepcopy(self.model, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Network.of, (self.model,)
+
+    def weights(self) -> tuple[Any, ...]:
+        """What tells whether parameters have been replaced or written to; equal for equal weights."""
+        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters())
+
+    def look(self) -> Knowledge:
+        """What is known of the network as it is now: nothing, if it was changed other than in parameters and buffers."""
+        seen = snapshot(self.model)
+        versions = _versions(seen, without=set(map(id, self.model.buffers())))
+        if not self.known.is_of(seen, versions):
+            self.known = Knowledge(seen, versions)
+        return self.known
+
+    @contextmanager
+    def replica(self) -> Iterator[Replica]:
+        """A replica for one call in this thread; after an exception it is dropped."""
+        if not self.known.in_place:
+            replica = self._take()
+            if replica is not None:
+                yield replica
+                if replica.usable:
+                    self._local.kept = self._key(), replica
+                return
+        with self._in_use, _borrowed(self.model) as borrowed:
+            yield borrowed
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.known, self.known.state, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
+
+    def _take(self) -> Replica | None:
+        key, replica = self._local.__dict__.pop("kept", (None, None))
+        if replica is None or key != self._key():
+            return self.fresh()
+        replica.refresh()
+        return replica  # type: ignore[no-any-return]
+
+    def fresh(self, *, own_parameters: bool = False) -> Replica | None:
+        """A new replica; None for a network that cannot be copied, which ``known.in_place`` then explains.
+
+        Args:
+            own_parameters: it has copies of all parameters, so nothing that a pass writes to is shared.
+        """
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        try:
+            with torch.inference_mode(False):
+                return Replica(_copied(self.model, names if own_parameters else self.known.state), self.model)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
+            return None
+
+
+def _versions(leaves: Iterable[Any], without: Collection[int] = ()) -> list[int]:
+    return [
+        leaf._version
+        for leaf in leaves
+        if isinstance(leaf, Tensor)
+        and not isinstance(leaf, nn.Parameter)
+        and not leaf.is_inference()
+        and id(leaf) not in without
+    ]
+
+
+def _copied(model: nn.Module, own: Iterable[str]) -> nn.Module:
+    """A deep copy whose parameters share the storage of the network's, but for those to `own`."""
+    own = set(own)
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in memo:
+            continue
+        data = parameter.detach()
+        if type(parameter) is nn.Parameter:
+            learns = parameter.requires_grad and not parameter.is_inference()
+            shared = nn.Parameter(data.clone() if name in own else data, requires_grad=learns)
+        else:
+            shared = parameter if name not in own else copy.deepcopy(parameter)
+        vars(shared).update(vars(parameter))
+        memo[id(parameter)] = shared
+    for leaf in snapshot(model):
+        if isinstance(leaf, Tensor) and id(leaf) not in memo:
+            memo[id(leaf)] = leaf.detach().clone()
+    for module in model.modules():
+        if isinstance(module, nn.Module) and type(module).__name__ == "OptimizedModule":
+            memo[id(module)] = copy.deepcopy(unwrap(module), memo)
+    with torch.no_grad():
+        return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[Replica]:
+    """The user's own network, its buffers exchanged for copies and its flags put back afterwards."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    stack.callback(module._buffers.__setitem__, name, buffer)
+                    module._buffers[name] = buffer.clone()
+        for norm in model.modules():
+            if isinstance(norm, _BatchNorm):
+                stack.callback(setattr, norm, "momentum", norm.momentum)
+        yield Replica(model, model)

@@ -1,0 +1,8 @@
+"""Predictive distributions: a network under draws of its statistics, with dropout left on, exactly, and ensembles."""
+
+from stochbn.predictive.dropout import MCDropout
+from stochbn.predictive.ensemble import Ensemble
+from stochbn.predictive.exact import Exact
+from stochbn.predictive.predictive import TOLERANCE, Predictive, Predictor
+
+__all__ = ["TOLERANCE", "Ensemble", "Exact", "MCDropout", "Predictive", "Predictor"]

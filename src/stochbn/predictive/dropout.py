@@ -1,0 +1,136 @@
+"""Monte Carlo dropout, alone or with batch-norm statistics drawn too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from stochbn.execution import Call, Draw, Passes
+from stochbn.execution.masks import Masks, dropping_modules
+from stochbn.network.inputs import InputsOf, NetworkInput
+from stochbn.network.replica import Network
+from stochbn.posteriors import Posterior
+from stochbn.predictive.predictive import Predictive
+from stochbn.tasks import Task
+
+__all__ = ["MCDropout"]
+
+
+class MCDropout(Predictive):
+    """The predictive distribution of a network with its dropout left on (Gal and Ghahramani, 2016).
+
+    With a posterior every pass also draws the batch-norm statistics: the paper's "Dropout + SBN". In training mode are
+    the dropout layers, and the modules that draw random numbers themselves in training mode, as those that call
+    ``F.dropout`` or attention with dropout; all others are in evaluation mode. Arguments are those of `Predictive`, but
+    every object gets all draws: masks are independent, so there are fewer to save. Masks come from a generator of each
+    pass's own, which the given generator (or PyTorch's global one) seeds.
+
+    Raises:
+        ValueError: also, at the first call, for a network in which no random numbers are drawn in training mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draws: int = 50,
+        posterior: Posterior | None = None,
+        *,
+        task: str = "classification",
+        logits: Any = None,
+        class_axis: int | None = None,
+        output: str | None = None,
+        inputs: InputsOf = None,
+        generator: torch.Generator | None = None,
+        keep_draws: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            posterior,
+            draws,
+            task=task,  # type: ignore[arg-type]
+            logits=logits,
+            class_axis=class_axis,
+            output=output,  # type: ignore[arg-type]
+            inputs=inputs,
+            generator=generator,
+            keep_draws=keep_draws,
+            tolerance=0,
+        )
+
+    def _call(self, exact: bool, inputs: NetworkInput) -> Call:
+        layers = self._dropping(inputs)
+        whole = "masks depend on which objects are predicted together"
+        return replace(super()._call(exact, inputs), training=layers, whole=whole)
+
+    def _dropping(self, inputs: NetworkInput) -> frozenset[str]:
+        """The modules to put in training mode."""
+        network, key = self._network, ("dropout", inputs.kind())
+        known = network.known
+        if known.get(key) is None:
+            layers = {n for n, m in network.model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0}
+            others = frozenset(dropping_modules(network, inputs) - layers)
+            if others and not _reads_alike(network, inputs, self.task, others.union(layers)):
+                warnings.warn(
+                    f"{_named(others)} of {type(network.model).__name__} call dropout themselves, but give something "
+                    "else in training mode, so their dropout stays off; use torch.nn.Dropout layers there",
+                    stacklevel=6,
+                )
+                others = frozenset()
+            known.keep(key, frozenset(layers | others))
+        dropping: frozenset[str] = known.get(key)
+        if not dropping:
+            raise ValueError(
+                f"{type(network.model).__name__} has no dropout with a positive rate, so every pass would be the "
+                "same; use Predictive for it, or a network trained with torch.nn.Dropout layers"
+            )
+        return dropping
+
+    def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
+        device = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+        drawn = super()._drawn(count, generator) if self.posterior is not None else ({} for _ in seeds)
+        for seed, draw in zip(seeds, drawn, strict=True):
+            yield _Masked(seed, draw)
+
+    def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
+        values = []
+        for draw in block:
+            assert isinstance(draw, _Masked)
+            with Masks(draw.seed):
+                values.append(made([draw]))
+        return torch.cat(values)
+
+
+class _Masked(dict[str, Tensor]):
+    """Statistics of a pass, and the seed of its masks."""
+
+    def __init__(self, seed: int, draw: Draw) -> None:
+        super().__init__(draw)
+        self.seed = seed
+
+
+def _reads_alike(network: Network, inputs: NetworkInput, task: Task, training: frozenset[str]) -> bool:
+    """Whether a task reads values of one shape from the network with modules in training and in evaluation mode."""
+    shapes = []
+    for names in (frozenset[str](), training):
+        replica = network.fresh(own_parameters=True)
+        if replica is None:
+            return False
+        replica.modes(names)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), Masks(0):
+                shapes.append(task.raw(inputs.call(replica.model)).shape)
+        except Exception:
+            return False
+    return shapes[0] == shapes[1]
+
+
+def _named(names: Collection[str]) -> str:
+    shown = [repr(name) if name else "the network's own forward" for name in sorted(names)]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

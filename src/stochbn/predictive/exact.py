@@ -1,0 +1,112 @@
+"""The exact procedure, which posteriors approximate."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from stochbn.execution import Call, NetworkChanged, passes
+from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.layers import batch_norms
+from stochbn.network.replica import Network
+from stochbn.posteriors import check_draws
+from stochbn.statistics import mini_batches
+from stochbn.tasks import Summary, make_task
+
+__all__ = ["Exact"]
+
+
+class Exact:
+    """The exact procedure: each object takes part in random training mini-batches, whose statistics are used.
+
+    For every draw and every object, B - 1 objects of one training mini-batch and the object itself go through the
+    network together, with batch norm in training mode and all else in evaluation mode, and probabilities are averaged
+    over draws. It is the yardstick that the posteriors approximate, and B times as expensive: `draws` forward passes
+    of B objects **for each object**. The object changes the statistics of its mini-batch from the first batch norm on,
+    and with them all activations of the others behind it, so only what lies before that layer could be shared between
+    objects; that is too little to be worth it. Passes run on a copy of the network, as those of `Predictive`.
+
+    Args:
+        model: the network.
+        batches: training data, as for `stochbn.fit`, shuffled. The first `draws` mini-batches of B - 1 objects are kept
+            in memory; draw s is always with mini-batch s, so predictions are deterministic.
+        batch_size: B, at least 2.
+        draws: the number of mini-batches.
+        task: what the output means, as for `Predictive`; so `logits`, `class_axis`, `output` and `inputs`.
+        keep_draws: also return the log-probabilities of each draw.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or too few training objects.
+
+    Source: Atanov et al., 2018, section 3.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Iterable[Batch],
+        batch_size: int = 16,
+        draws: int = 50,
+        *,
+        task: str = "classification",
+        logits: Any = None,
+        class_axis: int | None = None,
+        output: str | None = None,
+        inputs: InputsOf = None,
+        keep_draws: bool = False,
+    ) -> None:
+        batch_norms(model)
+        check_draws(draws)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be a whole number, got {batch_size!r}")
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, an object and another one, got {batch_size}")
+        self.model = model
+        self.task = make_task(task, logits, class_axis, output)
+        self.inputs = inputs
+        self.keep_draws = keep_draws
+        self._network = Network.of(model)
+        try:
+            self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, inputs), draws))
+        except ValueError as error:
+            raise ValueError(f"no mini-batches of {batch_size - 1} training objects to join: {error}") from error
+        if len(self.others) < draws:
+            raise ValueError(
+                f"{draws} draws need as many mini-batches of {batch_size - 1} training objects, there were "
+                f"{len(self.others)}; pass more data, larger batches or fewer draws"
+            )
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Any:
+        """Predict a batch, object by object; arguments as for `Predictive`, but a generator has no effect.
+
+        Raises:
+            RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
+            TypeError: the batch or the network's output is of a type that is not supported.
+        """
+        inputs = network_input(self.model, x, self.inputs)
+        if not len(inputs):
+            raise ValueError("there are no objects in this batch")
+        keep = self.keep_draws if keep_draws is None else keep_draws
+        self._network.look()
+        norms = frozenset(batch_norms(self._network.model))
+        call = Call(self.task, training=norms, whole="an object is to be normalised with its mini-batch")
+        ones = list(inputs.split(1))
+        try:
+            return self._predict(ones, call, Summary(self.task, keep))
+        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+            return self._predict(ones, call, Summary(self.task, keep))
+
+    def _predict(self, ones: list[NetworkInput], call: Call, summary: Summary) -> Any:
+        with passes(self._network, self.others[0].join(ones[0]), call) as made:
+            for others in self.others:
+                values = []
+                for one in ones:
+                    made.exchange(others.join(one))
+                    values.append(made([{}])[:, -1:])
+                summary.add(torch.cat(values, 1))
+        return summary.prediction()

@@ -1,0 +1,260 @@
+"""The predictive distribution of a network whose batch-norm statistics are drawn from a posterior."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stochbn.execution import WAYS, Call, Draw, NetworkChanged, Passes, Settings, passes, planned
+from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.replica import Network
+from stochbn.posteriors import Posterior, check_draws
+from stochbn.tasks import Summary, make_task
+
+__all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
+
+TOLERANCE = 0.42
+"""The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
+MOST_DRAWS = 2**24
+"""More draws than this are a mistake: their mean is known to more digits than float32 has."""
+LARGEST_TOLERANCE = 1e100
+
+
+class Predictor(Protocol):
+    """Anything that turns a batch into a `stochbn.Prediction` (or, for numbers, a `stochbn.predictions.Estimate`)."""
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Any: ...
+
+
+class Predictive:
+    """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
+
+    `draws` says how accurate probabilities should be: on average over objects about as accurate as a mean over so many
+    independent draws. That takes fewer passes, at most half as many for posteriors with covariances or variances,
+    because draws are quasi-random (``Posterior.iter_draws(quasi=True)``), and fewer still because each object gets
+    draws only until its probabilities are known to a `tolerance`: one on which the draws next to agree is done after 8,
+    however many `draws` are. What it comes to on three networks is measured in benchmarks/README.md; where the response
+    to noise is even, so that opposite draws tell nothing new, draws are worth half as much.
+
+    Passes run in evaluation mode, without gradients, on a copy of the network that shares its parameters and has
+    buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
+    changed, training it further is seen, plain calls beside a prediction are right, and one predictive serves many
+    threads. The network's hooks are copied with it and see all passes. A network that cannot be copied so runs in
+    place, one call at a time. Objects that are not proven to be independent of each other go through the network
+    together, get all draws, and are right.
+
+    The passes are made in the way that is fastest with the same results, see `explain`. Averages are made as draws
+    come, so memory does not grow with their number.
+
+    Args:
+        model: the network.
+        posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
+            its running averages.
+        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights.
+        task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
+            predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
+            each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.
+            ``"embedding"``: a vector for each object. The last two give a `stochbn.predictions.Estimate`; their objects
+            get all draws unless a `tolerance` is given.
+        logits: where the logits (or numbers) are in an output that is not a tensor: a key, a field or a position. None
+            looks for ``logits``, then ``out``, then the first entry of a tuple. For regression also a pair of places,
+            of the mean and of the log-variance.
+        class_axis: the axis of the classes or labels in the output; None is axis 1.
+        output: ``"logits"``, or ``"probs"`` for a network whose output has been through a softmax or a sigmoid.
+        inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
+            ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
+            gives a tensor, a tuple of arguments or a mapping of named ones.
+        generator: where draws come from; None is PyTorch's global generator, and with one given that is
+            left alone.
+        keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
+            object gets all draws.
+        tolerance: a standard error of mean probabilities at which an object is done, asked after 8, 12, 16, ... draws:
+            the root of the sum over classes (and mean over places, for dense predictions) of the squared standard
+            errors that as many independent draws would have. None is 0.42 / sqrt(draws), so 0.06 for 50. With 0, every
+            object gets as many draws as `draws` says, all in the network's own number type; otherwise, passes on a CPU
+            with bfloat16 instructions are in bfloat16 where rounding is small beside the noise of the draws, which is
+            checked in each call on some of its objects.
+        settings: what passes may do, for measurements.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or a posterior of another network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior | None = None,
+        draws: int = 50,
+        *,
+        task: Literal["classification", "binary", "multilabel", "regression", "embedding"] = "classification",
+        logits: Any = None,
+        class_axis: int | None = None,
+        output: Literal["logits", "probs"] | None = None,
+        inputs: InputsOf = None,
+        generator: torch.Generator | None = None,
+        keep_draws: bool = False,
+        tolerance: float | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
+        check_draws(draws)
+        if draws > MOST_DRAWS:
+            raise ValueError(f"the number of draws must be at most {MOST_DRAWS}, got one of {len(str(draws))} digits")
+        if posterior is not None:
+            if not isinstance(posterior, Posterior):
+                raise TypeError(
+                    f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
+                )
+            posterior.check(model)
+        if tolerance is not None:
+            if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
+                raise TypeError(f"tolerance must be a number or None, got {tolerance!r}")
+            if not 0 <= tolerance <= LARGEST_TOLERANCE:
+                shown = tolerance if isinstance(tolerance, float) else "a number out of range"
+                raise ValueError(f"tolerance must be a finite number from 0 to {LARGEST_TOLERANCE:g}, got {shown}")
+        self.model = model
+        self.posterior = posterior
+        self.draws = draws
+        self.task = make_task(task, logits, class_axis, output)
+        self.inputs = inputs
+        self.generator = generator
+        self.keep_draws = keep_draws
+        self.tolerance = tolerance
+        self.settings = settings or Settings()
+        self._network = Network.of(model)
+
+    def __call__(
+        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
+    ) -> Any:
+        """Predict a batch: a tensor, an ``(input, ...)`` tuple, or a mapping of argument names to tensors.
+
+        Args:
+            x: the batch, moved to the network's device.
+            generator: in place of the one given at construction.
+            keep_draws: in place of what was given at construction.
+
+        Returns:
+            A `stochbn.Prediction`, or a `stochbn.predictions.Estimate` for regression and embedding.
+
+        Raises:
+            RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
+            TypeError: the batch or the network's output is of a type that is not supported.
+        """
+        inputs = network_input(self.model, x, self.inputs)
+        keep = self.keep_draws if keep_draws is None else keep_draws
+        generator = checked_generator(self.generator if generator is None else generator)
+        state = generator.get_state() if generator is not None else None
+        try:
+            return self._predict(inputs, generator, keep)
+        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+            if generator is not None and state is not None:
+                generator.set_state(state)
+            return self._predict(inputs, generator, keep)
+
+    def explain(self, x: Batch) -> str:
+        """How the passes over a batch are made: which faster ways are taken, and why not the others.
+
+        Args:
+            x: a batch, as for a prediction.
+        """
+        inputs = network_input(self.model, x, self.inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            self._network.look()
+            plan = planned(self._network, inputs, self._call(self._tolerance(self.keep_draws) == 0, inputs))
+        if self._network.known.in_place:
+            where = f"on the network itself, one call at a time ({self._network.known.in_place})"
+        else:
+            where = "on a copy of the network that shares its parameters"
+        lines = [f"Passes run {where}{', a fresh one for each pass, as passes change it' * self._network.known.stateful}."]
+        if plan.together:
+            lines.append(f"All objects go through the network together: {plan.together}.")
+        if plan.units:
+            lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
+        for way in WAYS:
+            taken = way in plan.ways
+            lines.append(f"{way}: {'taken' if taken else 'not taken'}{'' if taken else ': ' + plan.refused.get(way, '')}")
+        return "\n".join(line.rstrip(": ") for line in lines)
+
+    def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool) -> Any:
+        tolerance = self._tolerance(keep)
+        self._network.look()
+        with passes(self._network, inputs, self._call(tolerance == 0, inputs)) as made:
+            if made.plan.together:  # objects that are not told apart
+                tolerance = 0.0
+            temperature = self.posterior.temperature if self.posterior is not None else 1.0
+            summary = Summary(self.task, keep, tolerance, temperature, self.settings.first, self.settings.step)
+            with closing(self._drawn(self._enough(tolerance), generator)) as drawn:
+                while block := list(itertools.islice(drawn, summary.next(made.draws))):
+                    summary.add(self._pass(made, block))
+                    waiting = summary.waiting()
+                    if waiting is None:
+                        continue
+                    if not bool(waiting.any()):
+                        break
+                    summary.finish(waiting)
+                    made.keep(waiting)
+        return summary.prediction()
+
+    def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
+        return made(block)
+
+    def _tolerance(self, keep: bool) -> float:
+        if keep:
+            return 0.0
+        if self.tolerance is not None:
+            return float(self.tolerance)
+        return TOLERANCE / math.sqrt(self.draws) if self.task.early else 0.0
+
+    def _call(self, exact: bool, inputs: NetworkInput) -> Call:
+        posterior, whole = self.posterior, ""
+        if posterior is None or self.draws < self.settings.first:
+            whole = "there are too few draws for a plan to pay"
+        return Call(
+            task=self.task,
+            settings=self.settings,
+            whole=whole,
+            posterior=posterior,
+            sample=self._sample,
+            exact=exact,
+            averaged=self.draws,
+            temperature=posterior.temperature if posterior is not None else 1.0,
+        )
+
+    def _sample(self, count: int) -> list[Draw]:
+        """The same draws every time, so that equal generators give equal predictions."""
+        if self.posterior is None:
+            return [{}] * count
+        return list(self.posterior.iter_draws(count, torch.Generator().manual_seed(0)))
+
+    def _enough(self, tolerance: float) -> int:
+        """The number of quasi-random draws that are worth `draws` independent ones."""
+        gain = self.posterior.worth if self.posterior is not None else 1.0
+        first = self.settings.first
+        # The spread of the draws is known no better for being quasi-random.
+        if not tolerance or self.task.spread or gain == 1 or self.draws < first:
+            return self.draws
+        # Sobol points are evenly spread in multiples of a power of two: two draws more than one are not worth seven.
+        return first * max(1, math.ceil((self.draws / gain - 2) / first))
+
+    def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
+        """The statistics of each pass."""
+        if self.posterior is None:
+            yield {}
+            return
+        yield from self.posterior.iter_draws(count, generator, quasi=True)
+
+
+def checked_generator(generator: Any) -> torch.Generator | None:
+    """Refuse what is no generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
+    return generator
