@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import stochbn
 
+pytest.register_assert_rewrite("posterior_contract")
 torch.set_num_threads(1)
 settings.register_profile("stochbn", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("stochbn")

@@ -27,7 +27,7 @@ from conftest import (
     settled,
     slow_statistics,
 )
-from stochbn.statistics import Moments, Sample, mini_batches, observer
+from stochbn.statistics import Moments, mini_batches, observer
 
 
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
@@ -398,81 +398,3 @@ def test_the_try_of_another_layout_takes_no_random_numbers() -> None:
     # Masks are laid out like the activations, so the other layout gives other statistics and is not taken.
     for name, rows in wanted.items():
         torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
-
-
-# Samples
-
-
-def marked(number: int, layers: dict[str, int] | None = None, calls: int = 1) -> dict[str, Tensor]:
-    """The observation of a mini-batch, with its number in all places, plus a tenth for each call."""
-    layers = layers or {"a": 1, "b": 2}
-    values = torch.arange(calls, dtype=torch.float64) / 10 + number
-    return {name: values.view(-1, 1, 1).expand(-1, 2, channels).clone() for name, channels in layers.items()}
-
-
-def sampled(most: int, count: int) -> list[int]:
-    sample = Sample(most)
-    for number in range(count):
-        sample.add(marked(number))
-    rows = sample.statistics()
-    assert rows.shape == (min(most, count), 2, 3)
-    assert rows.dtype == torch.float32
-    assert sample.layers == {"a": 1, "b": 2}
-    assert sample.seen == count
-    assert (rows == rows[:, :1, :1]).all(), "all of a row is of one mini-batch"
-    return [int(row[0, 0]) for row in rows]
-
-
-@given(most=st.integers(2, 12), count=st.integers(1, 40))
-def test_a_sample_has_different_mini_batches_and_all_if_they_fit(most: int, count: int) -> None:
-    found = sampled(most, count)
-    assert len(set(found)) == len(found) == min(most, count)
-    assert set(found) <= set(range(count))
-    if count <= most:
-        assert found == list(range(count))
-    assert sampled(most, count) == found, "the same mini-batches give the same sample"
-
-
-def test_every_mini_batch_is_as_likely_to_be_in_a_sample_and_every_pair_too() -> None:
-    """Chi squared over samples with generators of their own, at a level of about 1e-4."""
-    most, count, times = 3, 8, 3000
-    source = torch.Generator().manual_seed(1)
-    singles, pairs = torch.zeros(count), torch.zeros(count, count)
-    for _ in range(times):
-        sample = Sample(most)
-        sample._generator = source
-        for number in range(count):
-            sample.add(marked(number, {"a": 1}))
-        chosen = torch.zeros(count)
-        chosen[sample.statistics()[:, 0, 0].long()] = 1
-        singles += chosen
-        pairs += chosen[:, None] * chosen
-    p = most / count
-    statistic = ((singles - times * p).square() / (times * p * (1 - p))).sum() * (count - 1) / count
-    assert statistic < 29.9, "7 degrees of freedom"
-    p = most * (most - 1) / count / (count - 1)
-    upper = pairs[torch.triu(torch.ones(count, count), 1) > 0]
-    assert ((upper - times * p).abs() < 4.5 * (times * p * (1 - p)) ** 0.5).all()
-
-
-def test_a_long_stream_is_sampled_from_all_its_parts() -> None:
-    found = torch.tensor(sampled(200, 2000), dtype=torch.float64)
-    counts = torch.histc(found, 4, 0, 2000)
-    assert (((counts - 50).square()) / 50).sum() < 22, "chi squared with 3 degrees of freedom, at 1e-4"
-
-
-def test_the_calls_of_a_layer_are_taken_in_turn() -> None:
-    sample = Sample(10)
-    for number in range(6):
-        sample.add({**marked(number, {"once": 1}), **marked(number, {"thrice": 2}, calls=3)})
-    wanted = torch.tensor([0.0, 1.1, 2.2, 3.0, 4.1, 5.2])
-    assert torch.equal(sample.statistics()[:, 0, 0], torch.arange(6.0))
-    torch.testing.assert_close(sample.statistics()[:, 1, 2], wanted)
-
-
-@pytest.mark.parametrize("second", [{"a": 1}, {"a": 1, "b": 2, "c": 1}, {}])
-def test_a_sample_refuses_mini_batches_of_other_layers(second: dict[str, int]) -> None:
-    sample = Sample(10)
-    sample.add(marked(0))
-    with pytest.raises(ValueError, match=r"layer '[abc]' was called for some mini-batches and not for others"):
-        sample.add(marked(1, second) if second else {})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
+import torch
 from torch import nn
 
 from stochbn.network.calling import Batch
 from stochbn.network.layers import batch_norms, running_statistics
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
-from stochbn.statistics import Moments, Sample, mini_batches, observer
+from stochbn.statistics import mini_batches, observer
 
 __all__ = ["fit"]
 
@@ -87,7 +89,7 @@ def fit(
             statistics themselves, replayed (Teye et al., 2018); or ``"factorized"``, the paper's Stochastic Batch
             Normalization, independent for every channel. Why joint is the default: docs/posteriors.md.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
-            sample of all. Each takes 8 bytes for every channel (512 of them 109 MB for a ResNet-50), and the time to
+            sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB for a ResNet-50), and the time to
             make a joint posterior grows with their square, from some thousands on with their cube.
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
@@ -114,35 +116,26 @@ def fit(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     layers = batch_norms(model)
-    moments: dict[str, Moments] = {}
-    sample = Sample(max_batches)
-    seen = 0
+    uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
+    accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
     observe = observer(model)
     for inputs in mini_batches(model, batches, batch_size):
-        found = observe(inputs)
-        observation = {name: found[name] for name in layers if name in found}
-        if kind == "factorized":
-            for name, rows in observation.items():
-                new = Moments.of(rows)
-                moments[name] = moments[name].merge(new) if name in moments else new
-        else:
-            sample.add(observation)
-        seen += 1
-    observed = [name for name in layers if name in moments or name in sample.layers]
+        accumulator.update({**uncalled, **observe(inputs)})
+    observed = accumulator.layers
     if not observed:
         raise ValueError(
             "no batch-norm layer saw mini-batch statistics: none was called, or all are frozen (they do not update "
             "their running statistics in training mode)"
         )
-    about: dict[str, Any] = {
-        "batch_size": batch_size,
-        "mini_batches": seen,
-        "dtype": running_statistics(layers[observed[0]])[0].dtype,
-        "skipped": tuple(name for name in layers if name not in observed),
-    }
-    if kind == "factorized":
-        return Factorized.from_moments({name: moments[name] for name in observed}, **about)
-    about["layers"] = sample.layers
-    if kind == "empirical":
-        return Empirical.from_statistics(sample.statistics(), **about)
-    return Joint.from_statistics(sample.statistics(), directions, **about)
+    if accumulator.seen == 1:
+        warnings.warn(
+            "only one mini-batch was observed, so the statistics have no spread and every draw is the same; "
+            "pass more data or a smaller batch_size",
+            stacklevel=2,
+        )
+    posterior: Posterior = accumulator.posterior(
+        batch_size=batch_size,
+        dtype=running_statistics(layers[next(iter(observed))])[0].dtype,
+        skipped=tuple(name for name in layers if name not in observed),
+    )
+    return posterior

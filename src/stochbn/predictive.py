@@ -235,11 +235,11 @@ class Predictive:
 
     def _enough(self) -> int:
         """The number of quasi-random draws that are worth `draws` independent ones."""
-        worth = self.posterior.worth if self.posterior is not None else 1.0
-        if worth == 1 or self.draws < FIRST:
+        gain = self.posterior.quasi_gain if self.posterior is not None else 1.0
+        if gain == 1 or self.draws < FIRST:
             return self.draws
         # Sobol points are evenly spread in multiples of a power of two: two draws more than one are not worth seven.
-        return FIRST * max(1, math.ceil((self.draws / worth - 2) / FIRST))
+        return FIRST * max(1, math.ceil((self.draws / gain - 2) / FIRST))
 
     def _passes(self, draws: int, generator: torch.Generator | None) -> Generator[Mapping[str, Tensor], None, None]:
         """The buffers of each forward pass."""

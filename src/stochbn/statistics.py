@@ -24,7 +24,7 @@ from stochbn.network.calling import (
 )
 from stochbn.network.layers import batch_norms, running_statistics
 
-__all__ = ["Moments", "Sample", "mini_batches", "observer"]
+__all__ = ["Moments", "mini_batches", "observer"]
 
 Observation = dict[str, Tensor]
 """For every layer that was called, ``[calls, 2, C]``: mean and biased variance at each call, float64."""
@@ -42,7 +42,7 @@ class Moments:
     def of(cls, observations: Tensor) -> Moments:
         """The moments over the first axis of ``[n, ...]``."""
         observations = observations.double()
-        mean = observations.mean(0)
+        mean = observations.sum(0) / max(len(observations), 1)
         return cls(len(observations), mean, (observations - mean).square().sum(0))
 
     def merge(self, other: Moments) -> Moments:
@@ -51,6 +51,8 @@ class Moments:
         The parallel update of Chan, Golub and LeVeque (1983): it serves to add a mini-batch and to join processes.
         """
         count = self.count + other.count
+        if not count:
+            return self
         delta = other.mean - self.mean
         return Moments(
             count,
@@ -62,48 +64,6 @@ class Moments:
     def variance(self) -> Tensor:
         """The unbiased variance of the observations; 0 for a single one."""
         return self.squares / max(self.count - 1, 1)
-
-
-class Sample:
-    """A uniformly random sample of the mini-batches that were added, at most `most` of them, in bounded memory.
-
-    It is reservoir sampling (Vitter, 1985) with a generator of its own: the same mini-batches give the same sample.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.seen = 0
-        self.rows: list[Tensor] = []
-        self.layers: dict[str, int] = {}
-        self._generator = torch.Generator().manual_seed(0)
-
-    def add(self, observation: Observation) -> None:
-        """Add a mini-batch's statistics.
-
-        A layer that is called several times in a forward pass has one of its calls taken, each in turn.
-
-        Raises:
-            ValueError: layers were called that were not called before, or the other way round.
-        """
-        layers = {name: calls.shape[2] for name, calls in observation.items()}
-        if self.seen and layers.keys() != self.layers.keys():
-            odd = min(layers.keys() ^ self.layers.keys())
-            raise ValueError(
-                f"batch-norm layer {odd!r} was called for some mini-batches and not for others, so there are no joint "
-                'statistics; use kind="factorized"'
-            )
-        self.layers = self.layers or layers
-        place = self.seen
-        if self.seen >= self.most:
-            place = int(torch.randint(self.seen + 1, (), generator=self._generator))
-        if place < self.most:
-            calls = [observation[name][self.seen % len(observation[name])] for name in self.layers]
-            self.rows[place : place + 1] = [torch.cat(calls, 1).float()] if calls else []
-        self.seen += 1
-
-    def statistics(self) -> Tensor:
-        """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
-        return torch.stack(self.rows)
 
 
 def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | None) -> Iterator[Any]:
