@@ -349,7 +349,7 @@ def make_posterior(
     variance_variance: Iterable[float] = (0.09, 0.0025, 4.0),
     dtype: torch.dtype = torch.float64,
     batch_size: int | None = 16,
-    skipped: tuple[str, ...] = (),
+    skipped: Mapping[str, str] | None = None,
 ) -> stochbn.Factorized:
     """A posterior with the given moments."""
     return stochbn.Factorized(
@@ -361,7 +361,7 @@ def make_posterior(
         batch_size=batch_size,
         mini_batches=7,
         dtype=dtype,
-        skipped=skipped,
+        skipped=skipped or {},
     )
 
 

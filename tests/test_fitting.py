@@ -165,15 +165,15 @@ def test_a_layer_called_twice_has_one_observation_per_call() -> None:
     assert rows["norm"].shape[0] == 6
     posterior = fit_factorized(model, batches, 8)
     assert posterior.mini_batches == 3
-    assert posterior.skipped == ()
+    assert not posterior.skipped
     assert_moments(posterior, rows)
 
 
 def test_a_layer_that_is_never_called_is_skipped() -> None:
     posterior = fit_factorized(settled(Unused(), 4), [normal(32, 4)], 8)
-    assert posterior.skipped == ("auxiliary",)
+    assert list(posterior.skipped) == ["auxiliary"]
     assert list(posterior.layers) == ["norm"]
-    posterior.check(Unused())
+    posterior.check(Unused(), weights=False)
 
 
 def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
@@ -181,7 +181,7 @@ def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
     batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
         posterior = fit_factorized(model, batches, 8)
-    assert posterior.skipped == ("1",)
+    assert list(posterior.skipped) == ["1"]
     assert_moments(posterior, {"3": slow_statistics(model, batches)["3"]})
 
 
@@ -216,7 +216,7 @@ def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         posterior = fit_factorized(layer, [x, normal(16, 4, seed=1)], 16)
-    assert posterior.skipped == ()
+    assert not posterior.skipped
 
 
 @pytest.mark.parametrize("kind", ["factorized", "joint", "empirical"])
@@ -481,12 +481,12 @@ def test_a_layer_that_is_called_twice_has_one_call_of_each_mini_batch_taken_what
 @pytest.mark.parametrize("kind", ["joint", "empirical"])
 def test_layers_without_statistics_are_skipped_by_every_kind(kind: str) -> None:
     posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8, kind)
-    assert posterior.skipped == ("auxiliary",)
+    assert list(posterior.skipped) == ["auxiliary"]
     assert list(posterior.layers) == ["norm"]
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
         posterior = stochbn.fit(model, [normal(32, 2, 6, 5)], 8, kind)
-    assert posterior.skipped == ("1",)
+    assert list(posterior.skipped) == ["1"]
     assert list(posterior.layers) == ["3"]
 
 

@@ -27,12 +27,12 @@ from conftest import (
     settled,
     slow_statistics,
 )
-from stochbn.statistics import Moments, mini_batches, observer
+from stochbn.statistics import Moments, Observer, mini_batches
 
 
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
-    observe = observer(model)
+    observe = Observer(model)
     for batch in batches:
         for name, found in observe(batch).items():
             rows.setdefault(name, []).append(found)
@@ -338,7 +338,7 @@ def test_a_second_round_of_observations_is_the_same_as_the_first() -> None:
 
 def test_the_stream_of_observations_does_not_alias_the_next_one() -> None:
     model = settled(mlp(), 4)
-    observe = observer(model)
+    observe = Observer(model)
     first = observe(normal(8, 4))
     kept = {name: rows.clone() for name, rows in first.items()}
     observe(normal(8, 4, seed=1) * 3)

@@ -6,15 +6,17 @@ import itertools
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stochbn.files import write_tensors
-from stochbn.network.layers import batch_norms, buffer_names, running_statistics
+from stochbn.network.fingerprint import Fingerprint
+from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
 
 if TYPE_CHECKING:
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "TINY", "Posterior", "check_draws"]
 
-FORMAT = "stochbn.posterior/1"
+FORMAT = "stochbn.posterior/2"
 TINY = torch.finfo(torch.float32).tiny
+LARGEST = 2**31 - 1
+"""What numbers of channels, mini-batches and draws may be at most; anything near it is a mistake."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,9 +43,11 @@ class Posterior(ABC):
             others. None if mini-batches were taken as they came.
         mini_batches: how many were observed.
         dtype: what `draw` returns, the type of the network's own running statistics.
-        skipped: batch-norm layers of the network without mini-batch statistics (never called, or frozen); predictions
-            use their running averages.
+        skipped: layers of the network that are not drawn, by their names, and why: "not called", "does not update its
+            running statistics while training", "deterministic", "stays in evaluation mode", "FrozenBatchNorm" or
+            "scripted". Predictions use their running averages.
         temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
+        fingerprint: of the weights that it was fitted with; None if they are not known.
     """
 
     kind: ClassVar[str]
@@ -52,22 +58,36 @@ class Posterior(ABC):
     batch_size: float | None
     mini_batches: int
     dtype: torch.dtype = torch.float32
-    skipped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     temperature: float = 1.0
+    fingerprint: Fingerprint | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype}")
-        if not all(isinstance(channels, int) and channels > 0 for channels in self.layers.values()):
-            raise ValueError(f"layers must have whole numbers of channels of at least 1, got {dict(self.layers)}")
+            raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r:.100}")
         if self.dtype.itemsize < 2:
             raise ValueError(f"dtype must have at least 16 bits, got {self.dtype}")
-        if not isinstance(self.mini_batches, int) or self.mini_batches < 1:
-            raise ValueError(f"mini_batches must be a whole number of at least 1, got {self.mini_batches!r}")
-        if self.batch_size is not None and not self.batch_size > 0:
-            raise ValueError(f"batch_size must be positive or None, got {self.batch_size}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if not isinstance(self.layers, Mapping) or not self.layers or not all(isinstance(n, str) for n in self.layers):
+            raise ValueError(f"layers must be a mapping of names to numbers of channels, got {self.layers!r:.100}")
+        for name, channels in self.layers.items():
+            if not _whole(channels):
+                raise ValueError(
+                    f"layers must have whole numbers of channels of at least 1, got {channels!r:.40} for {name!r:.60}"
+                )
+        if not isinstance(self.skipped, Mapping) or not all(
+            isinstance(text, str) for pair in self.skipped.items() for text in pair
+        ):
+            raise ValueError(f"skipped must be a mapping of layers' names to reasons, got {self.skipped!r:.100}")
+        if both := self.layers.keys() & self.skipped.keys():
+            raise ValueError(f"skipped must have no layer that is drawn, got {min(both)!r:.60}")
+        if not _whole(self.mini_batches):
+            raise ValueError(f"mini_batches must be a whole number of at least 1, got {self.mini_batches!r:.40}")
+        if self.batch_size is not None and not _positive(self.batch_size) and self.batch_size != math.inf:
+            raise ValueError(f"batch_size must be positive or None, got {self.batch_size!r:.40}")
+        if not _positive(self.temperature):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature!r:.40}")
+        if not isinstance(self.fingerprint, Fingerprint | None):
+            raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(self.fingerprint).__name__}")
 
     @property
     def channels(self) -> int:
@@ -149,30 +169,41 @@ class Posterior(ABC):
         rows = list(self.iter_draws(n, generator))
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def check(self, model: nn.Module) -> None:
-        """Check that this posterior fits a network: the same batch-norm layers with as many channels.
+    def check(self, model: nn.Module, weights: bool = True) -> None:
+        """Check that this posterior belongs to a network: the same batch-norm layers and weights.
+
+        Args:
+            model: the network, wrapped or not.
+            weights: also compare the weights' fingerprint, if this posterior has one; otherwise names and sizes alone.
 
         Raises:
             ValueError: it does not; the message names the first difference.
         """
         found = {name: layer.num_features for name, layer in batch_norms(model).items()}
+        network = type(unwrap(model)).__name__
         advice = "it was fitted to another network; fit one to this network, or load the one that belongs to it"
         for name, channels in self.layers.items():
             if name not in found:
                 raise ValueError(
-                    f"the posterior has a layer {name!r} that {type(model).__name__} has not (its batch-norm "
-                    f"layers are {_some(found)}): {advice}"
+                    f"the posterior has a layer {name!r} that {network} has not (its batch-norm "
+                    f"layers are {listed(found)}): {advice}"
                 )
             if found[name] != channels:
                 raise ValueError(
-                    f"the posterior has {channels} channels for layer {name!r}, "
-                    f"{type(model).__name__} has {found[name]}: {advice}"
+                    f"the posterior has {channels} channels for layer {name!r}, {network} has {found[name]}: {advice}"
                 )
         unknown = [name for name in found if name not in self.layers and name not in self.skipped]
         if unknown:
             raise ValueError(
-                f"{type(model).__name__} has batch-norm layers that the posterior does not know "
-                f"({_some(unknown)}): {advice}"
+                f"{network} has batch-norm layers that the posterior does not know ({listed(unknown)}): {advice}"
+            )
+        if not weights or self.fingerprint is None:
+            return
+        if difference := self.fingerprint.difference(Fingerprint.of(model)):
+            raise ValueError(
+                f"the posterior was fitted to a {network} with other weights ({difference} differ), so its statistics "
+                "are not those of this network; fit again, load the posterior that belongs to these weights, or pass "
+                'check="shape" to Predictive or calibrate to use it nevertheless'
             )
 
     def rescale(self, batch_size: float) -> Self:
@@ -188,11 +219,16 @@ class Posterior(ABC):
             batch_size: the size to have the noise of; it need not be a whole number.
 
         Raises:
+            TypeError: it is not a number.
             ValueError: it is not a positive number, or the size that this posterior was fitted at is not known or
                 infinite.
         """
-        if not batch_size > 0:
-            raise ValueError(f"batch_size must be a positive number, got {batch_size}")
+        if not isinstance(batch_size, Real) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be a positive number, got {batch_size!r:.40}")
+        if not _positive(batch_size) and batch_size != math.inf:
+            raise ValueError(f"batch_size must be a positive number, got {batch_size!r:.40}")
+        if type(batch_size) not in (int, float):
+            batch_size = float(batch_size)
         if self.batch_size is None:
             raise ValueError(
                 "this posterior was fitted to mini-batches as they came (batch_size=None), so the size whose noise it "
@@ -202,23 +238,27 @@ class Posterior(ABC):
             raise ValueError("this posterior was rescaled to no noise, which cannot be undone; rescale the one before")
         return replace(self._scaled(self.batch_size / batch_size), batch_size=batch_size)
 
-    def recentre(self, model: nn.Module) -> Self:
+    def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
         """The same noise about the network's own running statistics.
 
         Fitting observes statistics afresh, and what is expected of them is near the network's running averages, not
         equal to them. After this it is, and without noise (``rescale(math.inf)``) predictions are the network's, to
         the rounding of float32.
 
+        Args:
+            model: the network.
+            weights: refuse a network with other weights, as `check` does.
+
         Raises:
-            ValueError: the network has other layers, or its running statistics are not finite or negative.
+            ValueError: the network has other layers or weights, or its running statistics are not finite or negative.
         """
-        self.check(model)
+        self.check(model, weights)
         found = batch_norms(model)
         pairs = [running_statistics(found[layer]) for layer in self.layers]
         mean, variance = (torch.cat(list(part)).detach().cpu().double() for part in zip(*pairs, strict=True))
         if not mean.isfinite().all() or not variance.isfinite().all() or (variance < 0).any():
             raise ValueError(
-                f"the running statistics of {type(model).__name__} are not finite, or have negative variances"
+                f"the running statistics of {type(unwrap(model)).__name__} are not finite, or have negative variances"
             )
         return self._moved(mean, variance)
 
@@ -230,8 +270,9 @@ class Posterior(ABC):
         """
         tensors = self._tensors()
         about = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
-        about |= {"kind": self.kind, "layers": list(self.layers.items()), "skipped": list(self.skipped)}
+        about |= {"kind": self.kind, "layers": list(self.layers.items()), "skipped": dict(self.skipped)}
         about["dtype"] = str(self.dtype).removeprefix("torch.")
+        about["fingerprint"] = self.fingerprint and self.fingerprint.description()
         write_tensors(path, FORMAT, {name: getattr(self, name) for name in tensors}, about)
 
     @classmethod
@@ -253,13 +294,23 @@ class Posterior(ABC):
 
 
 def check_draws(n: int) -> None:
-    """Refuse a number of draws that is not a whole number of at least 1."""
+    """Refuse a number of draws that is not a whole number of at least 1, or is out of all bounds.
+
+    Raises:
+        TypeError, ValueError: it is.
+    """
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"the number of draws must be a whole number, got {n!r}")
     if n < 1:
         raise ValueError(f"the number of draws must be at least 1, got {n}")
+    if n > LARGEST:
+        raise ValueError(f"the number of draws must be at most {LARGEST}, got one of {n.bit_length()} bits")
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = [repr(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _whole(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _positive(value: Any) -> bool:
+    """Whether it is a number above 0 that calculations can go on with."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < value < 1e300)  # type: ignore[operator]
