@@ -63,6 +63,79 @@ def test_the_same_layer_names_with_other_channels_are_refused_for_every_layer() 
         posterior.check(mlp())
 
 
+def test_a_network_with_other_weights_is_refused_with_what_differs_and_what_to_do() -> None:
+    case = CASES["BatchNorm2d"]
+    model, other = case.model(), case.model()
+    posterior = fitted(case)
+    with torch.no_grad():
+        other.get_parameter("0.weight").add_(0.01)
+    with pytest.raises(ValueError, match=r"layers other than the batch norms differ.*fit again.*check=\"shape\""):
+        posterior.check(other)
+    posterior.check(other, weights=False)
+    other.load_state_dict(model.state_dict())
+    posterior.check(other)
+    with torch.no_grad():
+        other.get_parameter("4.bias")[1] += 0.01
+    with pytest.raises(ValueError, match="those of the batch norms alone differ"):
+        posterior.check(other)
+    with pytest.raises(ValueError, match="those of the batch norms and those of other layers differ"):
+        posterior.check(case.model(seed=1))
+
+
+def test_whatever_is_made_of_a_posterior_knows_the_weights_too(tmp_path: Path) -> None:
+    case = CASES["BatchNorm2d"]
+    model, posterior = case.model(), fitted(case)
+    posterior.save(tmp_path / "p")
+    others = [posterior.rescale(3), posterior.recentre(model), dataclasses.replace(posterior, temperature=2.0)]
+    for one in (*others, stochbn.load(tmp_path / "p")):
+        assert one.fingerprint == posterior.fingerprint
+        one.check(model)
+        with pytest.raises(ValueError, match="other weights"):
+            one.check(case.model(seed=1))
+
+
+def test_recentring_on_other_weights_is_refused_unless_it_is_wanted() -> None:
+    case = CASES["BatchNorm2d"]
+    with pytest.raises(ValueError, match="other weights"):
+        fitted(case).recentre(case.model(seed=1))
+    moved = fitted(case).recentre(case.model(seed=1), weights=False)
+    torch.testing.assert_close(moved.mean_mean[:5], case.model(seed=1).get_buffer("1.running_mean").double())
+
+
+def test_a_posterior_without_fingerprint_is_checked_by_shape() -> None:
+    case = CASES["BatchNorm2d"]
+    dataclasses.replace(fitted(case), fingerprint=None).check(case.model(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": {}}, "layers must be a mapping"),
+        ({"layers": {"norm": True}}, "whole numbers of channels of at least 1, got True for 'norm'"),
+        ({"layers": {3: 3}}, "layers must be a mapping of names"),
+        ({"skipped": ("c",)}, "skipped must be a mapping of layers' names to reasons"),
+        ({"skipped": {"norm": "not called"}}, "skipped must have no layer that is drawn, got 'norm'"),
+        ({"mini_batches": 2.0}, r"mini_batches must be a whole number of at least 1, got 2\.0"),
+        ({"fingerprint": "3"}, "fingerprint must be a Fingerprint or None, got str"),
+    ],
+)
+def test_settings_that_no_posterior_has_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make_posterior(), **changes)
+
+
+@pytest.mark.parametrize("size", ["a", None, [4], True, 4j])
+def test_a_size_that_is_no_number_is_refused(size: Any) -> None:
+    with pytest.raises(TypeError, match="batch_size must be a positive number, got"):
+        make_posterior().rescale(size)
+
+
+@pytest.mark.parametrize("n", [2**31, 2**70, 10**400])
+def test_a_number_of_draws_out_of_all_bounds_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match="number of draws must be at most 2147483647"):
+        make_posterior().draw(n)
+
+
 # Saving and loading
 
 
@@ -265,7 +338,9 @@ ABOUT: dict[str, Any] = {
     "skipped": {"c": "not called"}, "temperature": 1.0, "fingerprint": None,
 }  # fmt: skip
 TOO_LARGE: list[Any] = [True, 3.5, math.inf, 10**30, -1, 0, "3", None, [3]]
-PART = [12, 3.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+ODD_SKIPPED: list[Any] = [None, 5, "c", ["c"], {"c": 5}, {"c": None}]
+ODD_FINGERPRINTS: list[Any] = [5, [], {}, {"norms": [1] * 7}, {"norms": [1] * 7, "others": [1, 2]}]
+PART: list[Any] = [12, 3.5, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def written(path: Path, format: str = "stochbn.posterior/2", **changes: Any) -> Path:
@@ -286,9 +361,9 @@ def written(path: Path, format: str = "stochbn.posterior/2", **changes: Any) -> 
         *(("batch_size", value) for value in (True, -1, 0, "16", [16], math.nan, 10**400, -math.inf)),
         *(("temperature", value) for value in (True, -1, 0, "1", None, math.nan, math.inf, 10**400)),
         *(("dtype", value) for value in ("no_such_type", "load", "int64", 5, None, "float8_e5m2", "nn")),
-        *(("skipped", value) for value in (None, 5, "c", ["c"], {"c": 5}, {"c": None})),
+        *(("skipped", value) for value in ODD_SKIPPED),
         ("skipped", {"norm": "not called"}),
-        *(("fingerprint", value) for value in (5, [], {}, {"norms": PART}, {"norms": PART, "others": [1, 2]})),
+        *(("fingerprint", value) for value in ODD_FINGERPRINTS),
         *(
             ("fingerprint", {"norms": PART, "others": others})
             for others in (

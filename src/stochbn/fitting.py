@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.calling import Batch
+from stochbn.network.evaluation import kept_in_evaluation
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable, unwrap
-from stochbn.network.training import kept_in_evaluation
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
 from stochbn.statistics import Observer, mini_batches
 
@@ -204,7 +205,7 @@ def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str
     for pattern in deterministic:
         if not isinstance(pattern, str):
             raise TypeError(f"deterministic must be names or patterns of layers, got {pattern!r:.60} among them")
-        fitting = {name for name in layers if name == pattern or fnmatchcase(name, pattern)}
+        fitting = {pattern} & layers.keys() or {name for name in layers if fnmatchcase(name, pattern)}
         if not fitting:
             raise ValueError(
                 f"deterministic has {pattern!r:.60}, which fits no batch-norm layer; they are {listed(layers)}"
@@ -226,9 +227,8 @@ def _far(posterior: Posterior, layers: Mapping[str, _BatchNorm]) -> list[str]:
         running = torch.stack(running_statistics(layer)).detach().cpu().double()
         begun = torch.zeros_like(expected)
         begun[1] = 1
-        left = 0.0
-        if layer.momentum is not None and layer.num_batches_tracked is not None:
-            left = (1 - layer.momentum) ** int(layer.num_batches_tracked)
+        steps = math.inf if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        left = float(steps == 0) if layer.momentum is None else (1 - layer.momentum) ** steps
         if all(_apart(centre, running, layer.eps) for centre in (expected, expected.lerp(begun, left))):
             far.append(name)
     return far

@@ -19,6 +19,8 @@ WHOLE = 2048
 """Entries of a parameter of which each is looked at, at most: batch norms have no more."""
 SAMPLED = 512
 """About how many entries of larger parameters are looked at: training changes all of them."""
+HALF = torch.finfo(torch.float16).max
+"""What infinity counts as, which larger numbers become in half precision."""
 TOLERANCE = 1e-10
 """What sums in float64 may differ by, beside the sum of absolute values: their rounding is a thousandth of it."""
 
@@ -53,8 +55,8 @@ class Part:
         rounded = torch.stack(
             [flat, single.double(), half.double(), single.bfloat16().double(), half.bfloat16().double()]
         )
-        sums = torch.nan_to_num(rounded) @ weights
-        return cls(entries, (torch.nan_to_num(flat).abs() @ weights).item(), tuple(sums.tolist()))
+        rounded = torch.nan_to_num(rounded, 0.0, HALF, -HALF)
+        return cls(entries, (rounded[0].abs() @ weights).item(), tuple((rounded @ weights).tolist()))
 
     def same(self, other: Part) -> bool:
         """Whether these are the other's parameters, or either are the rounded form of the other."""

@@ -1,4 +1,4 @@
-"""How the modules of a network behave while it is trained."""
+"""Which modules of a network stay in evaluation mode while it is trained."""
 
 from __future__ import annotations
 
