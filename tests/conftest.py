@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import stochbn
 
+pytest.register_assert_rewrite("posterior_contract")
 torch.set_num_threads(1)
 settings.register_profile("stochbn", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("stochbn")
@@ -359,7 +360,7 @@ def make_posterior(
     variance_variance: Iterable[float] = (0.09, 0.0025, 4.0),
     dtype: torch.dtype = torch.float64,
     batch_size: int | None = 16,
-    skipped: tuple[str, ...] = (),
+    skipped: Mapping[str, str] | None = None,
 ) -> stochbn.Factorized:
     """A posterior with the given moments."""
     return stochbn.Factorized(
@@ -371,7 +372,7 @@ def make_posterior(
         batch_size=batch_size,
         mini_batches=7,
         dtype=dtype,
-        skipped=skipped,
+        skipped=skipped or {},
     )
 
 

@@ -165,15 +165,15 @@ def test_a_layer_called_twice_has_one_observation_per_call() -> None:
     assert rows["norm"].shape[0] == 6
     posterior = fit_factorized(model, batches, 8)
     assert posterior.mini_batches == 3
-    assert posterior.skipped == ()
+    assert not posterior.skipped
     assert_moments(posterior, rows)
 
 
 def test_a_layer_that_is_never_called_is_skipped() -> None:
     posterior = fit_factorized(settled(Unused(), 4), [normal(32, 4)], 8)
-    assert posterior.skipped == ("auxiliary",)
+    assert dict(posterior.skipped) == {"auxiliary": "not called"}
     assert list(posterior.layers) == ["norm"]
-    posterior.check(Unused())
+    posterior.check(Unused(), weights=False)
 
 
 def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
@@ -181,7 +181,7 @@ def test_a_frozen_layer_is_skipped_with_a_warning() -> None:
     batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
         posterior = fit_factorized(model, batches, 8)
-    assert posterior.skipped == ("1",)
+    assert dict(posterior.skipped) == {"1": "does not update its running statistics while training"}
     assert_moments(posterior, {"3": slow_statistics(model, batches)["3"]})
 
 
@@ -216,7 +216,7 @@ def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         posterior = fit_factorized(layer, [x, normal(16, 4, seed=1)], 16)
-    assert posterior.skipped == ()
+    assert not posterior.skipped
 
 
 @pytest.mark.parametrize("kind", ["factorized", "joint", "empirical"])
@@ -383,6 +383,208 @@ def test_data_is_left_as_it_was_by_a_network_that_writes_to_its_input() -> None:
     assert torch.equal(x, before)
 
 
+# Layers that are not drawn
+
+
+def three_norms() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5),
+        nn.BatchNorm1d(5), nn.Linear(5, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["factorized", "joint", "empirical"])
+@pytest.mark.parametrize(
+    "deterministic",
+    [["4"], iter(["4"]), {"4"}, ["[4-5]"], lambda name, layer: layer.num_features == 5 and name < "7"],
+)
+def test_deterministic_layers_keep_their_running_statistics_while_fitting_too(kind: str, deterministic: Any) -> None:
+    model: Any = settled(three_norms(), 4)
+    batches = [normal(32, 4, seed=i) for i in range(3)]
+    if not isinstance(deterministic, (list, set)) and not callable(deterministic):
+        deterministic = ["4"]  # an iterator is used up by the first kind
+    posterior = stochbn.fit(model, batches, 8, kind, deterministic=deterministic)
+    assert dict(posterior.skipped) == {"4": "deterministic"}
+    assert list(posterior.layers) == ["1", "7"]
+    # The slow loop, with a layer that is frozen by its running averages in place of the deterministic one.
+    parts = list(model)
+    norm = parts[4]
+    frozen = nn.Linear(5, 5)
+    with torch.no_grad():
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        frozen.weight.copy_(scale.diag())
+        frozen.bias.copy_(norm.bias - norm.running_mean * scale)
+    slow = nn.Sequential(*parts[:4], frozen, *parts[5:])
+    rows = slow_statistics(slow, [piece for batch in batches for piece in torch.split(batch, 8)])
+    wanted = torch.cat([found.mean(0) for found in rows.values()], 1)
+    tolerance = 0.3 if kind == "joint" else 1e-4  # its variances are lognormal
+    torch.testing.assert_close(posterior.expected[0], wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(posterior.expected[1], wanted[1], rtol=tolerance, atol=1e-5)
+    every = stochbn.fit(model, batches, 8, kind)
+    assert not torch.allclose(every.expected[0, -5:], posterior.expected[0, -5:], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "error", "message"),
+    [
+        ("1", TypeError, r"names or patterns of layers, such as \['head\.\*'\].*got '1'"),
+        (5, TypeError, "names or patterns of layers"),
+        (None, TypeError, "names or patterns of layers"),
+        ([1], TypeError, "names or patterns of layers, got 1 among them"),
+        (["1", "2"], ValueError, "has '2', which fits no batch-norm layer; they are '1', '4', '7'"),
+        (["head.*"], ValueError, r"has 'head\.\*', which fits no batch-norm layer"),
+        (["*"], ValueError, "every batch-norm layer of Sequential is deterministic"),
+        (lambda name, layer: True, ValueError, "every batch-norm layer of Sequential is deterministic"),
+    ],
+)
+def test_deterministic_layers_that_cannot_be_are_refused_before_any_data_is_read(
+    deterministic: Any, error: type[Exception], message: str
+) -> None:
+    def stream() -> Iterator[Tensor]:
+        raise AssertionError("data was read")
+        yield
+
+    with pytest.raises(error, match=message):
+        stochbn.fit(settled(three_norms(), 4), stream(), 8, deterministic=deterministic)
+
+
+def test_a_name_with_brackets_is_taken_as_it_is() -> None:
+    model = nn.ModuleDict({"a[0]": nn.BatchNorm1d(4), "a0": nn.BatchNorm1d(4)})
+    model.forward = lambda x: model["a0"](model["a[0]"](x))
+    posterior = stochbn.fit(model, [normal(64, 4)], deterministic=["a[0]"])
+    assert (list(posterior.layers), list(posterior.skipped)) == (["a0"], ["a[0]"])
+
+
+class NormEval(nn.BatchNorm1d):
+    def train(self, mode: bool = True) -> NormEval:
+        return super().train(False)
+
+
+def test_a_layer_that_train_leaves_in_evaluation_mode_is_skipped_and_works_as_in_training() -> None:
+    model = settled(three_norms(), 4)
+    frozen = three_norms()
+    frozen[4] = NormEval(5)
+    frozen.load_state_dict(model.state_dict())
+    batches = [normal(32, 4, seed=i) for i in range(3)]
+    found = fit_factorized(frozen, batches, 8)
+    assert dict(found.skipped) == {"4": "stays in evaluation mode"}
+    wanted = stochbn.fit(model, batches, 8, kind="factorized", deterministic=["4"])
+    assert torch.equal(found.expected, wanted.expected)
+    named = stochbn.fit(frozen, batches, 8, deterministic=["4"])
+    assert dict(named.skipped) == {"4": "deterministic"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_part_keeps_its_statistics_and_is_listed() -> None:
+    model = settled(three_norms(), 4)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    scripted = nn.Sequential(torch.jit.script(model[:3]), *model[3:]).eval()  # type: ignore[index]
+    batches = [normal(32, 4, seed=i) for i in range(3)]
+    found = fit_factorized(scripted, batches, 8)
+    assert dict(found.skipped) == {"0.1": "scripted"}
+    wanted = stochbn.fit(model, batches, 8, kind="factorized", deterministic=["1"])
+    torch.testing.assert_close(found.expected, wanted.expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in scripted.modules())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_network_has_the_posterior_of_the_bare_one(wrap: Any) -> None:
+    model = ByName()
+    settled(model.body, 4)
+    wrapped: Any = wrap(model, backend="eager") if wrap is torch.compile else wrap(model)
+    batches = [{"features": normal(16, 4, seed=i), "labels": torch.zeros(16)} for i in range(3)]
+    found, wanted = fit_factorized(wrapped, batches, 8), fit_factorized(model, batches, 8)
+    same(found, wanted)
+    found.check(model)
+    wanted.check(wrapped)
+    assert torch.equal(found.recentre(model).expected, wanted.recentre(wrapped).expected)
+
+
+# Statistics far from the running ones
+
+
+def trained(steps: int, momentum: float = 0.1) -> nn.Sequential:
+    """A network whose running statistics are those of `steps` mini-batches."""
+    model = three_norms()
+    for module in model:
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = momentum
+    with torch.no_grad():
+        for step in range(steps):
+            model.train()(3 * normal(32, 4, seed=1000 + step) + 1)
+    return model.eval()
+
+
+DATA = [3 * normal(64, 4, seed=i) + 1 for i in range(4)]
+
+
+def far(model: nn.Module) -> str:
+    """The warning of a fit, if there is one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stochbn.fit(model, DATA)
+    assert len(caught) <= 1
+    assert all(str(w.filename) == __file__ for w in caught), "the warning should point at the caller"
+    return str(caught[0].message) if caught else ""
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 20, 100])
+@pytest.mark.parametrize("momentum", [0.1, 0.01, None])
+def test_statistics_of_a_network_that_was_trained_as_usual_are_not_far(steps: int, momentum: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert not far(trained(steps, momentum))
+
+
+@pytest.mark.parametrize(("shift", "factor"), [(1.0, 1.0), (-0.8, 1.0), (0.0, 4.0), (0.0, 0.2)])
+def test_statistics_far_from_the_running_ones_are_told_by_layer_with_what_to_do(shift: float, factor: float) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = trained(100)
+    variance = model.get_buffer("4.running_var")
+    model.get_buffer("4.running_mean").add_(shift * variance.sqrt())
+    variance *= factor
+    told = far(model)
+    assert told.startswith("the statistics of '4' in these mini-batches are far from the running statistics")
+    assert "posterior.recentre(model)" in told
+    stochbn.fit(model, DATA, deterministic=["4"])
+
+
+def test_data_of_another_kind_is_told() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = trained(100)
+    with pytest.warns(UserWarning, match="'1'.*data is of another kind"):
+        stochbn.fit(model, [batch * 5 for batch in DATA])
+
+
+def test_running_statistics_that_are_not_finite_are_fitted_afresh_without_a_word() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = trained(100)
+    wanted = stochbn.fit(model, DATA)
+    model.get_buffer("4.running_var")[2] = float("nan")
+    found = stochbn.fit(model, DATA)
+    assert torch.equal(found.expected, wanted.expected)
+    assert not far(model)
+    with pytest.raises(ValueError, match="not finite"):
+        found.recentre(model)
+
+
+def test_the_global_generator_is_never_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who draws from it in another thread would draw the same numbers twice."""
+    model = CASES["BatchNorm2d"].model()
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the state of the generator was set")
+
+    monkeypatch.setattr(torch, "set_rng_state", refuse)
+    monkeypatch.setattr(torch.random, "set_rng_state", refuse)
+    stochbn.fit(model, [CASES["BatchNorm2d"].inputs(32)], 8)
+    stochbn.fit(nn.Sequential(nn.Dropout(0.5), model), [CASES["BatchNorm2d"].inputs(32)], 8)
+
+
 # All kinds
 
 
@@ -397,8 +599,10 @@ def test_every_kind_is_of_the_statistics_of_a_slow_loop(case: Case, kind: str) -
     assert found.layers == {name: r.shape[2] for name, r in rows.items()}
     assert (found.mini_batches, found.batch_size, found.dtype) == (5, 6, torch.float32)
     assert found.skipped == fit_factorized(model, incoming, 6).skipped
-    every = {name: r.view(5, -1, 2, r.shape[2]) for name, r in rows.items()}  # mini-batches, calls
-    taken = torch.cat([torch.stack([r[i, i % r.shape[1]] for i in range(5)]) for r in every.values()], 2)
+    every = torch.cat([r.view(5, -1, 2, r.shape[2]) for r in rows.values()], 3)  # mini-batches, calls
+    replayed = found if isinstance(found, stochbn.Empirical) else stochbn.fit(model, incoming, 6, kind="empirical")
+    calls = (every - replayed.statistics.double()[:, None]).abs().sum((2, 3)).argmin(1)
+    taken = every[torch.arange(5), calls]
     if isinstance(found, stochbn.Empirical):
         torch.testing.assert_close(found.statistics.double(), taken, rtol=1e-4, atol=1e-5)
     assert isinstance(found, (stochbn.Joint, stochbn.Empirical))
@@ -463,31 +667,28 @@ def test_statistics_that_layers_have_in_common_stay_so_only_in_the_joint_kinds()
                 assert least < torch.corrcoef(pair)[0, 1] < most, (kind, statistic)
 
 
-@pytest.mark.parametrize("kind", ["joint", "empirical"])
-def test_a_layer_that_is_called_twice_has_its_calls_taken_in_turn(kind: str) -> None:
+def test_a_layer_that_is_called_twice_has_one_call_of_each_mini_batch_taken_whatever_their_order() -> None:
     model = settled(Twice(), 4)
-    batches = [normal(8, 4, seed=i) for i in range(4)]
-    rows = slow_statistics(model, batches)["norm"].view(4, 2, 2, 4)
-    assert (rows[:, 0] - rows[:, 1]).abs().min() > 0
-    taken = torch.stack([rows[0, 0], rows[1, 1], rows[2, 0], rows[3, 1]])
-    posterior = stochbn.fit(model, batches, 8, kind)
-    assert posterior.mini_batches == 4
-    if isinstance(posterior, stochbn.Empirical):
-        torch.testing.assert_close(posterior.statistics.double(), taken, rtol=1e-4, atol=1e-5)
-    else:
-        assert isinstance(posterior, stochbn.Joint)
-        torch.testing.assert_close(posterior.expected, taken.mean(0), rtol=1e-4, atol=1e-5)
+    batches = [normal(8, 4, seed=i) for i in range(12)]
+    rows = slow_statistics(model, batches)["norm"].view(12, 2, 2, 4)
+    posterior = stochbn.fit(model, batches, 8, kind="empirical")
+    near = (rows - posterior.statistics[:, None]).abs().amax((2, 3)) < 1e-4
+    assert near.sum(1).tolist() == [1] * 12
+    assert near.any(0).all(), "now the first and now the second call"
+    other = stochbn.fit(model, batches[::-1], 8, kind="empirical")
+    assert torch.equal(other.statistics.flip(0), posterior.statistics)
+    torch.testing.assert_close(stochbn.fit(model, batches, 8).expected[0], posterior.expected[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["joint", "empirical"])
 def test_layers_without_statistics_are_skipped_by_every_kind(kind: str) -> None:
     posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8, kind)
-    assert posterior.skipped == ("auxiliary",)
+    assert list(posterior.skipped) == ["auxiliary"]
     assert list(posterior.layers) == ["norm"]
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
         posterior = stochbn.fit(model, [normal(32, 2, 6, 5)], 8, kind)
-    assert posterior.skipped == ("1",)
+    assert list(posterior.skipped) == ["1"]
     assert list(posterior.layers) == ["3"]
 
 

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from conftest import CASES, ChannelsLast, Frozen, FusedActivation, OwnForward, Twice, mlp
-from stochbn.network.layers import batch_norms, buffer_names, running_statistics
+from stochbn.network.layers import (
+    batch_norms,
+    buffer_names,
+    listed,
+    qualified_names,
+    running_statistics,
+    undrawable,
+    unwrap,
+)
 
 
 def test_every_kind_of_batch_norm_and_its_subclasses_are_found_in_registration_order() -> None:
@@ -86,3 +96,108 @@ def test_a_traced_network_is_refused() -> None:
     traced = torch.jit.trace(mlp().eval(), torch.zeros(2, 4))  # type: ignore[no-untyped-call]
     with pytest.raises(TypeError, match=r"scripted or traced network.*pass the original module"):
         batch_norms(traced)
+
+
+# Wrappers
+
+
+class ModelEma(nn.Module):
+    """As timm's: keeps a moving average of a network."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class FabricModule(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = nn.DataParallel(module)
+        self._original_module = module
+
+
+FabricModule.__name__ = "_FabricModule"
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    out: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
+    return out
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": compiled,
+    "DataParallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "moving average": ModelEma,
+    "Fabric": FabricModule,
+    "several": lambda m: compiled(nn.DataParallel(compiled(m))),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_is_taken_off_and_changes_no_name(wrapper: str) -> None:
+    model = mlp()
+    wrapped = WRAPPERS[wrapper](model)
+    bare = unwrap(wrapped)
+    assert unwrap(model) is model
+    assert type(bare) is nn.Sequential
+    assert list(batch_norms(wrapped)) == list(batch_norms(model)) == ["1", "4"]
+    assert list(batch_norms(wrapped).values()) == list(batch_norms(bare).values())
+    state = wrapped.state_dict()
+    for name, place in qualified_names(wrapped).items():
+        assert state[buffer_names(place)[0]].data_ptr() == batch_norms(bare)[name].running_mean.data_ptr()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_parts_change_no_name(wrapper: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.ModuleDict({"body": WRAPPERS[wrapper](mlp())}), nn.BatchNorm1d(3))
+    assert list(batch_norms(model)) == ["0", "1.body.1", "1.body.4", "2"]
+    assert list(qualified_names(model)) == list(batch_norms(model))
+    state = model.state_dict()
+    for name, place in qualified_names(model).items():
+        layer = batch_norms(model)[name]
+        assert state[buffer_names(place)[1]].data_ptr() == running_statistics(layer)[1].data_ptr()
+
+
+def test_a_networks_own_part_called_module_keeps_its_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.module(x).softmax(1)
+            return out
+
+    model = Own()
+    assert unwrap(model) is model
+    assert list(batch_norms(model)) == ["module.1", "module.4"]
+    assert qualified_names(model) == {name: name for name in batch_norms(model)}
+
+
+# Layers that cannot be drawn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_that_cannot_be_drawn_are_told_with_the_reason() -> None:
+    scripted = torch.jit.script(mlp())
+    model = nn.Sequential(FrozenBatchNorm2d(4), compiled(nn.Sequential(scripted)), nn.BatchNorm1d(3), nn.LayerNorm(3))
+    assert undrawable(model) == {"0": "FrozenBatchNorm", "1.0.1": "scripted", "1.0.4": "scripted"}
+    assert undrawable(compiled(model)) == undrawable(model)
+    assert list(batch_norms(model)) == ["2"]
+    assert undrawable(mlp()) == {}
+    with pytest.raises(ValueError, match=r"no batch-norm layers.*its layer '0' cannot be drawn: FrozenBatchNorm"):
+        batch_norms(model[:2])
+
+
+def test_names_are_listed_up_to_some() -> None:
+    assert listed(["a", "b"]) == "'a', 'b'"
+    assert listed(map(str, range(7))) == "'0', '1', '2', '3', '4' and 2 more"

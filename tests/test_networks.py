@@ -300,7 +300,7 @@ def test_networks_give_logits_and_work_with_sbn(name: str, arguments: dict[str, 
     assert model(x).shape == (6, arguments["classes"])
     posterior = stochbn.fit(model, [normal(16, *shape, seed=1)], batch_size=4)
     assert list(posterior.layers) == list(batch_norms(model))
-    assert posterior.skipped == ()
+    assert not posterior.skipped
     prediction = stochbn.Predictive(model, posterior, draws=3)(x)
     assert prediction.probs.shape == (6, arguments["classes"])
     assert (prediction.mutual_information > 0).any()

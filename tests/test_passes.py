@@ -373,7 +373,7 @@ def test_quasi_random_draws_are_worth_more_than_is_claimed(kind: str) -> None:
     model.eval()
     truth = mean(2000, 99, False)
     error = {q: sum((mean(12, seed, q) - truth).square().mean() for seed in range(20)) for q in (False, True)}
-    assert error[False] > posterior.worth * error[True]
+    assert error[False] > posterior.quasi_gain * error[True]
 
 
 def test_pairs_of_quasi_random_draws_are_opposite() -> None:

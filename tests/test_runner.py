@@ -317,7 +317,7 @@ def test_the_hidden_linear_layer_of_lenet5_keeps_its_running_statistics_if_the_r
         model = checkpoints.load(folder / name / "network.safetensors").model
         fitted.check(model)
         assert isinstance(model.get_submodule(hidden), nn.BatchNorm1d)
-        assert fitted.skipped == (hidden,)
+        assert list(fitted.skipped) == [hidden]
         assert list(fitted.layers) == [layer for layer in all_drawn.layers if layer != hidden]
         assert isinstance(fitted, stochbn.Factorized)
         assert isinstance(all_drawn, stochbn.Factorized)

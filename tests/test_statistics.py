@@ -27,12 +27,12 @@ from conftest import (
     settled,
     slow_statistics,
 )
-from stochbn.statistics import Moments, Sample, mini_batches, observer
+from stochbn.statistics import Moments, Observer, mini_batches
 
 
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
-    observe = observer(model)
+    observe = Observer(model)
     for batch in batches:
         for name, found in observe(batch).items():
             rows.setdefault(name, []).append(found)
@@ -338,7 +338,7 @@ def test_a_second_round_of_observations_is_the_same_as_the_first() -> None:
 
 def test_the_stream_of_observations_does_not_alias_the_next_one() -> None:
     model = settled(mlp(), 4)
-    observe = observer(model)
+    observe = Observer(model)
     first = observe(normal(8, 4))
     kept = {name: rows.clone() for name, rows in first.items()}
     observe(normal(8, 4, seed=1) * 3)
@@ -387,7 +387,7 @@ def test_convolutions_are_observed_in_channels_last_layout_where_that_gives_the_
         torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
 
 
-def test_the_try_of_another_layout_takes_no_random_numbers() -> None:
+def test_another_layout_is_not_tried_where_it_would_take_other_random_numbers() -> None:
     model, batches = Layouts(view=False, dropout=0.5), [normal(12, 2, 6, 6, seed=i) for i in range(3)]
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -395,84 +395,114 @@ def test_the_try_of_another_layout_takes_no_random_numbers() -> None:
         torch.manual_seed(11)
         wanted = slow_statistics(model, batches)
         assert torch.equal(torch.get_rng_state(), after)
-    # Masks are laid out like the activations, so the other layout gives other statistics and is not taken.
+    assert not any(model.seen), "masks are laid out like the activations, so the other layout gives other statistics"
     for name, rows in wanted.items():
         torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
 
 
-# Samples
+# Layers that normalise a part of their input
 
 
-def marked(number: int, layers: dict[str, int] | None = None, calls: int = 1) -> dict[str, Tensor]:
-    """The observation of a mini-batch, with its number in all places, plus a tenth for each call."""
-    layers = layers or {"a": 1, "b": 2}
-    values = torch.arange(calls, dtype=torch.float64) / 10 + number
-    return {name: values.view(-1, 1, 1).expand(-1, 2, channels).clone() for name, channels in layers.items()}
+class Split(nn.BatchNorm2d):
+    """As timm's SplitBatchNorm2d: in training a layer of its own for every part of the mini-batch."""
+
+    def __init__(self, channels: int, parts: int = 2) -> None:
+        super().__init__(channels)
+        self.others = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(parts - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        first, *rest = x.chunk(1 + len(self.others))
+        return torch.cat([super().forward(first), *(norm(part) for norm, part in zip(self.others, rest, strict=True))])
 
 
-def sampled(most: int, count: int) -> list[int]:
-    sample = Sample(most)
-    for number in range(count):
-        sample.add(marked(number))
-    rows = sample.statistics()
-    assert rows.shape == (min(most, count), 2, 3)
-    assert rows.dtype == torch.float32
-    assert sample.layers == {"a": 1, "b": 2}
-    assert sample.seen == count
-    assert (rows == rows[:, :1, :1]).all(), "all of a row is of one mini-batch"
-    return [int(row[0, 0]) for row in rows]
+class Masked(nn.BatchNorm1d):
+    """Normalises only objects with a first feature above 0: of another number in every mini-batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        out[x[:, 0] > 0] = super().forward(x[x[:, 0] > 0])
+        return out
 
 
-@given(most=st.integers(2, 12), count=st.integers(1, 40))
-def test_a_sample_has_different_mini_batches_and_all_if_they_fit(most: int, count: int) -> None:
-    found = sampled(most, count)
-    assert len(set(found)) == len(found) == min(most, count)
-    assert set(found) <= set(range(count))
-    if count <= most:
-        assert found == list(range(count))
-    assert sampled(most, count) == found, "the same mini-batches give the same sample"
+class Ghost(nn.BatchNorm1d):
+    """Normalises groups of four objects, one after another; its averages follow the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Ghost, self).forward(part) for part in torch.split(x, 4)]) if self.training else x
 
 
-def test_every_mini_batch_is_as_likely_to_be_in_a_sample_and_every_pair_too() -> None:
-    """Chi squared over samples with generators of their own, at a level of about 1e-4."""
-    most, count, times = 3, 8, 3000
-    source = torch.Generator().manual_seed(1)
-    singles, pairs = torch.zeros(count), torch.zeros(count, count)
-    for _ in range(times):
-        sample = Sample(most)
-        sample._generator = source
-        for number in range(count):
-            sample.add(marked(number, {"a": 1}))
-        chosen = torch.zeros(count)
-        chosen[sample.statistics()[:, 0, 0].long()] = 1
-        singles += chosen
-        pairs += chosen[:, None] * chosen
-    p = most / count
-    statistic = ((singles - times * p).square() / (times * p * (1 - p))).sum() * (count - 1) / count
-    assert statistic < 29.9, "7 degrees of freedom"
-    p = most * (most - 1) / count / (count - 1)
-    upper = pairs[torch.triu(torch.ones(count, count), 1) > 0]
-    assert ((upper - times * p).abs() < 4.5 * (times * p * (1 - p)) ** 0.5).all()
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_layer_that_normalises_a_part_of_the_mini_batch_has_the_variance_of_that_part(parts: int) -> None:
+    model = nn.Sequential(Split(2, parts), nn.Conv2d(2, 3, 1))
+    batches = [2 * normal(12, 2, 1, 2, seed=i) + 1 for i in range(3)]
+    found = observed(model, batches)
+    names = ["0", *(f"0.others.{i}" for i in range(parts - 1))]
+    assert found.keys() == set(names)
+    for place, name in enumerate(names):
+        part = torch.stack([torch.chunk(b, parts)[place].double().transpose(0, 1).flatten(1) for b in batches])
+        wanted = torch.stack([part.mean(2), part.var(2, correction=0)], 1)
+        assert found[name].shape == (3, 2, 2), "one observation for each mini-batch, also of the first"
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_long_stream_is_sampled_from_all_its_parts() -> None:
-    found = torch.tensor(sampled(200, 2000), dtype=torch.float64)
-    counts = torch.histc(found, 4, 0, 2000)
-    assert (((counts - 50).square()) / 50).sum() < 22, "chi squared with 3 degrees of freedom, at 1e-4"
+@pytest.mark.parametrize("cls", [Masked, Ghost])
+def test_the_part_that_is_normalised_may_be_another_each_time(cls: type[nn.BatchNorm1d]) -> None:
+    batches = [2 * normal(n, 3, seed=n) + 1 for n in (8, 14, 23)]
+    found = observed(nn.Sequential(cls(3), nn.Linear(3, 2)), batches)["0"]
+    for rows, batch in zip(found, batches, strict=True):
+        part = (batch[batch[:, 0] > 0] if cls is Masked else torch.split(batch, 4)[-1]).double()
+        torch.testing.assert_close(rows[0], part.mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows[1], part.var(0, correction=0), rtol=1e-5, atol=1e-5)
 
 
-def test_the_calls_of_a_layer_are_taken_in_turn() -> None:
-    sample = Sample(10)
-    for number in range(6):
-        sample.add({**marked(number, {"once": 1}), **marked(number, {"thrice": 2}, calls=3)})
-    wanted = torch.tensor([0.0, 1.1, 2.2, 3.0, 4.1, 5.2])
-    assert torch.equal(sample.statistics()[:, 0, 0], torch.arange(6.0))
-    torch.testing.assert_close(sample.statistics()[:, 1, 2], wanted)
+# Layers in evaluation mode
 
 
-@pytest.mark.parametrize("second", [{"a": 1}, {"a": 1, "b": 2, "c": 1}, {}])
-def test_a_sample_refuses_mini_batches_of_other_layers(second: dict[str, int]) -> None:
-    sample = Sample(10)
-    sample.add(marked(0))
-    with pytest.raises(ValueError, match=r"layer '[abc]' was called for some mini-batches and not for others"):
-        sample.add(marked(1, second) if second else {})
+def test_modules_in_evaluation_mode_are_not_observed_and_work_with_their_running_statistics() -> None:
+    model = settled(convnet(), 2, 6, 5)
+    batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
+    observe = Observer(model, [model.get_submodule("1")])
+    found = [observe(batch) for batch in batches]
+    assert [list(one) for one in found] == [["4"]] * 3
+    assert observe.frozen == []
+    hidden = [model[3](model[2](model[1](model[0](batch)))) for batch in batches]  # type: ignore[index]
+    for one, out in zip(found, hidden, strict=True):
+        rows = out.detach().double().transpose(0, 1).flatten(1)
+        torch.testing.assert_close(one["4"][0], torch.stack([rows.mean(1), rows.var(1, correction=0)]), rtol=1e-4,
+                                   atol=1e-5)  # fmt: skip
+
+
+def test_frozen_layers_are_named() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
+    observe = Observer(model)
+    with pytest.warns(UserWarning, match="'1' does not update"):
+        observe(normal(8, 2, 6, 5))
+    assert observe.frozen == ["1"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_running_statistics_that_are_not_finite_do_not_matter(bad: float) -> None:
+    model = settled(mlp(), 4)
+    batches = [normal(8, 4, seed=i) for i in range(2)]
+    wanted = observed(model, batches)
+    model.get_buffer("1.running_mean")[2] = bad
+    model.get_buffer("4.running_var")[:] = bad
+    found = observed(model, batches)
+    assert all(torch.equal(rows, wanted[name]) for name, rows in found.items())
+    assert not model.get_buffer("1.running_mean")[2].isfinite()
+
+
+def test_compiled_parts_are_observed() -> None:
+    model = settled(mlp(), 4)
+    batches = [normal(8, 4, seed=i) for i in range(2)]
+    wanted = observed(model, batches)
+    assert isinstance(model, nn.Sequential)
+    first: Any = torch.compile(model[:3], backend="eager")
+    parts = nn.Sequential(first, *list(model)[3:])
+    parts(batches[0])  # compiled before there were hooks
+    found = observed(parts, batches)
+    assert [rows.shape for rows in found.values()] == [rows.shape for rows in wanted.values()]
+    for rows, other in zip(found.values(), wanted.values(), strict=True):
+        torch.testing.assert_close(rows, other)

@@ -17,7 +17,16 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["check_file", "check_folder", "read_tensors", "write", "write_bytes", "write_json", "write_tensors"]
+__all__ = [
+    "check_file",
+    "check_folder",
+    "read_tensors",
+    "read_versions",
+    "write",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]
 
 LONGEST_HEADER = 2**24
 """Bytes of a safetensors header that are read, at most: that of 100,000 tensors is shorter."""
@@ -151,6 +160,16 @@ def read_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, T
         FileNotFoundError: there is no such file, or it is none: a folder, a pipe or a device.
         ValueError: it is truncated or corrupt, of another kind, or of a version that this release does not read.
     """
+    tensors, about, _ = read_versions(path, format)
+    return tensors, about
+
+
+def read_versions(path: str | os.PathLike[str], *formats: str) -> tuple[dict[str, Tensor], Any, str]:
+    """As `read_tensors`, of a file in any of some versions of a format, the newest first; and which one it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`.
+    """
     path = Path(path)
     if not path.is_file():
         other = "; there is a folder, a pipe or a device" if path.exists() else ""
@@ -161,19 +180,20 @@ def read_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, T
         metadata: dict[str, str] = header.get("__metadata__") or {}
     except Exception as error:  # the reader raises errors of many kinds for types and shapes that it does not know
         raise _broken(path, error) from error
-    name, _, version = format.partition("/")
-    found, _, found_version = metadata.get("format", "").partition("/")
+    format = metadata.get("format", "")
+    name, (found, _, version) = formats[0].partition("/")[0], format.partition("/")
     if found != name:
         raise ValueError(f"{str(path)!r} is a safetensors file, but not a {name} file (its format is {found!r:.60})")
-    if found_version != version:
+    if format not in formats:
+        known = " and ".join(repr(one.partition("/")[2]) for one in formats)
         raise ValueError(
-            f"{str(path)!r} is a {name} file of version {found_version!r:.60}, this release of stochbn reads version "
-            f"{version!r}; install the release that wrote it, or write it again"
+            f"{str(path)!r} is a {name} file of version {version!r:.60}, this release of stochbn reads version "
+            f"{known}; install the release that wrote it, or write it again"
         )
     if _checksum(tensors, metadata.get("about", "")) != metadata.get("sha256"):
         raise ValueError(f"{str(path)!r} is corrupt: its checksum does not match its contents; get a fresh copy")
     try:
-        return tensors, json.loads(metadata["about"])
+        return tensors, json.loads(metadata["about"]), format
     except (KeyError, ValueError, RecursionError) as error:
         reason = "there is none" if isinstance(error, KeyError) else f"{error!s:.200}"
         raise ValueError(f"{str(path)!r} has no description that can be read: {reason}") from error

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal, overload
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Literal, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.calling import Batch
-from stochbn.network.layers import batch_norms, running_statistics
+from stochbn.network.evaluation import kept_in_evaluation
+from stochbn.network.fingerprint import Fingerprint
+from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable, unwrap
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
-from stochbn.statistics import Moments, Sample, mini_batches, observer
+from stochbn.statistics import Observer, mini_batches
 
 __all__ = ["fit"]
+
+Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
+"""Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
+SHIFT = 0.5
+"""From which mean shift of channels, in running standard deviations, the centre of a layer is far."""
+RATIO = 1.0
+"""From which mean of the absolute logarithm of the variances' ratio it is: a factor of e."""
 
 
 @overload
@@ -22,6 +36,7 @@ def fit(
     batch_size: int | None = 16,
     kind: Literal["joint"] = "joint",
     *,
+    deterministic: Chosen = (),
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Joint: ...
@@ -34,6 +49,7 @@ def fit(
     batch_size: int | None = 16,
     *,
     kind: Literal["factorized"],
+    deterministic: Chosen = (),
 ) -> Factorized: ...
 
 
@@ -44,6 +60,7 @@ def fit(
     batch_size: int | None = 16,
     *,
     kind: Literal["empirical"],
+    deterministic: Chosen = (),
     max_batches: int = 512,
 ) -> Empirical: ...
 
@@ -55,6 +72,7 @@ def fit(
     batch_size: int | None = 16,
     kind: str = "joint",
     *,
+    deterministic: Chosen = (),
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior: ...
@@ -66,14 +84,16 @@ def fit(
     batch_size: int | None = 16,
     kind: str = "joint",
     *,
+    deterministic: Chosen = (),
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior:
     """Fit a distribution over the batch-norm statistics of a trained network, in one pass over its training data.
 
     The network ends exactly as it began. While a mini-batch passes, all of it is in training mode, also layers that
-    were set to ``eval()`` on their own, so dropout, if it has any, is on and draws from PyTorch's global generator, as
-    when the network was trained. Memory does not grow with the amount of data.
+    were set to ``eval()`` on their own, but for those that their own ``train()`` leaves in evaluation mode. So dropout,
+    if it has any, is on and draws from PyTorch's global generator, as when the network was trained. Memory does not
+    grow with the amount of data.
 
     Args:
         model: a trained network with batch-norm layers.
@@ -86,21 +106,27 @@ def fit(
         kind: ``"joint"``, a Gaussian with the covariance of all layers' statistics; ``"empirical"``, the observed
             statistics themselves, replayed (Teye et al., 2018); or ``"factorized"``, the paper's Stochastic Batch
             Normalization, independent for every channel. Why joint is the default: docs/posteriors.md.
+        deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
+            behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
+            name and layer.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
-            sample of all. Each takes 8 bytes for every channel (512 of them 109 MB for a ResNet-50), and the time to
-            make a joint posterior grows with their square, from some thousands on with their cube.
+            sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
+            for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
+            with their cube.
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
 
     Returns:
-        The posterior. A layer that is called several times in one forward pass gives one observation per call;
-        one that is never called, or cannot update its running averages, keeps them and is listed in ``skipped``.
+        The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
+        that keep their running averages are listed in ``skipped``, with the reason: those left out, those that are
+        never called or cannot update them, and those that stay in evaluation mode. A warning names layers whose
+        statistics are far from their running ones.
 
     Raises:
         TypeError: an argument is of the wrong type, or the batches are of none of the types above.
         ValueError: the network has no batch norm, or one without running statistics; there are no batches, or none of
             at least `batch_size` objects; a layer saw non-finite activations, or (but for the kind factorized) was not
-            called for all mini-batches; an unknown `kind`.
+            called for all mini-batches; an unknown `kind`; `deterministic` fits no layer, or all of them.
 
     Source: Atanov et al., 2018, section 3 (one-pass moments in place of the exponential smoothing).
     """
@@ -113,36 +139,104 @@ def fit(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    layers = batch_norms(model)
-    moments: dict[str, Moments] = {}
-    sample = Sample(max_batches)
-    seen = 0
-    observe = observer(model)
-    for inputs in mini_batches(model, batches, batch_size):
-        found = observe(inputs)
-        observation = {name: found[name] for name in layers if name in found}
-        if kind == "factorized":
-            for name, rows in observation.items():
-                new = Moments.of(rows)
-                moments[name] = moments[name].merge(new) if name in moments else new
-        else:
-            sample.add(observation)
-        seen += 1
-    observed = [name for name in layers if name in moments or name in sample.layers]
+    network = unwrap(model)
+    layers = batch_norms(network)
+    chosen = _chosen(layers, deterministic)
+    kept = kept_in_evaluation(network)
+    skipped = undrawable(network)
+    skipped |= {name: "stays in evaluation mode" for name, layer in layers.items() if layer in kept}
+    skipped |= dict.fromkeys(chosen, "deterministic")
+    if layers.keys() <= skipped.keys():
+        raise ValueError(
+            f"every batch-norm layer of {type(network).__name__} is deterministic or stays in evaluation mode, so "
+            "there are no statistics to draw; leave out fewer of them"
+        )
+    fingerprint = Fingerprint.of(network)
+    uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
+    accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
+    observe = Observer(network, kept | {layers[name] for name in chosen})
+    for inputs in mini_batches(network, batches, batch_size):
+        accumulator.update({**uncalled, **observe(inputs)})
+    observed = accumulator.layers
     if not observed:
         raise ValueError(
             "no batch-norm layer saw mini-batch statistics: none was called, or all are frozen (they do not update "
             "their running statistics in training mode)"
         )
-    about: dict[str, Any] = {
-        "batch_size": batch_size,
-        "mini_batches": seen,
-        "dtype": running_statistics(layers[observed[0]])[0].dtype,
-        "skipped": tuple(name for name in layers if name not in observed),
-    }
-    if kind == "factorized":
-        return Factorized.from_moments({name: moments[name] for name in observed}, **about)
-    about["layers"] = sample.layers
-    if kind == "empirical":
-        return Empirical.from_statistics(sample.statistics(), **about)
-    return Joint.from_statistics(sample.statistics(), directions, **about)
+    skipped |= dict.fromkeys(observe.frozen, "does not update its running statistics while training")
+    skipped |= dict.fromkeys((name for name in layers if name not in observed and name not in skipped), "not called")
+    if accumulator.seen == 1:
+        warnings.warn(
+            "only one mini-batch was observed, so the statistics have no spread and every draw is the same; "
+            "pass more data or a smaller batch_size",
+            stacklevel=2,
+        )
+    posterior: Posterior = accumulator.posterior(
+        batch_size=batch_size,
+        dtype=running_statistics(layers[next(iter(observed))])[0].dtype,
+        skipped=skipped,
+        fingerprint=fingerprint,
+    )
+    if far := _far(posterior, layers):
+        warnings.warn(
+            f"the statistics of {listed(far)} in these mini-batches are far from the running statistics that the "
+            "network works with, as when they were frozen in training or the data is of another kind; for noise about "
+            "the running statistics use posterior.recentre(model), or pass these layers as deterministic",
+            stacklevel=2,
+        )
+    return posterior
+
+
+def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str]:
+    """The layers that a user wants to keep their running statistics.
+
+    Raises:
+        TypeError: it is no iterable of names, nor a function.
+        ValueError: a name or pattern fits no layer.
+    """
+    if callable(deterministic):
+        return [name for name, layer in layers.items() if deterministic(name, layer)]
+    if isinstance(deterministic, str) or not isinstance(deterministic, Iterable):
+        raise TypeError(
+            "deterministic must be names or patterns of layers, such as ['head.*'], or a function of name and layer, "
+            f"got {deterministic!r:.60}"
+        )
+    chosen: set[str] = set()
+    for pattern in deterministic:
+        if not isinstance(pattern, str):
+            raise TypeError(f"deterministic must be names or patterns of layers, got {pattern!r:.60} among them")
+        fitting = {pattern} & layers.keys() or {name for name in layers if fnmatchcase(name, pattern)}
+        if not fitting:
+            raise ValueError(
+                f"deterministic has {pattern!r:.60}, which fits no batch-norm layer; they are {listed(layers)}"
+            )
+        chosen |= fitting
+    return [name for name in layers if name in chosen]
+
+
+def _far(posterior: Posterior, layers: Mapping[str, _BatchNorm]) -> list[str]:
+    """The layers whose expected statistics are far from their running ones.
+
+    After few steps of training, running statistics still are in part what they began as, a mean of 0 and a variance
+    of 1. Those are not far, though they differ. Nor are running statistics that are not finite: they say nothing.
+    """
+    far = []
+    parts = torch.split(posterior.expected, list(posterior.layers.values()), dim=1)
+    for name, expected in zip(posterior.layers, parts, strict=True):
+        layer = layers[name]
+        running = torch.stack(running_statistics(layer)).detach().cpu().double()
+        begun = torch.zeros_like(expected)
+        begun[1] = 1
+        steps = math.inf if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        left = float(steps == 0) if layer.momentum is None else (1 - layer.momentum) ** steps
+        if all(_apart(centre, running, layer.eps) for centre in (expected, expected.lerp(begun, left))):
+            far.append(name)
+    return far
+
+
+def _apart(centre: Tensor, running: Tensor, eps: float) -> bool:
+    """Whether means and variances ``[2, C]`` are far from running ones."""
+    scale = running[1] + eps
+    shift = (centre[0] - running[0]).abs() / scale.sqrt()
+    ratio = ((centre[1] + eps) / scale).log().abs()
+    return bool(shift.mean() > SHIFT or ratio.mean() > RATIO)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from stochbn.network.calling import (
     Batch,
@@ -22,12 +24,9 @@ from stochbn.network.calling import (
     network_input,
     split,
 )
-from stochbn.network.layers import batch_norms, running_statistics
+from stochbn.network.layers import batch_norms, buffer_names, qualified_names, running_statistics
 
-__all__ = ["Moments", "Sample", "mini_batches", "observer"]
-
-Observation = dict[str, Tensor]
-"""For every layer that was called, ``[calls, 2, C]``: mean and biased variance at each call, float64."""
+__all__ = ["Moments", "Observer", "mini_batches"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Moments:
     def of(cls, observations: Tensor) -> Moments:
         """The moments over the first axis of ``[n, ...]``."""
         observations = observations.double()
-        mean = observations.mean(0)
+        mean = observations.sum(0) / max(len(observations), 1)
         return cls(len(observations), mean, (observations - mean).square().sum(0))
 
     def merge(self, other: Moments) -> Moments:
@@ -51,6 +50,8 @@ class Moments:
         The parallel update of Chan, Golub and LeVeque (1983): it serves to add a mini-batch and to join processes.
         """
         count = self.count + other.count
+        if not count:
+            return self
         delta = other.mean - self.mean
         return Moments(
             count,
@@ -62,48 +63,6 @@ class Moments:
     def variance(self) -> Tensor:
         """The unbiased variance of the observations; 0 for a single one."""
         return self.squares / max(self.count - 1, 1)
-
-
-class Sample:
-    """A uniformly random sample of the mini-batches that were added, at most `most` of them, in bounded memory.
-
-    It is reservoir sampling (Vitter, 1985) with a generator of its own: the same mini-batches give the same sample.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.seen = 0
-        self.rows: list[Tensor] = []
-        self.layers: dict[str, int] = {}
-        self._generator = torch.Generator().manual_seed(0)
-
-    def add(self, observation: Observation) -> None:
-        """Add a mini-batch's statistics.
-
-        A layer that is called several times in a forward pass has one of its calls taken, each in turn.
-
-        Raises:
-            ValueError: layers were called that were not called before, or the other way round.
-        """
-        layers = {name: calls.shape[2] for name, calls in observation.items()}
-        if self.seen and layers.keys() != self.layers.keys():
-            odd = min(layers.keys() ^ self.layers.keys())
-            raise ValueError(
-                f"batch-norm layer {odd!r} was called for some mini-batches and not for others, so there are no joint "
-                'statistics; use kind="factorized"'
-            )
-        self.layers = self.layers or layers
-        place = self.seen
-        if self.seen >= self.most:
-            place = int(torch.randint(self.seen + 1, (), generator=self._generator))
-        if place < self.most:
-            calls = [observation[name][self.seen % len(observation[name])] for name in self.layers]
-            self.rows[place : place + 1] = [torch.cat(calls, 1).float()] if calls else []
-        self.seen += 1
-
-    def statistics(self) -> Tensor:
-        """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
-        return torch.stack(self.rows)
 
 
 def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | None) -> Iterator[Any]:
@@ -145,16 +104,16 @@ def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | N
         )
 
 
-def observer(model: nn.Module) -> Callable[[Any], Observation]:
-    """A function that sends one mini-batch through the network and returns the statistics its batch norms saw.
+class Observer:
+    """Sends one mini-batch after another through a network and returns the statistics that its batch norms saw.
 
-    For this one forward pass the whole network is in training mode, so that every batch norm normalises by its
+    For a forward pass the network is in training mode, so that every batch norm normalises by its
     mini-batch and deeper layers see batch-normalised inputs (and dropout, if any, is on, as when the running averages
     were made). It runs on copies of its buffers, in which each layer is told (by a momentum of 1) to replace its
     running averages by the statistics of the mini-batch, and these are read from there: they are what the layer itself
     computed, whatever the layout of its input. The variance is taken to be stored as PyTorch does, with Bessel's
-    correction, which is undone. A layer whose averages do not follow its momentum has the statistics of its input
-    observed instead.
+    correction for as many values as the layer normalised, which is undone. A layer whose averages do not follow its
+    momentum has the statistics of its input observed instead.
 
     After each call, also one that raised, modes, momentum and hooks are as before; the network's own running averages,
     ``num_batches_tracked`` and all other buffers were never touched, and no gradients are made.
@@ -164,83 +123,138 @@ def observer(model: nn.Module) -> Callable[[Any], Observation]:
     is left out, with a warning.
 
     On a CPU the weights of convolutions are brought to channels-last layout, which is faster, if the statistics of the
-    first mini-batch are the same to rounding as without; that takes one more pass over it.
+    first mini-batch are the same to rounding as without; that takes one more pass over it. It is not tried where the
+    first pass took random numbers, which a second one would take anew.
+
+    Args:
+        model: the network to run, without wrappers.
+        evaluation: modules that are in evaluation mode meanwhile; batch norms among them are not observed.
+
+    Attributes:
+        frozen: the layers that were called and do not update their running averages in training mode.
 
     Raises:
-        TypeError, ValueError: as `batch_norms`; and from the function ValueError for non-finite activations, or for a
+        TypeError, ValueError: as `batch_norms`; and from a call ValueError for non-finite activations, or for a
             layer with averages of its own making and channels elsewhere than on axis 1.
     """
-    layers = batch_norms(model)
-    tensors = copied_buffers(model)
-    sources: dict[str, str] = {}
-    calls: dict[str, list[tuple[Tensor, float]]] = {}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name not in sources:
-                sources[name] = _source(layer, args, kwargs)
-                if sources[name] == "frozen":
-                    warnings.warn(
-                        f"batch-norm layer {name!r} does not update its running statistics in training mode; "
-                        "it is left at its running averages",
-                        stacklevel=2,
-                    )
-            if sources[name] == "frozen":
-                return
-            mean, var = running_statistics(layer)
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            values = x.numel() // mean.numel()
-            factor = (values - 1) / values
-            if sources[name] == "input":
-                if x.ndim < 2 or x.shape[1] != len(mean):
-                    raise ValueError(
-                        f"batch-norm layer {name!r} ({type(layer).__name__}) updates its running averages in a way of "
-                        f"its own and takes inputs of shape {list(x.shape)}, so its statistics cannot be observed; "
-                        "expected averages that follow the layer's momentum, or channels on axis 1"
-                    )
-                var, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
-                factor = 1.0
-            calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
+    def __init__(self, model: nn.Module, evaluation: Collection[nn.Module] = ()) -> None:
+        self.model = model
+        self.evaluation = set(evaluation)
+        self.layers = {name: layer for name, layer in batch_norms(model).items() if layer not in self.evaluation}
+        self.frozen: list[str] = []
+        self._tensors = _own_buffers(model)
+        places = qualified_names(model)
+        for name in self.layers:
+            for buffer in buffer_names(places[name]):  # what is not finite would stay so: 0 times NaN is NaN
+                self._tensors[buffer].nan_to_num_(1.0, 1.0, 1.0)
+        self._sources: dict[str, str] = {}
+        self._calls: dict[str, list[tuple[Tensor, float]]] = {}
+        self._counted = _Counted()
+        self._partial = False
+        self._asking = False
+        self._first = True
 
-        return record
+    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+        """The statistics of one mini-batch: for every layer that was called ``[calls, 2, C]``, float64.
 
-    def passed(tensors: dict[str, Tensor], inputs: Any) -> Observation:
-        calls.clear()
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(modes(model, lambda module: True))
-            for name, layer in layers.items():
-                stack.callback(setattr, layer, "momentum", layer.momentum)
-                layer.momentum = 1.0
-                stack.callback(layer.register_forward_hook(recorder(name), with_kwargs=True).remove)
-            call(model, tensors, inputs)
-        return _collect(calls)
-
-    first = True
-
-    def observe(inputs: Any) -> Observation:
-        nonlocal tensors, first
-        if not first:
-            return passed(tensors, inputs)
-        first = False
-        state = torch.get_rng_state()
-        found = passed(tensors, inputs)
-        weights = channels_last_weights(model)
-        if weights and all(weight.device.type == "cpu" for weight in weights.values()):
-            after = torch.get_rng_state()
-            torch.set_rng_state(state)
+        They are the mean and the biased variance at each call.
+        """
+        if not self._first:
+            return self._passed(self._tensors, inputs)
+        self._first = False
+        before = torch.get_rng_state()
+        observation = self._passed(self._tensors, inputs)
+        weights = channels_last_weights(self.model)
+        on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+        if weights and on_cpu and torch.equal(before, torch.get_rng_state()):
             try:
-                if _agree(found, passed(tensors | weights, inputs)):
-                    tensors = tensors | weights
+                if _agree(observation, self._passed(self._tensors | weights, inputs)):
+                    self._tensors |= weights
             except (RuntimeError, ValueError):  # such as from view() on a tensor in channels-last layout
                 pass
-            torch.set_rng_state(after)
-        return found
+        return observation
 
-    return observe
+    def _passed(self, tensors: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
+        self._calls.clear()
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(modes(self.model, lambda module: module not in self.evaluation))
+            for name, layer in self.layers.items():
+                stack.callback(setattr, layer, "momentum", layer.momentum)
+                layer.momentum = 1.0
+                hook = functools.partial(self._record, name)
+                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts know no new hooks
+            if self._partial:
+                stack.enter_context(self._counted)
+            call(self.model, tensors, inputs)
+        return _collect(self._calls)
+
+    def _record(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._asking:  # a layer within the one that is asked
+            return
+        if name not in self._sources:
+            self._asking = True
+            try:
+                with self._counted:
+                    self._sources[name] = _source(layer, args, kwargs)
+            finally:
+                self._asking = False
+            if self._sources[name] == "frozen":
+                self.frozen.append(name)
+                warnings.warn(
+                    f"batch-norm layer {name!r} does not update its running statistics in training mode; "
+                    "it is left at its running averages",
+                    stacklevel=2,
+                )
+        source = self._sources[name]
+        if source == "frozen":
+            return
+        mean, var = running_statistics(layer)
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        numbers = self._counted.pop(mean, x.numel())
+        self._partial |= numbers != x.numel()
+        values = numbers // mean.numel()
+        factor = (values - 1) / values
+        if source == "input":
+            if x.ndim < 2 or x.shape[1] != len(mean):
+                raise ValueError(
+                    f"batch-norm layer {name!r} ({type(layer).__name__}) updates its running averages in a way of "
+                    f"its own and takes inputs of shape {list(x.shape)}, so its statistics cannot be observed; "
+                    "expected averages that follow the layer's momentum, or channels on axis 1"
+                )
+            var, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+            factor = 1.0
+        self._calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
 
 
-def _agree(first: Observation, second: Observation) -> bool:
+class _Counted(TorchFunctionMode):
+    """Notes how many numbers were last normalised with a running mean: a layer may normalise a part of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[int, int] = {}
+
+    def pop(self, running_mean: Tensor, default: int) -> int:
+        return self._numbers.pop(id(running_mean), default)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("batch_norm", "native_batch_norm"):
+            x, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self._numbers |= {id(other): x.numel() for other in others}
+        return func(*args, **kwargs)
+
+
+def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers but those of scripted modules, which cannot be exchanged."""
+    scripted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule))
+    return {name: copy for name, copy in copied_buffers(model).items() if not name.startswith(scripted)}
+
+
+def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether statistics are the same but for rounding, beside the standard deviation of what they are of."""
     if first.keys() != second.keys() or any(len(first[name]) != len(second[name]) for name in first):
         return False
@@ -275,7 +289,7 @@ def _source(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return "frozen" if all(bool((a == mark).all()) for a, mark in zip(after, marks, strict=True)) else "input"
 
 
-def _collect(calls: dict[str, list[tuple[Tensor, float]]]) -> Observation:
+def _collect(calls: dict[str, list[tuple[Tensor, float]]]) -> dict[str, Tensor]:
     """Bring the recorded statistics to the CPU in one transfer, the variances times their factors."""
     if not calls:
         return {}

@@ -1,33 +1,68 @@
-"""Which modules of a network are batch norms, and what they are called."""
+"""Which modules of a network are batch norms, and what they are called, whatever the network is wrapped in."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_norms", "buffer_names", "running_statistics", "unwrap"]
+__all__ = ["batch_norms", "buffer_names", "listed", "qualified_names", "running_statistics", "undrawable", "unwrap"]
+
+WRAPPED = {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "_FabricModule": "_original_module",
+}
+"""Classes of modules that stand for another, by name, so that nothing is imported for it; and what they keep it as."""
+
+AVERAGES = re.compile("EMA|Ema")
+"""Names of classes that keep an average of a network as their `module`, such as timm's ModelEmaV3."""
 
 
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch-norm layers of a network, by their qualified names, in registration order.
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, without what it is wrapped in.
 
-    ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and every subclass of them count. A layer
-    that is registered under several names is listed once, under the first.
+    ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and other moving averages,
+    ``FullyShardedDataParallel``, checkpointing and Lightning Fabric are taken off, one after another.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the network has no batch norm, or one without running statistics.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
+    while (place := _wrapped(model)) is not None:
+        model = model._modules[place]  # type: ignore[assignment]
+    return model
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch-norm layers of a network, by their names, in registration order.
+
+    ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and every subclass of them count. A layer
+    that is registered under several names is listed once, under the first. Names are those in the network without
+    wrappers, also where a part of it is wrapped: see `qualified_names`. Layers that cannot be drawn are left out: see
+    `undrawable`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the network has no batch norm that can be drawn, or one without running statistics.
+    """
+    model = unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("got a scripted or traced network, whose buffers cannot be exchanged; pass the original module")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    layers = {name: m for name, _, m in _walk(model) if isinstance(m, _BatchNorm)}
     if not layers:
+        others = "".join(f"; its layer {name!r} cannot be drawn: {why}" for name, why in undrawable(model).items())
         raise ValueError(
             f"{type(model).__name__} has no batch-norm layers, so there are no statistics to draw; "
-            "stochbn needs a network with BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm or a subclass"
+            f"stochbn needs a network with BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm or a subclass{others}"
         )
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
@@ -38,6 +73,30 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise ValueError(f"batch-norm layer {name!r} is lazy and not initialised; run the network once first")
     return layers
+
+
+def qualified_names(model: nn.Module) -> dict[str, str]:
+    """What the layers of `batch_norms` are called in a network: the prefixes of their buffers, wrappers included.
+
+    In a network without wrapped parts, and without a wrapper itself, these are the names themselves.
+    """
+    return {name: place for name, place, m in _walk(model) if isinstance(m, _BatchNorm)}
+
+
+def undrawable(model: nn.Module) -> dict[str, str]:
+    """Layers that normalise as batch norms do but cannot be drawn, by their names, with the reason.
+
+    ``FrozenBatchNorm``: a layer that never sees mini-batch statistics, such as torchvision's ``FrozenBatchNorm2d``.
+    ``scripted``: it is part of a scripted or traced module, whose buffers cannot be exchanged.
+    """
+    found = {}
+    for name, _, module in _walk(unwrap(model)):
+        if isinstance(module, torch.jit.ScriptModule):
+            if "BatchNorm" in str(getattr(module, "original_name", "")):
+                found[name] = "scripted"
+        elif not isinstance(module, _BatchNorm) and "FrozenBatchNorm" in type(module).__name__:
+            found[name] = "FrozenBatchNorm"
+    return found
 
 
 def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -54,8 +113,43 @@ def buffer_names(layer: str) -> tuple[str, str]:
     return f"{prefix}running_mean", f"{prefix}running_var"
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """TEMPORARY."""
-    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel"):
-        model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module
-    return model
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    names = [repr(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name under which a wrapper keeps what it wraps; None for other modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    for cls in type(module).__mro__:
+        place = WRAPPED.get(cls.__name__, "module" if AVERAGES.search(cls.__name__) else "")
+        if isinstance(module._modules.get(place), nn.Module):
+            return place
+    return None
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module once: its name without wrappers, its name in `model`, and itself."""
+    seen: set[int] = set()
+
+    def below(module: nn.Module, name: str, place: str) -> Iterator[tuple[str, str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        wrapped = _wrapped(module)
+        if wrapped is not None:
+            inner = module._modules[wrapped]
+            assert inner is not None
+            yield from below(inner, name, _joined(place, wrapped))
+            return
+        yield name, place, module
+        for key, child in module.named_children():
+            yield from below(child, _joined(name, key), _joined(place, key))
+
+    return below(model, "", "")
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

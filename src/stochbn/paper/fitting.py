@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import nn
 
 import stochbn
 from stochbn.paper.data import Images
-from stochbn.posteriors import Factorized, Posterior
+from stochbn.posteriors import Posterior
 
-__all__ = ["fit_posterior", "undrawn"]
+__all__ = ["fit_posterior"]
 
 
 def fit_posterior(
@@ -24,6 +23,7 @@ def fit_posterior(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     kind: str = "factorized",
+    deterministic: Collection[str] = (),
 ) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
 
@@ -34,6 +34,7 @@ def fit_posterior(
         seed: where the order comes from, and the masks of dropout.
         report: called with the number of images done and of all.
         kind: as for `stochbn.fit`; the paper's by default.
+        deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
     """
 
     def batches() -> Any:
@@ -45,32 +46,4 @@ def fit_posterior(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size, kind)
-
-
-def undrawn(posterior: Posterior, layers: Collection[str]) -> Factorized:
-    """A factorised posterior without some layers: those keep their running statistics.
-
-    As its layers are independent, the others are distributed as before.
-
-    Args:
-        posterior: a factorised one.
-        layers: names of batch norms in it.
-
-    Raises:
-        ValueError: it is of another kind, or has no such layer.
-    """
-    if not isinstance(posterior, Factorized):
-        raise ValueError(f"layers can be left out of a factorized posterior, not of one of the kind {posterior.kind}")
-    if missing := [name for name in layers if name not in posterior.layers]:
-        raise ValueError(f"the posterior has no layer {missing[0]!r}; it has {', '.join(posterior.layers)}")
-    kept = torch.cat([torch.full((count,), name not in layers) for name, count in posterior.layers.items()])
-    return replace(
-        posterior,
-        layers={name: count for name, count in posterior.layers.items() if name not in layers},
-        skipped=(*posterior.skipped, *layers),
-        mean_mean=posterior.mean_mean[kept],
-        mean_variance=posterior.mean_variance[kept],
-        variance_mean=posterior.variance_mean[kept],
-        variance_variance=posterior.variance_variance[kept],
-    )
+        return stochbn.fit(model, batches(), batch_size, kind, deterministic=deterministic)

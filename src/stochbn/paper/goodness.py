@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stochbn.paper.data import Images
 from stochbn.posteriors import TINY, Factorized
-from stochbn.statistics import Moments, mini_batches, observer
+from stochbn.statistics import Moments, Observer, mini_batches
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
 
@@ -39,7 +39,7 @@ def observe(
     """
     found: dict[str, list[Tensor]] = {}
     batches = (inputs for inputs, _ in images.shuffled(seed).batches(batch_size))
-    see = observer(model)
+    see = Observer(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):

@@ -27,7 +27,7 @@ from stochbn.files import write_tensors
 from stochbn.paper import ExperimentError, checkpoints, data, folders, networks
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
-from stochbn.paper.fitting import fit_posterior, undrawn
+from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
@@ -219,10 +219,10 @@ def _run_member(
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
         follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
-        fitted = fit_posterior(model, images, recipe.statistics_batch, recipe.schedule(member).seed, follow)
-        if recipe.drawn == "convolutions":
-            fitted = undrawn(fitted, networks.batch_norms_of_linear_layers(model))
-        fitted.save(posterior)
+        ordinary = networks.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
+        fit_posterior(
+            model, images, recipe.statistics_batch, recipe.schedule(member).seed, follow, deterministic=ordinary
+        ).save(posterior)
     predictions, *statistics = _outputs(folder, member)
     for path in statistics:
         if not path.exists():

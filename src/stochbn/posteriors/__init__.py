@@ -1,0 +1,108 @@
+"""Distributions over the statistics of all batch-norm layers of a network: a module a kind."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochbn.files import read_versions
+from stochbn.network.fingerprint import Fingerprint
+from stochbn.posteriors.accumulators import Accumulator
+from stochbn.posteriors.base import FORMAT, TINY, Posterior, check_draws
+from stochbn.posteriors.empirical import Empirical
+from stochbn.posteriors.factorized import Factorized
+from stochbn.posteriors.joint import Joint
+
+__all__ = ["KINDS", "TINY", "Accumulator", "Empirical", "Factorized", "Joint", "Posterior", "check_draws", "load"]
+
+KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, Joint, Empirical)}
+"""Every kind of posterior by its name."""
+
+
+OLDER = "stochbn.posterior/1"
+"""The format before: `skipped` is a list without reasons, and there is no fingerprint."""
+
+
+def load(path: str | os.PathLike[str]) -> Posterior:
+    """Load a posterior that was saved with its ``save``; nothing in the file is executed.
+
+    Names, shapes and weights are checked against a network where the two first meet, in `Predictive`. A file of the
+    format before has no fingerprint of the weights, of which a warning tells.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt, not a posterior, or of another format version; the message says which.
+    """
+    tensors, about, format = read_versions(path, FORMAT, OLDER)
+    try:
+        posterior = _posterior(tensors, about, format == OLDER)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a usable posterior: {error}") from error
+    if format == OLDER:
+        warnings.warn(
+            f"{str(path)!r} is of a format without a fingerprint of the weights that the posterior was fitted with, so "
+            "a network with other weights is not noticed; fit again and save to have one",
+            stacklevel=2,
+        )
+    return posterior
+
+
+def _posterior(tensors: Mapping[str, Tensor], about: Any, older: bool) -> Posterior:
+    """The posterior that a file holds; ValueError names the first field that cannot be."""
+    if not isinstance(about, dict):
+        raise ValueError(f"its description is no mapping, but {about!r:.60}")
+    if not isinstance(about.get("kind"), str):
+        raise ValueError(f"its kind must be a name, got {about.get('kind')!r:.60}")
+    if about["kind"] not in KINDS:
+        known = ", ".join(map(repr, KINDS))
+        raise ValueError(f"its kind is {about['kind']!r:.60}, this release of stochbn knows {known}")
+    kind = KINDS[about["kind"]]
+    names = {field.name for field in fields(kind)} - set(kind._tensors())
+    required = names - {"temperature"} - ({"fingerprint"} if older else set())
+    for name in (*required, *kind._tensors()):
+        if name not in about and name not in tensors:
+            raise ValueError(f"it has no {name}")
+    if odd := about.keys() - names - {"kind"}:
+        raise ValueError(f"it has {min(odd)!r:.60}, which a posterior of its kind has not")
+    settings: dict[str, Any] = {name: value for name, value in about.items() if name != "kind"}
+    settings |= {name: tensors[name] for name in kind._tensors()}
+    settings["layers"] = _layers(about["layers"])
+    settings["dtype"] = getattr(torch, about["dtype"], about["dtype"]) if isinstance(about["dtype"], str) else None
+    if older:
+        settings["skipped"] = _without_reasons(about["skipped"])
+        settings["layers"], settings["skipped"] = map(_unwrapped, (settings["layers"], settings["skipped"]))
+    if about.get("fingerprint") is not None:
+        settings["fingerprint"] = Fingerprint.from_description(about["fingerprint"])
+    return kind(**settings)
+
+
+def _layers(pairs: Any) -> dict[str, Any]:
+    """Layers and their channels, in order; `Posterior` checks the numbers."""
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise ValueError(f"layers must be pairs of a name and a number of channels, got {pairs!r:.60}")
+    layers = dict(pairs)
+    if len(layers) < len(pairs):
+        raise ValueError("layers must have different names")
+    return layers
+
+
+def _without_reasons(names: Any) -> dict[str, str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"skipped must be names of layers, got {names!r:.60}")
+    return dict.fromkeys(names, "not recorded")
+
+
+def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
+    """Without the prefix of a wrapper that all names have: posteriors of wrapped networks used to keep it."""
+    for prefix in ("module.", "_orig_mod."):
+        if named and all(name.startswith(prefix) for name in named):
+            return {name.removeprefix(prefix): value for name, value in named.items()}
+    return named

@@ -1,0 +1,179 @@
+"""Statistics of mini-batches as they come, here or in several processes, from which a posterior is made."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from stochbn.posteriors.base import Posterior
+
+__all__ = ["Accumulator", "Observation", "Sample"]
+
+Observation = Mapping[str, Tensor]
+"""For every layer, in the network's order, ``[calls, 2, C]``: mean and biased variance at each call, in float64.
+
+A layer that was not called has 0 calls, or is left out.
+"""
+
+P = TypeVar("P", bound="Posterior")
+
+
+class Accumulator(ABC, Generic[P]):
+    """What a kind of posterior remembers of mini-batches. It takes the same memory however many there are.
+
+    Attributes:
+        seen: how many mini-batches were added.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    @property
+    @abstractmethod
+    def layers(self) -> dict[str, int]:
+        """The number of channels of every layer that was called."""
+
+    @abstractmethod
+    def update(self, observation: Observation) -> None:
+        """Add a mini-batch.
+
+        Raises:
+            ValueError: its layers do not fit those before.
+        """
+
+    @abstractmethod
+    def merge(self, other: Self) -> Self:
+        """A new accumulator that has seen the mini-batches of both, as another process would hand over its own.
+
+        In whatever order accumulators are merged, the posterior is the same.
+
+        Raises:
+            ValueError: their layers or settings do not fit.
+        """
+
+    @abstractmethod
+    def posterior(self, **about: Any) -> P:
+        """The posterior of the mini-batches that were added.
+
+        Args:
+            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+
+        Raises:
+            ValueError: there were none, or no layer was called.
+        """
+
+    def _check(self) -> None:
+        if not self.layers:
+            raise ValueError("no mini-batch was added in which a layer was called; add some with update")
+
+
+class Sample(Accumulator[P]):
+    """The statistics of mini-batches themselves: of all, or of a random sample of at most `most`.
+
+    Those with the smallest hashes of their statistics are kept. That is a uniformly random sample, which depends
+    neither on the order in which mini-batches come nor on the process that they come to; equal mini-batches are kept
+    or dropped together, but for the last place. Rows are in order of arrival while all are kept. As soon as one was
+    dropped, or another accumulator's were joined, they are in order of their hashes.
+
+    A layer that is called several times in a forward pass has one of its calls taken, which the hash chooses.
+
+    Args:
+        most: how many mini-batches to keep.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self._layers: dict[str, int] = {}
+        self._rows: list[tuple[int, Tensor]] = []
+        self._by_hash = False
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The number of channels of every layer that was called."""
+        return dict(self._layers)
+
+    def update(self, observation: Observation) -> None:
+        """Add a mini-batch.
+
+        Raises:
+            ValueError: layers were called that were not called before, or the other way round.
+        """
+        called = {name: calls.float() for name, calls in observation.items() if len(calls)}
+        layers = {name: calls.shape[2] for name, calls in called.items()}
+        if self.seen:
+            self._check_layers(layers)
+        else:
+            self._layers = layers
+        self.seen += 1
+        if not layers:
+            return
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self._layers:
+            digest.update(called[name].contiguous().numpy().data)
+        number = int.from_bytes(digest.digest(), "big")
+        taken = [called[name][number % len(called[name])] for name in self._layers]
+        self._rows.append((number, torch.cat(taken, 1)))
+        self._drop()
+
+    def merge(self, other: Self) -> Self:
+        """A new accumulator that has seen the mini-batches of both.
+
+        Raises:
+            ValueError: different layers were called in the two, or they keep different numbers of mini-batches.
+        """
+        if self._settings() != other._settings():
+            raise ValueError(
+                f"expected accumulators with equal settings, got {self._settings()} and {other._settings()}"
+            )
+        if self.seen and other.seen:
+            self._check_layers(other._layers)
+        merged = self._empty()
+        first, second = (self, other) if self.seen else (other, self)
+        merged.seen = first.seen + second.seen
+        merged._layers = first.layers
+        merged._rows = first._rows + second._rows
+        merged._by_hash = first._by_hash or bool(second.seen)
+        merged._drop()
+        return merged
+
+    def statistics(self) -> Tensor:
+        """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
+        rows = sorted(self._rows, key=_number) if self._by_hash else self._rows
+        return torch.stack([row for _, row in rows])
+
+    def _settings(self) -> dict[str, Any]:
+        return {"most": self.most}
+
+    def _empty(self) -> Self:
+        return type(self)(**self._settings())
+
+    def _check_layers(self, layers: Mapping[str, int]) -> None:
+        if odd := self._layers.keys() ^ layers.keys():
+            raise ValueError(
+                f"batch-norm layer {min(odd)!r} was called for some mini-batches and not for others, so there are no "
+                'joint statistics; use kind="factorized"'
+            )
+        for name, channels in self._layers.items():
+            if layers[name] != channels:
+                raise ValueError(f"layer {name!r} has {layers[name]} channels here and had {channels} before")
+
+    def _drop(self) -> None:
+        """Drop those with the largest hashes, if there are too many."""
+        if len(self._rows) <= self.most:
+            return
+        self._by_hash = True
+        self._rows.sort(key=_number)
+        del self._rows[self.most :]
+
+
+def _number(row: tuple[int, Tensor]) -> int:
+    return row[0]

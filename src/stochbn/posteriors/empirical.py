@@ -1,0 +1,92 @@
+"""Replay: the statistics of mini-batches themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stochbn.posteriors.accumulators import Sample
+from stochbn.posteriors.base import Posterior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Empirical", "Replayed"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Empirical(Posterior):
+    """Replay: the statistics of observed mini-batches themselves, as MC-BN draws them (Teye et al., 2018).
+
+    Draws are without replacement; once all mini-batches have been drawn, they are drawn again in another order.
+
+    Attributes:
+        statistics: ``[M, 2, D]``, float32: means and variances in each of M mini-batches.
+    """
+
+    kind: ClassVar[str] = "empirical"
+    quasi_gain: ClassVar[float] = 1.0
+
+    statistics: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_tensor("statistics", (None, 2, self.channels), torch.float32, negative=True)
+        if not len(self.statistics):
+            raise ValueError("statistics must be of at least one mini-batch")
+        if (self.statistics[:, 1] < 0).any():
+            raise ValueError("statistics must have no negative variances")
+
+    @classmethod
+    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Replayed:
+        """What `fit` adds mini-batches to. There are no directions in this kind."""
+        return Replayed(max_batches)
+
+    @classmethod
+    def from_statistics(cls, statistics: Tensor, **about: Any) -> Empirical:
+        """The mini-batches' own statistics, ``[M, 2, D]``, and all attributes of `Posterior`."""
+        return cls(statistics=statistics.float(), **about)
+
+    @property
+    def expected(self) -> Tensor:
+        """``[2, D]``, float64: the expected means and the expected variances."""
+        return self.statistics.mean(0, dtype=torch.float64)
+
+    def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
+        while True:
+            for i in torch.randperm(len(self.statistics), generator=generator, device=device).tolist():
+                yield self.statistics[i].to(device, torch.float64)
+
+    def _scaled(self, factor: float) -> Self:
+        (mean, variance), root = self.expected, math.sqrt(factor)
+        means = mean + root * (self.statistics[:, 0] - mean)
+        # In the logarithm of the variances, without taking it of a dead channel's 0; then to the old expected value.
+        ratios = torch.where(variance > 0, self.statistics[:, 1] / variance.where(variance > 0, 1), 1).pow(root)
+        return replace(self, statistics=torch.stack([means, ratios * (variance / ratios.mean(0))], 1).float())
+
+    def _moved(self, mean: Tensor, variance: Tensor) -> Self:
+        old_mean, old = self.expected
+        means = self.statistics[:, 0] + (mean - old_mean)
+        variances = torch.where(old > 0, self.statistics[:, 1] * (variance / old.where(old > 0, 1)), variance)
+        return replace(self, statistics=torch.stack([means, variances], 1).float())
+
+
+class Replayed(Sample["Empirical"]):
+    """The mini-batches of an empirical posterior."""
+
+    def posterior(self, **about: Any) -> Empirical:
+        """The posterior of the mini-batches that were added.
+
+        Args:
+            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+
+        Raises:
+            ValueError: there were none, or no layer was called.
+        """
+        self._check()
+        return Empirical.from_statistics(self.statistics(), layers=self.layers, mini_batches=self.seen, **about)

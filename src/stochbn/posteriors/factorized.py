@@ -1,0 +1,162 @@
+"""The paper's distribution: every statistic on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stochbn.posteriors.accumulators import Accumulator, Observation
+from stochbn.posteriors.base import Posterior
+from stochbn.posteriors.noise import normals
+from stochbn.statistics import Moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Factorized", "MomentsOfLayers"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Factorized(Posterior):
+    r"""The paper's SBN distribution: independent for every channel of every layer.
+
+    .. math:: \mu_c \sim \mathrm{Normal}(m_c, s_c^2), \qquad \sigma_c^2 \sim \mathrm{LogNormal}(m'_c, s'^2_c)
+
+    Normal and LogNormal have the mean and the variance that the statistics of the observed mini-batches have
+    (Atanov et al., 2018, section 3). A dead channel (variance 0 in every mini-batch) is drawn as
+    exactly 0, and a statistic that never varied as exactly its value.
+
+    Attributes:
+        mean_mean: ``[D]``, float64, like all below: mean of the mini-batch means.
+        mean_variance: variance of the mini-batch means.
+        variance_mean: mean of the mini-batch variances.
+        variance_variance: variance of the mini-batch variances.
+    """
+
+    kind: ClassVar[str] = "factorized"
+
+    mean_mean: Tensor
+    mean_variance: Tensor
+    variance_mean: Tensor
+    variance_variance: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self._tensors():
+            self._check_tensor(name, (self.channels,), torch.float64, negative=name == "mean_mean")
+
+    @classmethod
+    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> MomentsOfLayers:
+        """What `fit` adds mini-batches to. Moments need neither of the settings that other kinds have."""
+        return MomentsOfLayers()
+
+    @classmethod
+    def from_moments(cls, moments: Mapping[str, Moments], **about: Any) -> Factorized:
+        """The distribution with the given moments of the means and variances, ``[2, C]`` for every layer.
+
+        Args:
+            moments: of every layer.
+            about: all attributes of `Posterior` but the layers.
+        """
+        center = torch.cat([m.mean for m in moments.values()], dim=1)
+        spread = torch.cat([m.variance for m in moments.values()], dim=1)
+        return cls(
+            layers={name: m.mean.shape[1] for name, m in moments.items()},
+            mean_mean=center[0].clone(),
+            mean_variance=spread[0].clone(),
+            variance_mean=center[1].clone(),
+            variance_variance=spread[1].clone(),
+            **about,
+        )
+
+    @property
+    def log_variance_variance(self) -> Tensor:
+        """``[D]``: the variance of the logarithm of the drawn variances, s'^2 = ln(1 + Var[sigma^2] / E[sigma^2]^2)."""
+        alive = self.variance_mean > 0
+        ratio = self.variance_variance.sqrt() / self.variance_mean.where(alive, 1)
+        return torch.where(alive, ratio.square(), 0).log1p()
+
+    @property
+    def expected(self) -> Tensor:
+        """``[2, D]``, float64: the expected means and the expected variances."""
+        return torch.stack([self.mean_mean, self.variance_mean])
+
+    def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
+        # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean, and needs no logarithm of a dead channel's 0.
+        vectors = (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, self.log_variance_variance)
+        m, s, v, log_s2 = (vector.to(device) for vector in vectors)
+        log_s = log_s2.sqrt()
+        for z in normals(2 * len(m), generator, device, quasi):
+            first, second = z.view(len(z), 2, -1).unbind(1)
+            yield from torch.stack([m + s * first, v * (log_s * second - log_s2 / 2).exp()], 1)
+
+    def _scaled(self, factor: float) -> Self:
+        spread = self.variance_mean.square() * (factor * self.log_variance_variance).expm1()
+        return replace(self, mean_variance=factor * self.mean_variance, variance_variance=spread)
+
+    def _moved(self, mean: Tensor, variance: Tensor) -> Self:
+        spread = variance.square() * self.log_variance_variance.expm1()
+        return replace(self, mean_mean=mean, variance_mean=variance, variance_variance=spread)
+
+
+class MomentsOfLayers(Accumulator[Factorized]):
+    """The moments of every layer's statistics over its calls in all mini-batches, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: dict[str, Moments] = {}
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The number of channels of every layer that was called."""
+        return {name: moments.mean.shape[1] for name, moments in self.moments.items() if moments.count}
+
+    def update(self, observation: Observation) -> None:
+        """Add a mini-batch.
+
+        Raises:
+            ValueError: a layer has another number of channels than before.
+        """
+        self.moments = _joined(self.moments, {name: Moments.of(calls) for name, calls in observation.items()})
+        self.seen += 1
+
+    def merge(self, other: Self) -> Self:
+        """A new accumulator that has seen the mini-batches of both. It is exact to the rounding of float64.
+
+        Raises:
+            ValueError: a layer has another number of channels in the other.
+        """
+        merged = type(self)()
+        merged.moments = _joined(self.moments, other.moments)
+        merged.seen = self.seen + other.seen
+        return merged
+
+    def posterior(self, **about: Any) -> Factorized:
+        """The posterior of the mini-batches that were added.
+
+        Args:
+            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+
+        Raises:
+            ValueError: there were none, or no layer was called.
+        """
+        self._check()
+        called = {name: moments for name, moments in self.moments.items() if moments.count}
+        return Factorized.from_moments(called, mini_batches=self.seen, **about)
+
+
+def _joined(first: Mapping[str, Moments], second: Mapping[str, Moments]) -> dict[str, Moments]:
+    joined = dict(first)
+    for name, moments in second.items():
+        if name not in joined:
+            joined[name] = moments
+            continue
+        if joined[name].mean.shape != moments.mean.shape:
+            shapes = joined[name].mean.shape[1], moments.mean.shape[1]
+            raise ValueError(f"layer {name!r} has {shapes[1]} channels here and had {shapes[0]} before")
+        joined[name] = joined[name].merge(moments)
+    return joined

@@ -1,0 +1,208 @@
+"""One Gaussian over all statistics of a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stochbn.posteriors.accumulators import Sample
+from stochbn.posteriors.base import TINY, Posterior
+from stochbn.posteriors.noise import SOBOL, normals, sobol
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Directions", "Joint"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Joint(Posterior):
+    r"""One Gaussian over all layers' means and log-variances, with what channels and layers have in common.
+
+    .. math:: (\mu, \ln \sigma^2) = m + \sum_k z_k f_k + \sqrt{r} \, \varepsilon
+
+    with one normal z_k for each direction f_k and one epsilon for each entry. The directions are the principal ones of
+    the observed mini-batches' covariance, which is shrunk towards its diagonal by the amount of Ledoit and Wolf, in the
+    form of Schaefer and Strimmer (2005); what shrinkage and left-out directions take from the variance of an entry, r
+    gives back. So every mean and log-variance has exactly the observed variance, every mean and variance the observed
+    expectation, and the covariance is never formed: memory is K + 2 vectors of length 2 D, which are read once for
+    each draw, and for every 8 quasi-random ones.
+
+    A channel that was dead in some mini-batches has the LogNormal spread of its variances' moments. One that was dead
+    (variance 0) in all of them is drawn with the smallest float32 number as its variance.
+
+    Attributes:
+        location: ``[2 D]``, float64: m, the expected means and what makes the expected variances those observed.
+        directions: ``[K, 2 D]``, float32: the principal directions f_k, largest first, with the length of their
+            standard deviation.
+        residual: ``[2 D]``, float64: the variance of each entry that is its own.
+        shrinkage: from 0 (the observed correlations) to 1 (none).
+    """
+
+    kind: ClassVar[str] = "joint"
+
+    location: Tensor
+    directions: Tensor
+    residual: Tensor
+    shrinkage: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_tensor("location", (2 * self.channels,), torch.float64, negative=True)
+        self._check_tensor("directions", (None, 2 * self.channels), torch.float32, negative=True)
+        self._check_tensor("residual", (2 * self.channels,), torch.float64, negative=False)
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
+
+    @classmethod
+    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Directions:
+        """What `fit` adds mini-batches to."""
+        return Directions(max_batches, directions)
+
+    @classmethod
+    def from_statistics(cls, statistics: Tensor, most: int | None = None, **about: Any) -> Joint:
+        """The distribution of the means and log-variances of mini-batches.
+
+        Args:
+            statistics: ``[M, 2, D]``: means and variances.
+            most: how many directions to keep at most; None keeps all, the smaller of M - 1 and 2 D.
+            about: all attributes of `Posterior`.
+        """
+        m = len(statistics)
+        rows = statistics.double()
+        expected = rows[:, 1].mean(0)
+        # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
+        floor = (1e-3 * expected).clamp(min=TINY)
+        # Nor must one that is constant in every mini-batch and differs between them outweigh all others.
+        scale = expected.maximum(rows[:, 0].var(0, correction=0)).clamp(min=TINY).sqrt()
+        rows = torch.cat([rows[:, 0], rows[:, 1].maximum(floor)], 1)
+        varies = (rows != rows[0]).any(0)
+        rows[:, len(scale) :].log_()
+        location = rows.mean(0)
+        rows -= location
+        rows *= varies  # the rounding of what never varied would be perfectly correlated, and shrinkage none
+        # Where the floor was needed, the logarithm's spread is the floor's doing: no more than moments ask for, then.
+        part = slice(len(scale), None)
+        wanted = (
+            statistics[:, 1].double().var(0, correction=min(m - 1, 1)) / expected.clamp(min=TINY).square()
+        ).log1p()
+        spread = rows[:, part].square().sum(0) / max(m - 1, 1)
+        excessive = (statistics[:, 1] < floor).any(0) & (spread > wanted)
+        rows[:, part] *= torch.where(excessive, wanted / spread.clamp(min=TINY), 1).sqrt()
+        total = rows.square().sum(0) / max(m - 1, 1)
+        shrinkage = _shrinkage(rows, total)
+        # Directions are ordered by what they do to the normalised activations: a shift, in their standard deviations,
+        # or a factor, the root of that of the variance.
+        products = _products(rows, torch.cat([1 / scale, torch.full_like(scale, 0.5)]))
+        vectors = torch.linalg.eigh(products).eigenvectors.flip(1)
+        rank = min(m - 1, rows.shape[1])
+        vectors = vectors[:, : rank if most is None else min(most, rank)]
+        directions = (vectors.T @ rows).mul_(math.sqrt((1 - shrinkage) / max(m - 1, 1)))
+        residual = (total - torch.linalg.vector_norm(directions, dim=0).square()).clamp(min=0)
+        location[len(scale) :] = expected.clamp(min=TINY).log() - total[len(scale) :] / 2
+        return cls(location=location, directions=directions.float(), residual=residual, shrinkage=shrinkage, **about)
+
+    @property
+    def _log_variance_variance(self) -> Tensor:
+        tail = slice(self.channels, None)
+        return self.directions[:, tail].double().square().sum(0) + self.residual[tail]
+
+    @property
+    def expected(self) -> Tensor:
+        """``[2, D]``, float64: the expected means and the expected variances."""
+        mean, log_variance = self.location.view(2, -1)
+        return torch.stack([mean, (log_variance + self._log_variance_variance / 2).exp()])
+
+    def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
+        location, directions, own = (t.to(device) for t in (self.location, self.directions, self.residual.sqrt()))
+        leading = min(len(directions), SOBOL)
+        points = sobol(leading, generator, device) if quasi and leading else None
+        for z in normals(len(directions) + len(own), generator, device, quasi):
+            if points is not None:
+                z[:, :leading] = next(points)
+            drawn = location + (z[:, : len(directions)].float() @ directions).double()
+            drawn = drawn.addcmul_(own, z[:, len(directions) :]).view(len(z), 2, -1)
+            drawn[:, 1].exp_()
+            yield from drawn
+
+    def _scaled(self, factor: float) -> Self:
+        shift = torch.cat([torch.zeros(self.channels), (1 - factor) / 2 * self._log_variance_variance])
+        return replace(
+            self,
+            location=self.location + shift,
+            directions=math.sqrt(factor) * self.directions,
+            residual=factor * self.residual,
+        )
+
+    def _moved(self, mean: Tensor, variance: Tensor) -> Self:
+        return replace(
+            self, location=torch.cat([mean, variance.clamp(min=TINY).log() - self._log_variance_variance / 2])
+        )
+
+
+class Directions(Sample["Joint"]):
+    """The mini-batches of a joint posterior.
+
+    Args:
+        most: how many mini-batches to keep.
+        directions: how many principal directions the posterior has at most; None keeps all.
+    """
+
+    def __init__(self, most: int, directions: int | None = None) -> None:
+        super().__init__(most)
+        self.directions = directions
+
+    def posterior(self, **about: Any) -> Joint:
+        """The posterior of the mini-batches that were added.
+
+        Args:
+            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+
+        Raises:
+            ValueError: there were none, or no layer was called.
+        """
+        self._check()
+        return Joint.from_statistics(
+            self.statistics(), self.directions, layers=self.layers, mini_batches=self.seen, **about
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "directions": self.directions}
+
+
+def _shrinkage(rows: Tensor, variance: Tensor) -> float:
+    """How far to shrink the correlations of `rows` ``[M, P]``, of mean 0, for the least expected squared error.
+
+    The formula sums the squared errors of all correlations and the correlations' squares (Schaefer and Strimmer, 2005);
+    both are found from the rows' products with each other, without the P^2 correlations.
+    """
+    m = len(rows)
+    if m < 3:
+        return 1.0
+    varies = variance > 0
+    scale = torch.where(varies, 1 / variance.where(varies, 1).sqrt(), 0)
+    gram = _products(rows, scale)
+    products = gram.square().sum() - varies.sum() * (m - 1) ** 2
+    fourth = sum((rows[:, part] * scale[part]).pow(4).sum() for part in _parts(len(scale)))
+    squared = gram.diagonal().square().sum() - fourth
+    errors = m / (m - 1) ** 3 * (squared - products / m)
+    correlations = products / (m - 1) ** 2
+    return min(max((errors / correlations).item(), 0.0), 1.0) if correlations > 0 else 1.0
+
+
+def _products(rows: Tensor, weights: Tensor) -> Tensor:
+    """``[M, M]``: the rows' products with each other, their entries times `weights`, without a copy of all of them."""
+    total = rows.new_zeros(len(rows), len(rows))
+    for part in _parts(len(weights)):
+        weighted = rows[:, part] * weights[part]
+        total.addmm_(weighted, weighted.T)
+    return total
+
+
+def _parts(length: int) -> list[slice]:
+    return [slice(start, start + 4096) for start in range(0, length, 4096)]
