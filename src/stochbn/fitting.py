@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, overload
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.network.calling import Batch
-from stochbn.network.evaluation import kept_in_evaluation
+from stochbn.execution.verify import guard
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable, unwrap
+from stochbn.network.inputs import Batch, InputsOf
+from stochbn.network.layers import batch_norms, listed, qualified_names, running_statistics, undrawable
+from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
 from stochbn.statistics import Observer, mini_batches
 
@@ -37,6 +39,7 @@ def fit(
     kind: Literal["joint"] = "joint",
     *,
     deterministic: Chosen = (),
+    inputs: InputsOf = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Joint: ...
@@ -50,6 +53,7 @@ def fit(
     *,
     kind: Literal["factorized"],
     deterministic: Chosen = (),
+    inputs: InputsOf = None,
 ) -> Factorized: ...
 
 
@@ -61,6 +65,7 @@ def fit(
     *,
     kind: Literal["empirical"],
     deterministic: Chosen = (),
+    inputs: InputsOf = None,
     max_batches: int = 512,
 ) -> Empirical: ...
 
@@ -73,6 +78,7 @@ def fit(
     kind: str = "joint",
     *,
     deterministic: Chosen = (),
+    inputs: InputsOf = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior: ...
@@ -85,15 +91,15 @@ def fit(
     kind: str = "joint",
     *,
     deterministic: Chosen = (),
+    inputs: InputsOf = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior:
     """Fit a distribution over the batch-norm statistics of a trained network, in one pass over its training data.
 
-    The network ends exactly as it began. While a mini-batch passes, all of it is in training mode, also layers that
+    Passes run on a copy of the network, so it is never changed. All of the copy is in training mode, also layers that
     were set to ``eval()`` on their own, but for those that their own ``train()`` leaves in evaluation mode. So dropout,
-    if it has any, is on and draws from PyTorch's global generator, as when the network was trained. Memory does not
-    grow with the amount of data.
+    if there is any, is on, with masks from a generator of the fit's own. Memory does not grow with the amount of data.
 
     Args:
         model: a trained network with batch-norm layers.
@@ -109,6 +115,9 @@ def fit(
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
+        inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
+            ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
+            gives a tensor, a tuple of arguments or a mapping of named ones.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
             sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
             for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
@@ -139,24 +148,25 @@ def fit(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    network = unwrap(model)
-    layers = batch_norms(network)
+    layers = batch_norms(model)
     chosen = _chosen(layers, deterministic)
-    kept = kept_in_evaluation(network)
-    skipped = undrawable(network)
-    skipped |= {name: "stays in evaluation mode" for name, layer in layers.items() if layer in kept}
-    skipped |= dict.fromkeys(chosen, "deterministic")
-    if layers.keys() <= skipped.keys():
-        raise ValueError(
-            f"every batch-norm layer of {type(network).__name__} is deterministic or stays in evaluation mode, so "
-            "there are no statistics to draw; leave out fewer of them"
-        )
-    fingerprint = Fingerprint.of(network)
+    network = Network.of(model)
+    network.look()
+    fingerprint = Fingerprint.of(model)
     uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
     accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
-    observe = Observer(network, kept | {layers[name] for name in chosen})
-    for inputs in mini_batches(network, batches, batch_size):
-        accumulator.update({**uncalled, **observe(inputs)})
+    with torch.inference_mode(False), torch.no_grad():
+        observations = mini_batches(model, batches, batch_size, inputs)
+        first = next(observations)
+        training, skipped = _modes(network, chosen)
+        guard(network, first, training)
+        with network.copied() as replica:
+            observe = Observer(replica, training)
+            try:
+                for mini_batch in itertools.chain([first], observations):
+                    accumulator.update({**uncalled, **observe(mini_batch)})
+            finally:
+                observe.close()
     observed = accumulator.layers
     if not observed:
         raise ValueError(
@@ -185,6 +195,40 @@ def fit(
             stacklevel=2,
         )
     return posterior
+
+
+def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[str], dict[str, str]]:
+    """Names of the modules in training mode during a fit, and why batch norms are not drawn, by their names.
+
+    Modules whose own ``train()`` leaves them in evaluation mode, as in backbones with frozen batch norms, stay there;
+    it is called on a copy, as it may change more than flags. So do scripted modules, which predictions cannot draw.
+
+    Raises:
+        ValueError: no batch norm is left.
+    """
+    skipped = undrawable(network.model)
+    replica = network.fresh(own_parameters=True)
+    modules = named_modules(network.model)
+    training = {name for name, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
+    if replica is not None:
+        try:
+            replica.model.train()
+            training &= {name for name, module in replica.modules.items() if module.training}
+        except Exception:  # a train() that works on the user's network alone
+            pass
+        places = {module: name for name, module in replica.modules.items()}
+        norms = {name: places[layer] for name, layer in replica.norms.items()}
+    else:
+        norms = qualified_names(network.model)
+    skipped |= {name: "stays in evaluation mode" for name, place in norms.items() if place not in training}
+    skipped |= dict.fromkeys(deterministic, "deterministic")
+    training -= {norms[name] for name in deterministic}
+    if norms.keys() <= skipped.keys():
+        raise ValueError(
+            f"every batch-norm layer of {type(network.model).__name__} is deterministic or stays in evaluation mode, so "
+            "there are no statistics to draw; leave out fewer of them"
+        )
+    return frozenset(training), skipped
 
 
 def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str]:

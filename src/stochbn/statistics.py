@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from stochbn.network.calling import (
-    Batch,
-    call,
-    channels_last_weights,
-    copied_buffers,
-    length,
-    modes,
-    network_input,
-    split,
-)
-from stochbn.network.layers import batch_norms, buffer_names, qualified_names, running_statistics
+from stochbn.execution.masks import Masks
+from stochbn.execution.ways.channels_last import convolutions
+from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.layers import running_statistics
+from stochbn.network.replica import Replica
 
 __all__ = ["Moments", "Observer", "mini_batches"]
 
@@ -65,7 +59,9 @@ class Moments:
         return self.squares / max(self.count - 1, 1)
 
 
-def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | None) -> Iterator[Any]:
+def mini_batches(
+    model: nn.Module, batches: Iterable[Batch], batch_size: int | None, inputs: InputsOf = None
+) -> Iterator[NetworkInput]:
     """The inputs of the mini-batches whose statistics are to be observed.
 
     Every incoming batch is split into pieces of `batch_size` objects, and its remainder is dropped;
@@ -86,12 +82,12 @@ def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | N
         )
     largest = None
     for batch in batches:
-        inputs = network_input(model, batch)
-        size = length(inputs)
+        taken = network_input(model, batch, inputs)
+        size = len(taken)
         if size == 0:
             continue
         largest = max(size, largest or 0)
-        yield from split(inputs, batch_size or size)
+        yield from taken.split(batch_size or size)
     if largest is None:
         raise ValueError(
             "there were no batches to observe: the iterable is empty or already used up; pass a DataLoader, "
@@ -107,89 +103,88 @@ def mini_batches(model: nn.Module, batches: Iterable[Batch], batch_size: int | N
 class Observer:
     """Sends one mini-batch after another through a network and returns the statistics that its batch norms saw.
 
-    For a forward pass the network is in training mode, so that every batch norm normalises by its
-    mini-batch and deeper layers see batch-normalised inputs (and dropout, if any, is on, as when the running averages
-    were made). It runs on copies of its buffers, in which each layer is told (by a momentum of 1) to replace its
-    running averages by the statistics of the mini-batch, and these are read from there: they are what the layer itself
-    computed, whatever the layout of its input. The variance is taken to be stored as PyTorch does, with Bessel's
-    correction for as many values as the layer normalised, which is undone. A layer whose averages do not follow its
-    momentum has the statistics of its input observed instead.
-
-    After each call, also one that raised, modes, momentum and hooks are as before; the network's own running averages,
-    ``num_batches_tracked`` and all other buffers were never touched, and no gradients are made.
+    The network is in training mode, so that every batch norm normalises by its mini-batch and deeper layers see
+    batch-normalised inputs (and dropout, if any, is on, as when the running averages were made). Each layer is told (by
+    a momentum of 1) to replace its running averages by the statistics of the mini-batch, and these are read from there:
+    they are what the layer itself computed, whatever the layout of its input. The variance is taken to be stored as
+    PyTorch does, with Bessel's correction for as many values as the layer normalised, which is undone. A layer whose
+    averages do not follow its momentum has the statistics of its input observed instead.
 
     A layer that is called several times in one forward pass gives one observation per call; one that is never
     called gives none. A layer that cannot update its running averages in training mode has no mini-batch statistics: it
     is left out, with a warning.
 
     On a CPU the weights of convolutions are brought to channels-last layout, which is faster, if the statistics of the
-    first mini-batch are the same to rounding as without; that takes one more pass over it. It is not tried where the
-    first pass took random numbers, which a second one would take anew.
+    first mini-batch are the same to rounding as without; that takes one more pass over it. It is not tried where a
+    pass takes random numbers. These are from a generator of the observer's own, so the same mini-batches give the same
+    statistics.
 
     Args:
-        model: the network to run, without wrappers.
-        evaluation: modules that are in evaluation mode meanwhile; batch norms among them are not observed.
+        replica: the network to run, which is changed.
+        training: names of the modules that are in training mode; batch norms among the others are not observed.
 
     Attributes:
         frozen: the layers that were called and do not update their running averages in training mode.
 
     Raises:
-        TypeError, ValueError: as `batch_norms`; and from a call ValueError for non-finite activations, or for a
-            layer with averages of its own making and channels elsewhere than on axis 1.
+        ValueError: from a call, for non-finite activations, or for a layer with averages of its own making and
+            channels elsewhere than on axis 1.
     """
 
-    def __init__(self, model: nn.Module, evaluation: Collection[nn.Module] = ()) -> None:
-        self.model = model
-        self.evaluation = set(evaluation)
-        self.layers = {name: layer for name, layer in batch_norms(model).items() if layer not in self.evaluation}
+    def __init__(self, replica: Replica, training: frozenset[str]) -> None:
         self.frozen: list[str] = []
-        self._tensors = _own_buffers(model)
-        places = qualified_names(model)
-        for name in self.layers:
-            for buffer in buffer_names(places[name]):  # what is not finite would stay so: 0 times NaN is NaN
-                self._tensors[buffer].nan_to_num_(1.0, 1.0, 1.0)
+        self._replica = replica
+        replica.modes(training)
+        self._layers = {name: layer for name, layer in replica.norms.items() if layer.training}
+        self._handles = []
+        for name, layer in self._layers.items():
+            for statistic in running_statistics(layer):  # what is not finite would stay so: 0 times NaN is NaN
+                statistic.nan_to_num_(1.0, 1.0, 1.0)
+            layer.momentum = 1.0
+            hook = functools.partial(self._record, name)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         self._sources: dict[str, str] = {}
         self._calls: dict[str, list[tuple[Tensor, float]]] = {}
         self._counted = _Counted()
+        self._masks = Masks(0)
         self._partial = False
         self._asking = False
         self._first = True
 
-    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+    def __call__(self, inputs: NetworkInput) -> dict[str, Tensor]:
         """The statistics of one mini-batch: for every layer that was called ``[calls, 2, C]``, float64.
 
         They are the mean and the biased variance at each call.
         """
         if not self._first:
-            return self._passed(self._tensors, inputs)
+            return self._passed(inputs)
+        observation = self._passed(inputs)
         self._first = False
-        before = torch.get_rng_state()
-        observation = self._passed(self._tensors, inputs)
-        weights = channels_last_weights(self.model)
-        on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
-        if weights and on_cpu and torch.equal(before, torch.get_rng_state()):
+        weights = convolutions(self._replica) if inputs.on_cpu and not self._masks.used else {}
+        if weights:
+            self._replica.exchange({n: w.detach().clone(memory_format=torch.channels_last) for n, w in weights.items()})
             try:
-                if _agree(observation, self._passed(self._tensors | weights, inputs)):
-                    self._tensors |= weights
-            except (RuntimeError, ValueError):  # such as from view() on a tensor in channels-last layout
-                pass
+                same = _agree(observation, self._passed(inputs))
+            except Exception:  # such as from view() on a tensor in channels-last layout
+                same = False
+            if not same:
+                self._replica.restore()
         return observation
 
-    def _passed(self, tensors: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _passed(self, inputs: NetworkInput) -> dict[str, Tensor]:
         self._calls.clear()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(modes(self.model, lambda module: module not in self.evaluation))
-            for name, layer in self.layers.items():
-                stack.callback(setattr, layer, "momentum", layer.momentum)
-                layer.momentum = 1.0
-                hook = functools.partial(self._record, name)
-                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts know no new hooks
+            if self._first or self._masks.used:
+                stack.enter_context(self._masks)
             if self._partial:
                 stack.enter_context(self._counted)
-            call(self.model, tensors, inputs)
+            inputs.call(self._replica.model)
         return _collect(self._calls)
 
     def _record(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -246,12 +241,6 @@ class _Counted(TorchFunctionMode):
             x, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self._numbers |= {id(other): x.numel() for other in others}
         return func(*args, **kwargs)
-
-
-def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all buffers but those of scripted modules, which cannot be exchanged."""
-    scripted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule))
-    return {name: copy for name, copy in copied_buffers(model).items() if not name.startswith(scripted)}
 
 
 def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -25,7 +25,7 @@ __all__ = ["WAYS", "Call", "Draw", "NetworkChanged", "Passes", "Plan", "Settings
 
 def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     """How the passes of a call are made; what it takes to find that out is kept for later calls."""
-    guard(network, inputs, call)
+    guard(network, inputs, call.training)
     if network.known.in_place:
         return Plan(together=f"passes run on the network itself: {network.known.in_place}")
     if call.whole:

@@ -31,17 +31,22 @@ class Masks(DispatchMode):
 
     Args:
         seed: of the pass.
+
+    Attributes:
+        used: whether random numbers were taken.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._seed = seed
+        self.used = False
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        self.used = True
         device = kwargs.get("device")
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         generator = self._generator(torch.device(device) if device is not None else tensors[0].device if tensors else None)

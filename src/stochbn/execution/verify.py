@@ -25,15 +25,21 @@ from stochbn.network.replica import Knowledge, Network, Replica
 __all__ = ["examine", "guard", "refuse"]
 
 
-def guard(network: Network, inputs: NetworkInput, call: Call) -> None:
-    """Find out, and note at the network, whether it can run on a copy and whether passes change it."""
-    key, known = ("guarded", inputs.kind(), call.training), network.known
+def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> None:
+    """Find out, and note at the network, whether it can run on a copy and whether passes change it.
+
+    Args:
+        network: the network.
+        inputs: what passes are made of.
+        training: names of the modules in training mode.
+    """
+    key, known = ("guarded", inputs.kind(), training), network.known
     if known.in_place or known.get(key):
         return
     few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
     for objects in (few, inputs):
         try:
-            _note(known, guarded(network, objects, call.training))
+            _note(known, guarded(network, objects, training))
         except Exception:  # which the pass itself will raise, if it is not for the number of objects
             continue
         known.keep(key, True)

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.network.layers import buffer_names, unwrap
+from stochbn.network.layers import buffer_names, qualified_names, unwrap
 
-__all__ = ["Knowledge", "Network", "Replica", "snapshot"]
+__all__ = ["Knowledge", "Network", "Replica", "named_modules", "snapshot"]
 
 _ATOMS = {
     bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
@@ -77,6 +77,11 @@ def snapshot(root: nn.Module, *, inside: bool = True) -> list[Any]:
     return leaves
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a network by their names, which are the same in its replicas: compiled ones are their insides."""
+    return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+
+
 def _same(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
@@ -91,12 +96,12 @@ class Replica:
 
     def __init__(self, model: nn.Module, original: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
-        self.norms = {
-            name: layer
-            for name, layer in self.modules.items()
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
-        }
+        self.modules = named_modules(model)
+        self.norms: dict[str, _BatchNorm] = {}
+        for name, place in qualified_names(model).items():
+            layer = model.get_submodule(place)
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+                self.norms[name] = layer
         self._statistics = {
             name: (layer._buffers, key)
             for layer_name, layer in self.norms.items()
@@ -269,6 +274,16 @@ class Network:
                 return
         with self._in_use, _borrowed(self.model) as borrowed:
             yield borrowed
+
+    @contextmanager
+    def copied(self) -> Iterator[Replica]:
+        """A replica with parameters of its own, for passes that may write to anything."""
+        replica = None if self.known.in_place else self.fresh(own_parameters=True)
+        if replica is not None:
+            yield replica
+        else:
+            with self._in_use, _borrowed(self.model) as borrowed:
+                yield borrowed
 
     def _key(self) -> tuple[Any, ...]:
         return self.known, self.known.state, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())

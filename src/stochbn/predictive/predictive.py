@@ -237,7 +237,7 @@ class Predictive:
 
     def _enough(self, tolerance: float) -> int:
         """The number of quasi-random draws that are worth `draws` independent ones."""
-        gain = self.posterior.worth if self.posterior is not None else 1.0
+        gain = self.posterior.quasi_gain if self.posterior is not None else 1.0
         first = self.settings.first
         # The spread of the draws is known no better for being quasi-random.
         if not tolerance or self.task.spread or gain == 1 or self.draws < first:

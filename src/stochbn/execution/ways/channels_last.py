@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from stochbn.execution.follow import Followed
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["applies", "channels_last_weights", "sampled"]
+__all__ = ["applies", "channels_last_weights", "convolutions", "sampled"]
 
 
 def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
     """Why the way must not be tried; empty if it may."""
     if not cpu:
         return "it is for CPUs"
-    if not _convolutions(replica):
+    if not convolutions(replica):
         return "there are no two-dimensional convolutions in another layout"
     return "the network's code looks at the layout of tensors" if followed.reads_layout else ""
 
@@ -29,7 +29,7 @@ def channels_last_weights(network: Network, replica: Replica) -> dict[str, Tenso
 
     They are kept once for a network, until its weights change.
     """
-    own = _convolutions(replica)
+    own = convolutions(replica)
     now = network.weights(), sampled(own.values())
     kept = network.known.get("channels_last")
     if kept is None or kept[0] != now:
@@ -48,7 +48,8 @@ def sampled(tensors: object) -> tuple[float, ...]:
     return tuple(torch.cat(numbers).tolist()) if numbers else ()
 
 
-def _convolutions(replica: Replica) -> dict[str, Tensor]:
+def convolutions(replica: Replica) -> dict[str, Tensor]:
+    """The weights, by their names, of two-dimensional convolutions that are in another layout."""
     weights = {}
     for name, module in replica.modules.items():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
