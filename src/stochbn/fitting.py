@@ -141,9 +141,9 @@ def fit(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     network = unwrap(model)
     layers = batch_norms(network)
-    chosen = _chosen(layers, deterministic)
-    kept = kept_in_evaluation(network)
     skipped = undrawable(network)
+    chosen = _chosen(layers, skipped, deterministic)
+    kept = kept_in_evaluation(network)
     skipped |= {name: "stays in evaluation mode" for name, layer in layers.items() if layer in kept}
     skipped |= dict.fromkeys(chosen, "deterministic")
     if layers.keys() <= skipped.keys():
@@ -187,8 +187,8 @@ def fit(
     return posterior
 
 
-def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str]:
-    """The layers that a user wants to keep their running statistics.
+def _chosen(layers: Mapping[str, _BatchNorm], others: Iterable[str], deterministic: Chosen) -> list[str]:
+    """The layers that a user wants to keep their running statistics; `others` keep them anyway.
 
     Raises:
         TypeError: it is no iterable of names, nor a function.
@@ -205,7 +205,8 @@ def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str
     for pattern in deterministic:
         if not isinstance(pattern, str):
             raise TypeError(f"deterministic must be names or patterns of layers, got {pattern!r:.60} among them")
-        fitting = {pattern} & layers.keys() or {name for name in layers if fnmatchcase(name, pattern)}
+        names = [*layers, *others]
+        fitting = {pattern} & set(names) or {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             raise ValueError(
                 f"deterministic has {pattern!r:.60}, which fits no batch-norm layer; they are {listed(layers)}"

@@ -177,6 +177,7 @@ class Observer:
 
     def _passed(self, tensors: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
         self._calls.clear()
+        self._counted.clear()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(modes(self.model, lambda module: module not in self.evaluation))
@@ -185,7 +186,7 @@ class Observer:
                 layer.momentum = 1.0
                 hook = functools.partial(self._record, name)
                 stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
+            if any(map(_compiled, self.model.modules())):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled parts know no new hooks
             if self._partial:
                 stack.enter_context(self._counted)
@@ -237,6 +238,9 @@ class _Counted(TorchFunctionMode):
         super().__init__()
         self._numbers: dict[int, int] = {}
 
+    def clear(self) -> None:
+        self._numbers.clear()
+
     def pop(self, running_mean: Tensor, default: int) -> int:
         return self._numbers.pop(id(running_mean), default)
 
@@ -246,6 +250,11 @@ class _Counted(TorchFunctionMode):
             x, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self._numbers |= {id(other): x.numel() for other in others}
         return func(*args, **kwargs)
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether calls of a module are compiled, as a module of its own or in place."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
