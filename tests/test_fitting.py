@@ -483,9 +483,20 @@ def test_a_scripted_part_keeps_its_statistics_and_is_listed() -> None:
     found = fit_factorized(scripted, batches, 8)
     assert dict(found.skipped) == {"0.1": "scripted"}
     wanted = stochbn.fit(model, batches, 8, kind="factorized", deterministic=["1"])
+    named = stochbn.fit(scripted, batches, 8, kind="factorized", deterministic=["0.*"])
+    assert named.skipped == found.skipped, "it is no mistake to name what is not drawn anyway"
     torch.testing.assert_close(found.expected, wanted.expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module.training for module in scripted.modules())
+
+
+def test_a_network_that_was_compiled_in_place_is_observed() -> None:
+    model, compiled = settled(three_norms(), 4), settled(three_norms(), 4)
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile(backend="eager")
+    batches = [normal(32, 4, seed=i) for i in range(3)]
+    compiled(batches[0])
+    same(fit_factorized(compiled, batches, 8), fit_factorized(model, batches, 8))
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])

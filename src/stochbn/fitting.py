@@ -149,8 +149,8 @@ def fit(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     layers = batch_norms(model)
-    chosen = _chosen(layers, deterministic)
     network = Network.of(model)
+    chosen = _chosen(layers, undrawable(network.model), deterministic)
     network.look()
     fingerprint = Fingerprint.of(model)
     uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
@@ -231,8 +231,8 @@ def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[
     return frozenset(training), skipped
 
 
-def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str]:
-    """The layers that a user wants to keep their running statistics.
+def _chosen(layers: Mapping[str, _BatchNorm], others: Iterable[str], deterministic: Chosen) -> list[str]:
+    """The layers that a user wants to keep their running statistics; `others` keep them anyway.
 
     Raises:
         TypeError: it is no iterable of names, nor a function.
@@ -249,7 +249,8 @@ def _chosen(layers: Mapping[str, _BatchNorm], deterministic: Chosen) -> list[str
     for pattern in deterministic:
         if not isinstance(pattern, str):
             raise TypeError(f"deterministic must be names or patterns of layers, got {pattern!r:.60} among them")
-        fitting = {pattern} & layers.keys() or {name for name in layers if fnmatchcase(name, pattern)}
+        names = [*layers, *others]
+        fitting = {pattern} & set(names) or {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             raise ValueError(
                 f"deterministic has {pattern!r:.60}, which fits no batch-norm layer; they are {listed(layers)}"
