@@ -124,7 +124,7 @@ def test_only_as_much_training_data_is_read_as_is_needed() -> None:
 
 def test_16_objects_and_50_draws_are_the_default() -> None:
     exact = Exact(settled(mlp(), 4), [normal(15 * 50, 4)])
-    assert [tuple(other.shape) for other in exact.others] == [(15, 4)] * 50
+    assert [tuple(other.args[0].shape) for other in exact.others] == [(15, 4)] * 50
 
 
 def test_draws_are_kept_only_where_asked_for() -> None:

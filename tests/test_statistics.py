@@ -27,14 +27,24 @@ from conftest import (
     settled,
     slow_statistics,
 )
+from stochbn.network.inputs import NetworkInput, network_input
+from stochbn.network.replica import Network
 from stochbn.statistics import Moments, Observer, mini_batches
+
+
+def observer(model: nn.Module, evaluation: str | None = None) -> Observer:
+    """An observer of a copy of the network."""
+    network = Network.of(model)
+    replica = network.fresh(own_parameters=True)
+    assert replica is not None
+    return Observer(replica, network.trained() - {evaluation})
 
 
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
-    observe = Observer(model)
+    observe = observer(model)
     for batch in batches:
-        for name, found in observe(batch).items():
+        for name, found in observe(network_input(model, batch)).items():
             rows.setdefault(name, []).append(found)
     return {name: torch.cat(found) for name, found in rows.items()}
 
@@ -112,7 +122,7 @@ def test_every_batch_is_split_alone_and_its_remainder_dropped(sizes: list[int], 
     ]
     if max(sizes) >= batch_size:
         found = mini_batches(mlp(1), batches, batch_size)
-        assert [piece.flatten().tolist() for piece in found] == wanted
+        assert [piece.args[0].flatten().tolist() for piece in found] == wanted
     else:
         with pytest.raises(ValueError, match=r"smaller than batch_size|no batches"):
             list(mini_batches(mlp(1), batches, batch_size))
@@ -262,8 +272,10 @@ def test_dropout_is_on_while_observing_as_in_training() -> None:
     x = normal(32, 4, seed=5)
     with torch.random.fork_rng():
         torch.manual_seed(11)
+        state = torch.get_rng_state()
         found = observed(model, [x])
-        torch.manual_seed(11)
+        assert torch.equal(torch.get_rng_state(), state), "masks are from a generator of the observer's own"
+        torch.manual_seed(0)
         wanted = slow_statistics(model, [x])
     torch.testing.assert_close(found["2"], wanted["2"], rtol=2e-5, atol=2e-6)
     with torch.random.fork_rng():
@@ -338,10 +350,10 @@ def test_a_second_round_of_observations_is_the_same_as_the_first() -> None:
 
 def test_the_stream_of_observations_does_not_alias_the_next_one() -> None:
     model = settled(mlp(), 4)
-    observe = Observer(model)
-    first = observe(normal(8, 4))
+    observe = observer(model)
+    first = observe(NetworkInput((normal(8, 4),)))
     kept = {name: rows.clone() for name, rows in first.items()}
-    observe(normal(8, 4, seed=1) * 3)
+    observe(NetworkInput((normal(8, 4, seed=1) * 3,)))
     for name, rows in first.items():
         assert torch.equal(rows, kept[name])
 
@@ -361,6 +373,13 @@ def test_random_numbers_are_not_consumed_without_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Shared(list[bool]):
+    """What a network and its copies note together."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
 class Layouts(nn.Module):
     """Notes the layout of a convolution's weights at every call; `view` cannot take channels-last activations."""
 
@@ -369,7 +388,7 @@ class Layouts(nn.Module):
         self.convolution, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
         self.dropout, self.after = nn.Dropout(dropout), nn.BatchNorm1d(4 * 16)
         self.head, self.view = nn.Linear(4 * 16, 3), view
-        self.seen: list[bool] = []
+        self.seen = Shared()
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(self.convolution.weight.stride(1) == 1)
@@ -390,11 +409,9 @@ def test_convolutions_are_observed_in_channels_last_layout_where_that_gives_the_
 def test_another_layout_is_not_tried_where_it_would_take_other_random_numbers() -> None:
     model, batches = Layouts(view=False, dropout=0.5), [normal(12, 2, 6, 6, seed=i) for i in range(3)]
     with torch.random.fork_rng():
-        torch.manual_seed(11)
-        found, after = observed(model, batches), torch.get_rng_state()
-        torch.manual_seed(11)
+        found = observed(model, batches)
+        torch.manual_seed(0)
         wanted = slow_statistics(model, batches)
-        assert torch.equal(torch.get_rng_state(), after)
     assert not any(model.seen), "masks are laid out like the activations, so the other layout gives other statistics"
     for name, rows in wanted.items():
         torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
@@ -463,8 +480,8 @@ def test_the_part_that_is_normalised_may_be_another_each_time(cls: type[nn.Batch
 def test_modules_in_evaluation_mode_are_not_observed_and_work_with_their_running_statistics() -> None:
     model = settled(convnet(), 2, 6, 5)
     batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
-    observe = Observer(model, [model.get_submodule("1")])
-    found = [observe(batch) for batch in batches]
+    observe = observer(model, evaluation="1")
+    found = [observe(NetworkInput((batch,))) for batch in batches]
     assert [list(one) for one in found] == [["4"]] * 3
     assert observe.frozen == []
     hidden = [model[3](model[2](model[1](model[0](batch)))) for batch in batches]  # type: ignore[index]
@@ -476,9 +493,9 @@ def test_modules_in_evaluation_mode_are_not_observed_and_work_with_their_running
 
 def test_frozen_layers_are_named() -> None:
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
-    observe = Observer(model)
+    observe = observer(model)
     with pytest.warns(UserWarning, match="'1' does not update"):
-        observe(normal(8, 2, 6, 5))
+        observe(NetworkInput((normal(8, 2, 6, 5),)))
     assert observe.frozen == ["1"]
 
 

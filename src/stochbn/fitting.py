@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stochbn.execution.verify import guard
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.inputs import Batch, InputsOf
-from stochbn.network.layers import batch_norms, listed, qualified_names, running_statistics, undrawable
+from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
 from stochbn.statistics import Observer, mini_batches
@@ -155,18 +155,17 @@ def fit(
     fingerprint = Fingerprint.of(model)
     uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
     accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
-    with torch.inference_mode(False), torch.no_grad():
-        observations = mini_batches(model, batches, batch_size, inputs)
-        first = next(observations)
-        training, skipped = _modes(network, chosen)
-        guard(network, first, training)
-        with network.copied() as replica:
-            observe = Observer(replica, training)
-            try:
-                for mini_batch in itertools.chain([first], observations):
-                    accumulator.update({**uncalled, **observe(mini_batch)})
-            finally:
-                observe.close()
+    training, skipped = _modes(network, chosen)
+    observations = mini_batches(model, batches, batch_size, inputs)
+    first = next(observations)
+    guard(network, first, training)
+    with network.copied(train=True) as replica:
+        observe = Observer(replica, training)
+        try:
+            for mini_batch in itertools.chain([first], observations):
+                accumulator.update({**uncalled, **observe(mini_batch)})
+        finally:
+            observe.close()
     observed = accumulator.layers
     if not observed:
         raise ValueError(
@@ -200,26 +199,13 @@ def fit(
 def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[str], dict[str, str]]:
     """Names of the modules in training mode during a fit, and why batch norms are not drawn, by their names.
 
-    Modules whose own ``train()`` leaves them in evaluation mode, as in backbones with frozen batch norms, stay there;
-    it is called on a copy, as it may change more than flags. So do scripted modules, which predictions cannot draw.
-
     Raises:
         ValueError: no batch norm is left.
     """
     skipped = undrawable(network.model)
-    replica = network.fresh(own_parameters=True)
-    modules = named_modules(network.model)
-    training = {name for name, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
-    if replica is not None:
-        try:
-            replica.model.train()
-            training &= {name for name, module in replica.modules.items() if module.training}
-        except Exception:  # a train() that works on the user's network alone
-            pass
-        places = {module: name for name, module in replica.modules.items()}
-        norms = {name: places[layer] for name, layer in replica.norms.items()}
-    else:
-        norms = qualified_names(network.model)
+    training = set(network.trained())
+    modules = {module: name for name, module in named_modules(network.model).items()}
+    norms = {name: modules[layer] for name, layer in batch_norms(network.model).items()}
     skipped |= {name: "stays in evaluation mode" for name, place in norms.items() if place not in training}
     skipped |= dict.fromkeys(deterministic, "deterministic")
     training -= {norms[name] for name in deterministic}

@@ -139,7 +139,7 @@ class Observer:
         self._handles = []
         for name, layer in self._layers.items():
             for statistic in running_statistics(layer):  # what is not finite would stay so: 0 times NaN is NaN
-                statistic.nan_to_num_(1.0, 1.0, 1.0)
+                statistic.detach().nan_to_num_(1.0, 1.0, 1.0)
             layer.momentum = 1.0
             hook = functools.partial(self._record, name)
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
@@ -179,6 +179,7 @@ class Observer:
     def _passed(self, inputs: NetworkInput) -> dict[str, Tensor]:
         self._calls.clear()
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             if self._first or self._masks.used:
                 stack.enter_context(self._masks)

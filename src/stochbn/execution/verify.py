@@ -39,7 +39,8 @@ def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> N
     few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
     for objects in (few, inputs):
         try:
-            _note(known, guarded(network, objects, training))
+            with torch.inference_mode(False), torch.no_grad():
+                _note(known, guarded(network, objects, training))
         except Exception:  # which the pass itself will raise, if it is not for the number of objects
             continue
         known.keep(key, True)

@@ -275,11 +275,29 @@ class Network:
         with self._in_use, _borrowed(self.model) as borrowed:
             yield borrowed
 
+    def trained(self) -> frozenset[str]:
+        """Names of the modules that are in training mode when the network is trained.
+
+        Modules whose own ``train()`` leaves them in evaluation mode, as in backbones with frozen batch norms, are not;
+        it is called on a copy, as it may change more than flags. Nor are scripted modules, which cannot be drawn.
+        """
+        names = {n for n, m in named_modules(self.model).items() if not isinstance(m, torch.jit.ScriptModule)}
+        replica = self.fresh(own_parameters=True)
+        if replica is not None and _put_in_training(replica.model):
+            names &= {name for name, module in replica.modules.items() if module.training}
+        return frozenset(names)
+
     @contextmanager
-    def copied(self) -> Iterator[Replica]:
-        """A replica with parameters of its own, for passes that may write to anything."""
+    def copied(self, *, train: bool = False) -> Iterator[Replica]:
+        """A replica with parameters of its own, for passes that may write to anything.
+
+        Args:
+            train: call its ``train()``.
+        """
         replica = None if self.known.in_place else self.fresh(own_parameters=True)
         if replica is not None:
+            if train:
+                _put_in_training(replica.model)
             yield replica
         else:
             with self._in_use, _borrowed(self.model) as borrowed:
@@ -309,6 +327,15 @@ class Network:
             reason = str(error).strip().partition("\n")[0]
             self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
             return None
+
+
+def _put_in_training(model: nn.Module) -> bool:
+    """Whether its ``train()``, which may be overridden, could be called."""
+    try:
+        model.train()
+    except Exception:
+        return False
+    return True
 
 
 def _versions(leaves: Iterable[Any], without: Collection[int] = ()) -> list[int]:
