@@ -35,8 +35,11 @@ from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import fit_posterior, load_parts, predict_all
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Empirical, Joint
-from stochbn.predictive import FIRST, STEP, TOLERANCE, entropy
+from stochbn.execution import Settings
+from stochbn.predictions import entropy
+from stochbn.predictive import TOLERANCE
 
+FIRST, STEP = Settings.first, Settings.step
 MOST = 24
 """Quasi-random draws of the joint posterior that ``draws=50`` asks for."""
 

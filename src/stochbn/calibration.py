@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.execution import Call, NetworkChanged, passes
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.tasks import make_task

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.execution.verify import guard
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.network.inputs import Batch, InputsOf
+from stochbn.network.calling import Batch, InputsOf
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior

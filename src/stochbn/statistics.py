@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from stochbn.execution.masks import Masks
 from stochbn.execution.ways.channels_last import convolutions
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Replica
 

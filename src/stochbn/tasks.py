@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stochbn.network.inputs import read_output
+from stochbn.network.calling import read_output
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction, entropy
 
 __all__ = ["TASKS", "Binary", "Classification", "Embedding", "Multilabel", "Regression", "Task", "make_task"]
@@ -27,7 +27,7 @@ class Task(ABC):
     averaged, and an average into what a predictive returns.
 
     Attributes:
-        place: where in the output to look, see `stochbn.network.inputs.read_output`; for regression also a pair of
+        place: where in the output to look, see `stochbn.network.calling.read_output`; for regression also a pair of
             places, of the mean and of the log-variance.
         class_axis: the axis of the classes in the output; None is axis 1.
         output: ``"logits"`` or ``"probs"``; None is logits, unless they look like something else.

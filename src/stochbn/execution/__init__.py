@@ -17,7 +17,7 @@ import torch
 from stochbn.execution.plan import WAYS, Call, Draw, Plan, Settings, make_plan
 from stochbn.execution.run import NetworkChanged, Passes
 from stochbn.execution.verify import examine, guard, refuse
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 
 __all__ = ["WAYS", "Call", "Draw", "NetworkChanged", "Passes", "Plan", "Settings", "passes", "planned"]

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from stochbn.execution.masks import DispatchMode, Masks
 from stochbn.execution.rules import Flow, Mixed, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Sizes
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica, snapshot
 from stochbn.tasks import Task
 

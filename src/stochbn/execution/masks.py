@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 
 __all__ = ["DispatchMode", "Masks", "dropping_modules"]

@@ -19,7 +19,7 @@ from stochbn.execution.reference import reference
 from stochbn.execution.run import Passes
 from stochbn.execution.sizes import Sizes
 from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Knowledge, Network, Replica
 
 __all__ = ["examine", "guard", "refuse"]

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from stochbn.execution import Call, Draw, Passes
 from stochbn.execution.masks import Masks, dropping_modules
-from stochbn.network.inputs import InputsOf, NetworkInput
+from stochbn.network.calling import InputsOf, NetworkInput
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.predictive.predictive import Predictive

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.network.inputs import Batch
+from stochbn.network.calling import Batch
 from stochbn.predictive.predictive import Predictor
 
 __all__ = ["Ensemble"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stochbn.execution import Call, NetworkChanged, passes
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import batch_norms
 from stochbn.network.replica import Network
 from stochbn.posteriors import check_draws

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochbn.execution.follow import MULTIPLYING, Followed
 from stochbn.execution.ways.channels_last import sampled
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
 __all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounded"]
