@@ -51,8 +51,8 @@ class Posterior(ABC):
     """
 
     kind: ClassVar[str]
-    quasi_gain: ClassVar[float] = 2.0
-    """Variance of a mean over n independent draws, over that of n quasi-random ones; a careful value."""
+    quasi_gain: ClassVar[float]
+    """Variance of a mean over n independent draws, over that of n quasi-random ones; see benchmarks/quasi.py."""
 
     layers: Mapping[str, int]
     batch_size: float | None

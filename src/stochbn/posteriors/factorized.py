@@ -38,6 +38,7 @@ class Factorized(Posterior):
     """
 
     kind: ClassVar[str] = "factorized"
+    quasi_gain: ClassVar[float] = 2.0
 
     mean_mean: Tensor
     mean_variance: Tensor

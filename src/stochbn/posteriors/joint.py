@@ -45,6 +45,7 @@ class Joint(Posterior):
     """
 
     kind: ClassVar[str] = "joint"
+    quasi_gain: ClassVar[float] = 2.0
 
     location: Tensor
     directions: Tensor
