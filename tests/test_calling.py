@@ -239,7 +239,9 @@ def test_a_function_can_say_what_the_network_takes(function: Any, args: int, kwa
         (lambda b: ("a",), (X,), TypeError, "without any tensor"),
     ],
 )
-def test_what_says_nothing_of_the_input_is_refused(inputs: Any, batch: Any, error: type[Exception], message: str) -> None:
+def test_what_says_nothing_of_the_input_is_refused(
+    inputs: Any, batch: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         network_input(mlp(), batch, inputs)
 

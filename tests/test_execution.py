@@ -105,8 +105,8 @@ def test_every_way_of_making_a_pass_gives_the_logits_of_the_slow_one(kind: str, 
                 torch.testing.assert_close(some(draws[:1]), wanted[:1, rest], rtol=1e-4, atol=1e-5)
 
 
-SEEN: dict[str, int] = {}
-"""How many objects layers were called with: outside of them, so that it is no state of theirs."""
+SEEN: dict[str, Any] = {}
+"""What layers were called with: outside of them, so that it is no state of theirs."""
 
 
 class Counting(nn.Conv2d):
@@ -115,7 +115,7 @@ class Counting(nn.Conv2d):
     key = ""
 
     def forward(self, x: Tensor) -> Tensor:
-        SEEN[self.key] = SEEN.get(self.key, 0) + len(x)
+        SEEN.setdefault(self.key, []).append(x)
         return super().forward(x)
 
 
@@ -149,13 +149,14 @@ def test_what_comes_before_the_first_batch_norm_runs_once_if_it_can(way: str, mo
     posterior = stochbn.fit(model, [normal(64, 2, 6, 6, seed=3)], 8)
     x = normal(20, 2, 6, 6)
     draws = list(posterior.iter_draws(9, seeded(), quasi=True))
-    predictive = Predictive(model, posterior, 9, tolerance=0)
+    settings = Settings(ways=frozenset(WAYS) - {"stacked"})
+    predictive = Predictive(model, posterior, 9, tolerance=0, settings=settings)
     with mode():
         predictive(x)  # plans
         SEEN.clear()
         found = predictive(x, generator=seeded())
-    assert SEEN["second"] == 9 * 20
-    assert SEEN["first"] == (20 if way == "once" else 9 * 20 * (1 + way.startswith("called")))
+    assert sum(map(len, SEEN["second"])) == 9 * 20
+    assert sum(map(len, SEEN["first"])) == (20 if way == "once" else 9 * 20 * (1 + way.startswith("called")))
     torch.testing.assert_close(found.probs, torch.stack(slow(model, draws, x)).softmax(2).mean(0))
 
 
@@ -188,7 +189,7 @@ def test_objects_that_affect_each_other_stay_together_and_get_all_draws() -> Non
     model, x, settings = Mixing(), normal(40, 4), Settings(piece=1)
     posterior = stochbn.fit(model, [normal(64, 4, seed=3)], 8)
     plan = plan_of(model, posterior, x, settings)
-    assert "mean" in plan.together
+    assert "over objects" in plan.together
     assert not plan.ways
     draws = list(posterior.iter_draws(50, seeded(), quasi=True))
     wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
@@ -277,7 +278,8 @@ def test_a_network_that_is_compiled_already_is_run_without(inner: bool) -> None:
     other = nn.Sequential(compiled) if inner else compiled
     own = stochbn.fit(other, [normal(64, 4, seed=3)], 8)
     found = Predictive(other, own, 9, tolerance=0)(x, generator=seeded())
-    assert torch.equal(found.probs, Predictive(model, posterior, 9, tolerance=0)(x, generator=seeded()).probs)
+    wanted = Predictive(model, posterior, 9, tolerance=0)(x, generator=seeded())
+    torch.testing.assert_close(found.probs, wanted.probs)
 
 
 def test_a_network_that_needs_its_own_layout_keeps_it() -> None:
@@ -473,7 +475,7 @@ def test_an_interrupt_leaves_the_network_as_it_was() -> None:
     class Interrupting(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             SEEN["calls"] = SEEN.get("calls", 0) + 1
-            if SEEN["calls"] > 12:
+            if SEEN["calls"] > 2:
                 raise KeyboardInterrupt
             return x
 

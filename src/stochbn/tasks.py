@@ -1,11 +1,11 @@
-"""What a network's output means: how each task reads it, what is averaged over draws, and what is said of the average."""
+"""What a network's output means: how each task reads it, what is averaged over draws, and what is told of that."""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +51,7 @@ class Task(ABC):
             TypeError, ValueError: they are not of a type or shape that the task can read.
         """
 
-    def check(self, raw: Tensor) -> None:
+    def check(self, raw: Tensor) -> None:  # noqa: B027 - numbers can be anything
         """Refuse, or warn of, raw values that do not look like what the task expects.
 
         Raises:
@@ -101,7 +101,7 @@ class Classification(Task):
         return found.log() if self.output == "probs" else found
 
     def check(self, raw: Tensor) -> None:
-        """Refuse probabilities that are taken for logits or the reverse; warn of classes that may be on another axis."""
+        """Refuse probabilities that are taken for logits, or the reverse; warn of classes that may be elsewhere."""
         if self.output == "probs":
             total = raw.exp().sum(1)
             if raw.isnan().any() or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
@@ -112,7 +112,7 @@ class Classification(Task):
             return
         if self.class_axis is None:
             self._check_axis(raw)
-        if self.output is None and raw.numel() and 0 <= raw.amin() and raw.amax() <= 1:
+        if self.output is None and raw.numel() and raw.amin() >= 0 and raw.amax() <= 1:
             total = raw.sum(1)
             if torch.allclose(total, torch.ones_like(total), atol=1e-4):
                 raise ValueError(
@@ -246,7 +246,8 @@ class Regression(Task):
         mean, log_variance = (_floating(values, "numbers") for values in found)
         if mean.shape != log_variance.shape:
             raise ValueError(
-                f"expected means and log-variances of one shape, found {list(mean.shape)} and {list(log_variance.shape)}"
+                f"expected means and log-variances of one shape, found {list(mean.shape)} and "
+                f"{list(log_variance.shape)}"
             )
         return torch.stack([mean, log_variance], 1)
 
@@ -303,7 +304,7 @@ def make_task(name: str, place: Any = None, class_axis: int | None = None, outpu
     if issubclass(kind, Regression) and (class_axis is not None or output is not None):
         raise ValueError(f"the task {name!r} has no classes, so class_axis and output do not apply; leave them out")
     if isinstance(place, (tuple, list)) and kind is not Regression:
-        raise ValueError(f"a pair of places is for task=\"regression\" alone, got {place!r} for {name!r}")
+        raise ValueError(f'a pair of places is for task="regression" alone, got {place!r} for {name!r}')
     if isinstance(place, (tuple, list)) and len(place) != 2:
         raise ValueError(f"expected two places, of the mean and of the log-variance, got {place!r}")
     return kind(tuple(place) if isinstance(place, list) else place, class_axis, output)
@@ -313,7 +314,7 @@ def _check_sigmoid(task: Task, raw: Tensor) -> None:
     if task.output == "probs":
         if raw.isnan().any():
             raise ValueError('expected probabilities from 0 to 1 with output="probs", found others; are they logits?')
-    elif task.output is None and raw.numel() >= 16 and 0 <= raw.amin() and raw.amax() <= 1:
+    elif task.output is None and raw.numel() >= 16 and raw.amin() >= 0 and raw.amax() <= 1:
         warnings.warn(
             "the network's outputs all lie between 0 and 1 and get a sigmoid: if they are probabilities already, pass "
             'output="probs"; if they are logits, pass output="logits"',
@@ -335,7 +336,13 @@ class Summary:
     """
 
     def __init__(
-        self, task: Task, keep: bool = False, tolerance: float = 0.0, temperature: float = 1.0, first: int = 8, step: int = 4
+        self,
+        task: Task,
+        keep: bool = False,
+        tolerance: float = 0.0,
+        temperature: float = 1.0,
+        first: int = 8,
+        step: int = 4,
     ) -> None:
         self.task, self.tolerance, self.temperature = task, tolerance, temperature
         self.first, self.step = first, step
@@ -382,8 +389,10 @@ class Summary:
         """``[M]``: which objects are not done, if it is time to ask and some are."""
         if not self.tolerance or self.count < self.first or self.count % self.step:
             return None
-        waiting = per_object(self.squares) > (self.tolerance * self.count) ** 2 if self.task.spread else (
-            self.squares > (self.tolerance * self.count) ** 2
+        waiting = (
+            per_object(self.squares) > (self.tolerance * self.count) ** 2
+            if self.task.spread
+            else (self.squares > (self.tolerance * self.count) ** 2)
         )
         return None if bool(waiting.all()) else waiting
 

@@ -1,4 +1,4 @@
-"""Following a network through one pass: whether objects stay apart, what comes before the first batch norm, what changes.
+"""Following a network through one pass: do objects stay apart, what precedes the first batch norm, what changes.
 
 The pass is made with a few objects on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
 that really runs and follows the axis of the objects through it (`stochbn.execution.rules`); a function mode sees where
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochbn.execution.masks import DispatchMode, Masks
-from stochbn.execution.rules import Flow, Mixed, flows_of, joined
+from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Sizes
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica, snapshot
@@ -93,11 +93,11 @@ class _Frame:
     inputs: frozenset[int] = frozenset()
 
 
-class _Follower(DispatchMode):
+class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows the objects through all tensor operations."""
 
     def __init__(self, replica: Replica, objects: int, foreign: frozenset[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.objects, self.foreign = objects, foreign
         self.sizes = Sizes(objects)
         self.reasons: list[str] = []
@@ -146,21 +146,23 @@ class _Follower(DispatchMode):
         self.clock += 1
         made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         try:
-            if torch.Tag.nondeterministic_seeded in func.tags and any(not self.flow(t).constant for t in tensors):
-                if not _off(func, args, kwargs):
-                    raise Mixed("random numbers are drawn")
+            random = torch.Tag.nondeterministic_seeded in func.tags and not _off(func, args, kwargs)
+            if random and any(not self.flow(t).constant for t in tensors):
+                raise MixedError("random numbers are drawn")
             if _form(args) != form:
-                raise Mixed(f"the operation {name} changes the shape of a tensor in place")
+                raise MixedError(f"the operation {name} changes the shape of a tensor in place")
             if name == "as_strided_":  # of axes of length 1, as pooling does
                 flows = [self.flow(args[0])]
             else:
                 flows = flows_of(func, args, kwargs, outputs, self.flow, self.objects)
-        except Mixed as mixed:
+        except MixedError as mixed:
             drawn = any(self.flow(t).drawn for t in tensors)
             flows = [Flow(mixed=f"{mixed}{self._where()}", drawn=drawn) for _ in made]
         except Exception:  # an operation with arguments that no rule expects
             drawn = any(self.flow(t).drawn for t in tensors)
-            flows = [Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made]
+            flows = [
+                Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made
+            ]
         self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
         return outputs
 
@@ -203,12 +205,11 @@ class _Follower(DispatchMode):
             if norm is not None and all(frame.module is not norm for frame in self.frames):
                 self.irregular = self.irregular or "the statistics of a batch norm are used outside of it"
         frame = self.frames[-1] if self.frames else None
-        if frame is not None and id(frame.module) in self._norms and "batch_norm" not in name:
-            if name not in ("view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"):
-                if any(id(t) in frame.inputs for t in tensors):
-                    self.irregular = self.irregular or (
-                        f"batch norm {frame.name!r} does more with its input than normalise it"
-                    )
+        if frame is None or id(frame.module) not in self._norms or "batch_norm" in name or name in _HARMLESS:
+            return
+        if any(id(t) in frame.inputs for t in tensors):
+            reason = f"batch norm {frame.name!r} does more with its input than normalise it"
+            self.irregular = self.irregular or reason
 
     def _where(self) -> str:
         return f" (in {self.frames[-1].name!r})" if self.frames and self.frames[-1].name else ""
@@ -276,9 +277,7 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
     except _OfTheOriginal:
         return Followed(in_place=_CLOSURE)
     state = _written(network.model, replica.model)
-    return Followed(
-        stateful=bool(state) or replica.changed(), state=state
-    )
+    return Followed(stateful=bool(state) or replica.changed(), state=state)
 
 
 def follow(
@@ -380,7 +379,8 @@ class _Watch:
         self.follower.frames.append(_Frame(name, module, call, inputs=frozenset(map(id, tensors))))
         if module not in self._norms:
             return
-        self.activation = max([self.activation, *(t.numel() * t.element_size() for t in tensors)])
+        # The number of elements is a symbol here, and this is not the network's conclusion.
+        self.activation = max([self.activation, *(int.__index__(t.numel()) * t.element_size() for t in tensors)])
         for frame in self.follower.frames:
             frame.drawn = True
         flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
@@ -441,6 +441,7 @@ _TAKE_SIZES = {
     "view", "reshape", "expand", "repeat", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "unflatten",
     "broadcast_to", "tile", "flatten", "permute", "arange", "Size", "expand_as",
 }  # fmt: skip
+_HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 _CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
 
 

@@ -143,11 +143,11 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **refused, **verdict.refused}
     if followed.dependent or followed.in_place:
         together = followed.in_place or followed.dependent
-        return Plan(together=together, refused={way: f"objects stay together: {together}" for way in WAYS})
+        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
     least, most = followed.sizes.low, followed.sizes.high
     if least > max(settings.rows, objects // 4):
         together = f"what the network does depends on the number of objects, {least} or more being otherwise than fewer"
-        return Plan(together=together, refused={way: f"objects stay together: {together}" for way in WAYS})
+        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
     size = objects
     activation = followed.activation / (2 if "bfloat16" not in refused else 1)
     if "pieces" not in refused:

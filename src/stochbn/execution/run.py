@@ -17,10 +17,10 @@ from stochbn.execution.ways.stacked import Stack
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["NetworkChanged", "Passes"]
+__all__ = ["NetworkChangedError", "Passes"]
 
 
-class NetworkChanged(Exception):
+class NetworkChangedError(Exception):
     """Passes changed the network that they ran on, which was not known before: the call is to be made again."""
 
 
@@ -78,13 +78,13 @@ class Passes:
         """Take the replica back to how it was.
 
         Raises:
-            NetworkChanged: a pass changed more of it than it may, and was not known to.
+            NetworkChangedError: a pass changed more of it than it may, and was not known to.
         """
         self._uninstall()
-        if not self._network.known.stateful and self._replica.changed():
-            if not self._network.known.in_place:
-                self._network.known.stateful = True
-                raise NetworkChanged
+        known = self._network.known
+        if not known.stateful and not known.in_place and self._replica.changed():
+            known.stateful = True
+            raise NetworkChangedError
 
     @property
     def draws(self) -> int:
@@ -171,7 +171,7 @@ class Passes:
         values = self._call.task.raw(inputs.call(self._replica.model))
         if self._cache is not None:
             self._cache.done()
-        return values.unflatten(0, (times, self._objects))
+        return values.reshape(times, self._objects, *values.shape[1:])
 
     def _piece(self, start: int, stop: int) -> NetworkInput:
         inputs = self._inputs if stop - start == self._objects else self._inputs.take(slice(start, stop))

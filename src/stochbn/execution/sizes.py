@@ -72,6 +72,7 @@ class ObjectCount(int):
     offset: int
 
     def __new__(cls, sizes: Sizes, factor: int, offset: int = 0) -> ObjectCount:
+        """The number ``factor * objects + offset``."""
         self = super().__new__(cls, factor * sizes.objects + offset)
         self.sizes, self.factor, self.offset = sizes, factor, offset
         return self
@@ -82,9 +83,9 @@ class ObjectCount(int):
     def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        symbolic = isinstance(other, ObjectCount)
-        factor = self.factor - other.factor if symbolic else self.factor
-        offset = self.offset - (other.offset if symbolic else other)
+        factor, offset = self.factor, self.offset - _offset(other)
+        if isinstance(other, ObjectCount):
+            factor -= other.factor
         outcome = compare(factor * self.sizes.objects + offset, 0)
         if not factor:
             return outcome
@@ -215,6 +216,10 @@ class ObjectCount(int):
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _offset(value: Any) -> Any:
+    return value.offset if isinstance(value, ObjectCount) else value
 
 
 def _value(value: Any) -> Any:

@@ -94,7 +94,7 @@ class NetworkInput:
             ValueError: their objects differ in shape, or the two in their arguments.
         """
         if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
-            raise ValueError("expected inputs with the same arguments, got different ones for the objects and the others")
+            raise ValueError("expected inputs with the same arguments, got different ones for objects and others")
 
         def joined(first: Any, second: Any) -> Any:
             return torch.cat([first, second]) if isinstance(second, Tensor) else second
@@ -204,24 +204,28 @@ def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:
         if inputs < 1:
             raise ValueError(f"inputs must be at least 1, the number of entries that the network takes, got {inputs}")
         if not isinstance(batch, (tuple, list)) or len(batch) < inputs:
-            found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-            raise ValueError(f"expected batches that are tuples of at least {inputs} entries (inputs={inputs}), got {found}")
+            given = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+            raise ValueError(
+                f"expected batches that are tuples of at least {inputs} entries (inputs={inputs}), got {given}"
+            )
         chosen: Any = tuple(batch[:inputs])
     elif callable(inputs):
         chosen = inputs(batch)
     else:
         raise TypeError(f"inputs must be a number of leading entries or a function of a batch, got {inputs!r}")
     if isinstance(chosen, Tensor):
-        chosen = (chosen,)
-    found = NetworkInput((), dict(chosen)) if isinstance(chosen, Mapping) else None
-    if found is None and isinstance(chosen, (tuple, list)):
-        found = NetworkInput(tuple(chosen))
-    if found is None or not found.tensors():
+        return NetworkInput((chosen,))
+    if isinstance(chosen, Mapping):
+        arguments = NetworkInput((), dict(chosen))
+    elif isinstance(chosen, (tuple, list)):
+        arguments = NetworkInput(tuple(chosen))
+    else:
         raise TypeError(
             f"inputs must give a tensor, a tuple of arguments or a mapping of named ones, got {type(chosen).__name__}"
-            + ("" if found is None else " without any tensor")
         )
-    return found
+    if not arguments.tensors():
+        raise TypeError(f"inputs must give at least one tensor, got a {type(chosen).__name__} without any tensor")
+    return arguments
 
 
 def read_output(output: Any, place: str | int | None = None) -> Any:

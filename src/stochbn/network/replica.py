@@ -22,7 +22,7 @@ import types
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +109,9 @@ class Replica:
         }
         self._own = {name: buffers[key] for name, (buffers, key) in self._statistics.items()}
         self._types = {name: (t.device, t.dtype) for name, t in self._own.items() if t is not None}
-        mine, theirs = dict(model.named_buffers()), dict(original.named_buffers())
-        self._copies = list(mine.values())
-        self._originals = [theirs[name] for name in mine if name in theirs]
-        if len(self._originals) != len(self._copies):
-            raise ValueError("buffers of the copy and the original differ in their names")
+        theirs = {name.replace("_orig_mod.", ""): buffer for name, buffer in original.named_buffers()}
+        mine = {name: buffer for name, buffer in model.named_buffers() if name in theirs}
+        self._copies, self._originals = list(mine.values()), [theirs[name] for name in mine]
         self.usable = True  # until a pass has failed on it
         self._parameters: list[tuple[dict[str, Any], str, Any]] = []
         self._training: frozenset[str] | None = None
@@ -178,7 +176,9 @@ class Replica:
         What `restore` puts back does not count, nor do buffers of batch norms in training mode, which do not use them.
         """
         state = snapshot(self.model)
-        return self._state is None or not _same(state, self._state) or _versions(state, without=self._observing()) != self._versions
+        if self._state is None or not _same(state, self._state):
+            return True
+        return _versions(state, without=self._observing()) != self._versions
 
     def _observing(self) -> set[int]:
         return {id(buffer) for norm in self.norms.values() if norm.training for buffer in norm._buffers.values()}
@@ -225,7 +225,7 @@ class Network:
         known: what has been found out about it.
     """
 
-    _all: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
+    _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -255,7 +255,7 @@ class Network:
         return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters())
 
     def look(self) -> Knowledge:
-        """What is known of the network as it is now: nothing, if it was changed other than in parameters and buffers."""
+        """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
         seen = snapshot(self.model)
         versions = _versions(seen, without=set(map(id, self.model.buffers())))
         if not self.known.is_of(seen, versions):

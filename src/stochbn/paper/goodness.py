@@ -11,9 +11,10 @@ import torch
 from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
+from stochbn.network.replica import Network
 from stochbn.paper.data import Images
 from stochbn.posteriors import TINY, Factorized
-from stochbn.statistics import Moments, Observer, mini_batches
+from stochbn.statistics import Moments, mini_batches, observing
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
 
@@ -39,9 +40,9 @@ def observe(
     """
     found: dict[str, list[Tensor]] = {}
     batches = (inputs for inputs, _ in images.shuffled(seed).batches(batch_size))
-    see = Observer(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    network = Network.of(model)
+    network.look()
+    with observing(network, network.trained()) as see:
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
             for layer, statistics in see(inputs).items():
                 found.setdefault(layer, []).append(statistics.float())

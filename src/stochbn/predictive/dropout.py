@@ -48,6 +48,7 @@ class MCDropout(Predictive):
         inputs: InputsOf = None,
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
+        check: str = "weights",
     ) -> None:
         super().__init__(
             model,
@@ -61,6 +62,7 @@ class MCDropout(Predictive):
             generator=generator,
             keep_draws=keep_draws,
             tolerance=0,
+            check=check,  # type: ignore[arg-type]
         )
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:

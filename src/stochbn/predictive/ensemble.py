@@ -40,9 +40,7 @@ class Ensemble:
                     "wrap a plain network as stochbn.Predictive(network)"
                 )
 
-    def __call__(
-        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
-    ) -> Any:
+    def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
         """Predict a batch with every member, one after another; arguments as for `Predictive`.
 
         Draws that are kept are those of all members, one member's after another's.
