@@ -8,42 +8,24 @@ a tensor. So what is concluded rests on the operations, not on the values of som
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochbn.execution.masks import DispatchMode, Masks
 from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Sizes
+from stochbn.execution.watch import Frame, Unit, Watch, memory_of
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica, snapshot
 from stochbn.tasks import Task
 
-__all__ = ["Followed", "Unit", "follow", "guarded"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A call of a module that gives the same under every draw.
-
-    Attributes:
-        name: the module's.
-        call: which of its calls in a pass, from 0.
-        per: for every tensor in its output how many rows an object has; 0 for one that does not depend on objects.
-        size: bytes of the output for each object.
-    """
-
-    name: str
-    call: int
-    per: tuple[int, ...]
-    size: float
+__all__ = ["Followed", "follow", "guarded"]
 
 
 @dataclass(frozen=True)
@@ -81,18 +63,6 @@ class _OfTheOriginal(BaseException):
     """The copy uses a tensor of the user's network. No ``except Exception`` of a network catches it."""
 
 
-@dataclass
-class _Frame:
-    """A call of a module that has not ended."""
-
-    name: str
-    module: nn.Module
-    call: int
-    drawn: bool = False
-    multiplies: bool = False
-    inputs: frozenset[int] = frozenset()
-
-
 class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows the objects through all tensor operations."""
 
@@ -103,7 +73,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.reasons: list[str] = []
         self.irregular = ""
         self.reads_layout = False
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
         self.written: dict[int, int] = {}
         self.clock = 0
         self._flows: dict[int, Flow] = {}
@@ -123,7 +93,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
     def set(self, tensor: Tensor, flow: Flow) -> None:
         if id(tensor) not in self._flows:
             self._alive.append(tensor)  # so that no other tensor gets its identity
-            self._sharing.setdefault(_storage(tensor), []).append(tensor)
+            self._sharing.setdefault(memory_of(tensor), []).append(tensor)
         self._flows[id(tensor)] = flow
 
     def read(self, tensor: Any, what: str) -> None:
@@ -134,7 +104,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(_storage(t) in self.foreign for t in tensors):
+        if any(memory_of(t) in self.foreign for t in tensors):
             raise _OfTheOriginal
         name = func._schema.name.removeprefix("aten::")
         if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"):
@@ -186,7 +156,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
                 self.set(tensor, flow)
 
     def _write(self, tensor: Tensor, flow: Flow) -> None:
-        storage = _storage(tensor)
+        storage = memory_of(tensor)
         self.written[storage] = self.clock
         after = joined(self.flow(tensor), flow)
         for other in self._sharing.get(storage, []):
@@ -301,7 +271,7 @@ def follow(
     replica.modes(training)
     replica.statistics({name: value.clone() for name, value in draw.items()})
     follower = _Follower(replica, len(inputs), _storages(network.model))
-    watch = _Watch(replica, follower)
+    watch = Watch(replica, follower)
     copies = inputs.map(Tensor.clone)
     for tensor in copies.tensors():
         follower.set(tensor, Flow(axis=0))
@@ -337,105 +307,6 @@ def follow(
     )
 
 
-class _Watch:
-    """Hooks on a copy that tell which module is running, and what batch norms and modules are given and give."""
-
-    def __init__(self, replica: Replica, follower: _Follower) -> None:
-        self.follower = follower
-        self.irregular, self.last = "", ""
-        self.rows: dict[str, int] = {}
-        self.activation = 0
-        self._names = {module: name for name, module in replica.model.named_modules()}
-        self._norms = {norm: name for name, norm in replica.norms.items()}
-        self._calls: dict[str, int] = {}
-        self._ended: list[tuple[_Frame, _Frame | None, int, list[Tensor], Any]] = []
-        self._hooked = {
-            module: any(
-                not isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
-                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            )
-            for module in self._names
-        }
-        self._before = {module: _own_state(module) for module in self._names}
-        self._handles = [
-            handle
-            for module in self._names
-            if not isinstance(module, torch.jit.ScriptModule)
-            for handle in (
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, with_kwargs=True),
-            )
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._names[module]
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
-        self.follower.frames.append(_Frame(name, module, call, inputs=frozenset(map(id, tensors))))
-        if module not in self._norms:
-            return
-        # The number of elements is a symbol here, and this is not the network's conclusion.
-        self.activation = max([self.activation, *(int.__index__(t.numel()) * t.element_size() for t in tensors)])
-        for frame in self.follower.frames:
-            frame.drawn = True
-        flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
-        per = self.rows.setdefault(self._norms[module], flow.per)
-        if flow.axis != 0 or per != flow.per or args[0].ndim < 2:
-            self.irregular = self.irregular or f"batch norm {name!r} has the objects elsewhere than on its first axis"
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        frame = self.follower.frames.pop()
-        parent = self.follower.frames[-1] if self.follower.frames else None
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        if isinstance(module, MULTIPLYING):
-            self.last = frame.name
-        self._ended.append((frame, parent, self.follower.clock, tensors, output))
-
-    def changed(self) -> set[nn.Module]:
-        """The modules whose attributes or buffers the pass has changed."""
-        norms = {id(t) for norm in self._norms for t in (norm.running_mean, norm.running_var)}
-        return {
-            module
-            for module, (leaves, versions) in self._before.items()
-            if (after := _own_state(module))[1] != versions
-            or len(after[0]) != len(leaves)
-            or any(a is not b and id(a) not in norms for a, b in zip(after[0], leaves, strict=True))
-        }
-
-    def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
-        """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
-        changed = set(changed)
-        usable: dict[int, Unit] = {}
-        for frame, _, clock, tensors, output in self._ended:
-            flows = [self.follower.flow(t) for t in tensors]
-            if frame.drawn or not frame.multiplies or any(f.drawn or f.mixed or f.axis not in (0, None) for f in flows):
-                continue
-            if any(self.follower.written.get(_storage(t), 0) > clock for t in tensors):
-                continue
-            if any(module in changed or self._hooked[module] for module in frame.module.modules()):
-                continue
-            if not tensors or any(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(output)):
-                continue
-            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.objects
-            per = tuple(f.per if f.axis == 0 else 0 for f in flows)
-            usable[id(frame)] = Unit(frame.name, frame.call, per, size)
-        parents = {id(frame): parent for frame, parent, *_ in self._ended}
-        outermost = []
-        for frame, *_ in self._ended:
-            parent = parents[id(frame)]
-            if id(frame) in usable and (parent is None or id(parent) not in usable):
-                outermost.append(usable[id(frame)])
-        return tuple(outermost)
-
-
-MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""The layers whose arithmetic is worth saving."""
-
 _MULTIPLYING = {"convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu"}
 _TAKE_SIZES = {
     "view", "reshape", "expand", "repeat", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "unflatten",
@@ -445,21 +316,9 @@ _HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view",
 _CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
 
 
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr() or -id(tensor)
-    except (RuntimeError, NotImplementedError):
-        return -id(tensor)
-
-
 def _storages(model: nn.Module) -> frozenset[int]:
     leaves = [leaf for leaf in snapshot(model) if isinstance(leaf, Tensor)]
-    return frozenset(s for s in map(_storage, leaves) if s > 0)
-
-
-def _own_state(module: nn.Module) -> tuple[list[Any], list[int]]:
-    leaves = snapshot(module, inside=False)
-    return leaves, [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return frozenset(s for s in map(memory_of, leaves) if s > 0)
 
 
 def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stochbn.execution.follow import Followed, Unit
+from stochbn.execution.follow import Followed
+from stochbn.execution.watch import Unit
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.tasks import Task

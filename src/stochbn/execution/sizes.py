@@ -207,11 +207,11 @@ class ObjectCount(int):
 
     def __int__(self) -> int:
         self.sizes.pin()
-        return _value(self)
+        return self._at(self.sizes.objects)
 
     def __float__(self) -> float:
         self.sizes.pin()
-        return float(_value(self))
+        return float(self._at(self.sizes.objects))
 
 
 def _whole(value: Any) -> bool:

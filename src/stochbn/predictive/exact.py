@@ -14,7 +14,8 @@ from stochbn.network.layers import batch_norms
 from stochbn.network.replica import Network
 from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
-from stochbn.tasks import Summary, make_task
+from stochbn.summary import Summary
+from stochbn.tasks import make_task
 
 __all__ = ["Exact"]
 

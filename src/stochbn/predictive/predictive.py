@@ -16,7 +16,8 @@ from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Set
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.tasks import Summary, make_task
+from stochbn.summary import Summary
+from stochbn.tasks import make_task
 
 __all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
 
