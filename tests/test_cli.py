@@ -538,13 +538,13 @@ def test_files_that_cannot_be_written_are_told_before_the_work(
 def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
     command: str, trained: Trained, tmp_path: Path, main: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = stochbn.Predictive._passes
+    drawn = stochbn.Predictive._drawn
 
     def interrupted(*args: Any) -> Iterator[Any]:
-        yield from itertools.islice(passes(*args), 3)
+        yield from itertools.islice(drawn(*args), 3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stochbn.Predictive, "_passes", interrupted)
+    monkeypatch.setattr(stochbn.Predictive, "_drawn", interrupted)
     ended = main(command, trained.networks[0], "--out", tmp_path / "results")
     assert ended.code == 130
     assert ended.error.splitlines()[-1] == "Stopped."
