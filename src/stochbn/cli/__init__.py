@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.markup import escape
 
-from stochbn.cli.console import err
+from stochbn.cli.console import complain, err, never_fail_to_encode
 from stochbn.cli.experiments import compare, demo, report, reproduce
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import evaluate, predict
@@ -33,10 +32,11 @@ def main() -> None:
     """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
     from stochbn.paper import ExperimentError
 
+    never_fail_to_encode()
     try:
         app()
     except (ExperimentError, OSError, ValueError) as error:
-        err.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        complain(str(error))
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from stochbn.cli.console import out, progress_bars, side_by_side
+from stochbn.cli.console import follow, progress_bars, readable, say, show, side_by_side
 from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
 
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
@@ -39,11 +38,7 @@ def demo(
     if data == "digits":
         as_module = Path(sys.argv[0]).name == "__main__.py"
         program = [sys.executable, "-m", "stochbn"] if as_module else sys.argv[:1]
-        out.print(
-            f"\nNext, on real data (some minutes):\n\n    {escape(shlex.join(program))} demo --data mnist\n",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"\nNext, on real data (some minutes):\n\n    {shlex.join(program)} demo --data mnist\n")
 
 
 def reproduce(
@@ -157,8 +152,7 @@ def report(
     else:
         folder = folder or Path("seeds")
         shown = write_seeds(folders, folder)
-    for table in shown:
-        out.print(table.rich())
+    show(shown)
 
 
 def compare(
@@ -183,12 +177,10 @@ def compare(
 
     settings = Settings(members, draws, fit_images, held_out, unknown, exact)
     with progress_bars() as bars:
-        task = bars.add_task("predicting", total=None, unit="predictions")
-        follow = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731
-        shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=follow)
-    for table in shown:
-        out.print(table.rich())
-    out.print(f"Everything is in [bold]{escape(str(folder))}[/]: comparison.json, comparison.md and comparison.png.")
+        move = follow(bars, "predicting", "predictions")
+        shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
+    show(shown)
+    say(f"Everything is in {folder}: comparison.json, comparison.md and comparison.png.", folder)
 
 
 def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:
@@ -196,7 +188,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
     from stochbn.paper import report, runner
 
     dropout = " and one with dropout" if recipe.dropout else ""
-    out.print(
+    say(
         f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
         f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
     )
@@ -214,15 +206,15 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
             key = name, stage
             if key not in tasks:
                 unit = "steps" if stage == "train" else "img"
-                tasks[key] = bars.add_task(escape(f"{name}: {stages[stage]}"), total=total, unit=unit)
+                tasks[key] = bars.add_task(readable(f"{name}: {stages[stage]}"), total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
         jobs = jobs or (1 if recipe.processes > 1 else side_by_side(len(recipe.all_members())))
         runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=advance)
-    for table in report.write_run(folder):
-        out.print(table.rich())
-    out.print(
+    show(report.write_run(folder))
+    say(
         "Lower NLL is better; unknown objects should have more entropy than known ones. "
-        f"Everything is in [bold]{escape(str(folder))}[/]: results.json, results.md, entropy-cdf.png, and a folder for "
-        "each network with its posterior."
+        f"Everything is in {folder}: results.json, results.md, entropy-cdf.png, and a folder for each network with its "
+        "posterior.",
+        folder,
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
-from stochbn.cli.console import follow, out, progress_bars
+from stochbn.cli.console import follow, progress_bars, readable, say, show, status
 from stochbn.cli.inputs import check_images, load_images
 from stochbn.cli.options import DataFromNetwork, NetworkFile, Seed
 from stochbn.files import check_file, write_bytes
@@ -44,9 +44,12 @@ def bench(
         folder.mkdir(parents=True, exist_ok=True)
         check_file(folder / "cost.json")
     found = []
-    with out.status("measuring") as status:
+    with status("measuring") as line:
         for network, size in itertools.product(networks, batch):
-            say = lambda what, name=network.name, size=size: status.update(f"{name}, batch {size}: {what}")  # noqa: E731
+
+            def tell(what: str, name: str = network.name, size: int = size) -> None:
+                line.update(Text(readable(f"{name}, batch {size}: {what}")))
+
             one = cost.measure(
                 network,
                 size,
@@ -54,15 +57,14 @@ def bench(
                 reference=reference,
                 repetitions=repetitions,
                 seed=seed,
-                progress=say,
+                progress=tell,
             )
             found.append(one)
             if folder is not None:
                 cost.write(found, folder)
-    for table in cost.tables(found):
-        out.print(table.rich())
+    show(cost.tables(found))
     if folder is not None:
-        out.print(f"Everything is in [bold]{escape(str(folder))}[/]: cost.json, cost.md and cost.png.")
+        say(f"Everything is in {folder}: cost.json, cost.md and cost.png.", folder)
 
 
 def diagnose(
@@ -111,12 +113,11 @@ def diagnose(
     for size, other in others.items():
         ratios = goodness.rescaling(observed, batch_size, other, size)
         shown.append(tables.rescaling(f"Mini-batches of {size}: observed over rescaled from {batch_size}", ratios))
-    for table in shown:
-        out.print(table.rich())
+    show(shown)
     advice = [f"- {sentence}" for sentence in diagnosis.advice]
-    out.print(*map(escape, advice), sep="\n", highlight=False)
+    say("\n".join(advice))
     if folder is not None:
         text = "\n\n".join([*(table.markdown() for table in shown), "\n".join(advice)])
         write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
         figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
-        out.print(f"Tables and figure are in [bold]{escape(str(folder))}[/].")
+        say(f"Tables and figure are in {folder}.", folder)

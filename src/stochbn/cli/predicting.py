@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from stochbn.cli.console import follow, out, progress_bars
+from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.inputs import check_images, default_posterior, find_posterior, load_images
 from stochbn.cli.options import DataFromNetwork, Draws, NetworkFile, NetworkFiles, PosteriorFile, Seed
 from stochbn.files import check_file, write_bytes
@@ -75,12 +73,11 @@ def evaluate(
         about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}
         about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
         shown = report.write(folder, about, found, *names, f"trained on {loaded[0].data}, tested on {ood}")
-    for table in shown:
-        out.print(table.rich())
+    show(shown)
     if None in fitted:
-        out.print("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
+        say("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
     if folder is not None:
-        out.print(f"Results are in [bold]{escape(str(folder))}[/].")
+        say(f"Results are in {folder}.", folder)
 
 
 def predict(
@@ -97,6 +94,7 @@ def predict(
 
     from stochbn.paper import checkpoints
     from stochbn.paper.runner import predict_all
+    from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
 
     checkpoint = checkpoints.load(network)
@@ -128,8 +126,11 @@ def predict(
     writer.writerow(["image", "class", "probability", "entropy", "mutual_information"])
     writer.writerows([i, row[0], *(f"{value:.6g}" for value in row[1:])] for i, row in enumerate(rows))
     write_bytes(path, text.getvalue().encode())
-    table = Table("image", "class", "probability", "entropy", "mutual information", title="least certain")
-    for i in sorted(range(len(rows)), key=lambda i: -rows[i][2])[:5]:
-        table.add_row(str(i), rows[i][0], *(f"{value:.3f}" for value in rows[i][1:]))
-    out.print(table)
-    out.print(f"Saved {len(rows)} predictions as [bold]{escape(str(path))}[/]; entropies are in nats.")
+    least = sorted(range(len(rows)), key=lambda i: -rows[i][2])[:5]
+    table = Table(
+        "least certain",
+        ["image", "class", "probability", "entropy", "mutual information"],
+        [[str(i), rows[i][0], *(f"{value:.3f}" for value in rows[i][1:])] for i in least],
+    )
+    show([table])
+    say(f"Saved {len(rows)} predictions as {path}; entropies are in nats.", path)

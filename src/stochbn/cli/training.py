@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from stochbn.cli.console import follow, out, progress_bars
+from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.inputs import check_images, default_posterior, load_images
 from stochbn.cli.options import DATA_HELP, DataFromNetwork, NetworkFile, Override, Seed
 from stochbn.files import check_file
@@ -78,10 +77,8 @@ def train(
     stale = default_posterior(path)
     if stale.exists():
         stale.unlink()
-        out.print(f"Deleted {escape(str(stale))}: it was fitted to the network that this one replaces.", soft_wrap=True)
-    name = escape(str(path))
-    command = escape(f"stochbn fit {shlex.quote(str(path))}")
-    out.print(f"Saved the network as [bold]{name}[/]. Next: {command}", highlight=False, soft_wrap=True)
+        say(f"Deleted {stale}: it was fitted to the network that this one replaces.")
+    say(f"Saved the network as {path}. Next: stochbn fit {shlex.quote(str(path))}", path)
 
 
 def fit(
@@ -111,10 +108,9 @@ def fit(
         move = follow(bars, "fitting")
         posterior = fit_posterior(checkpoint.model, images, batch_size, seed, move, kind=kind)
     posterior.save(path)
-    out.print(
-        f"Saved the posterior as [bold]{escape(str(path))}[/]: {sum(posterior.layers.values())} channels in "
+    say(
+        f"Saved the posterior as {path}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
-        f"Next: stochbn evaluate {escape(shlex.quote(str(network)))}",
-        highlight=False,
-        soft_wrap=True,
+        f"Next: stochbn evaluate {shlex.quote(str(network))}",
+        path,
     )
