@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def alone(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copy(trained.networks[0], tmp_path / "alone.safetensors"))
 
 
-def write_images(folder: Path, pixels: Any, labels: list[int], classes: str = "abcde") -> Path:
+def write_images(folder: Path, pixels: Any, labels: list[int], classes: Sequence[str] = "abcde") -> Path:
     """A local data set with the same images for training and testing."""
     folder.mkdir(parents=True)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
@@ -295,6 +295,39 @@ def test_names_with_brackets_are_shown_as_they_are(trained: Trained, tmp_path: P
     assert "p[v].csv" in stochbn_("predict", network, "--data", "digits:0-1", "--draws", 1, "--out", "p[v].csv")
     assert "out[x]" in stochbn_("evaluate", network, "--data", "digits", "--data", "digits:0-4", "--draws", 1, "--out",
                                 "out[x]")  # fmt: skip
+
+
+def test_class_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    classes = "[bold]", "dog [red]", "[/INST]", "[/]", ":smile:"
+    folder = write_images(tmp_path / "images", noise(40, 28, 28), [i % 5 for i in range(40)], classes)
+    arguments = {"classes": 5, "channels": 1, "size": 28}
+    network = Checkpoint(build("lenet5", **arguments), "lenet5", arguments, str(folder), classes)
+    checkpoints.save("n.safetensors", network)
+    stochbn_("fit", "n.safetensors")
+    text = stochbn_("predict", "n.safetensors", "--draws", 1, "--out", "p.csv")
+    predicted = {row["class"] for row in read_csv("p.csv")}
+    assert predicted <= set(classes)
+    assert any(f" {name} " in text for name in predicted)
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_terminal_that_shows_ascii_alone_gets_every_number(columns: str, trained: Trained) -> None:
+    """With a file name that it cannot show."""
+    network = Path(shutil.copy(trained.networks[0], "n\u00e9t\u2713.safetensors"))
+    run = functools.partial(subprocess.run, capture_output=True, check=False)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C", "TERM": "dumb", "COLUMNS": columns}
+    for command in (["fit"], ["evaluate", "--ood", "digits:5-9", "--draws", "1", "--out", "r"], ["evaluate", "--help"]):
+        ended = run([sys.executable, "-m", "stochbn", *command[:1], network, *command[1:]], env=environment)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        assert ended.stdout.isascii()
+        if command[0] == "fit":
+            assert rb"n\xe9t\u2713.sbn.safetensors" in ended.stdout
+        if "--ood" in command:
+            for cell in re.findall(r"-?\d+\.\d+", Path("r/results.md").read_text()):
+                assert cell.encode() in ended.stdout
+    ended = run([sys.executable, "-m", "stochbn", "fit", "none\u2713"], env=environment)
+    assert ended.returncode == 1
+    assert rb"there is no file 'none\u2713'" in ended.stderr.replace(b"\n", b" ")
 
 
 # ---------------------------------------------------------------- runs
@@ -652,7 +685,7 @@ def test_a_command_line_that_is_not_installed_says_what_to_install(
 ) -> None:
     monkeypatch.delattr(stochbn, "cli")
     for module in list(sys.modules):
-        if module == "stochbn.cli" or module.split(".")[0] == name:
+        if module.split(".")[:2] == ["stochbn", "cli"] or module.split(".")[0] == name:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[paper]'")

@@ -1,13 +1,10 @@
-"""The paper's tables, as Markdown and for the terminal."""
+"""The paper's tables, as text and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
     from stochbn.paper.goodness import Diagnosis
@@ -34,18 +31,10 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """The table with its title as a GitHub table."""
-        head = f"| {' | '.join(self.columns)} |\n|{' --- |' + ' ---: |' * (len(self.columns) - 1)}"
-        return "\n".join([f"**{self.title}**", "", head, *(f"| {' | '.join(row)} |" for row in self.rows)])
-
-    def rich(self) -> RichTable:
-        """The table for a terminal."""
-        table = RichTable(title=escape(self.title), title_justify="left", title_style="bold")
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+        """The table with its title as a GitHub table; a bar in a cell does not end it."""
+        head, *body = (f"| {' | '.join(map(_in_cell, row))} |" for row in (self.columns, *self.rows))
+        line = f"|{' --- |' + ' ---: |' * (len(self.columns) - 1)}"
+        return "\n".join([f"**{self.title}**", "", head, line, *body])
 
 
 PUBLISHED: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
@@ -166,6 +155,10 @@ def rescaling(title: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
     keys = {"spread of means": "mean", "of log-variances": "log_variance", "expected variance": "variance"}
     rows = [[layer, *(f"{ratio[key]:.3f}" for key in keys.values())] for layer, ratio in ratios.items()]
     return Table(title, ["layer", *keys], rows)
+
+
+def _in_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _pairs(scores: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -1,0 +1,180 @@
+"""What commands show: sentences, tables and progress bars, on any terminal.
+
+Nothing that comes from data is read as markup. What the terminal's encoding lacks is written in ASCII, and a table that
+is too wide for the terminal is shown as a list, so that no number is cut.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Column
+from rich.table import Table as RichTable
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from stochbn.paper.tables import Table
+
+__all__ = [
+    "complain",
+    "follow",
+    "never_fail_to_encode",
+    "progress_bars",
+    "readable",
+    "say",
+    "show",
+    "side_by_side",
+    "status",
+]
+
+
+class _Console(Console):
+    """A console that shows strings as they are, and knows the encoding of the stream that it now writes to."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    @property
+    def encoding(self) -> str:
+        """That of standard output or error, which Rich takes to be UTF-8."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+
+out = _Console()
+err = _Console(stderr=True)
+
+IN_ASCII = {"\u00b1": "+-", "\u2013": "-", "\u2014": "-", "\u2018": "'", "\u2019": "'", "\u2026": "...", "\u2022": "*"}
+"""What is written in place of signs that this program and the ones below it print."""
+
+READABLE = "stochbn.readable"
+"""The name of the way to encode what an encoding lacks: `_in_ascii`."""
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What to write in place of characters that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii, error.object[error.start : error.end])), error.end
+
+
+def _ascii(character: str) -> str:
+    if character in IN_ASCII:
+        return IN_ASCII[character]
+    if "\u2500" <= character <= "\u257f":  # the frames of tables, and progress bars
+        return "-" if character in "─━╌╍═╴╶╸╺╼╾" else "|" if character in "│┃║╎╏╵╷╹╻╽╿" else "+"
+    return character.encode("ascii", "backslashreplace").decode()
+
+
+codecs.register_error(READABLE, _in_ascii)
+
+
+def never_fail_to_encode() -> None:
+    """Have standard output and error write what their encoding lacks in ASCII, whoever prints it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=READABLE)
+
+
+def readable(text: str) -> str:
+    """A line of text as the terminal can show it: control characters are escaped, and so is what its encoding lacks."""
+    text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    return text.encode(out.encoding, READABLE).decode(out.encoding)
+
+
+def say(text: str, *bold: object) -> None:
+    """Print sentences; a line is left to the terminal to break, so that it can be copied.
+
+    Args:
+        text: the sentences.
+        bold: names in them that stand out.
+    """
+    shown = Text("\n".join(map(readable, text.split("\n"))))
+    shown.highlight_words([readable(str(word)) for word in bold], "bold")
+    out.print(shown, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print one line about an error."""
+    err.print(Text.assemble(("Error:", "bold red"), " ", readable(" ".join(text.split()))), soft_wrap=True)
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Print tables: each as such where the terminal is wide enough for all of its cells, otherwise as a list."""
+    for table in tables:
+        columns = [readable(name) for name in table.columns]
+        rows = [[readable(cell) for cell in row] for row in table.rows]
+        title = Text(readable(table.title), "bold")
+        widths = _widths(columns, rows, out.width - 1 - 3 * len(columns))
+        if widths is None:
+            out.print(title)
+            for first, *others in rows:
+                out.print(Text(f"{columns[0]}: {first}"), soft_wrap=True)
+                for name, cell in zip(columns[1:], others, strict=True):
+                    out.print(Text(f"  {name}: {cell}"), soft_wrap=True)
+            continue
+        shown = RichTable(title=title, title_justify="left")
+        for i, (name, width) in enumerate(zip(columns, widths, strict=True)):
+            shown.add_column(name, justify="right" if i else "left", width=width)
+        for row in rows:
+            shown.add_row(*row)
+        out.print(shown)
+
+
+def _widths(columns: list[str], rows: list[list[str]], room: int) -> list[int] | None:
+    """The widths of a table's columns, in which only their names may be broken, between words; None if they lack room.
+
+    Args:
+        columns: their names.
+        rows: their cells.
+        room: how many characters of a line are left for them.
+    """
+    cells = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    widths = [max(cell, max(map(cell_len, name.split()))) for cell, name in zip(cells, columns, strict=True)]
+    if sum(widths) > room:
+        return None
+    for i, name in enumerate(columns):  # names stay on one line as long as there is room
+        widths[i] += min(max(cell_len(name) - widths[i], 0), room - sum(widths))
+    return widths
+
+
+def status(text: str) -> Status:
+    """A line that moves while something is done."""
+    return out.status(Text(readable(text)), spinner="line" if out.options.ascii_only else "dots")
+
+
+class _RateColumn(ProgressColumn):
+    """Steps per second, in the unit of the bar."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+def progress_bars() -> Progress:
+    """Progress bars with rate and time left; their tasks name a unit."""
+    description = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+    if out.width < 80:
+        return Progress(description, TaskProgressColumn(), console=out)
+    return Progress(description, BarColumn(), TaskProgressColumn(), _RateColumn(), TimeRemainingColumn(), console=out)
+
+
+def follow(bars: Progress, description: str, unit: str = "img") -> Callable[[int, int], None]:
+    """A new bar, as the function that moves it; it is shown from its first move on."""
+    task = bars.add_task(readable(description), total=None, unit=unit, visible=False)
+    return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+def side_by_side(tasks: int) -> int:
+    """How many tasks to do at once by default: one for each core, or one after another on an accelerator."""
+    import torch
+
+    return 1 if torch.accelerator.is_available() else min(tasks, os.cpu_count() or 1)

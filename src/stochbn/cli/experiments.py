@@ -1,0 +1,220 @@
+"""The commands of whole experiments: demo, reproduce, report and compare."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stochbn.cli.console import follow, progress_bars, readable, say, show, side_by_side
+from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
+
+if TYPE_CHECKING:  # the experiments are imported by the commands that use them
+    from stochbn.paper.recipes import Recipe
+
+__all__ = ["compare", "demo", "report", "reproduce"]
+
+
+def demo(
+    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or mnist (against notmnist).")] = "digits",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. \\[default: demo-DATA]", show_default=False)
+    ] = None,
+    jobs: Jobs = 0,
+) -> None:
+    """Train, fit and compare SBN, Deep Ensembles and Dropout, on known and unknown classes.
+
+    Tables, entropy figure, networks and posteriors go to a folder. A run that was stopped continues where it was.
+    """
+    from stochbn.paper.recipes import DEMOS
+
+    if data not in DEMOS:
+        raise ValueError(f"the demonstration runs on {' or '.join(DEMOS)}, not on {data!r}")
+    _run(DEMOS[data], folder or Path(f"demo-{data}"), jobs)
+    if data == "digits":
+        as_module = Path(sys.argv[0]).name == "__main__.py"
+        program = [sys.executable, "-m", "stochbn"] if as_module else sys.argv[:1]
+        say(f"\nNext, on real data (some minutes):\n\n    {shlex.join(program)} demo --data mnist\n")
+
+
+def reproduce(
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="lenet5, vgg11, resnet18, ...", show_default=False)],
+    preset: Annotated[
+        str,
+        typer.Option(help="paper (the published protocol), reduced (an hour or so on two cores) or smoke (a minute)."),
+    ] = "reduced",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. \\[default: runs/NETWORK-PRESET]", show_default=False)
+    ] = None,
+    jobs: Jobs = 0,
+    data: Annotated[str | None, Override("--data", help=f"Known classes: {DATA_HELP}")] = None,
+    unknown: Annotated[str | None, Override("--unknown", help="Unknown classes, or 'none'.")] = None,
+    epochs: Annotated[int | None, Override("--epochs", help="Passes over the training data.")] = None,
+    members: Annotated[int | None, Override("--members", help="Networks in the Deep Ensemble.")] = None,
+    batch_size: Annotated[int | None, Override("--batch-size", help="Objects in a training mini-batch.")] = None,
+    learning_rate: Annotated[float | None, Override("--learning-rate", help="Adam's, decaying to 0.")] = None,
+    decay: Annotated[str | None, Override("--decay", help="Lower the learning rate each epoch or each step.")] = None,
+    decrease_from: Annotated[
+        int | None, Override("--decrease-from", help="Keep the learning rate for so many epochs first.")
+    ] = None,
+    uniform_scale: Annotated[
+        bool | None, Override("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
+    ] = None,
+    statistics_batch: Annotated[
+        int | None, Override("--statistics-batch", help="Objects in a mini-batch whose statistics are observed.")
+    ] = None,
+    draws: Annotated[int | None, Override("--draws", help="Draws, or dropout passes, of each network.")] = None,
+    seed: Annotated[int | None, Override("--seed", help="Where all randomness comes from.")] = None,
+    width: Annotated[float | None, Override("--width", help="Factor on the network's channels.")] = None,
+    dropout: Annotated[
+        float | None, Override("--dropout", help="Dropout rate after ReLUs; 0: no such network.")
+    ] = None,
+    classifier_dropout: Annotated[
+        float | None, Override("--classifier-dropout", help="Dropout rate before the classifier (vgg11).")
+    ] = None,
+    bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
+    augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    drawn: Annotated[str | None, Override("--drawn", help="Batch norms to draw: all or convolutions'.")] = None,
+    augment_fit: Annotated[
+        bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
+    ] = None,
+    precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
+    compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
+    processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
+    held_out: Annotated[
+        float | None, Override("--held-out", help="Keep this part of the training data out of training, for choices.")
+    ] = None,
+    evaluate_on: Annotated[str | None, Override("--evaluate-on", help="test, or held-out to choose a setting.")] = None,
+    train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
+    test_images: Annotated[
+        int | None, Override("--test-images", help="Use this many test images of each kind.")
+    ] = None,
+    keep_draws: Annotated[
+        bool | None,
+        Override(
+            "--keep-draws/--no-keep-draws",
+            help="Keep the log-probabilities of every draw. \\[default: up to 256 MiB for a network]",
+        ),
+    ] = None,
+) -> None:
+    """Repeat one of the paper's experiments: SBN, Deep Ensembles and Dropout on known and unknown classes.
+
+    A preset can be changed field by field. A run that was stopped continues where it was.
+    """
+    from stochbn.paper.recipes import PRESETS
+
+    if network not in PRESETS:
+        raise ValueError(f"there is no experiment with {network!r}; there are {', '.join(PRESETS)}")
+    if preset not in PRESETS[network]:
+        raise ValueError(f"{network} has no preset {preset!r}; there are {', '.join(PRESETS[network])}")
+    recipe = PRESETS[network][preset]
+    changes: dict[str, Any] = {
+        "data": data, "epochs": epochs, "members": members, "batch_size": batch_size, "learning_rate": learning_rate,
+        "statistics_batch": statistics_batch, "draws": draws, "seed": seed, "augment": augment, "precision": precision,
+        "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
+        "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
+        "uniform_scale": uniform_scale, "augment_fit": augment_fit, "drawn": drawn,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if unknown is not None:
+        changes["unknown"] = None if unknown == "none" else unknown
+    arguments = {name: value for name, value in (("width", width), ("bias", bias)) if value is not None}
+    changes["arguments"] = {**recipe.arguments, **arguments}
+    rates = {"dropout": dropout, "classifier_dropout": classifier_dropout}
+    rates = {**(recipe.dropout or {}), **{name: rate for name, rate in rates.items() if rate is not None}}
+    if dropout == 0 and classifier_dropout is None:
+        rates = {}
+    changes["dropout"] = rates if any(rates.values()) else None
+    _run(replace(recipe, **changes), folder or Path("runs") / f"{network}-{preset}", jobs, keep_draws)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Finished run folders.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the tables of several runs. \\[default: seeds]", show_default=False),
+    ] = None,
+) -> None:
+    """Make a run's tables and figures again, from its stored predictions alone.
+
+    Several runs that differ in their seeds give one table, of means and standard deviations.
+    """
+    from stochbn.paper.report import write_run, write_seeds
+
+    if len(folders) == 1:
+        if folder is not None:
+            raise ValueError("the tables of one run go into its own folder; --out is for several runs")
+        shown = write_run(folders[0])
+    else:
+        folder = folder or Path("seeds")
+        shown = write_seeds(folders, folder)
+    show(shown)
+
+
+def compare(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
+    ],
+    members: Annotated[int, typer.Option(min=1, help="How many of its plain networks; each is a seed.")] = 3,
+    draws: Draws = 50,
+    fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
+    unknown: Annotated[int, typer.Option(min=1, help="Images of unknown classes to predict, at most.")] = 2000,
+    exact: Annotated[int, typer.Option(min=10, help="Test images for exact inference.")] = 1000,
+    jobs: Jobs = 0,
+) -> None:
+    """Compare kinds of posteriors with each other, exact inference and ensembles, on the networks of a run.
+
+    Each kind is used as fitted, and with its noise calibrated on the images that the run held out. A comparison that
+    was stopped continues where it was.
+    """
+    from stochbn.paper.comparison import Settings
+    from stochbn.paper.comparison import compare as compare_run
+
+    settings = Settings(members, draws, fit_images, held_out, unknown, exact)
+    with progress_bars() as bars:
+        move = follow(bars, "predicting", "predictions")
+        shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
+    show(shown)
+    say(f"Everything is in {folder}: comparison.json, comparison.md and comparison.png.", folder)
+
+
+def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:
+    """Run a recipe with progress bars, and show what came out."""
+    from stochbn.paper import report, runner
+
+    dropout = " and one with dropout" if recipe.dropout else ""
+    say(
+        f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
+        f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
+    )
+    stages = {
+        "load": "loading",
+        "train": "training",
+        "fit": "fitting SBN",
+        "observe": "observing",
+        "predict": "predicting",
+    }
+    with progress_bars() as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def advance(name: str, stage: str, done: int, total: int) -> None:
+            key = name, stage
+            if key not in tasks:
+                unit = "steps" if stage == "train" else "img"
+                tasks[key] = bars.add_task(readable(f"{name}: {stages[stage]}"), total=total, unit=unit)
+            bars.update(tasks[key], completed=done)
+
+        jobs = jobs or (1 if recipe.processes > 1 else side_by_side(len(recipe.all_members())))
+        runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=advance)
+    show(report.write_run(folder))
+    say(
+        "Lower NLL is better; unknown objects should have more entropy than known ones. "
+        f"Everything is in {folder}: results.json, results.md, entropy-cdf.png, and a folder for each network with its "
+        "posterior.",
+        folder,
+    )

@@ -1,0 +1,55 @@
+"""What commands are given: data, and posteriors beside networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stochbn.cli.console import follow, progress_bars
+
+if TYPE_CHECKING:  # the experiments are imported by the commands that use them
+    from stochbn.paper.checkpoints import Checkpoint
+    from stochbn.paper.data import Images
+    from stochbn.posteriors import Posterior
+
+__all__ = ["check_images", "default_posterior", "find_posterior", "load_images"]
+
+
+def load_images(source: str, split: str) -> Images:
+    """Load data with a progress bar."""
+    from stochbn.paper.data import load
+
+    with progress_bars() as bars:
+        return load(source, split, follow(bars, f"loading {source} ({split})"))
+
+
+def default_posterior(network: Path) -> Path:
+    """Where a network's posterior is if nothing else is said: beside it."""
+    return network.with_name(f"{network.name.removesuffix('.safetensors')}.sbn.safetensors")
+
+
+def find_posterior(network: Path, path: Path | None) -> Posterior | None:
+    """The posterior in a file or, if none is named, in the default place, if there is one."""
+    from stochbn.posteriors import load
+
+    if path is None:
+        path = default_posterior(network)
+        if not path.exists():
+            return None
+    return load(path)
+
+
+def check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False) -> None:
+    """Refuse images that a network was not built for."""
+    arguments = checkpoint.arguments
+    expected = (arguments["channels"], arguments["size"], arguments["size"])
+    if images.shape != expected:
+        raise ValueError(
+            f"{images.name} has images of {list(images.shape)} (channels, height, width), the network takes "
+            f"{list(expected)}"
+        )
+    if labelled and images.classes != checkpoint.classes:
+        raise ValueError(
+            f"{images.name} has the classes {', '.join(images.classes)}, the network was trained on "
+            f"{', '.join(checkpoint.classes)}; select its classes as in NAME:0-{arguments['classes'] - 1}"
+        )

@@ -1,0 +1,123 @@
+"""The commands that measure a network: bench and diagnose."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from stochbn.cli.console import follow, progress_bars, readable, say, show, status
+from stochbn.cli.inputs import check_images, load_images
+from stochbn.cli.options import DataFromNetwork, NetworkFile, Seed
+from stochbn.files import check_file, write_bytes
+
+__all__ = ["bench", "diagnose"]
+
+
+def bench(
+    networks: Annotated[
+        list[Path], typer.Argument(metavar="NETWORK...", help="Networks that 'train' wrote.", show_default=False)
+    ],
+    batch: Annotated[list[int], typer.Option(min=1, help="Objects in a batch; give it again for more sizes.")] = [100],  # noqa: B006
+    data: DataFromNetwork = None,
+    reference: Annotated[int, typer.Option(min=2, help="Independent draws whose mean counts as the truth.")] = 4096,
+    repetitions: Annotated[int, typer.Option(min=3, help="Of every timing; medians are reported.")] = 9,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for cost.json, cost.md and cost.png.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure what uncertainty costs with a network: time and memory, in forward passes of the plain network.
+
+    Each network is measured at each batch size, with a joint posterior that is fitted for it. Leave the machine alone
+    meanwhile.
+    """
+    from stochbn.paper import checkpoints, cost
+
+    for network in networks:
+        checkpoint = checkpoints.load(network)
+        images = load_images(data or checkpoint.data, "test")
+        check_images(checkpoint, images)
+        cost.check_batch(images, max(batch))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_file(folder / "cost.json")
+    found = []
+    with status("measuring") as line:
+        for network, size in itertools.product(networks, batch):
+
+            def tell(what: str, name: str = network.name, size: int = size) -> None:
+                line.update(Text(readable(f"{name}, batch {size}: {what}")))
+
+            one = cost.measure(
+                network,
+                size,
+                source=data,
+                reference=reference,
+                repetitions=repetitions,
+                seed=seed,
+                progress=tell,
+            )
+            found.append(one)
+            if folder is not None:
+                cost.write(found, folder)
+    show(cost.tables(found))
+    if folder is not None:
+        say(f"Everything is in {folder}: cost.json, cost.md and cost.png.", folder)
+
+
+def diagnose(
+    network: NetworkFile,
+    data: DataFromNetwork = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training images to use, at most.")] = 16384,
+    rescaled: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rescaled", help="Also compare rescaling to mini-batches of this size with what is observed there."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for diagnosis.md and its figure.", show_default=False)
+    ] = None,
+) -> None:
+    """Say how well the paper's factorised distribution fits a network's batch-norm statistics, and what to use.
+
+    It fits if each statistic is Normal or LogNormal, and if those of one mini-batch are independent of each other.
+    """
+    import torch
+
+    from stochbn.paper import checkpoints, figures, goodness, tables
+
+    checkpoint = checkpoints.load(network)
+    data = data or checkpoint.data
+    found = load_images(data, "train")
+    check_images(checkpoint, found)
+    for size in rescaled or []:
+        if not 2 <= size <= min(images, len(found)):
+            raise ValueError(f"--rescaled {size} must be at least 2 and at most the number of training images used")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
+    with progress_bars() as bars:
+        observed = goodness.observe(checkpoint.model, found, batch_size, seed, follow(bars, "observing"))
+        others = {
+            size: goodness.observe(checkpoint.model, found, size, seed, follow(bars, f"observing, {size}"))
+            for size in rescaled or []
+        }
+    diagnosis = goodness.diagnose(observed)
+    title = f"{checkpoint.network}: statistics of mini-batches of {batch_size} of {data}"
+    shown = [tables.diagnosis(title, diagnosis)]
+    for size, other in others.items():
+        ratios = goodness.rescaling(observed, batch_size, other, size)
+        shown.append(tables.rescaling(f"Mini-batches of {size}: observed over rescaled from {batch_size}", ratios))
+    show(shown)
+    advice = [f"- {sentence}" for sentence in diagnosis.advice]
+    say("\n".join(advice))
+    if folder is not None:
+        text = "\n\n".join([*(table.markdown() for table in shown), "\n".join(advice)])
+        write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
+        figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
+        say(f"Tables and figure are in {folder}.", folder)

@@ -1,0 +1,54 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "DATA_HELP",
+    "DataFromNetwork",
+    "Draws",
+    "Jobs",
+    "NetworkFile",
+    "NetworkFiles",
+    "Override",
+    "PosteriorFile",
+    "Seed",
+]
+
+
+DATA_HELP = (
+    "digits, mnist, notmnist, a data set on the Hugging Face Hub, or a local folder; "
+    "NAME:0-4 selects classes. The folder in the environment variable STOCHBN_DATA is searched first."
+)
+NetworkFile = Annotated[
+    Path, typer.Argument(metavar="NETWORK", help="A network that 'stochbn train' saved.", show_default=False)
+]
+NetworkFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="NETWORK",
+        help="Networks that 'stochbn train' saved; several are a Deep Ensemble.",
+        show_default=False,
+    ),
+]
+DataFromNetwork = Annotated[
+    str | None,
+    typer.Option("--data", help=f"{DATA_HELP} \\[default: what the network was trained on]", show_default=False),
+]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
+Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")]
+Override = functools.partial(typer.Option, show_default=False)
+PosteriorFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--posterior",
+        help="A posterior that 'stochbn fit' saved. \\[default: NETWORK.sbn.safetensors]",
+        show_default=False,
+    ),
+]
