@@ -317,7 +317,7 @@ def test_a_terminal_that_shows_ascii_alone_gets_every_number(columns: str, train
     run = functools.partial(subprocess.run, capture_output=True, check=False)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C", "TERM": "dumb", "COLUMNS": columns}
     for command in (["fit"], ["evaluate", "--ood", "digits:5-9", "--draws", "1", "--out", "r"], ["evaluate", "--help"]):
-        ended = run([sys.executable, "-m", "stochbn", *command[:1], network, *command[1:]], env=environment)
+        ended: Any = run([sys.executable, "-m", "stochbn", *command[:1], network, *command[1:]], env=environment)
         assert (ended.returncode, ended.stderr) == (0, b"")
         assert ended.stdout.isascii()
         if command[0] == "fit":
