@@ -22,7 +22,7 @@ from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Sizes
 from stochbn.execution.watch import Frame, Unit, Watch, memory_of
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Network, Replica, snapshot
+from stochbn.network.replica import Network, Replica, Snapshot
 from stochbn.tasks import Task
 
 __all__ = ["Followed", "follow", "guarded"]
@@ -317,8 +317,8 @@ _CLOSURE = "its forward pass uses layers or tensors of the original (a closure o
 
 
 def _storages(model: nn.Module) -> frozenset[int]:
-    leaves = [leaf for leaf in snapshot(model) if isinstance(leaf, Tensor)]
-    return frozenset(s for s in map(memory_of, leaves) if s > 0)
+    snapshot = Snapshot.of(model)
+    return frozenset(s for s in map(memory_of, [*snapshot.parameters, *snapshot.tensors]) if s > 0)
 
 
 def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:

@@ -45,7 +45,7 @@ class Settings:
     piece: int = 8 * 2**20
     cached: int = 2**18
     rows: int = 16
-    weights: int = 2**16
+    weights: int = 2**17
     bfloat16: bool | None = None
     first: int = 8
     step: int = 4

@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from stochbn.execution.rules import Flow
-from stochbn.network.replica import Replica, snapshot
+from stochbn.network.replica import Replica, Snapshot
 
 __all__ = ["MULTIPLYING", "Frame", "Trace", "Unit", "Watch", "memory_of"]
 
@@ -126,13 +126,14 @@ class Watch:
     def changed(self) -> set[nn.Module]:
         """The modules whose attributes or buffers the pass has changed."""
         norms = {id(t) for norm in self._norms for t in (norm.running_mean, norm.running_var)}
-        return {
-            module
-            for module, (leaves, versions) in self._before.items()
-            if (after := _own_state(module))[1] != versions
-            or len(after[0]) != len(leaves)
-            or any(a is not b and id(a) not in norms for a, b in zip(after[0], leaves, strict=True))
-        }
+        changed = set()
+        for module, (before, versions) in self._before.items():
+            after, now = _own_state(module)
+            others = [(a, b) for a, b in zip(after.leaves, before.leaves, strict=False) if a is not b]
+            same = len(after.leaves) == len(before.leaves) and all(id(a) in norms for a, _ in others)
+            if not same or now != versions:
+                changed.add(module)
+        return changed
 
     def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
         """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
@@ -168,6 +169,6 @@ def memory_of(tensor: Tensor) -> int:
         return -id(tensor)
 
 
-def _own_state(module: nn.Module) -> tuple[list[Any], list[int]]:
-    leaves = snapshot(module, inside=False)
-    return leaves, [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+def _own_state(module: nn.Module) -> tuple[Snapshot, list[int]]:
+    snapshot = Snapshot.of(module, inside=False)
+    return snapshot, snapshot.versions() + [p._version for p in snapshot.parameters if not p.is_inference()]

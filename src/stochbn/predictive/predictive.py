@@ -134,6 +134,7 @@ class Predictive:
         self.check = check
         self.settings = settings or Settings()
         self._network = Network.of(model)
+        self._network.look()
         self._weights = self._network.weights()
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
