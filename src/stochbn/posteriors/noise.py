@@ -47,10 +47,11 @@ class _Scrambled(torch.quasirandom.SobolEngine):
         generator = torch.Generator().manual_seed(self.seed)
         powers = 2 ** torch.arange(self.MAXBIT)
         self.shift = torch.randint(2, (self.dimension, self.MAXBIT), generator=generator) @ powers
-        lower = torch.randint(2, (self.dimension, self.MAXBIT, self.MAXBIT), generator=generator).float().tril_()
+        shape = self.dimension, self.MAXBIT, self.MAXBIT
+        lower = torch.randint(2, shape, generator=generator, dtype=torch.float32).tril_()
         lower.diagonal(0, -2, -1).fill_(1)
-        bits = (_bits(self.dimension) @ lower.transpose(1, 2)).long() & 1
-        self.sobolstate.copy_(bits @ powers.flip(0))
+        bits = torch.bmm(_bits(self.dimension), lower.transpose(1, 2)).int() & 1
+        self.sobolstate.copy_(bits.double() @ powers.flip(0).double())
 
 
 @functools.cache
