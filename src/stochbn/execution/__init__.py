@@ -25,10 +25,8 @@ __all__ = ["WAYS", "Call", "Draw", "NetworkChangedError", "Passes", "Plan", "Set
 
 def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     """How the passes of a call are made; what it takes to find that out is kept for later calls."""
-    guard(network, inputs, call.training)
-    if network.known.in_place:
-        return Plan(together=f"passes run on the network itself: {network.known.in_place}")
     if call.whole:
+        guard(network, inputs, call.training)
         return Plan(together=call.whole)
     verdict, refused = examine(network, inputs, call)
     return make_plan(verdict, len(inputs), call.settings, cpu=inputs.on_cpu, refused=refused)

@@ -43,6 +43,7 @@ class Followed:
         rows: for each batch norm, by name, how many rows of its input an object has.
         units: what can be kept from one draw to the next.
         activation: bytes of the largest input of a batch norm, for each object.
+        largest: bytes of the largest tensor at all, for each object.
         last: name of the last linear layer or convolution that was called.
     """
 
@@ -56,6 +57,7 @@ class Followed:
     rows: Mapping[str, int] = field(default_factory=dict)
     units: tuple[Unit, ...] = ()
     activation: float = 0.0
+    largest: float = 0.0
     last: str = ""
 
 
@@ -76,6 +78,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.frames: list[Frame] = []
         self.written: dict[int, int] = {}
         self.clock = 0
+        self.largest = 0
         self._flows: dict[int, Flow] = {}
         self._alive: list[Tensor] = []
         self._sharing: dict[int, list[Tensor]] = {}
@@ -152,6 +155,8 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
                 new = flow if out is tensor else new
             self._write(tensor, new)
         for tensor, flow in zip(made, flows, strict=True):
+            if flow.axis is not None:
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
             if not any(tensor is t for t in written):
                 self.set(tensor, flow)
 
@@ -303,6 +308,7 @@ def follow(
         rows=watch.rows,
         units=() if dependent else watch.units(changed),
         activation=watch.activation / len(inputs),
+        largest=follower.largest / len(inputs),
         last=watch.last,
     )
 

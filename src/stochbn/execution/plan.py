@@ -143,7 +143,8 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     followed = verdict.followed
     refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **refused, **verdict.refused}
     if followed.dependent or followed.in_place:
-        together = followed.in_place or followed.dependent
+        in_place = f"passes run on the network itself, as {followed.in_place}" if followed.in_place else ""
+        together = in_place or followed.dependent
         return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
     least, most = followed.sizes.low, followed.sizes.high
     if least > max(settings.rows, objects // 4):

@@ -143,6 +143,8 @@ def _moved(
         return _labels(value, place, objects)
 
     labelled = pytree.tree_map(lambda v: label(v, first=False), args[1:])
+    if func.overloadpacket is torch.ops.aten.constant_pad_nd:
+        labelled = [labelled[0], -1]  # the numbers between are no object's
     moved = func(pytree.tree_map(lambda v: label(v, first=True), args[0]), *labelled, **kwargs)
     places = [_place_of(t, objects) for t in pytree.tree_leaves(moved) if isinstance(t, Tensor)]
     for place, out in zip(places, made, strict=True):

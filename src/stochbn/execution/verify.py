@@ -55,10 +55,12 @@ def _note(known: Knowledge, followed: Followed) -> None:
 
 def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
     """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
-    if not inputs.divisible:
-        return Verdict(Followed(dependent="the arguments do not share a first axis of objects")), {}
-    if not len(inputs):
-        return Verdict(Followed(dependent="there are no objects")), {}
+    if not inputs.divisible or not len(inputs):
+        guard(network, inputs, call.training)
+        known = "there are no objects" if inputs.divisible else "the arguments do not share a first axis of objects"
+        return Verdict(Followed(dependent=known)), {}
+    if network.known.in_place:
+        return Verdict(Followed(in_place=network.known.in_place)), {}
     key, objects, known = call.key(network, inputs), len(inputs), network.known
     refused = dict(known.get(("refused", key), {}))
     if call.exact:
@@ -67,6 +69,9 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
         if verdict is not None and verdict.followed.sizes.hold(objects):
             return verdict, refused
     followed, at_objects = _followed(network, inputs, call)
+    if followed is None:
+        guard(network, inputs, call.training)
+        followed = Followed(dependent="it could not be followed", sizes=Sizes(objects))
     _note(known, followed)
     verdict = Verdict(followed) if followed.in_place or followed.dependent else _tried(network, inputs, call, followed)
     if verdict is None:
@@ -81,7 +86,7 @@ def refuse(network: Network, inputs: NetworkInput, call: Call, way: str, reason:
     network.known.keep(key, {**network.known.get(key, {}), way: reason})
 
 
-def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed, bool]:
+def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed | None, bool]:
     """What a pass shows, and whether it was made with all objects, as it is otherwise for other numbers of them."""
     objects = len(inputs)
     draw = call.sample(1)[0]
@@ -94,8 +99,8 @@ def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Follo
         pass
     try:
         return follow(network, inputs, draw, call.task, call.training), True
-    except Exception as error:
-        return Followed(dependent=f"it cannot be followed ({type(error).__name__})", sizes=Sizes(objects)), True
+    except Exception:  # which the pass itself will raise
+        return None, True
 
 
 def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict | None:

@@ -76,10 +76,7 @@ class Watch:
         self._calls: dict[str, int] = {}
         self._ended: list[tuple[Frame, Frame | None, int, list[Tensor], Any]] = []
         self._hooked = {
-            module: any(
-                not isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
-                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            )
+            module: not all(map(_idle, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
             for module in self._names
         }
         self._before = {module: _own_state(module) for module in self._names}
@@ -167,6 +164,14 @@ def memory_of(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr() or -id(tensor)
     except (RuntimeError, NotImplementedError):
         return -id(tensor)
+
+
+def _idle(hook: Any) -> bool:
+    """Whether a hook does nothing but for its module: those of PyTorch's norms, and those by which Transformers collects
+    hidden states where it is asked to.
+    """
+    library = str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return library or isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
 
 
 def _own_state(module: nn.Module) -> tuple[Snapshot, list[int]]:

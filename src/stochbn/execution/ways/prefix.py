@@ -24,8 +24,8 @@ def applies(followed: Followed) -> str:
     """Why the way must not be tried; empty if it may."""
     if not followed.units:
         return "nothing that is worth keeping comes before the first batch norm, without side effects"
-    if sum(unit.size for unit in followed.units) > followed.activation:
-        return "its outputs are larger than the largest input of a batch norm"
+    if sum(unit.size for unit in followed.units) > 2 * followed.largest:
+        return "its outputs take more memory than twice the largest tensor of a pass"
     return ""
 
 
