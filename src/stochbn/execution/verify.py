@@ -57,8 +57,8 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
     """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
     if not inputs.divisible or not len(inputs):
         guard(network, inputs, call.training)
-        known = "there are no objects" if inputs.divisible else "the arguments do not share a first axis of objects"
-        return Verdict(Followed(dependent=known)), {}
+        reason = "there are no objects" if inputs.divisible else "the arguments do not share a first axis of objects"
+        return Verdict(Followed(dependent=reason)), {}
     if network.known.in_place:
         return Verdict(Followed(in_place=network.known.in_place)), {}
     key, objects, known = call.key(network, inputs), len(inputs), network.known
