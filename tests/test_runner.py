@@ -533,8 +533,27 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(ValueError, match="is not empty and not a run folder; name another folder"):
         run(TINY, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(FileExistsError, match="exists and is no folder; name another folder"):
         run(TINY, tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("taken", "what"), [("results.json", "a folder; name a file"), ("plain-0", "no folder; name another folder")]
+)
+def test_a_run_whose_files_could_not_be_written_is_refused_before_data_is_loaded(
+    taken: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("data was loaded")
+
+    monkeypatch.setattr(data, "load", load)
+    (tmp_path / "run.json").write_text("{}")
+    if taken == "plain-0":
+        (tmp_path / taken).write_text("precious")
+    else:
+        (tmp_path / taken).mkdir()
+    with pytest.raises(OSError, match=what):
+        run(TINY, tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"name": "another program\'s"}', "[]", "", "{"])

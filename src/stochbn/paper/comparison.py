@@ -23,7 +23,7 @@ from torch import Tensor
 
 import stochbn
 from stochbn import metrics
-from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
+from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
@@ -96,6 +96,7 @@ def compare(
         ExperimentError: a process failed.
         OSError: the folder cannot be written.
     """
+    check_folder(folder, "comparison.json", "comparison.md", "comparison.png", "comparison.svg")
     recipe = read_recipe(folder)
     if not recipe.held_out:
         raise ValueError(
@@ -113,6 +114,8 @@ def compare(
     for name in plain:  # refused before the work, not after it
         read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)
     names = plain[: settings.members]
+    for name in names:
+        check_folder(folder / name / "comparison")
     tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
     waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
     progress(len(tasks) - len(waiting), len(tasks))

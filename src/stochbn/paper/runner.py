@@ -98,6 +98,7 @@ def run(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
+    folders.check(recipe, folder)
     parts = load_parts(recipe, progress)
     if recipe.statistics_batch > len(parts["train"]):
         raise ValueError(
