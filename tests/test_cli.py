@@ -314,20 +314,24 @@ def test_class_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None
 def test_a_terminal_that_shows_ascii_alone_gets_every_number(columns: str, trained: Trained) -> None:
     """With a file name that it cannot show."""
     network = Path(shutil.copy(trained.networks[0], "n\u00e9t\u2713.safetensors"))
-    run = functools.partial(subprocess.run, capture_output=True, check=False)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C", "TERM": "dumb", "COLUMNS": columns}
-    for command in (["fit"], ["evaluate", "--ood", "digits:5-9", "--draws", "1", "--out", "r"], ["evaluate", "--help"]):
-        ended = run([sys.executable, "-m", "stochbn", *command[:1], network, *command[1:]], env=environment)
-        assert (ended.returncode, ended.stderr) == (0, b"")
+
+    def run(*command: object) -> tuple[int, bytes, bytes]:
+        arguments = [sys.executable, "-m", "stochbn", *map(str, command)]
+        ended = subprocess.run(arguments, capture_output=True, check=False, env=environment)
         assert ended.stdout.isascii()
-        if command[0] == "fit":
-            assert rb"n\xe9t\u2713.sbn.safetensors" in ended.stdout
-        if "--ood" in command:
-            for cell in re.findall(r"-?\d+\.\d+", Path("r/results.md").read_text()):
-                assert cell.encode() in ended.stdout
-    ended = run([sys.executable, "-m", "stochbn", "fit", "none\u2713"], env=environment)
-    assert ended.returncode == 1
-    assert rb"there is no file 'none\u2713'" in ended.stderr.replace(b"\n", b" ")
+        return ended.returncode, ended.stdout, ended.stderr
+
+    code, output, error = run("fit", network)
+    assert (code, error) == (0, b"")
+    assert rb"n\xe9t\u2713.sbn.safetensors" in output
+    code, output, error = run("evaluate", network, "--ood", "digits:5-9", "--draws", 1, "--out", "r")
+    assert (code, error) == (0, b"")
+    for cell in re.findall(r"-?\d+\.\d+", Path("r/results.md").read_text()):
+        assert cell.encode() in output
+    code, _, error = run("fit", "none\u2713")
+    assert code == 1
+    assert rb"there is no file 'none\u2713'" in error
 
 
 # ---------------------------------------------------------------- runs

@@ -459,6 +459,37 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(finished: tuple[P
     assert {Path(file).name for file in contents(folder) if "training" in file} == {"training.csv"}
 
 
+INTERRUPTED = """
+import multiprocessing.process, os, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_runner import TINY, run
+start = multiprocessing.process.BaseProcess.start
+def start_and_interrupt(process):
+    threading.Timer(0.2, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+    start(process)
+if __name__ == "__main__":
+    multiprocessing.process.BaseProcess.start = start_and_interrupt
+    {call}
+"""
+
+
+def interrupted(call: str, tmp_path: Path) -> str:
+    """What a program prints on standard error whose whole process group is interrupted as its processes start."""
+    (tmp_path / "program.py").write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), call=call))
+    command = [sys.executable, str(tmp_path / "program.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, timeout=200)
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups, which this system does not have")
+def test_processes_that_are_interrupted_as_they_start_say_nothing(tmp_path: Path) -> None:
+    error = interrupted(f"run(TINY, Path({str(tmp_path / 'run')!r}), jobs=2)", tmp_path)
+    assert error.count("Traceback") == 1, error
+    assert error.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path) -> None:
     recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=32, test_images=5)
     run(recipe, tmp_path / "run")

@@ -29,6 +29,7 @@ from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.goodness import observe
+from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
 from stochbn.posteriors import Posterior
@@ -123,9 +124,10 @@ def run(
                 ours, theirs = context.Pipe(duplex=False)
                 arguments = recipe, member, folder, packed(parts), keep_draws, threads, theirs
                 process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
+                with interrupts_held():
+                    process.start()
+                    running[ours] = member, process
                 theirs.close()
-                running[ours] = member, process
             for pipe in wait(list(running)):
                 assert isinstance(pipe, Connection)
                 member, process = running[pipe]
@@ -331,7 +333,8 @@ def predict_all(
         predictions.append(predictor(inputs, generator=generator, keep_draws=keep_draws))
         done += len(labels)
         report(done, len(images))
-    return Prediction.cat(predictions)
+    together: Prediction = Prediction.cat(predictions)
+    return together
 
 
 def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Images]:
