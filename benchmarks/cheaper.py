@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn import metrics
+from stochbn.execution import Settings
 from stochbn.files import write, write_bytes, write_json
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints
@@ -35,8 +36,10 @@ from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import fit_posterior, load_parts, predict_all
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Empirical, Joint
-from stochbn.predictive import FIRST, STEP, TOLERANCE, entropy
+from stochbn.predictions import entropy
+from stochbn.predictive import TOLERANCE
 
+FIRST, STEP = Settings.first, Settings.step
 MOST = 24
 """Quasi-random draws of the joint posterior that ``draws=50`` asks for."""
 

@@ -77,7 +77,7 @@ def nearly_same(one: stochbn.Posterior, other: stochbn.Posterior) -> None:
     """Equal, but for the rounding of moments that were added up in another order."""
     if isinstance(one, stochbn.Factorized):
         for name in one._tensors():
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12)
         other = dataclasses.replace(other, **{name: getattr(one, name) for name in one._tensors()})
     same(one, other)
 
@@ -386,7 +386,7 @@ class PosteriorContract:
         nearly_same(one, other)
         assert one.mini_batches == m
         whole = self.accumulated(rows, most).posterior(**self.settings())
-        torch.testing.assert_close(one.expected, whole.expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(one.expected, whole.expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(spread(one), spread(whole), rtol=1e-6, atol=1e-12)
 
     def test_merging_with_an_empty_accumulator_changes_nothing(self) -> None:

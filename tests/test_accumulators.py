@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from typing import Any
 
@@ -133,6 +134,23 @@ def test_accumulators_of_other_settings_are_not_merged() -> None:
         Replayed(3).merge(Replayed(4))
     with pytest.raises(ValueError, match="'directions': 2"):
         Directions(3, 2).merge(Directions(3))
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.0, True, None, "3"])
+def test_a_number_of_mini_batches_that_is_none_is_refused(most: Any) -> None:
+    with pytest.raises(ValueError, match="must be a whole number of at least 1, got"):
+        Replayed(most)
+
+
+def test_accumulators_go_to_other_processes() -> None:
+    """Torch's collectives send objects as pickles, between processes of one program."""
+    found = sample(3, range(9))
+    other = pickle.loads(pickle.dumps(sample(3, range(9, 15))))
+    assert kept(found.merge(other)) == kept(sample(3, range(15)))
+    moments = MomentsOfLayers()
+    moments.update(marked(3))
+    copy = pickle.loads(pickle.dumps(moments))
+    assert torch.equal(copy.posterior(batch_size=1).expected, moments.posterior(batch_size=1).expected)
 
 
 @pytest.mark.parametrize("cls", [Replayed, MomentsOfLayers])

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import ByName, Twice, Untouched, mixed_up, mlp, normal
-from stochbn.network.calling import call, find_logits, length, modes, network_input, split
+from conftest import ByName, mlp, normal
+from stochbn.network.calling import NetworkInput, network_input, read_output
+from stochbn.tasks import Classification
 
 X = normal(5, 4)
 LABELS = torch.zeros(5, dtype=torch.long)
@@ -20,22 +21,20 @@ LABELS = torch.zeros(5, dtype=torch.long)
 @pytest.mark.parametrize("batch", [X, (X, LABELS), [X, LABELS], (X,), (X, "id", None), [X]])
 def test_the_input_is_the_tensor_or_the_first_entry(batch: Any) -> None:
     found = network_input(mlp(), batch)
-    assert isinstance(found, Tensor)
-    assert torch.equal(found, X)
+    assert not found.kwargs
+    assert torch.equal(found.args[0], X)
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
 def test_a_mapping_keeps_the_arguments_of_the_network_and_drops_the_rest(kind: Any) -> None:
-    found = network_input(ByName(), kind({"labels": LABELS, "features": X, "idx": 3, "scale": None}))
-    assert isinstance(found, dict)
+    found = network_input(ByName(), kind({"labels": LABELS, "features": X, "idx": 3, "scale": None})).kwargs
     assert set(found) == {"features", "scale"}
     assert torch.equal(found["features"], X)
     assert found["scale"] is None
 
 
 def test_a_mapping_may_be_the_first_entry_of_a_tuple() -> None:
-    found = network_input(ByName(), ({"features": X, "other": 1}, LABELS))
-    assert isinstance(found, dict)
+    found = network_input(ByName(), ({"features": X, "other": 1}, LABELS)).kwargs
     assert list(found) == ["features"]
 
 
@@ -44,13 +43,12 @@ def test_a_network_that_takes_any_keyword_gets_the_whole_mapping() -> None:
         def forward(self, features: Tensor, **rest: Tensor) -> Tensor:
             return features
 
-    found = network_input(TakesAny(), {"features": X, "labels": LABELS})
-    assert isinstance(found, dict)
+    found = network_input(TakesAny(), {"features": X, "labels": LABELS}).kwargs
     assert list(found) == ["features", "labels"]
 
 
 def test_a_network_without_parameters_takes_its_input_where_it_is() -> None:
-    assert network_input(nn.BatchNorm1d(4, affine=False), X) is X
+    assert network_input(nn.BatchNorm1d(4, affine=False), X).args[0] is X
 
 
 @pytest.mark.parametrize(
@@ -74,81 +72,43 @@ def test_a_batch_of_another_type_is_refused(batch: Any, error: type[Exception], 
 @given(total=st.integers(0, 40), size=st.integers(1, 12))
 def test_splitting_keeps_the_order_and_drops_the_remainder(total: int, size: int) -> None:
     x = torch.arange(2 * total).reshape(total, 2)
-    pieces = list(split(x, size))
+    pieces = [piece.args[0] for piece in NetworkInput((x,)).split(size)]
     assert len(pieces) == total // size
     for number, piece in enumerate(pieces):
-        assert isinstance(piece, Tensor)
         assert piece.tolist() == [[2 * i, 2 * i + 1] for i in range(number * size, (number + 1) * size)]
-    named = list(split({"a": x, "b": x[:, 0], "flag": True}, size))
+    named = [piece.kwargs for piece in NetworkInput((), {"a": x, "b": x[:, 0], "flag": True}).split(size)]
     assert len(named) == len(pieces)
     for whole, piece in zip(named, pieces, strict=True):
-        assert isinstance(whole, dict)
-        assert isinstance(piece, Tensor)
         assert torch.equal(whole["a"], piece)
         assert torch.equal(whole["b"], piece[:, 0])
         assert whole["flag"] is True
 
 
 def test_the_length_is_that_of_the_first_axis() -> None:
-    assert length(X) == 5
-    assert length({"features": X, "scale": X[:, :1], "flag": 2}) == 5
+    assert len(NetworkInput((X,))) == 5
+    assert len(NetworkInput((), {"features": X, "scale": X[:, :1], "flag": 2})) == 5
 
 
 @pytest.mark.parametrize("inputs", [torch.tensor(1.0), {"a": X, "b": X[:3]}, {"a": X, "b": torch.tensor(0.0)}])
 def test_inputs_without_a_common_batch_axis_are_refused(inputs: Any) -> None:
     with pytest.raises(ValueError, match=r"share a first \(batch\) axis"):
-        length(inputs)
-
-
-def test_modes_are_set_one_by_one_and_come_back_after_an_exception() -> None:
-    class Stubborn(nn.Linear):
-        def train(self, mode: bool = True) -> Any:
-            raise AssertionError("train() must not be called")
-
-    model = nn.Sequential(Stubborn(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()))
-    mixed_up(model)
-    before = Untouched(model)
-    assert len(set(before.flags)) == 2
-    with modes(model, lambda module: isinstance(module, nn.Dropout)):
-        assert [m.training for m in model.modules()] == [isinstance(m, nn.Dropout) for m in model.modules()]
-    before.check()
-
-    def fail() -> None:
-        with modes(model, lambda module: True):
-            assert all(m.training for m in model.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    before.check()
-
-
-def test_a_call_uses_the_given_buffers_for_this_once() -> None:
-    layer = nn.BatchNorm1d(4, eps=0.0).eval()
-    before = Untouched(layer)
-    mean, var = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([4.0, 1.0, 9.0, 0.25])
-    found = call(layer, {"running_mean": mean, "running_var": var}, X)
-    torch.testing.assert_close(found, (X - mean) / var.sqrt())
-    before.check()
-    torch.testing.assert_close(layer(X), X)
-
-
-def test_a_call_leaves_a_layer_that_is_registered_under_two_names_as_it_was() -> None:
-    model = Twice().eval()
-    before = Untouched(model)
-    buffers = {name: buffer + 1 for name, buffer in model.named_buffers()}
-    found = call(model, buffers, X)
-    before.check()
-    model.load_state_dict(
-        {**model.state_dict(), **{n.replace("norm", "alias"): b for n, b in buffers.items()}, **buffers}
-    )
-    torch.testing.assert_close(found, model(X))
+        len(NetworkInput((), inputs) if isinstance(inputs, dict) else NetworkInput((inputs,)))
 
 
 def test_a_call_with_named_inputs_passes_them_by_name() -> None:
     model = ByName().eval()
-    found = call(model, {}, {"scale": X * 0 + 2, "features": X})
+    found = NetworkInput((), {"scale": X * 0 + 2, "features": X}).call(model)
     assert torch.equal(found["logits"], model.body(2 * X))
+
+
+def test_a_network_that_writes_to_its_input_leaves_that_of_the_caller() -> None:
+    class Writing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    x = X.clone()
+    assert torch.equal(NetworkInput((x,)).call(Writing()), 2 * X)
+    assert torch.equal(x, X)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +121,7 @@ def test_a_call_with_named_inputs_passes_them_by_name() -> None:
 )
 def test_a_wrong_input_shape_is_named(model: nn.Module, inputs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
-        call(model, {}, inputs)
+        network_input(model, inputs).call(model)
     assert type(caught.value) is error
     assert caught.value.__cause__ is not None
 
@@ -173,7 +133,7 @@ def test_other_errors_of_the_network_pass_unchanged(error: Exception) -> None:
             raise error
 
     with pytest.raises(type(error)) as caught:
-        call(Raising(), {}, X)
+        NetworkInput((X,)).call(Raising())
     assert caught.value is error
 
 
@@ -213,7 +173,7 @@ OTHER = normal(5, 3, seed=2)
     ],
 )
 def test_logits_are_found_in_every_form_of_output(output: Any, place: str | int | None) -> None:
-    assert find_logits(output, place) is L
+    assert read_output(output, place) is L
 
 
 @pytest.mark.parametrize(
@@ -232,7 +192,7 @@ def test_logits_are_found_in_every_form_of_output(output: Any, place: str | int 
         (LABELS, None, TypeError, "floating-point.*int64"),
         ({"logits": "cat"}, None, TypeError, "floating-point.*str"),
         (((L,), OTHER), None, TypeError, "floating-point.*tuple"),
-        (normal(5, 1), None, ValueError, r"K >= 2.*\[5, 1\].*one-logit"),
+        (normal(5, 1), None, ValueError, r"K >= 2.*\[5, 1\].*one logit"),
         (normal(5), None, ValueError, r"K >= 2.*\[5\]"),
         (normal(5, 1, 4, 4), None, ValueError, r"\[5, 1, 4, 4\]"),
     ],
@@ -241,4 +201,79 @@ def test_an_output_without_logits_is_refused(
     output: Any, place: str | int | None, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        find_logits(output, place)
+        Classification(place).raw(output)
+
+
+# What the network takes of a batch
+
+
+@pytest.mark.parametrize("batch", [(X, 2 * X, LABELS), [X, 2 * X]])
+def test_leading_entries_can_be_positional_arguments(batch: Any) -> None:
+    found = network_input(mlp(), batch, 2)
+    assert [tensor.tolist() for tensor in found.args] == [X.tolist(), (2 * X).tolist()]
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (lambda b: b["x"], 1, []),
+        (lambda b: (b["x"], b["y"]), 2, []),
+        (lambda b: {"x": b["x"], "n": 3}, 0, ["x", "n"]),
+    ],
+)
+def test_a_function_can_say_what_the_network_takes(function: Any, args: int, kwargs: list[str]) -> None:
+    found = network_input(mlp(), {"x": X, "y": X, "label": LABELS}, function)
+    assert (len(found.args), list(found.kwargs)) == (args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "batch", "error", "message"),
+    [
+        (0, (X,), ValueError, "at least 1"),
+        (3, (X, X), ValueError, "at least 3 entries.*2 entries"),
+        (1, X, ValueError, "at least 1 entries.*a Tensor"),
+        (True, (X,), TypeError, "number of leading entries or a function"),
+        ("x", (X,), TypeError, "number of leading entries or a function"),
+        (lambda b: None, (X,), TypeError, "got NoneType"),
+        (lambda b: ("a",), (X,), TypeError, "without any tensor"),
+    ],
+)
+def test_what_says_nothing_of_the_input_is_refused(
+    inputs: Any, batch: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        network_input(mlp(), batch, inputs)
+
+
+def test_inputs_are_of_one_kind_if_they_differ_in_their_objects_only() -> None:
+    kind = NetworkInput((X,), {"flag": True, "scale": 1.5}).kind()
+    assert NetworkInput((X[:2] + 1,), {"flag": True, "scale": 1.5}).kind() == kind
+    for other in (
+        NetworkInput((X,), {"flag": False, "scale": 1.5}),
+        NetworkInput((X,), {"flag": True, "scale": 2.0}),
+        NetworkInput((X.double(),), {"flag": True, "scale": 1.5}),
+        NetworkInput((X[:, :3],), {"flag": True, "scale": 1.5}),
+        NetworkInput((X,), {"flag": 1, "scale": 1.5}),
+        NetworkInput((), {"x": X, "flag": True, "scale": 1.5}),
+        NetworkInput((X,), {"flag": object(), "scale": 1.5}),
+    ):
+        assert other.kind() != kind
+
+
+def test_objects_can_be_taken_apart_where_all_tensors_are_arguments_with_one_first_axis() -> None:
+    assert NetworkInput((X,), {"y": LABELS, "flag": 1}).divisible
+    assert not NetworkInput((X,), {"y": LABELS[:2]}).divisible
+    assert not NetworkInput((X, torch.tensor(1.0))).divisible
+    assert not NetworkInput((X, [LABELS])).divisible
+    assert not NetworkInput((3,)).divisible
+
+
+def test_objects_are_joined_argument_by_argument() -> None:
+    joined = NetworkInput((X,), {"y": LABELS, "flag": 1}).join(NetworkInput((X[:2],), {"y": LABELS[:2], "flag": 2}))
+    assert len(joined) == 7
+    assert joined.kwargs["flag"] == 2
+    with pytest.raises(ValueError, match="same arguments"):
+        NetworkInput((X,)).join(NetworkInput((), {"x": X}))
+    with pytest.raises(ValueError, match="do not fit into a mini-batch"):
+        NetworkInput((X,)).join(NetworkInput((X[:, :2],)))

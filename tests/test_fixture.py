@@ -45,7 +45,8 @@ def probabilities(name: str, kind: Any) -> Tensor:
     model = network(name)
     posterior = stochbn.fit(model, [images(name, 64, seed) for seed in range(30, 38)], kind=kind)
     predictive = stochbn.Predictive(model, posterior, draws=12, tolerance=0)
-    return predictive(images(name, 6, 99), generator=torch.Generator().manual_seed(5)).probs
+    probs: Tensor = predictive(images(name, 6, 99), generator=torch.Generator().manual_seed(5)).probs
+    return probs
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ import stochbn
 from conftest import normal, seeded
 from posterior_contract import DRAWS, PosteriorContract, about, drawn_entries, drawn_rows, entries, same, statistics
 from stochbn.posteriors.joint import _shrinkage
+from stochbn.posteriors.noise import sobol
 
 
 class TestJoint(PosteriorContract):
@@ -248,3 +249,15 @@ def test_tensors_that_no_posterior_has_are_refused(key: str, value: Tensor, mess
     changes: dict[str, Any] = {key: value}
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(joint(statistics(12, 5)), **changes)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 17, 64])
+def test_sobol_points_are_scrambled_as_pytorch_scrambles_them(dimensions: int) -> None:
+    for seed in (0, 5, 2**31 - 1):
+        generator = seeded(seed)
+        points = [next(sobol(dimensions, generator, torch.device("cpu"))) for _ in range(2)][1]
+        again = seeded(seed)
+        torch.randint(2**31, (), generator=again)
+        inner = int(torch.randint(2**31, (), generator=again))
+        engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=inner)  # type: ignore[no-untyped-call]
+        assert torch.equal(points, torch.special.ndtri(engine.draw(8, dtype=torch.float64) + 2.0**-31))

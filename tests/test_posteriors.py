@@ -339,7 +339,7 @@ ABOUT: dict[str, Any] = {
 }  # fmt: skip
 TOO_LARGE: list[Any] = [True, 3.5, math.inf, 10**30, -1, 0, "3", None, [3]]
 ODD_SKIPPED: list[Any] = [None, 5, "c", ["c"], {"c": 5}, {"c": None}]
-ODD_FINGERPRINTS: list[Any] = [5, [], {}, {"norms": [1] * 7}, {"norms": [1] * 7, "others": [1, 2]}]
+ODD_FINGERPRINTS: list[Any] = [5, [], {}, {"norms": []}, {"norms": [], "others": [[1, 2]]}, {"norms": [], "others": 3}]
 PART: list[Any] = [12, 3.5, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
@@ -365,7 +365,7 @@ def written(path: Path, format: str = "stochbn.posterior/2", **changes: Any) -> 
         ("skipped", {"norm": "not called"}),
         *(("fingerprint", value) for value in ODD_FINGERPRINTS),
         *(
-            ("fingerprint", {"norms": PART, "others": others})
+            ("fingerprint", {"norms": [PART], "others": [PART, others]})
             for others in (
                 [-1, *PART[1:]],
                 [True, *PART[1:]],

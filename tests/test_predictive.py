@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import stochbn
 from conftest import (
-    Failing,
     CASES,
     ByName,
     Case,
+    Failing,
     Untouched,
     Unused,
     Wrapped,

@@ -27,7 +27,7 @@ from conftest import (
     settled,
     slow_statistics,
 )
-from stochbn.network.inputs import NetworkInput, network_input
+from stochbn.network.calling import NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.statistics import Moments, Observer, mini_batches
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stochbn.execution import Call, NetworkChanged, passes
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.execution import Call, NetworkChangedError, passes
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
 
 __all__ = ["calibrate"]
@@ -36,6 +37,7 @@ def calibrate(
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
     inputs: InputsOf = None,
+    check: Literal["weights", "shape"] = "weights",
     seed: int = 0,
 ) -> Posterior:
     """Choose the noise level of a posterior, and if wanted a temperature, by the NLL of held-out data.
@@ -56,7 +58,11 @@ def calibrate(
         temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise; otherwise the
             posterior's own stays.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
-        logits: where the logits are in the network's output, as for `Predictive`; so `class_axis`, `output`, `inputs`.
+        logits: where the logits are in the network's output, as for `Predictive`.
+        class_axis: the axis of the classes in the output; None is axis 1.
+        output: ``"probs"`` for a network whose output has been through a softmax.
+        inputs: what the network takes of a batch, as for `Predictive`.
+        check: what the posterior must have in common with the network, as for `Predictive`.
         seed: where the draws come from.
 
     Returns:
@@ -69,7 +75,7 @@ def calibrate(
     """
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model)
+    posterior.check(model, weights=checks_weights(check))
     check_draws(draws)
     if batch_sizes is None:
         own = posterior.batch_size or 1
@@ -95,7 +101,7 @@ def calibrate(
         sizes = [(posterior.rescale(size), 1 if size == math.inf else draws) for size in batch_sizes]
         try:
             losses += _losses(network, objects_in, labels, call, sizes, temperatures, seed + number)
-        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
             losses += _losses(network, objects_in, labels, call, sizes, temperatures, seed + number)
         objects += labels.numel()
     if not objects:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.execution.verify import guard
+from stochbn.network.calling import Batch, InputsOf
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.network.inputs import Batch, InputsOf
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
-from stochbn.statistics import Observer, mini_batches
+from stochbn.statistics import mini_batches, observing
 
 __all__ = ["fit"]
 
@@ -159,13 +159,9 @@ def fit(
     observations = mini_batches(model, batches, batch_size, inputs)
     first = next(observations)
     guard(network, first, training)
-    with network.copied(train=True) as replica:
-        observe = Observer(replica, training)
-        try:
-            for mini_batch in itertools.chain([first], observations):
-                accumulator.update({**uncalled, **observe(mini_batch)})
-        finally:
-            observe.close()
+    with observing(network, training) as observe:
+        for mini_batch in itertools.chain([first], observations):
+            accumulator.update({**uncalled, **observe(mini_batch)})
     observed = accumulator.layers
     if not observed:
         raise ValueError(
@@ -211,8 +207,8 @@ def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[
     training -= {norms[name] for name in deterministic}
     if norms.keys() <= skipped.keys():
         raise ValueError(
-            f"every batch-norm layer of {type(network.model).__name__} is deterministic or stays in evaluation mode, so "
-            "there are no statistics to draw; leave out fewer of them"
+            f"every batch-norm layer of {type(network.model).__name__} is deterministic or stays in evaluation mode, "
+            "so there are no statistics to draw; leave out fewer of them"
         )
     return frozenset(training), skipped
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from stochbn.execution.masks import Masks
 from stochbn.execution.ways.channels_last import convolutions
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import running_statistics
-from stochbn.network.replica import Replica
+from stochbn.network.replica import Network, Replica
 
-__all__ = ["Moments", "Observer", "mini_batches"]
+__all__ = ["Moments", "Observer", "mini_batches", "observing"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,22 @@ def mini_batches(
             f"every incoming batch was smaller than batch_size={batch_size} (the largest has {largest} objects); "
             "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come"
         )
+
+
+@contextmanager
+def observing(network: Network, training: frozenset[str]) -> Iterator[Observer]:
+    """An observer of a copy of a network, or of the network itself where it cannot be copied.
+
+    Args:
+        network: the network.
+        training: names of the modules that are in training mode; batch norms among the others are not observed.
+    """
+    with network.copied(train=True) as replica:
+        observer = Observer(replica, training)
+        try:
+            yield observer
+        finally:
+            observer.close()
 
 
 class Observer:

@@ -1,17 +1,17 @@
-"""What a network's output means: how each task reads it, what is averaged over draws, and what is said of the average."""
+"""What a network's output means: how each task reads it, what is averaged over draws, and what is told of that."""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stochbn.network.inputs import read_output
+from stochbn.network.calling import read_output
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction, entropy
 
 __all__ = ["TASKS", "Binary", "Classification", "Embedding", "Multilabel", "Regression", "Task", "make_task"]
@@ -27,7 +27,7 @@ class Task(ABC):
     averaged, and an average into what a predictive returns.
 
     Attributes:
-        place: where in the output to look, see `stochbn.network.inputs.read_output`; for regression also a pair of
+        place: where in the output to look, see `stochbn.network.calling.read_output`; for regression also a pair of
             places, of the mean and of the log-variance.
         class_axis: the axis of the classes in the output; None is axis 1.
         output: ``"logits"`` or ``"probs"``; None is logits, unless they look like something else.
@@ -51,7 +51,7 @@ class Task(ABC):
             TypeError, ValueError: they are not of a type or shape that the task can read.
         """
 
-    def check(self, raw: Tensor) -> None:
+    def check(self, raw: Tensor) -> None:  # noqa: B027 - numbers can be anything
         """Refuse, or warn of, raw values that do not look like what the task expects.
 
         Raises:
@@ -101,7 +101,7 @@ class Classification(Task):
         return found.log() if self.output == "probs" else found
 
     def check(self, raw: Tensor) -> None:
-        """Refuse probabilities that are taken for logits or the reverse; warn of classes that may be on another axis."""
+        """Refuse probabilities that are taken for logits, or the reverse; warn of classes that may be elsewhere."""
         if self.output == "probs":
             total = raw.exp().sum(1)
             if raw.isnan().any() or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
@@ -112,7 +112,7 @@ class Classification(Task):
             return
         if self.class_axis is None:
             self._check_axis(raw)
-        if self.output is None and raw.numel() and 0 <= raw.amin() and raw.amax() <= 1:
+        if self.output is None and raw.numel() and raw.amin() >= 0 and raw.amax() <= 1:
             total = raw.sum(1)
             if torch.allclose(total, torch.ones_like(total), atol=1e-4):
                 raise ValueError(
@@ -246,7 +246,8 @@ class Regression(Task):
         mean, log_variance = (_floating(values, "numbers") for values in found)
         if mean.shape != log_variance.shape:
             raise ValueError(
-                f"expected means and log-variances of one shape, found {list(mean.shape)} and {list(log_variance.shape)}"
+                f"expected means and log-variances of one shape, found {list(mean.shape)} and "
+                f"{list(log_variance.shape)}"
             )
         return torch.stack([mean, log_variance], 1)
 
@@ -303,7 +304,7 @@ def make_task(name: str, place: Any = None, class_axis: int | None = None, outpu
     if issubclass(kind, Regression) and (class_axis is not None or output is not None):
         raise ValueError(f"the task {name!r} has no classes, so class_axis and output do not apply; leave them out")
     if isinstance(place, (tuple, list)) and kind is not Regression:
-        raise ValueError(f"a pair of places is for task=\"regression\" alone, got {place!r} for {name!r}")
+        raise ValueError(f'a pair of places is for task="regression" alone, got {place!r} for {name!r}')
     if isinstance(place, (tuple, list)) and len(place) != 2:
         raise ValueError(f"expected two places, of the mean and of the log-variance, got {place!r}")
     return kind(tuple(place) if isinstance(place, list) else place, class_axis, output)
@@ -313,117 +314,9 @@ def _check_sigmoid(task: Task, raw: Tensor) -> None:
     if task.output == "probs":
         if raw.isnan().any():
             raise ValueError('expected probabilities from 0 to 1 with output="probs", found others; are they logits?')
-    elif task.output is None and raw.numel() >= 16 and 0 <= raw.amin() and raw.amax() <= 1:
+    elif task.output is None and raw.numel() >= 16 and raw.amin() >= 0 and raw.amax() <= 1:
         warnings.warn(
             "the network's outputs all lie between 0 and 1 and get a sigmoid: if they are probabilities already, pass "
             'output="probs"; if they are logits, pass output="logits"',
             stacklevel=_CALLER,
         )
-
-
-class Summary:
-    """The average over draws of the objects of a batch, each until it is done.
-
-    Args:
-        task: what the draws are of.
-        keep: also keep every draw.
-        tolerance: the standard error at which an object is done; 0 for never.
-        temperature: what logits are divided by.
-        first: draws of every object before it is asked which are done. Fewer agree by chance too often: objects that
-            are done too early seem more certain than they are, and the unknown is detected less well.
-        step: draws from one such question to the next.
-    """
-
-    def __init__(
-        self, task: Task, keep: bool = False, tolerance: float = 0.0, temperature: float = 1.0, first: int = 8, step: int = 4
-    ) -> None:
-        self.task, self.tolerance, self.temperature = task, tolerance, temperature
-        self.first, self.step = first, step
-        self.count = 0
-        self._kept: list[Tensor] | None = [] if keep else None
-        self._done: list[tuple[Tensor, ...]] = []
-
-    def add(self, raw: Tensor) -> None:
-        """Add draws of the objects that are not done, ``[S, M, C, ...]``."""
-        values, seconds = self.task.values(raw, self.temperature)
-        if self._kept is not None:
-            self._kept.append(self.task.keep(raw, self.temperature))
-        made = len(values)
-        total = self.count + made
-        mean, second = (values.mean(0), seconds.mean(0)) if made > 1 else (values[0], seconds[0])
-        squares = self._reduced((values - mean).square().sum(0)) if made > 1 and self._needed else None
-        if not self.count:
-            self.count, self.mean, self.second = total, mean, second
-            self.objects = torch.arange(len(mean), device=mean.device)
-            if self._needed:
-                self.squares = self._reduced(torch.zeros_like(mean)) if squares is None else squares
-            return
-        change = mean - self.mean
-        if self._needed:
-            self.squares += self._reduced(change.square()) * (self.count * made / total)
-            if squares is not None:
-                self.squares += squares
-        self.mean.add_(change, alpha=made / total)
-        self.second.lerp_(second, made / total)
-        self.count = total
-
-    @property
-    def _needed(self) -> bool:
-        return self.tolerance > 0 or self.task.spread
-
-    def _reduced(self, squares: Tensor) -> Tensor:
-        return squares if self.task.spread else per_object(squares)
-
-    def next(self, together: int) -> int:
-        """How many draws to make in the next pass, if as many as `together` can be."""
-        return min(together, self.first - self.count) if self.tolerance and self.count < self.first else together
-
-    def waiting(self) -> Tensor | None:
-        """``[M]``: which objects are not done, if it is time to ask and some are."""
-        if not self.tolerance or self.count < self.first or self.count % self.step:
-            return None
-        waiting = per_object(self.squares) > (self.tolerance * self.count) ** 2 if self.task.spread else (
-            self.squares > (self.tolerance * self.count) ** 2
-        )
-        return None if bool(waiting.all()) else waiting
-
-    def finish(self, waiting: Tensor) -> None:
-        """The objects that are not waiting get no more draws."""
-        done = ~waiting
-        held = (self.objects, self.mean, self.second, *((self.squares,) if self._needed else ()))
-        counts = torch.full((int(done.sum()),), self.count, device=done.device)
-        self._done.append((*(values[done] for values in held), counts))
-        held = tuple(values[waiting] for values in held)
-        self.objects, self.mean, self.second = held[:3]
-        if self._needed:
-            self.squares = held[3]
-
-    def prediction(self) -> Any:
-        """What has been averaged, for all objects in their order.
-
-        Raises:
-            ValueError: an output was not finite.
-        """
-        held = (self.objects, self.mean, self.second, *((self.squares,) if self._needed else ()))
-        counts = torch.full((len(self.objects),), self.count, device=self.mean.device)
-        columns = [torch.cat(column) for column in zip(*self._done, (*held, counts), strict=True)]
-        if self._done:
-            order = columns[0].argsort()
-            columns = [column[order] for column in columns]
-        mean, second = columns[1:3]
-        if not mean.isfinite().all():
-            raise ValueError(
-                "the network's output is not finite (NaN or infinity) for some of these objects; check the input "
-                "for NaN and infinity"
-            )
-        variance = None
-        if self.task.spread:
-            variance = columns[3] / (columns[-1] - 1).clamp(min=1).view(-1, *[1] * (mean.ndim - 1))
-        return self.task.prediction(mean, second, variance, torch.cat(self._kept) if self._kept is not None else None)
-
-
-def per_object(squares: Tensor) -> Tensor:
-    """``[N]``: squares ``[N, C, ...]`` summed over axis 1, with the mean over places of dense outputs."""
-    if squares.ndim > 1:
-        squares = squares.sum(1)
-    return squares.flatten(1).mean(1) if squares.ndim > 1 else squares

@@ -2,9 +2,9 @@
 
     inputs -> verify (follow, and try the ways) -> plan -> run (on a replica) -> raw values of each draw
 
-`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from one pass over a copy,
-what a network does to the objects of a batch; `verify` is the only place that tries a way; `plan` says which ways a call
-takes; `run` holds all state of a call.
+`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from one pass over a
+copy, what a network does to the objects of a batch; `verify` is the only place that tries a way; `plan` says which ways
+a call takes; `run` holds all state of a call.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 
 from stochbn.execution.plan import WAYS, Call, Draw, Plan, Settings, make_plan
-from stochbn.execution.run import NetworkChanged, Passes
+from stochbn.execution.run import NetworkChangedError, Passes
 from stochbn.execution.verify import examine, guard, refuse
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 
-__all__ = ["WAYS", "Call", "Draw", "NetworkChanged", "Passes", "Plan", "Settings", "passes", "planned"]
+__all__ = ["WAYS", "Call", "Draw", "NetworkChangedError", "Passes", "Plan", "Settings", "passes", "planned"]
 
 
 def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
@@ -39,7 +39,7 @@ def passes(network: Network, inputs: NetworkInput, call: Call) -> Iterator[Passe
     """The passes of one call, on a replica of this thread's own; `Network.look` comes before it.
 
     Raises:
-        NetworkChanged: a pass changed more of the replica than it may, and was not known to.
+        NetworkChangedError: a pass changed more of the replica than it may, and was not known to.
     """
     with torch.inference_mode(False), torch.no_grad():
         plan = planned(network, inputs, call)

@@ -1,4 +1,4 @@
-"""Following a network through one pass: whether objects stay apart, what comes before the first batch norm, what changes.
+"""Following a network through one pass: do objects stay apart, what precedes the first batch norm, what changes.
 
 The pass is made with a few objects on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
 that really runs and follows the axis of the objects through it (`stochbn.execution.rules`); a function mode sees where
@@ -8,42 +8,24 @@ a tensor. So what is concluded rests on the operations, not on the values of som
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stochbn.execution.masks import DispatchMode, Masks
-from stochbn.execution.rules import Flow, Mixed, flows_of, joined
+from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Sizes
-from stochbn.network.inputs import NetworkInput
-from stochbn.network.replica import Network, Replica, snapshot
+from stochbn.execution.watch import Frame, Unit, Watch, memory_of
+from stochbn.network.calling import NetworkInput
+from stochbn.network.replica import Network, Replica, Snapshot
 from stochbn.tasks import Task
 
-__all__ = ["Followed", "Unit", "follow", "guarded"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A call of a module that gives the same under every draw.
-
-    Attributes:
-        name: the module's.
-        call: which of its calls in a pass, from 0.
-        per: for every tensor in its output how many rows an object has; 0 for one that does not depend on objects.
-        size: bytes of the output for each object.
-    """
-
-    name: str
-    call: int
-    per: tuple[int, ...]
-    size: float
+__all__ = ["Followed", "follow", "guarded"]
 
 
 @dataclass(frozen=True)
@@ -81,29 +63,17 @@ class _OfTheOriginal(BaseException):
     """The copy uses a tensor of the user's network. No ``except Exception`` of a network catches it."""
 
 
-@dataclass
-class _Frame:
-    """A call of a module that has not ended."""
-
-    name: str
-    module: nn.Module
-    call: int
-    drawn: bool = False
-    multiplies: bool = False
-    inputs: frozenset[int] = frozenset()
-
-
-class _Follower(DispatchMode):
+class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows the objects through all tensor operations."""
 
     def __init__(self, replica: Replica, objects: int, foreign: frozenset[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.objects, self.foreign = objects, foreign
         self.sizes = Sizes(objects)
         self.reasons: list[str] = []
         self.irregular = ""
         self.reads_layout = False
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
         self.written: dict[int, int] = {}
         self.clock = 0
         self._flows: dict[int, Flow] = {}
@@ -123,7 +93,7 @@ class _Follower(DispatchMode):
     def set(self, tensor: Tensor, flow: Flow) -> None:
         if id(tensor) not in self._flows:
             self._alive.append(tensor)  # so that no other tensor gets its identity
-            self._sharing.setdefault(_storage(tensor), []).append(tensor)
+            self._sharing.setdefault(memory_of(tensor), []).append(tensor)
         self._flows[id(tensor)] = flow
 
     def read(self, tensor: Any, what: str) -> None:
@@ -134,7 +104,7 @@ class _Follower(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(_storage(t) in self.foreign for t in tensors):
+        if any(memory_of(t) in self.foreign for t in tensors):
             raise _OfTheOriginal
         name = func._schema.name.removeprefix("aten::")
         if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"):
@@ -146,21 +116,23 @@ class _Follower(DispatchMode):
         self.clock += 1
         made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         try:
-            if torch.Tag.nondeterministic_seeded in func.tags and any(not self.flow(t).constant for t in tensors):
-                if not _off(func, args, kwargs):
-                    raise Mixed("random numbers are drawn")
+            random = torch.Tag.nondeterministic_seeded in func.tags and not _off(func, args, kwargs)
+            if random and any(not self.flow(t).constant for t in tensors):
+                raise MixedError("random numbers are drawn")
             if _form(args) != form:
-                raise Mixed(f"the operation {name} changes the shape of a tensor in place")
+                raise MixedError(f"the operation {name} changes the shape of a tensor in place")
             if name == "as_strided_":  # of axes of length 1, as pooling does
                 flows = [self.flow(args[0])]
             else:
                 flows = flows_of(func, args, kwargs, outputs, self.flow, self.objects)
-        except Mixed as mixed:
+        except MixedError as mixed:
             drawn = any(self.flow(t).drawn for t in tensors)
             flows = [Flow(mixed=f"{mixed}{self._where()}", drawn=drawn) for _ in made]
         except Exception:  # an operation with arguments that no rule expects
             drawn = any(self.flow(t).drawn for t in tensors)
-            flows = [Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made]
+            flows = [
+                Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made
+            ]
         self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
         return outputs
 
@@ -184,7 +156,7 @@ class _Follower(DispatchMode):
                 self.set(tensor, flow)
 
     def _write(self, tensor: Tensor, flow: Flow) -> None:
-        storage = _storage(tensor)
+        storage = memory_of(tensor)
         self.written[storage] = self.clock
         after = joined(self.flow(tensor), flow)
         for other in self._sharing.get(storage, []):
@@ -203,12 +175,11 @@ class _Follower(DispatchMode):
             if norm is not None and all(frame.module is not norm for frame in self.frames):
                 self.irregular = self.irregular or "the statistics of a batch norm are used outside of it"
         frame = self.frames[-1] if self.frames else None
-        if frame is not None and id(frame.module) in self._norms and "batch_norm" not in name:
-            if name not in ("view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"):
-                if any(id(t) in frame.inputs for t in tensors):
-                    self.irregular = self.irregular or (
-                        f"batch norm {frame.name!r} does more with its input than normalise it"
-                    )
+        if frame is None or id(frame.module) not in self._norms or "batch_norm" in name or name in _HARMLESS:
+            return
+        if any(id(t) in frame.inputs for t in tensors):
+            reason = f"batch norm {frame.name!r} does more with its input than normalise it"
+            self.irregular = self.irregular or reason
 
     def _where(self) -> str:
         return f" (in {self.frames[-1].name!r})" if self.frames and self.frames[-1].name else ""
@@ -276,9 +247,7 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
     except _OfTheOriginal:
         return Followed(in_place=_CLOSURE)
     state = _written(network.model, replica.model)
-    return Followed(
-        stateful=bool(state) or replica.changed(), state=state
-    )
+    return Followed(stateful=bool(state) or replica.changed(), state=state)
 
 
 def follow(
@@ -302,7 +271,7 @@ def follow(
     replica.modes(training)
     replica.statistics({name: value.clone() for name, value in draw.items()})
     follower = _Follower(replica, len(inputs), _storages(network.model))
-    watch = _Watch(replica, follower)
+    watch = Watch(replica, follower)
     copies = inputs.map(Tensor.clone)
     for tensor in copies.tensors():
         follower.set(tensor, Flow(axis=0))
@@ -338,127 +307,18 @@ def follow(
     )
 
 
-class _Watch:
-    """Hooks on a copy that tell which module is running, and what batch norms and modules are given and give."""
-
-    def __init__(self, replica: Replica, follower: _Follower) -> None:
-        self.follower = follower
-        self.irregular, self.last = "", ""
-        self.rows: dict[str, int] = {}
-        self.activation = 0
-        self._names = {module: name for name, module in replica.model.named_modules()}
-        self._norms = {norm: name for name, norm in replica.norms.items()}
-        self._calls: dict[str, int] = {}
-        self._ended: list[tuple[_Frame, _Frame | None, int, list[Tensor], Any]] = []
-        self._hooked = {
-            module: any(
-                not isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
-                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            )
-            for module in self._names
-        }
-        self._before = {module: _own_state(module) for module in self._names}
-        self._handles = [
-            handle
-            for module in self._names
-            if not isinstance(module, torch.jit.ScriptModule)
-            for handle in (
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, with_kwargs=True),
-            )
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._names[module]
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
-        self.follower.frames.append(_Frame(name, module, call, inputs=frozenset(map(id, tensors))))
-        if module not in self._norms:
-            return
-        self.activation = max([self.activation, *(t.numel() * t.element_size() for t in tensors)])
-        for frame in self.follower.frames:
-            frame.drawn = True
-        flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
-        per = self.rows.setdefault(self._norms[module], flow.per)
-        if flow.axis != 0 or per != flow.per or args[0].ndim < 2:
-            self.irregular = self.irregular or f"batch norm {name!r} has the objects elsewhere than on its first axis"
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        frame = self.follower.frames.pop()
-        parent = self.follower.frames[-1] if self.follower.frames else None
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        if isinstance(module, MULTIPLYING):
-            self.last = frame.name
-        self._ended.append((frame, parent, self.follower.clock, tensors, output))
-
-    def changed(self) -> set[nn.Module]:
-        """The modules whose attributes or buffers the pass has changed."""
-        norms = {id(t) for norm in self._norms for t in (norm.running_mean, norm.running_var)}
-        return {
-            module
-            for module, (leaves, versions) in self._before.items()
-            if (after := _own_state(module))[1] != versions
-            or len(after[0]) != len(leaves)
-            or any(a is not b and id(a) not in norms for a, b in zip(after[0], leaves, strict=True))
-        }
-
-    def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
-        """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
-        changed = set(changed)
-        usable: dict[int, Unit] = {}
-        for frame, _, clock, tensors, output in self._ended:
-            flows = [self.follower.flow(t) for t in tensors]
-            if frame.drawn or not frame.multiplies or any(f.drawn or f.mixed or f.axis not in (0, None) for f in flows):
-                continue
-            if any(self.follower.written.get(_storage(t), 0) > clock for t in tensors):
-                continue
-            if any(module in changed or self._hooked[module] for module in frame.module.modules()):
-                continue
-            if not tensors or any(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(output)):
-                continue
-            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.objects
-            per = tuple(f.per if f.axis == 0 else 0 for f in flows)
-            usable[id(frame)] = Unit(frame.name, frame.call, per, size)
-        parents = {id(frame): parent for frame, parent, *_ in self._ended}
-        outermost = []
-        for frame, *_ in self._ended:
-            parent = parents[id(frame)]
-            if id(frame) in usable and (parent is None or id(parent) not in usable):
-                outermost.append(usable[id(frame)])
-        return tuple(outermost)
-
-
-MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""The layers whose arithmetic is worth saving."""
-
 _MULTIPLYING = {"convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu"}
 _TAKE_SIZES = {
     "view", "reshape", "expand", "repeat", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "unflatten",
     "broadcast_to", "tile", "flatten", "permute", "arange", "Size", "expand_as",
 }  # fmt: skip
+_HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 _CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
 
 
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr() or -id(tensor)
-    except (RuntimeError, NotImplementedError):
-        return -id(tensor)
-
-
 def _storages(model: nn.Module) -> frozenset[int]:
-    leaves = [leaf for leaf in snapshot(model) if isinstance(leaf, Tensor)]
-    return frozenset(s for s in map(_storage, leaves) if s > 0)
-
-
-def _own_state(module: nn.Module) -> tuple[list[Any], list[int]]:
-    leaves = snapshot(module, inside=False)
-    return leaves, [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    snapshot = Snapshot.of(model)
+    return frozenset(s for s in map(memory_of, [*snapshot.parameters, *snapshot.tensors]) if s > 0)
 
 
 def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:

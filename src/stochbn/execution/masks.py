@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 
 __all__ = ["DispatchMode", "Masks", "dropping_modules"]
 
 
-class DispatchMode(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that sees tensor operations and does not import the compiler, which takes seconds, to keep out of it."""
 
     @classmethod
@@ -26,7 +26,7 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
-class Masks(DispatchMode):
+class Masks(DispatchMode):  # type: ignore[no-untyped-call]
     """Within it, random numbers are those that ``torch.manual_seed(seed)`` would give, and no global generator is used.
 
     Args:
@@ -37,7 +37,7 @@ class Masks(DispatchMode):
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
         self.used = False
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -49,9 +49,11 @@ class Masks(DispatchMode):
         self.used = True
         device = kwargs.get("device")
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        generator = self._generator(torch.device(device) if device is not None else tensors[0].device if tensors else None)
+        if device is None and tensors:
+            device = tensors[0].device
+        generator = self._generator(torch.device(device or "cpu"))
         if func.overloadpacket is torch.ops.aten.native_dropout:
-            return _dropout(*args[:2], generator)
+            return _dropout(args[0], args[1], generator)
         if any(argument.name == "generator" for argument in func._schema.arguments):
             if kwargs.get("generator") is None:
                 kwargs["generator"] = generator
@@ -59,8 +61,7 @@ class Masks(DispatchMode):
         drawn = getattr(func.overloadpacket, "generator", None)  # such as rand, which has another overload for it
         return func(*args, **kwargs) if drawn is None else drawn(*args, generator=generator, **kwargs)
 
-    def _generator(self, device: torch.device | None) -> torch.Generator:
-        device = device or torch.device("cpu")
+    def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stochbn.execution.follow import Followed, Unit
-from stochbn.network.inputs import NetworkInput
+from stochbn.execution.follow import Followed
+from stochbn.execution.watch import Unit
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.tasks import Task
 
@@ -44,7 +45,7 @@ class Settings:
     piece: int = 8 * 2**20
     cached: int = 2**18
     rows: int = 16
-    weights: int = 2**16
+    weights: int = 2**17
     bfloat16: bool | None = None
     first: int = 8
     step: int = 4
@@ -103,6 +104,7 @@ class Plan:
         ways: the faster ways that are taken.
         together: why objects stay together; empty if they may be taken apart.
         size: how many objects go through the network together.
+        least: fewer objects than this do not: the last one is repeated.
         rows: how many objects may go through the network together under different draws; 0 for one draw a pass.
         units: the calls of modules whose outputs are kept from one draw to the next.
         norms: for each batch norm, by its name, how many rows of its input an object has.
@@ -114,6 +116,7 @@ class Plan:
     ways: frozenset[str] = frozenset()
     together: str = ""
     size: int | None = None
+    least: int = 1
     rows: int = 0
     units: tuple[Unit, ...] = ()
     norms: Mapping[str, int] = field(default_factory=dict)
@@ -141,18 +144,23 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **refused, **verdict.refused}
     if followed.dependent or followed.in_place:
         together = followed.in_place or followed.dependent
-        return Plan(together=together, refused={way: f"objects stay together: {together}" for way in WAYS})
+        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
+    least, most = followed.sizes.low, followed.sizes.high
+    if least > max(settings.rows, objects // 4):
+        together = f"what the network does depends on the number of objects, {least} or more being otherwise than fewer"
+        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
     size = objects
     activation = followed.activation / (2 if "bfloat16" not in refused else 1)
     if "pieces" not in refused:
         pieces = max(1, round(objects * activation / settings.piece)) if cpu else 1
-        size = math.ceil(objects / pieces)
+        size = max(math.ceil(objects / pieces), least)
         if pieces == 1:
             refused["pieces"] = "all objects fit into the cache together" if cpu else "it is for CPUs"
     rows = 0
     if "stacked" not in refused:
         fit = int(settings.piece / max(activation, 1))
         rows = max(size // 3, min(settings.rows, fit), min(int(settings.cached / max(activation, 1)), 1024))
+        rows = min(rows, most)
         if rows // max(size, 1) < 2:
             refused["stacked"] = f"one draw of {size} objects makes full use of the processor"
     ways = frozenset(way for way in WAYS if way not in refused)
@@ -164,6 +172,7 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     return Plan(
         ways=ways | ({"stacked"} if rows else set()),  # fewer objects are left later on
         size=size,
+        least=least,
         rows=rows,
         units=followed.units if "prefix" in ways else (),
         norms=followed.rows,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Flow", "Mixed", "flows_of", "joined"]
+__all__ = ["Flow", "MixedError", "flows_of", "joined"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Flow:
         return self.axis is None and not self.mixed
 
 
-class Mixed(Exception):
+class MixedError(Exception):
     """An operation brings objects together; the message says which."""
 
 
@@ -48,7 +48,7 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
     """The flows of an operation's outputs, as a list in the order of its flattened outputs.
 
     Raises:
-        Mixed: the operation brings objects together, or is none of those known not to.
+        MixedError: the operation brings objects together, or is none of those known not to.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
@@ -71,7 +71,7 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
     elif base in _ALONG or base in _REDUCTIONS:
         places = _over_axes(bound, made, flow, keeps=base in _ALONG)
     else:
-        raise Mixed(f"the operation {name} is not known to treat objects one by one")
+        raise MixedError(f"the operation {name} is not known to treat objects one by one")
     return [
         Flow(drawn=drawn) if place is None else Flow(axis=place[0], per=place[1], drawn=drawn)
         for place, _ in zip(places, made, strict=True)
@@ -84,7 +84,7 @@ def uniform(tensor: Tensor, axis: int, objects: int) -> bool:
         return True
     if tensor.shape[axis] % objects:
         return False
-    rows = tensor.unflatten(axis, (objects, -1))
+    rows = tensor.reshape(*tensor.shape[:axis], objects, -1, *tensor.shape[axis + 1 :])
     return bool((rows == rows.narrow(axis, 0, 1)).all())
 
 
@@ -98,11 +98,11 @@ def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, objects: in
     """An elementwise operation: all that depends on objects has them on the same axis, counted from the last."""
     places = {(t.ndim - f.axis, f.per) for t in tensors if (f := flow(t)).axis is not None}
     if len(places) != 1:
-        raise Mixed("an elementwise operation on tensors with the objects on different axes")
+        raise MixedError("an elementwise operation on tensors with the objects on different axes")
     from_last, per = next(iter(places))
     for t in tensors:
         if flow(t).axis is None and t.ndim >= from_last and not uniform(t, t.ndim - from_last, objects):
-            raise Mixed("an elementwise operation with numbers that depend on an object's place in the batch")
+            raise MixedError("an elementwise operation with numbers that depend on an object's place in the batch")
     return out.ndim - from_last, per
 
 
@@ -126,7 +126,7 @@ def _place_of(labels: Tensor, objects: int) -> Place | None:
             wanted = numbers.view([-1 if other == axis else 1 for other in range(labels.ndim)])
             if bool(((labels == wanted) | (labels == -1)).all()):
                 return axis, size // objects
-    raise Mixed("an operation that moves entries between objects, or takes some objects")
+    raise MixedError("an operation that moves entries between objects, or takes some objects")
 
 
 def _moved(
@@ -147,32 +147,33 @@ def _moved(
     places = [_place_of(t, objects) for t in pytree.tree_leaves(moved) if isinstance(t, Tensor)]
     for place, out in zip(places, made, strict=True):
         for t in pytree.tree_leaves(args):
-            same = isinstance(t, Tensor) and place is not None and t.ndim == out.ndim and flow(t).axis is None
-            if same and t.shape[place[0]] == out.shape[place[0]] and not uniform(t, place[0], objects):
-                raise Mixed("an operation that joins objects with numbers that depend on their place in the batch")
+            if place is None or not isinstance(t, Tensor) or t.ndim != out.ndim or flow(t).axis is not None:
+                continue
+            if t.shape[place[0]] == out.shape[place[0]] and not uniform(t, place[0], objects):
+                raise MixedError("an operation that joins objects with numbers that depend on their place in the batch")
     return places
 
 
 def _over_axes(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, *, keeps: bool) -> list[Place | None]:
     """An operation along some axes, or that reduces them; not that of the objects."""
-    source = bound.get("self", bound.get("input"))
+    source: Any = bound.get("self", bound.get("input"))
     axis, per = _only(source, flow)
     others = [v for k, v in bound.items() if isinstance(v, Tensor) and v is not source]
     if any(not flow(t).constant and (flow(t).axis, flow(t).per) != (axis, per) for t in others):
-        raise Mixed("an operation along an axis on tensors with the objects on different axes")
+        raise MixedError("an operation along an axis on tensors with the objects on different axes")
     dims = bound.get("dim")
     if dims is None or dims == []:
-        raise Mixed("a sum, maximum or other reduction over all objects")
+        raise MixedError("a sum, maximum or other reduction over all objects")
     along = {d % source.ndim for d in ([dims] if isinstance(dims, int) else dims)}
     if axis in along:
-        raise Mixed("a sum, maximum, softmax or order over objects")
+        raise MixedError("a sum, maximum, softmax or order over objects")
     shift = 0 if keeps or bound.get("keepdim") else sum(d < axis for d in along)
     return [(axis - shift, per)] * len(made)
 
 
 def _only(tensor: Any, flow: Lookup) -> Place:
     if not isinstance(tensor, Tensor) or flow(tensor).axis is None:
-        raise Mixed("an operation whose first input does not depend on the objects, but another does")
+        raise MixedError("an operation whose first input does not depend on the objects, but another does")
     place = flow(tensor)
     assert place.axis is not None
     return place.axis, place.per
@@ -181,18 +182,18 @@ def _only(tensor: Any, flow: Lookup) -> Place:
 def _constant(flow: Lookup, *tensors: Any) -> None:
     for t in pytree.tree_leaves(tensors):
         if isinstance(t, Tensor) and not flow(t).constant:
-            raise Mixed("an operation whose weights depend on the objects")
+            raise MixedError("an operation whose weights depend on the objects")
 
 
 def _leading(free: int) -> Callable[..., list[Place | None]]:
     """An operation on the last `free` axes, for each entry of the others."""
 
     def rule(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-        source = bound.get("self", bound.get("input"))
+        source: Any = bound.get("self", bound.get("input"))
         axis, per = _only(source, flow)
         _constant(flow, [v for v in bound.values() if v is not source])
         if axis >= source.ndim - free:
-            raise Mixed("pooling, padding or resizing over objects")
+            raise MixedError("pooling, padding or resizing over objects")
         return [(axis, per)] * len(made)
 
     return rule
@@ -202,7 +203,7 @@ def _convolution(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, ob
     axis, per = _only(bound["input"], flow)
     _constant(flow, bound["weight"], bound["bias"])
     if axis or bound["input"].ndim != bound["weight"].ndim:
-        raise Mixed("a convolution that has objects elsewhere than on its first axis")
+        raise MixedError("a convolution that has objects elsewhere than on its first axis")
     return [(0, per)] * len(made)
 
 
@@ -213,11 +214,11 @@ def _batch_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obj
     if axis == 1:  # the channels are the objects', as in instance normalisation
         for values in pytree.tree_leaves(channels):
             if isinstance(values, Tensor) and (not flow(values).constant or not uniform(values, 0, objects)):
-                raise Mixed("a batch norm with objects on the axis of its channels")
+                raise MixedError("a batch norm with objects on the axis of its channels")
     else:
         _constant(flow, channels)
         if training:
-            raise Mixed("a batch norm that normalises by its mini-batch")
+            raise MixedError("a batch norm that normalises by its mini-batch")
     return [(axis, per), *[None] * (len(made) - 1)] if made[0].ndim > axis else [None] * len(made)
 
 
@@ -225,7 +226,7 @@ def _layer_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obj
     axis, per = _only(bound["input"], flow)
     _constant(flow, bound["weight"], bound["bias"])
     if axis >= bound["input"].ndim - len(bound["normalized_shape"]):
-        raise Mixed("a layer normalisation over objects")
+        raise MixedError("a layer normalisation over objects")
     return [(axis, per)] * len(made)
 
 
@@ -233,7 +234,7 @@ def _group_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obj
     axis, per = _only(bound["input"], flow)
     _constant(flow, bound["weight"], bound["bias"])
     if axis:
-        raise Mixed("a group normalisation over objects")
+        raise MixedError("a group normalisation over objects")
     return [(axis, per)] * len(made)
 
 
@@ -246,25 +247,25 @@ def _product(first: str, second: str, *added: str) -> Callable[..., list[Place |
         rows, columns = a.ndim - 2, b.ndim - 1
         if left.axis is not None and right.axis is not None:
             if a.ndim == 2 or left.axis or right.axis or left.per != right.per:
-                raise Mixed("a product of objects with each other")
+                raise MixedError("a product of objects with each other")
             place = 0, left.per
         elif left.axis is not None:
             if left.axis == a.ndim - 1 or (left.axis == 0 and a.ndim == 3 and not uniform(b, 0, objects)):
-                raise Mixed("a product that sums over objects")
+                raise MixedError("a product that sums over objects")
             place = left.axis, left.per
         elif right.axis is not None:
             if right.axis == rows or (right.axis == 0 and b.ndim == 3 and not uniform(a, 0, objects)):
-                raise Mixed("a product that sums over objects")
+                raise MixedError("a product that sums over objects")
             place = (columns if right.axis == b.ndim - 1 else 0), right.per
         else:
-            raise Mixed("a sum with objects on another axis")
+            raise MixedError("a sum with objects on another axis")
         for values in (bound[name] for name in added):
             from_last = made[0].ndim - place[0]
             if not flow(values).constant:
                 if (values.ndim - (flow(values).axis or 0), flow(values).per) != (from_last, place[1]):
-                    raise Mixed("a sum with objects on another axis")
+                    raise MixedError("a sum with objects on another axis")
             elif values.ndim >= from_last and not uniform(values, values.ndim - from_last, objects):
-                raise Mixed("a sum with numbers that depend on an object's place in the batch")
+                raise MixedError("a sum with numbers that depend on an object's place in the batch")
         return [place]
 
     return rule
@@ -280,15 +281,13 @@ def _index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects:
     if flow(source).axis is None and first is not None and not any(index is not None for index in others):
         return [_only(first, flow)]
     _constant(flow, bound["indices"])
-    return _moved(
-        torch.ops.aten.index.Tensor, (source, bound["indices"]), {}, made, flow, objects
-    )
+    return _moved(torch.ops.aten.index.Tensor, (source, bound["indices"]), {}, made, flow, objects)
 
 
 def _gather(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
     places = {_only(bound["self"], flow), _only(bound["index"], flow)}
     if len(places) != 1 or bound["dim"] % bound["self"].ndim in {axis for axis, _ in places}:
-        raise Mixed("entries that are gathered from other objects")
+        raise MixedError("entries that are gathered from other objects")
     return [next(iter(places))]
 
 
@@ -299,9 +298,9 @@ def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
         if flow(mask).axis is not None:
             places.add(_only(mask, flow))
         elif mask.ndim == bound["query"].ndim and not uniform(mask, 0, objects):
-            raise Mixed("attention with a mask that depends on an object's place in the batch")
+            raise MixedError("attention with a mask that depends on an object's place in the batch")
     if len(places) != 1 or next(iter(places))[0] != 0 or bound["query"].ndim < 3:
-        raise Mixed("attention between objects")
+        raise MixedError("attention between objects")
     return [next(iter(places)) if out.ndim >= 3 else None for out in made]
 
 

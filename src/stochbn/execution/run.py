@@ -14,13 +14,13 @@ from stochbn.execution.ways.channels_last import channels_last_weights
 from stochbn.execution.ways.pieces import pieces
 from stochbn.execution.ways.prefix import PrefixCache
 from stochbn.execution.ways.stacked import Stack
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["NetworkChanged", "Passes"]
+__all__ = ["NetworkChangedError", "Passes"]
 
 
-class NetworkChanged(Exception):
+class NetworkChangedError(Exception):
     """Passes changed the network that they ran on, which was not known before: the call is to be made again."""
 
 
@@ -78,13 +78,13 @@ class Passes:
         """Take the replica back to how it was.
 
         Raises:
-            NetworkChanged: a pass changed more of it than it may, and was not known to.
+            NetworkChangedError: a pass changed more of it than it may, and was not known to.
         """
         self._uninstall()
-        if not self._network.known.stateful and self._replica.changed():
-            if not self._network.known.in_place:
-                self._network.known.stateful = True
-                raise NetworkChanged
+        known = self._network.known
+        if not known.stateful and not known.in_place and self._replica.changed():
+            known.stateful = True
+            raise NetworkChangedError
 
     @property
     def draws(self) -> int:
@@ -135,7 +135,10 @@ class Passes:
         blocks = []
         for start in range(0, len(draws), together):
             block = draws[start : start + together]
-            blocks.append(self._stacked(block) if len(block) > 1 else self._one(block[0])[None])
+            if len(block) > 1 and len(block) * self._objects >= self.plan.least:
+                blocks.append(self._stacked(block))
+            else:
+                blocks.extend(self._one(draw)[None] for draw in block)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _one(self, draw: Draw) -> Tensor:
@@ -151,7 +154,7 @@ class Passes:
             if self._cache is not None:
                 self._cache.begin(start, stop, 1)
             values = reference(self._replica, draw, inputs, self._call.task)
-            made.append(values)
+            made.append(values[: stop - start])
         if self._cache is not None:
             self._cache.done()
         return made[0] if len(made) == 1 else torch.cat(made)
@@ -159,7 +162,8 @@ class Passes:
     def _stacked(self, draws: Sequence[Draw]) -> Tensor:
         assert self._stack is not None
         times = len(draws)
-        inputs = self._piece(0, self._objects).map(lambda tensor: torch.cat([tensor] * times))
+        inputs = self._inputs.map(lambda tensor: torch.cat([tensor] * times))
+        inputs = bfloat16.rounded(inputs) if self.plan.head else inputs
         self._renew()
         self._stack(draws, self._objects)
         if self._cache is not None:
@@ -167,10 +171,12 @@ class Passes:
         values = self._call.task.raw(inputs.call(self._replica.model))
         if self._cache is not None:
             self._cache.done()
-        return values.unflatten(0, (times, self._objects))
+        return values.reshape(times, self._objects, *values.shape[1:])
 
     def _piece(self, start: int, stop: int) -> NetworkInput:
         inputs = self._inputs if stop - start == self._objects else self._inputs.take(slice(start, stop))
+        if stop - start < self.plan.least:
+            inputs = inputs.take(torch.arange(self.plan.least, device=inputs.device).clamp(max=stop - start - 1))
         return bfloat16.rounded(inputs) if self.plan.head else inputs
 
     def _renew(self) -> None:

@@ -9,28 +9,55 @@ from typing import Any
 __all__ = ["ObjectCount", "Sizes"]
 
 
+MOST = 2**48
+"""More objects than there can be."""
+
+
 class Sizes:
-    """What has been concluded from the number of objects, and for which other numbers it would be concluded too.
+    """For which numbers of objects the same is concluded: an interval about the one that a network is followed with.
 
     Args:
         objects: the number of objects that a network is being followed with.
+
+    Attributes:
+        low: the least number of objects of which the same is concluded.
+        high: the largest.
     """
 
     def __init__(self, objects: int) -> None:
         self.objects = objects
-        self._guards: list[Callable[[int], bool]] = []
-
-    def require(self, guard: Callable[[int], bool]) -> None:
-        """Note a condition on the number of objects."""
-        self._guards.append(guard)
+        self.low, self.high = min(objects, 1), MOST
 
     def pin(self) -> None:
         """Note that only this number of objects is known to be treated so."""
-        self._guards.append(lambda n: n == self.objects)
+        self.low = self.high = self.objects
+
+    def same(self, conclusion: Callable[[int], Any]) -> None:
+        """Note that the network depends on a monotone function of the number of objects."""
+        outcome = conclusion(self.objects)
+        self.low = self._end(self.low, lambda n: conclusion(n) == outcome)
+        self.high = self._end(self.high, lambda n: conclusion(n) == outcome)
+
+    def without(self, objects: int) -> None:
+        """Note that only a number of objects other than this one is treated so."""
+        if objects < self.objects:
+            self.low = max(self.low, objects + 1)
+        else:
+            self.high = min(self.high, objects - 1)
 
     def hold(self, objects: int) -> bool:
         """Whether the same is concluded for so many objects."""
-        return all(guard(objects) for guard in self._guards)
+        return self.low <= objects <= self.high
+
+    def _end(self, end: int, holds: Callable[[int], bool]) -> int:
+        """The last number on the way to an end for which it holds; it does for the present one."""
+        near, far = self.objects, end
+        if holds(far):
+            return far
+        while abs(far - near) > 1:
+            middle = (near + far) // 2
+            near, far = (middle, far) if holds(middle) else (near, middle)
+        return near
 
 
 class ObjectCount(int):
@@ -45,6 +72,7 @@ class ObjectCount(int):
     offset: int
 
     def __new__(cls, sizes: Sizes, factor: int, offset: int = 0) -> ObjectCount:
+        """The number ``factor * objects + offset``."""
         self = super().__new__(cls, factor * sizes.objects + offset)
         self.sizes, self.factor, self.offset = sizes, factor, offset
         return self
@@ -55,12 +83,18 @@ class ObjectCount(int):
     def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        outcome = compare(self._at(self.sizes.objects), _value(other))
+        factor, offset = self.factor, self.offset - _offset(other)
         if isinstance(other, ObjectCount):
-            if other.factor != self.factor:
-                self.sizes.require(lambda n: compare(self._at(n), other._at(n)) == outcome)
-        else:
-            self.sizes.require(lambda n: compare(self._at(n), other) == outcome)
+            factor -= other.factor
+        outcome = compare(factor * self.sizes.objects + offset, 0)
+        if not factor:
+            return outcome
+        if compare not in (operator.eq, operator.ne):
+            self.sizes.same(lambda n: compare(factor * n + offset, 0))
+        elif outcome == (compare is operator.eq):
+            self.sizes.pin()
+        elif (root := -offset / factor) == int(root):
+            self.sizes.without(int(root))
         return outcome
 
     def __lt__(self, other: Any) -> Any:
@@ -118,16 +152,13 @@ class ObjectCount(int):
         if _whole(other) and not isinstance(other, ObjectCount) and other:
             if not self.factor % other and not self.offset % other:
                 return self._linear(self.factor // other, self.offset // other)
-            quotient = self._at(self.sizes.objects) // other
-            self.sizes.require(lambda n: self._at(n) // other == quotient)
-            return quotient
+            self.sizes.same(lambda n: self._at(n) // other)
+            return self._at(self.sizes.objects) // other
         return self._opaque(operator.floordiv, other)
 
     def __mod__(self, other: Any) -> Any:
-        if _whole(other) and not isinstance(other, ObjectCount) and other:
-            rest = self._at(self.sizes.objects) % other
-            self.sizes.require(lambda n: self._at(n) % other == rest)
-            return rest
+        if _whole(other) and not isinstance(other, ObjectCount) and other and not self.factor % other:
+            return self.offset % other
         return self._opaque(operator.mod, other)
 
     def _opaque(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
@@ -176,15 +207,19 @@ class ObjectCount(int):
 
     def __int__(self) -> int:
         self.sizes.pin()
-        return _value(self)
+        return self._at(self.sizes.objects)
 
     def __float__(self) -> float:
         self.sizes.pin()
-        return float(_value(self))
+        return float(self._at(self.sizes.objects))
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _offset(value: Any) -> Any:
+    return value.offset if isinstance(value, ObjectCount) else value
 
 
 def _value(value: Any) -> Any:

@@ -19,7 +19,7 @@ from stochbn.execution.reference import reference
 from stochbn.execution.run import Passes
 from stochbn.execution.sizes import Sizes
 from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Knowledge, Network, Replica
 
 __all__ = ["examine", "guard", "refuse"]
@@ -144,7 +144,7 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
             if not agree({**refused, **others}):
                 refused[way] = "it does not give what slow passes give on some of the objects"
         if not agree(refused):
-            refused |= {way: "the ways together do not give what slow passes give" for way in tried}
+            refused |= dict.fromkeys(tried, "the ways together do not give what slow passes give")
             if not agree(refused):
                 return Verdict(replace(followed, dependent="some objects have other outputs beside others"), refused)
     return Verdict(followed, refused)

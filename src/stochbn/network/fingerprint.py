@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.layers import unwrap
 
-__all__ = ["Fingerprint", "Part"]
+__all__ = ["Fingerprint", "Part", "Sums"]
 
 WHOLE = 2048
 """Entries of a parameter of which each is looked at, at most: batch norms have no more."""
@@ -26,44 +26,59 @@ TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of a network's parameters.
+class Sums:
+    """What is kept of one parameter.
 
     Attributes:
-        entries: how many numbers they are, looked at or not.
-        size: the sum of the absolute values of those that were looked at, with the weights of `sums`.
-        sums: sums of these entries, each with a weight of its own: of the entries as they are, and as float32,
-            float16, bfloat16, and bfloat16 after float16 would round them.
+        entries: how many numbers it has, looked at or not.
+        size: the sum of the absolute values of those that were looked at, each with a weight of its own.
+        rounded: sums of them with these weights: as they are, and as float32, float16, bfloat16, and bfloat16 after
+            float16 would round them.
     """
 
     entries: int
     size: float
-    sums: tuple[float, ...]
+    rounded: tuple[float, ...]
+
+    def same(self, other: Sums) -> bool:
+        """Whether these are of the other's parameter, or of a rounded form of it."""
+        if self.entries != other.entries:
+            return False
+        allowed = TOLERANCE * max(self.size, other.size)
+        return any(abs(one - two) <= allowed for one in self.rounded for two in other.rounded)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a network's parameters, in their order."""
+
+    parameters: tuple[Sums, ...]
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor]) -> Part:
         """The part that consists of these parameters; those that are no real numbers are left out."""
         real = [p.detach() for p in parameters if p.is_floating_point() and not p.is_meta and p.numel()]
-        entries = sum(p.numel() for p in real)
         if not real:
-            return cls(0, 0.0, (0.0,) * 5)
-        device = real[0].device
-        flat = torch.cat([_sampled(p).to(device, torch.float64) for p in real]).cpu()
-        weights = 1 + (torch.arange(len(flat), dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
+            return cls(())
+        sampled = [_sampled(parameter) for parameter in real]
+        counts = [len(entries) for entries in sampled]
+        flat = torch.cat([entries.to(real[0].device, torch.float64) for entries in sampled]).cpu()
         single = flat.float()
         half = single.half()
         rounded = torch.stack(
             [flat, single.double(), half.double(), single.bfloat16().double(), half.bfloat16().double()]
         )
         rounded = torch.nan_to_num(rounded, 0.0, HALF, -HALF)
-        return cls(entries, (rounded[0].abs() @ weights).item(), tuple((rounded @ weights).tolist()))
+        weights = 1 + (torch.arange(max(counts), dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
+        weighted = torch.cat([rounded[:1].abs(), rounded]) * torch.cat([weights[:count] for count in counts])
+        sums = [part.sum(1).tolist() for part in torch.split(weighted, counts, dim=1)]
+        return cls(tuple(Sums(p.numel(), size, tuple(rest)) for p, (size, *rest) in zip(real, sums, strict=True)))
 
     def same(self, other: Part) -> bool:
-        """Whether these are the other's parameters, or either are the rounded form of the other."""
-        if self.entries != other.entries:
-            return False
-        allowed = TOLERANCE * max(self.size, other.size)
-        return any(abs(one - two) <= allowed for one in self.sums for two in other.sums)
+        """Whether these are the other's parameters, each as it is or rounded."""
+        return len(self.parameters) == len(other.parameters) and all(
+            one.same(two) for one, two in zip(self.parameters, other.parameters, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,9 @@ class Fingerprint:
     """What tells the weights of a network from others, in a few numbers.
 
     It stays the same when the network is moved to another device, wrapped, compiled, or rounded to half precision or
-    bfloat16 and back. Running statistics are no weights, so they do not count. Of every parameter up to 2,048 entries
-    are looked at, which takes some milliseconds for a ResNet-50; a change to single other entries is not noticed.
+    bfloat16 and back, whole or in part. Running statistics are no weights, so they do not count. All entries of small
+    parameters and some of large ones are looked at, which takes some milliseconds for a ResNet-50; a change to other
+    entries alone is not noticed.
 
     Attributes:
         norms: the weights and biases of the batch norms.
@@ -102,9 +118,12 @@ class Fingerprint:
             return "those of the batch norms alone"
         return "those of layers other than the batch norms" if others else None
 
-    def description(self) -> dict[str, list[float]]:
+    def description(self) -> dict[str, list[list[float]]]:
         """What `from_description` reads: numbers alone, for a file."""
-        return {name: [part.entries, part.size, *part.sums] for name, part in vars(self).items()}
+        return {
+            name: [[sums.entries, sums.size, *sums.rounded] for sums in part.parameters]
+            for name, part in vars(self).items()
+        }
 
     @classmethod
     def from_description(cls, description: Any) -> Fingerprint:
@@ -116,17 +135,23 @@ class Fingerprint:
         if not isinstance(description, dict) or description.keys() != {"norms", "others"}:
             raise ValueError(f"fingerprint must have norms and others, got {description!r:.100}")
         parts = {}
-        for name, numbers in description.items():
-            if (
-                not isinstance(numbers, list)
-                or len(numbers) != 7
-                or not all(type(n) in (int, float) and abs(n) < 1e300 for n in numbers)
-                or type(numbers[0]) is not int
-                or min(numbers[:2]) < 0
-            ):
-                raise ValueError(f"fingerprint must have 7 finite numbers for {name}, got {numbers!r:.100}")
-            parts[name] = Part(numbers[0], float(numbers[1]), tuple(map(float, numbers[2:])))
+        for name, parameters in description.items():
+            if not isinstance(parameters, list) or not all(map(_describes_sums, parameters)):
+                raise ValueError(
+                    f"fingerprint must have 7 finite numbers for each of the {name}, got {parameters!r:.100}"
+                )
+            parts[name] = Part(tuple(Sums(one[0], float(one[1]), tuple(map(float, one[2:]))) for one in parameters))
         return cls(**parts)
+
+
+def _describes_sums(numbers: Any) -> bool:
+    return (
+        isinstance(numbers, list)
+        and len(numbers) == 7
+        and all(type(n) in (int, float) and abs(n) < 1e300 for n in numbers)
+        and type(numbers[0]) is int
+        and min(numbers[:2]) >= 0
+    )
 
 
 def _sampled(parameter: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import types
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,60 +30,85 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.layers import buffer_names, qualified_names, unwrap
 
-__all__ = ["Knowledge", "Network", "Replica", "named_modules", "snapshot"]
+__all__ = ["Knowledge", "Network", "Replica", "Snapshot", "named_modules"]
 
 _ATOMS = {
     bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
     types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Size, torch.Generator, torch.memory_format,
-    Tensor, nn.Parameter, torch.layout,
+    torch.layout,
 }  # fmt: skip
 
 
-def snapshot(root: nn.Module, *, inside: bool = True) -> list[Any]:
+class Snapshot(NamedTuple):
     """All that a network consists of, down to numbers, tensors and functions, in a fixed order.
 
     Two snapshots of one network with the same objects in the same places mean that nothing was assigned in between.
 
-    Args:
-        root: the network.
-        inside: also what the modules in it consist of.
+    Attributes:
+        leaves: everything.
+        parameters: the parameters among it.
+        tensors: all other tensors.
     """
-    leaves: list[Any] = []
-    seen = {id(root)}
-    waiting: list[Any] = [vars(root)]
-    while waiting:
-        container = waiting.pop()
-        if isinstance(container, dict):
-            leaves.extend(container)
-            values: Iterable[Any] = container.values()
-        else:
-            values = container
-        for value in values:
-            kind = type(value)
-            if kind in _ATOMS or isinstance(value, Tensor):
-                leaves.append(value)
-                continue
-            leaves.append(kind)
-            if isinstance(value, (dict, list, tuple, set, frozenset)):
-                if value and id(value) not in seen:
-                    seen.add(id(value))
-                    waiting.append(value)
-                continue
-            leaves.append(value)
-            if id(value) in seen or (not inside and isinstance(value, nn.Module)) or not hasattr(value, "__dict__"):
-                continue
-            seen.add(id(value))
-            waiting.append(vars(value))
-    return leaves
+
+    leaves: list[Any]
+    parameters: list[nn.Parameter]
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, root: nn.Module, *, inside: bool = True) -> Snapshot:
+        """The snapshot of a network.
+
+        Args:
+            root: the network.
+            inside: also what the modules in it consist of.
+        """
+        leaves, parameters, tensors = snapshot = cls([], [], [])
+        seen = {id(root)}
+        waiting: list[Any] = [vars(root)]
+        while waiting:
+            container = waiting.pop()
+            if isinstance(container, dict):
+                leaves.extend(container)
+                values: Iterable[Any] = container.values()
+            else:
+                values = container
+            for value in values:
+                kind = type(value)
+                if kind in _ATOMS:
+                    leaves.append(value)
+                elif kind is nn.Parameter or kind is Tensor or isinstance(value, Tensor):
+                    leaves.append(value)
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        if isinstance(value, nn.Parameter):
+                            parameters.append(value)
+                        else:
+                            tensors.append(value)
+                elif isinstance(value, (dict, list, tuple, set, frozenset)):
+                    leaves.append(kind)
+                    if value and id(value) not in seen:
+                        seen.add(id(value))
+                        waiting.append(value)
+                else:
+                    leaves += kind, value
+                    inner = not inside and isinstance(value, nn.Module)
+                    if id(value) not in seen and not inner and hasattr(value, "__dict__"):
+                        seen.add(id(value))
+                        waiting.append(vars(value))
+        return snapshot
+
+    def same(self, other: Snapshot) -> bool:
+        """Whether both have the same objects in the same places."""
+        return len(self.leaves) == len(other.leaves) and all(map(operator.is_, self.leaves, other.leaves))
+
+    def versions(self, without: Collection[int] = ()) -> list[int]:
+        """How often each tensor that is no parameter has been written to, but those of some identities."""
+        return [t._version for t in self.tensors if id(t) not in without and not t.is_inference()]
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of a network by their names, which are the same in its replicas: compiled ones are their insides."""
     return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
-
-
-def _same(first: list[Any], second: list[Any]) -> bool:
-    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 class Replica:
@@ -109,15 +134,13 @@ class Replica:
         }
         self._own = {name: buffers[key] for name, (buffers, key) in self._statistics.items()}
         self._types = {name: (t.device, t.dtype) for name, t in self._own.items() if t is not None}
-        mine, theirs = dict(model.named_buffers()), dict(original.named_buffers())
-        self._copies = list(mine.values())
-        self._originals = [theirs[name] for name in mine if name in theirs]
-        if len(self._originals) != len(self._copies):
-            raise ValueError("buffers of the copy and the original differ in their names")
+        theirs = {name.replace("_orig_mod.", ""): buffer for name, buffer in original.named_buffers()}
+        mine = {name: buffer for name, buffer in model.named_buffers() if name in theirs}
+        self._copies, self._originals = list(mine.values()), [theirs[name] for name in mine]
         self.usable = True  # until a pass has failed on it
         self._parameters: list[tuple[dict[str, Any], str, Any]] = []
         self._training: frozenset[str] | None = None
-        self._state: list[Any] | None = None
+        self._state: Snapshot | None = None
         self._versions: list[int] = []
 
     def refresh(self) -> None:
@@ -169,16 +192,18 @@ class Replica:
     def mark(self) -> None:
         """Remember the present state, for `changed`, if it is not known already."""
         if self._state is None:
-            self._state = snapshot(self.model)
-        self._versions = _versions(self._state, without=self._observing())
+            self._state = Snapshot.of(self.model)
+        self._versions = self._state.versions(without=self._observing())
 
     def changed(self) -> bool:
         """Whether anything has been assigned or written to since `mark`.
 
         What `restore` puts back does not count, nor do buffers of batch norms in training mode, which do not use them.
         """
-        state = snapshot(self.model)
-        return self._state is None or not _same(state, self._state) or _versions(state, without=self._observing()) != self._versions
+        state = Snapshot.of(self.model)
+        if self._state is None or not state.same(self._state):
+            return True
+        return state.versions(without=self._observing()) != self._versions
 
     def _observing(self) -> set[int]:
         return {id(buffer) for norm in self.norms.values() if norm.training for buffer in norm._buffers.values()}
@@ -191,18 +216,20 @@ class Knowledge:
         in_place: why passes must run on the user's own object; empty if they need not.
         stateful: passes change the replica, so each gets one of its own.
         state: names of parameters that passes write to.
+        parameters: the network's.
     """
 
-    def __init__(self, seen: list[Any], versions: list[int]) -> None:
+    def __init__(self, snapshot: Snapshot, versions: list[int]) -> None:
         self.in_place = ""
         self.stateful = False
         self.state: frozenset[str] = frozenset()
-        self._seen, self._versions = seen, versions
+        self.parameters = snapshot.parameters
+        self._snapshot, self._versions = snapshot, versions
         self._kept: dict[Hashable, Any] = {}
 
-    def is_of(self, seen: list[Any], versions: list[int]) -> bool:
+    def is_of(self, snapshot: Snapshot, versions: list[int]) -> bool:
         """Whether it is of a network in this state."""
-        return versions == self._versions and _same(seen, self._seen)
+        return versions == self._versions and snapshot.same(self._snapshot)
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """What is kept under a key."""
@@ -225,11 +252,11 @@ class Network:
         known: what has been found out about it.
     """
 
-    _all: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
+    _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.known = Knowledge([], [])
+        self.known = Knowledge(Snapshot([], [], []), [])
         self._in_use = threading.RLock()
         self._local = threading.local()
 
@@ -251,15 +278,15 @@ class Network:
         return Network.of, (self.model,)
 
     def weights(self) -> tuple[Any, ...]:
-        """What tells whether parameters have been replaced or written to; equal for equal weights."""
-        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.model.parameters())
+        """What tells whether parameters have been written to since the last `look`; equal for equal weights."""
+        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.known.parameters)
 
     def look(self) -> Knowledge:
-        """What is known of the network as it is now: nothing, if it was changed other than in parameters and buffers."""
-        seen = snapshot(self.model)
-        versions = _versions(seen, without=set(map(id, self.model.buffers())))
-        if not self.known.is_of(seen, versions):
-            self.known = Knowledge(seen, versions)
+        """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
+        snapshot = Snapshot.of(self.model)
+        versions = snapshot.versions(without=set(map(id, self.model.buffers())))
+        if not self.known.is_of(snapshot, versions):
+            self.known = Knowledge(snapshot, versions)
         return self.known
 
     @contextmanager
@@ -304,7 +331,7 @@ class Network:
                 yield borrowed
 
     def _key(self) -> tuple[Any, ...]:
-        return self.known, self.known.state, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
+        return self.known, self.known.state, tuple((p.data_ptr(), p.dtype) for p in self.known.parameters)
 
     def _take(self) -> Replica | None:
         key, replica = self._local.__dict__.pop("kept", (None, None))
@@ -338,17 +365,6 @@ def _put_in_training(model: nn.Module) -> bool:
     return True
 
 
-def _versions(leaves: Iterable[Any], without: Collection[int] = ()) -> list[int]:
-    return [
-        leaf._version
-        for leaf in leaves
-        if isinstance(leaf, Tensor)
-        and not isinstance(leaf, nn.Parameter)
-        and not leaf.is_inference()
-        and id(leaf) not in without
-    ]
-
-
 def _copied(model: nn.Module, own: Iterable[str]) -> nn.Module:
     """A deep copy whose parameters share the storage of the network's, but for those to `own`."""
     own = set(own)
@@ -364,9 +380,8 @@ def _copied(model: nn.Module, own: Iterable[str]) -> nn.Module:
             shared = parameter if name not in own else copy.deepcopy(parameter)
         vars(shared).update(vars(parameter))
         memo[id(parameter)] = shared
-    for leaf in snapshot(model):
-        if isinstance(leaf, Tensor) and id(leaf) not in memo:
-            memo[id(leaf)] = leaf.detach().clone()
+    for tensor in Snapshot.of(model).tensors:
+        memo.setdefault(id(tensor), tensor.detach().clone())
     for module in model.modules():
         if isinstance(module, nn.Module) and type(module).__name__ == "OptimizedModule":
             memo[id(module)] = copy.deepcopy(unwrap(module), memo)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import stochbn
 from stochbn import metrics
 from stochbn.files import write_bytes, write_json
-from stochbn.network.calling import modes
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
 from stochbn.paper.comparison import finite
@@ -85,8 +84,6 @@ def measure(
     floor = torch.compile(last)
     x_last = x.contiguous(memory_format=torch.channels_last)
     first_compiled = _seconds(lambda: plain_prediction(floor, x_last))
-    compiled = stochbn.Predictive(model, posterior, 16, tolerance=0, compiled=True)
-    first_compiled_draws = _seconds(lambda: compiled(x))
     others = next(train.batches(16))[0].contiguous()
     textbook = copy.deepcopy(model)
     drawn = posterior.draw(1)
@@ -101,7 +98,6 @@ def measure(
         "channels-last": lambda: plain_prediction(last, x_last),
         "textbook": lambda: _textbook(textbook, drawn, x),
         "every": lambda: every(x),
-        "compiled": lambda: compiled(x),
         "literal": lambda: _literal(textbook, others, x),
         "dropout": lambda: _dropped(dropout, x),
         "ensemble": lambda: sum(plain_prediction(member, x) for member in ensemble),
@@ -161,7 +157,6 @@ def measure(
         "units": units,
         "floor": units["floor"],
         "per_draw": units["every"] / 16,
-        "per_draw_compiled": units["compiled"] / 16,
         "variance": variance,
         "worth": {name: variance / value for name, value in error.items()},
         "to_50": _reached(curve, 50.0),
@@ -173,7 +168,6 @@ def measure(
         "fit": took["fit"] / took["plain pass over what is fitted"],
         "nll": nll,
         "first": first / unit,
-        "first_compiled_s": first_compiled_draws,
         "floor_compile_s": first_compiled,
         "memory": memory,
     }
@@ -215,13 +209,13 @@ def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     )
     default = Table(
         "Predictive(model, posterior), and what a draw costs, in units",
-        ["network", "a call", "worth draws", "a draw", "compiled", "floor", "memory", "fit", "first call"],
+        ["network", "a call", "worth draws", "a draw", "floor", "memory", "fit", "first call"],
         [
             [
                 name,
                 f"{f['default']['units']:.2f}",
                 f"{f['default']['worth']:.0f}",
-                *(f"{f[key]:.2f}" for key in ("per_draw", "per_draw_compiled", "floor", "memory", "fit")),
+                *(f"{f[key]:.2f}" for key in ("per_draw", "floor", "memory", "fit")),
                 f"{f['first']:.1f}",
             ]
             for name, f in zip(names, found, strict=True)
@@ -296,8 +290,9 @@ def _with_dropout(checkpoint: checkpoints.Checkpoint) -> nn.Module:
 
 
 def _dropped(model: nn.Module, x: Tensor) -> Tensor:
-    with modes(model, lambda module: isinstance(module, nn.Dropout)):
-        return plain_prediction(model, x)
+    for module in model.modules():
+        module.training = isinstance(module, nn.Dropout)
+    return plain_prediction(model, x)
 
 
 def _reference(model: nn.Module, posterior: Posterior, x: Tensor, draws: int, seed: int) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stochbn.network.replica import Network
 from stochbn.paper.data import Images
 from stochbn.posteriors import TINY, Factorized
-from stochbn.statistics import Moments, Observer, mini_batches
+from stochbn.statistics import Moments, mini_batches, observing
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
 
@@ -41,15 +41,12 @@ def observe(
     found: dict[str, list[Tensor]] = {}
     batches = (inputs for inputs, _ in images.shuffled(seed).batches(batch_size))
     network = Network.of(model)
-    with network.copied(train=True) as replica:
-        see = Observer(replica, network.trained())
-        try:
-            for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
-                for layer, statistics in see(inputs).items():
-                    found.setdefault(layer, []).append(statistics.float())
-                report(count * batch_size, len(images) // batch_size * batch_size)
-        finally:
-            see.close()
+    network.look()
+    with observing(network, network.trained()) as see:
+        for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
+            for layer, statistics in see(inputs).items():
+                found.setdefault(layer, []).append(statistics.float())
+            report(count * batch_size, len(images) // batch_size * batch_size)
     return {layer: torch.cat(rows) for layer, rows in found.items()}
 
 

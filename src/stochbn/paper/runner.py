@@ -333,8 +333,8 @@ def predict_all(
         predictions.append(predictor(inputs, generator=generator, keep_draws=keep_draws))
         done += len(labels)
         report(done, len(images))
-    together: Prediction = Prediction.cat(predictions)
-    return together
+    joined: Prediction = Prediction.cat(predictions)
+    return joined
 
 
 def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Images]:

@@ -1,4 +1,12 @@
-"""Distributions over the statistics of all batch-norm layers of a network: a module a kind."""
+"""Distributions over the statistics of all batch-norm layers of a network: a module a kind.
+
+`stochbn.fit` makes one in this process. Where several processes observe mini-batches, each adds its own to an
+accumulator; these are merged in any order, and what comes out is the posterior of all::
+
+    accumulator = KINDS["joint"].accumulator(max_batches=512)
+    accumulator.update({"bn1": statistics})           # [calls, 2, C], for every mini-batch
+    posterior = accumulator.merge(other).posterior(batch_size=16)
+"""
 
 from __future__ import annotations
 
@@ -25,6 +33,8 @@ KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, Joint
 """Every kind of posterior by its name."""
 
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""What a network's running statistics may be of in a file."""
 OLDER = "stochbn.posterior/1"
 """The format before: `skipped` is a list without reasons, and there is no fingerprint."""
 
@@ -73,7 +83,7 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, older: bool) -> Poster
     settings: dict[str, Any] = {name: value for name, value in about.items() if name != "kind"}
     settings |= {name: tensors[name] for name in kind._tensors()}
     settings["layers"] = _layers(about["layers"])
-    settings["dtype"] = getattr(torch, about["dtype"], about["dtype"]) if isinstance(about["dtype"], str) else None
+    settings["dtype"] = _dtype(about["dtype"])
     if older:
         settings["skipped"] = _without_reasons(about["skipped"])
         settings["layers"], settings["skipped"] = map(_unwrapped, (settings["layers"], settings["skipped"]))
@@ -92,6 +102,13 @@ def _layers(pairs: Any) -> dict[str, Any]:
     if len(layers) < len(pairs):
         raise ValueError("layers must have different names")
     return layers
+
+
+def _dtype(name: Any) -> torch.dtype:
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r:.60}")
+    return known[name]
 
 
 def _without_reasons(names: Any) -> dict[str, str]:

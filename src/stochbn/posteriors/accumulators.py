@@ -27,7 +27,7 @@ P = TypeVar("P", bound="Posterior")
 
 
 class Accumulator(ABC, Generic[P]):
-    """What a kind of posterior remembers of mini-batches. It takes the same memory however many there are.
+    """What a kind of posterior remembers of mini-batches. Memory does not grow with their number beyond some.
 
     Attributes:
         seen: how many mini-batches were added.
@@ -86,11 +86,16 @@ class Sample(Accumulator[P]):
     A layer that is called several times in a forward pass has one of its calls taken, which the hash chooses.
 
     Args:
-        most: how many mini-batches to keep.
+        most: how many mini-batches to keep, at least 1.
+
+    Raises:
+        ValueError: `most` is not a whole number of at least 1.
     """
 
     def __init__(self, most: int) -> None:
         super().__init__()
+        if type(most) is not int or most < 1:
+            raise ValueError(f"the number of mini-batches to keep must be a whole number of at least 1, got {most!r}")
         self.most = most
         self._layers: dict[str, int] = {}
         self._rows: list[tuple[int, Tensor]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -51,8 +50,8 @@ class Posterior(ABC):
     """
 
     kind: ClassVar[str]
-    quasi_gain: ClassVar[float] = 2.0
-    """Variance of a mean over n independent draws, over that of n quasi-random ones; a careful value."""
+    quasi_gain: ClassVar[float]
+    """Variance of a mean over n independent draws, over that of n quasi-random ones; see benchmarks/quasi.py."""
 
     layers: Mapping[str, int]
     batch_size: float | None
@@ -111,7 +110,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
-        """Draws one at a time without end, each ``[2, D]`` in float64: means and variances."""
+        """Draws without end, as many at a time as are made together, ``[B, 2, D]`` in float64: means and variances."""
 
     @abstractmethod
     def _scaled(self, factor: float) -> Self:
@@ -144,17 +143,22 @@ class Posterior(ABC):
         check_draws(n)
         device = generator.device if generator is not None else torch.device("cpu")
         sizes = list(self.layers.values())
-        for noise in itertools.islice(self._noise(generator, device, quasi), n):
-            drawn = noise.to(self.dtype)
+        names = [buffer_names(layer) for layer in self.layers]
+        for noise in self._noise(generator, device, quasi):
+            drawn = noise[:n].to(self.dtype)
             if not drawn.isfinite().all():
                 raise ValueError(
                     f"the posterior drew statistics that {self.dtype} cannot hold; fit it to the network in float32"
                 )
-            yield {
-                name: values
-                for layer, pair in zip(self.layers, torch.split(drawn, sizes, dim=1), strict=True)
-                for name, values in zip(buffer_names(layer), pair, strict=True)
-            }
+            rows = [layer.flatten(0, 1).unbind() for layer in torch.split(drawn, sizes, dim=2)]
+            for mean in range(0, 2 * len(drawn), 2):
+                draw = {}
+                for (mean_name, variance_name), values in zip(names, rows, strict=True):
+                    draw[mean_name], draw[variance_name] = values[mean], values[mean + 1]
+                yield draw
+            n -= len(drawn)
+            if not n:
+                return
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """`n` draws of all statistics, as ``{"<layer>.running_mean": [n, C], "<layer>.running_var": [n, C], ...}``.

@@ -60,7 +60,7 @@ class Empirical(Posterior):
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         while True:
             for i in torch.randperm(len(self.statistics), generator=generator, device=device).tolist():
-                yield self.statistics[i].to(device, torch.float64)
+                yield self.statistics[i : i + 1].to(device, torch.float64)
 
     def _scaled(self, factor: float) -> Self:
         (mean, variance), root = self.expected, math.sqrt(factor)

@@ -38,6 +38,7 @@ class Factorized(Posterior):
     """
 
     kind: ClassVar[str] = "factorized"
+    quasi_gain: ClassVar[float] = 2.0
 
     mean_mean: Tensor
     mean_variance: Tensor
@@ -92,7 +93,7 @@ class Factorized(Posterior):
         log_s = log_s2.sqrt()
         for z in normals(2 * len(m), generator, device, quasi):
             first, second = z.view(len(z), 2, -1).unbind(1)
-            yield from torch.stack([m + s * first, v * (log_s * second - log_s2 / 2).exp()], 1)
+            yield torch.stack([m + s * first, v * (log_s * second - log_s2 / 2).exp()], 1)
 
     def _scaled(self, factor: float) -> Self:
         spread = self.variance_mean.square() * (factor * self.log_variance_variance).expm1()

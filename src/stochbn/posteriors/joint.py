@@ -45,6 +45,7 @@ class Joint(Posterior):
     """
 
     kind: ClassVar[str] = "joint"
+    quasi_gain: ClassVar[float] = 2.0
 
     location: Tensor
     directions: Tensor
@@ -128,7 +129,7 @@ class Joint(Posterior):
             drawn = location + (z[:, : len(directions)].float() @ directions).double()
             drawn = drawn.addcmul_(own, z[:, len(directions) :]).view(len(z), 2, -1)
             drawn[:, 1].exp_()
-            yield from drawn
+            yield drawn
 
     def _scaled(self, factor: float) -> Self:
         shift = torch.cat([torch.zeros(self.channels), (1 - factor) / 2 * self._log_variance_variance])

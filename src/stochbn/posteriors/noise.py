@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,32 @@ def normals(size: int, generator: torch.Generator | None, device: torch.device, 
 def sobol(dimensions: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
     """Standard normal points ``[TOGETHER, dimensions]`` in float64, without end, from a scrambled Sobol sequence."""
     seed = int(torch.randint(2**31, (), generator=generator, device=device).item())
-    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    engine = _Scrambled(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     while True:
         # Multiples of 2^-30, of which 0 would be infinitely far out: the middle of each interval instead.
         yield torch.special.ndtri(engine.draw(TOGETHER, dtype=torch.float64) + 2.0**-31).to(device)
+
+
+class _Scrambled(torch.quasirandom.SobolEngine):
+    """PyTorch's scrambled Sobol sequence, of which the scrambling takes a fifth of the time.
+
+    It multiplies the directions' bits by random lower triangular matrices, modulo 2, and is an eighth of a prediction
+    with a small network. Bits are written from the most significant one.
+    """
+
+    def _scramble(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        powers = 2 ** torch.arange(self.MAXBIT)
+        self.shift = torch.randint(2, (self.dimension, self.MAXBIT), generator=generator) @ powers
+        shape = self.dimension, self.MAXBIT, self.MAXBIT
+        lower = torch.randint(2, shape, generator=generator, dtype=torch.float32).tril_()
+        lower.diagonal(0, -2, -1).fill_(1)
+        bits = torch.bmm(_bits(self.dimension), lower.transpose(1, 2)).int() & 1
+        self.sobolstate.copy_(bits.double() @ powers.flip(0).double())
+
+
+@functools.cache
+def _bits(dimensions: int) -> Tensor:
+    """``[dimensions, 30, 30]``: the bits of the direction numbers of the sequence without scrambling."""
+    engine = torch.quasirandom.SobolEngine(dimensions)  # type: ignore[no-untyped-call]
+    return (engine.sobolstate[:, :, None] >> torch.arange(engine.MAXBIT - 1, -1, -1) & 1).float()

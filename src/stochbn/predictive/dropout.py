@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from stochbn.execution import Call, Draw, Passes
 from stochbn.execution.masks import Masks, dropping_modules
-from stochbn.network.inputs import InputsOf, NetworkInput
+from stochbn.network.calling import InputsOf, NetworkInput
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.predictive.predictive import Predictive
@@ -48,6 +48,7 @@ class MCDropout(Predictive):
         inputs: InputsOf = None,
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
+        check: str = "weights",
     ) -> None:
         super().__init__(
             model,
@@ -61,6 +62,7 @@ class MCDropout(Predictive):
             generator=generator,
             keep_draws=keep_draws,
             tolerance=0,
+            check=check,  # type: ignore[arg-type]
         )
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.network.inputs import Batch
+from stochbn.network.calling import Batch
 from stochbn.predictive.predictive import Predictor
 
 __all__ = ["Ensemble"]
@@ -40,9 +40,7 @@ class Ensemble:
                     "wrap a plain network as stochbn.Predictive(network)"
                 )
 
-    def __call__(
-        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
-    ) -> Any:
+    def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
         """Predict a batch with every member, one after another; arguments as for `Predictive`.
 
         Draws that are kept are those of all members, one member's after another's.

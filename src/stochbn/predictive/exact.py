@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from stochbn.execution import Call, NetworkChanged, passes
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.execution import Call, NetworkChangedError, passes
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import batch_norms
 from stochbn.network.replica import Network
 from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
-from stochbn.tasks import Summary, make_task
+from stochbn.summary import Summary
+from stochbn.tasks import make_task
 
 __all__ = ["Exact"]
 
@@ -79,9 +80,7 @@ class Exact:
                 f"{len(self.others)}; pass more data, larger batches or fewer draws"
             )
 
-    def __call__(
-        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
-    ) -> Any:
+    def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
         """Predict a batch, object by object; arguments as for `Predictive`, but a generator has no effect.
 
         Raises:
@@ -98,7 +97,7 @@ class Exact:
         ones = list(inputs.split(1))
         try:
             return self._predict(ones, call, Summary(self.task, keep))
-        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
             return self._predict(ones, call, Summary(self.task, keep))
 
     def _predict(self, ones: list[NetworkInput], call: Call, summary: Summary) -> Any:

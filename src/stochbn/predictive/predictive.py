@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal, Protocol
@@ -11,27 +12,26 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stochbn.execution import WAYS, Call, Draw, NetworkChanged, Passes, Settings, passes, planned
-from stochbn.network.inputs import Batch, InputsOf, NetworkInput, network_input
+from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Settings, passes, planned
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.tasks import Summary, make_task
+from stochbn.summary import Summary
+from stochbn.tasks import make_task
 
 __all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
 
 TOLERANCE = 0.42
 """The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
-MOST_DRAWS = 2**24
-"""More draws than this are a mistake: their mean is known to more digits than float32 has."""
 LARGEST_TOLERANCE = 1e100
 
 
 class Predictor(Protocol):
     """Anything that turns a batch into a `stochbn.Prediction` (or, for numbers, a `stochbn.predictions.Estimate`)."""
 
-    def __call__(
-        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
-    ) -> Any: ...
+    def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
+        """Predict a batch."""
+        ...
 
 
 class Predictive:
@@ -82,6 +82,9 @@ class Predictive:
             object gets as many draws as `draws` says, all in the network's own number type; otherwise, passes on a CPU
             with bfloat16 instructions are in bfloat16 where rounding is small beside the noise of the draws, which is
             checked in each call on some of its objects.
+        check: what a posterior must have in common with the network: ``"weights"``, so that one of other weights is
+            refused, also one of this network from before it was trained on; or ``"shape"``, names and sizes of layers.
+            Where weights change after construction, the next call warns.
         settings: what passes may do, for measurements.
 
     Raises:
@@ -102,19 +105,18 @@ class Predictive:
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
         tolerance: float | None = None,
+        check: Literal["weights", "shape"] = "weights",
         settings: Settings | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
         check_draws(draws)
-        if draws > MOST_DRAWS:
-            raise ValueError(f"the number of draws must be at most {MOST_DRAWS}, got one of {len(str(draws))} digits")
         if posterior is not None:
             if not isinstance(posterior, Posterior):
                 raise TypeError(
                     f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
                 )
-            posterior.check(model)
+            posterior.check(model, weights=checks_weights(check))
         if tolerance is not None:
             if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
                 raise TypeError(f"tolerance must be a number or None, got {tolerance!r}")
@@ -129,12 +131,13 @@ class Predictive:
         self.generator = generator
         self.keep_draws = keep_draws
         self.tolerance = tolerance
+        self.check = check
         self.settings = settings or Settings()
         self._network = Network.of(model)
+        self._network.look()
+        self._weights = self._network.weights()
 
-    def __call__(
-        self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None
-    ) -> Any:
+    def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
         """Predict a batch: a tensor, an ``(input, ...)`` tuple, or a mapping of argument names to tensors.
 
         Args:
@@ -155,7 +158,7 @@ class Predictive:
         state = generator.get_state() if generator is not None else None
         try:
             return self._predict(inputs, generator, keep)
-        except NetworkChanged:  # found out once for a network: each pass then gets a copy of its own
+        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
             if generator is not None and state is not None:
                 generator.set_state(state)
             return self._predict(inputs, generator, keep)
@@ -174,19 +177,21 @@ class Predictive:
             where = f"on the network itself, one call at a time ({self._network.known.in_place})"
         else:
             where = "on a copy of the network that shares its parameters"
-        lines = [f"Passes run {where}{', a fresh one for each pass, as passes change it' * self._network.known.stateful}."]
+        afresh = ", a fresh one for each pass, as passes change it" if self._network.known.stateful else ""
+        lines = [f"Passes run {where}{afresh}."]
         if plan.together:
             lines.append(f"All objects go through the network together: {plan.together}.")
         if plan.units:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
         for way in WAYS:
-            taken = way in plan.ways
-            lines.append(f"{way}: {'taken' if taken else 'not taken'}{'' if taken else ': ' + plan.refused.get(way, '')}")
-        return "\n".join(line.rstrip(": ") for line in lines)
+            reason = plan.refused.get(way, "other ways serve")
+            lines.append(f"{way}: taken" if way in plan.ways else f"{way}: not taken: {reason}")
+        return "\n".join(lines)
 
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool) -> Any:
         tolerance = self._tolerance(keep)
         self._network.look()
+        self._compare_weights()
         with passes(self._network, inputs, self._call(tolerance == 0, inputs)) as made:
             if made.plan.together:  # objects that are not told apart
                 tolerance = 0.0
@@ -203,6 +208,19 @@ class Predictive:
                     summary.finish(waiting)
                     made.keep(waiting)
         return summary.prediction()
+
+    def _compare_weights(self) -> None:
+        """Warn, once for a change, where the posterior is no longer one of the network's weights."""
+        if self.posterior is None or self.check == "shape":
+            return
+        weights = self._network.weights()
+        if weights == self._weights:
+            return
+        self._weights = weights
+        try:
+            self.posterior.check(self.model)
+        except ValueError as error:
+            warnings.warn(f"the network has changed since this predictive was made: {error}", stacklevel=4)
 
     def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
         return made(block)
@@ -251,6 +269,17 @@ class Predictive:
             yield {}
             return
         yield from self.posterior.iter_draws(count, generator, quasi=True)
+
+
+def checks_weights(check: str) -> bool:
+    """Whether a posterior is to be compared with a network's weights too.
+
+    Raises:
+        ValueError: `check` is neither ``"weights"`` nor ``"shape"``.
+    """
+    if check not in ("weights", "shape"):
+        raise ValueError(f'check must be "weights" or "shape", got {check!r}')
+    return check == "weights"
 
 
 def checked_generator(generator: Any) -> torch.Generator | None:

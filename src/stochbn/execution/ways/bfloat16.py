@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.execution.follow import MULTIPLYING, Followed
+from stochbn.execution.follow import Followed
+from stochbn.execution.watch import MULTIPLYING
 from stochbn.execution.ways.channels_last import sampled
-from stochbn.network.inputs import NetworkInput
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
 __all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounded"]

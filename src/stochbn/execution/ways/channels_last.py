@@ -6,6 +6,8 @@ rounding, as sums may be taken in another order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,10 +41,10 @@ def channels_last_weights(network: Network, replica: Replica) -> dict[str, Tenso
     return weights
 
 
-def sampled(tensors: object) -> tuple[float, ...]:
+def sampled(tensors: Iterable[Tensor]) -> tuple[float, ...]:
     """A few numbers of each tensor: they tell of writes that leave a tensor's version as it is, as by ``.data``."""
     numbers: list[Tensor] = []
-    for tensor in tensors:  # type: ignore[attr-defined]
+    for tensor in tensors:
         flat = tensor.detach().flatten()
         numbers.append(flat[:: max(1, len(flat) // 16)][:16].float())
     return tuple(torch.cat(numbers).tolist()) if numbers else ()
@@ -50,7 +52,7 @@ def sampled(tensors: object) -> tuple[float, ...]:
 
 def convolutions(replica: Replica) -> dict[str, Tensor]:
     """The weights, by their names, of two-dimensional convolutions that are in another layout."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, module in replica.modules.items():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             weight = module._parameters.get("weight")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stochbn.execution.follow import Followed, Unit
+from stochbn.execution.follow import Followed
+from stochbn.execution.watch import Unit
 from stochbn.network.replica import Replica
 
 __all__ = ["PrefixCache", "applies"]

@@ -1,7 +1,7 @@
 """Several draws of few objects in one pass, each object normalised by the statistics of its draw.
 
 A batch norm whose statistics are 0 and 1 divides by sqrt(1 + eps). What comes into it is shifted and scaled before, row
-by row, so that it leaves as if normalised by the statistics of its row's draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
+by row, so that it leaves as if normalised by the statistics of its draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
 
 Applies to: networks whose objects are proven not to affect each other, and in which every batch norm has the objects on
 the first axis and does nothing with its input but normalise it. Error: rounding.

@@ -1,0 +1,174 @@
+"""Watching the modules of a network while it is followed: which is running, and what it is given and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
+
+from stochbn.execution.rules import Flow
+from stochbn.network.replica import Replica, Snapshot
+
+__all__ = ["MULTIPLYING", "Frame", "Trace", "Unit", "Watch", "memory_of"]
+
+MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""The layers whose arithmetic is worth saving."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A call of a module that gives the same under every draw.
+
+    Attributes:
+        name: the module's.
+        call: which of its calls in a pass, from 0.
+        per: for every tensor in its output how many rows an object has; 0 for one that does not depend on objects.
+        size: bytes of the output for each object.
+    """
+
+    name: str
+    call: int
+    per: tuple[int, ...]
+    size: float
+
+
+@dataclass
+class Frame:
+    """A call of a module that has not ended."""
+
+    name: str
+    module: nn.Module
+    call: int
+    drawn: bool = False
+    multiplies: bool = False
+    inputs: frozenset[int] = frozenset()
+
+
+class Trace(Protocol):
+    """What is known of the tensors so far."""
+
+    objects: int
+    frames: list[Frame]
+    clock: int
+    written: dict[int, int]
+
+    def flow(self, tensor: Tensor) -> Flow:
+        """Where the objects are in a tensor."""
+        ...
+
+
+class Watch:
+    """Hooks on a copy that tell which module is running, and what batch norms and modules are given and give."""
+
+    def __init__(self, replica: Replica, follower: Trace) -> None:
+        self.follower = follower
+        self.irregular, self.last = "", ""
+        self.rows: dict[str, int] = {}
+        self.activation = 0
+        self._names = {module: name for name, module in replica.model.named_modules()}
+        self._norms = {norm: name for name, norm in replica.norms.items()}
+        self._calls: dict[str, int] = {}
+        self._ended: list[tuple[Frame, Frame | None, int, list[Tensor], Any]] = []
+        self._hooked = {
+            module: any(
+                not isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
+                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            )
+            for module in self._names
+        }
+        self._before = {module: _own_state(module) for module in self._names}
+        self._handles = [
+            handle
+            for module in self._names
+            if not isinstance(module, torch.jit.ScriptModule)
+            for handle in (
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, with_kwargs=True),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self._names[module]
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        self.follower.frames.append(Frame(name, module, call, inputs=frozenset(map(id, tensors))))
+        if module not in self._norms:
+            return
+        # The number of elements is a symbol here, and this is not the network's conclusion.
+        self.activation = max([self.activation, *(int.__index__(t.numel()) * t.element_size() for t in tensors)])
+        for frame in self.follower.frames:
+            frame.drawn = True
+        flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
+        per = self.rows.setdefault(self._norms[module], flow.per)
+        if flow.axis != 0 or per != flow.per or args[0].ndim < 2:
+            self.irregular = self.irregular or f"batch norm {name!r} has the objects elsewhere than on its first axis"
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        frame = self.follower.frames.pop()
+        parent = self.follower.frames[-1] if self.follower.frames else None
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if isinstance(module, MULTIPLYING):
+            self.last = frame.name
+        self._ended.append((frame, parent, self.follower.clock, tensors, output))
+
+    def changed(self) -> set[nn.Module]:
+        """The modules whose attributes or buffers the pass has changed."""
+        norms = {id(t) for norm in self._norms for t in (norm.running_mean, norm.running_var)}
+        changed = set()
+        for module, (before, versions) in self._before.items():
+            after, now = _own_state(module)
+            others = [(a, b) for a, b in zip(after.leaves, before.leaves, strict=False) if a is not b]
+            same = len(after.leaves) == len(before.leaves) and all(id(a) in norms for a, _ in others)
+            if not same or now != versions:
+                changed.add(module)
+        return changed
+
+    def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
+        """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
+        changed = set(changed)
+        usable: dict[int, Unit] = {}
+        for frame, _, clock, tensors, output in self._ended:
+            flows = [self.follower.flow(t) for t in tensors]
+            if frame.drawn or not frame.multiplies or any(f.drawn or f.mixed or f.axis not in (0, None) for f in flows):
+                continue
+            if any(self.follower.written.get(memory_of(t), 0) > clock for t in tensors):
+                continue
+            if any(module in changed or self._hooked[module] for module in frame.module.modules()):
+                continue
+            if not tensors or any(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(output)):
+                continue
+            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.objects
+            per = tuple(f.per if f.axis == 0 else 0 for f in flows)
+            usable[id(frame)] = Unit(frame.name, frame.call, per, size)
+        parents = {id(frame): parent for frame, parent, *_ in self._ended}
+        outermost = []
+        for frame, *_ in self._ended:
+            parent = parents[id(frame)]
+            if id(frame) in usable and (parent is None or id(parent) not in usable):
+                outermost.append(usable[id(frame)])
+        return tuple(outermost)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tells whether two tensors share their memory."""
+    try:
+        return tensor.untyped_storage().data_ptr() or -id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _own_state(module: nn.Module) -> tuple[Snapshot, list[int]]:
+    snapshot = Snapshot.of(module, inside=False)
+    return snapshot, snapshot.versions() + [p._version for p in snapshot.parameters if not p.is_inference()]
