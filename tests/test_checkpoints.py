@@ -129,9 +129,16 @@ def about(**changes: Any) -> dict[str, Any]:
         {key: value for key, value in about().items() if key != "data"},
         {key: value for key, value in about().items() if key != "classes"},
         ["lenet5"],
+        about(classes=None),
+        about(classes=3),
+        about(classes="abc"),
+        about(classes=[0, 1, 2]),
+        about(classes=["a", "b"]),
+        about(data=None),
     ],
     ids=["unknown network", "other shapes", "unknown argument", "too small", "no network", "no data", "no classes",
-         "a list"],
+         "a list", "classes of None", "a number of classes", "classes in a word", "classes that are numbers",
+         "too few classes", "data of None"],
 )  # fmt: skip
 def test_a_description_that_does_not_fit_is_refused(described: Any, tmp_path: Path) -> None:
     path = tmp_path / "n.safetensors"

@@ -27,7 +27,7 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import checkpoints, data, figures, recipes, runner, training
+from stochbn.paper import checkpoints, comparison, data, figures, recipes, report, runner, training
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.networks import build, build_with_uniform_scale
 from test_runner import TINY
@@ -314,20 +314,24 @@ def test_class_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None
 def test_a_terminal_that_shows_ascii_alone_gets_every_number(columns: str, trained: Trained) -> None:
     """With a file name that it cannot show."""
     network = Path(shutil.copy(trained.networks[0], "n\u00e9t\u2713.safetensors"))
-    run = functools.partial(subprocess.run, capture_output=True, check=False)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C", "TERM": "dumb", "COLUMNS": columns}
-    for command in (["fit"], ["evaluate", "--ood", "digits:5-9", "--draws", "1", "--out", "r"], ["evaluate", "--help"]):
-        ended: Any = run([sys.executable, "-m", "stochbn", *command[:1], network, *command[1:]], env=environment)
-        assert (ended.returncode, ended.stderr) == (0, b"")
+
+    def run(*command: object) -> tuple[int, bytes, bytes]:
+        arguments = [sys.executable, "-m", "stochbn", *map(str, command)]
+        ended = subprocess.run(arguments, capture_output=True, check=False, env=environment)
         assert ended.stdout.isascii()
-        if command[0] == "fit":
-            assert rb"n\xe9t\u2713.sbn.safetensors" in ended.stdout
-        if "--ood" in command:
-            for cell in re.findall(r"-?\d+\.\d+", Path("r/results.md").read_text()):
-                assert cell.encode() in ended.stdout
-    ended = run([sys.executable, "-m", "stochbn", "fit", "none\u2713"], env=environment)
-    assert ended.returncode == 1
-    assert rb"there is no file 'none\u2713'" in ended.stderr.replace(b"\n", b" ")
+        return ended.returncode, ended.stdout, ended.stderr
+
+    code, output, error = run("fit", network)
+    assert (code, error) == (0, b"")
+    assert rb"n\xe9t\u2713.sbn.safetensors" in output
+    code, output, error = run("evaluate", network, "--ood", "digits:5-9", "--draws", 1, "--out", "r")
+    assert (code, error) == (0, b"")
+    for cell in re.findall(r"-?\d+\.\d+", Path("r/results.md").read_text()):
+        assert cell.encode() in output
+    code, _, error = run("fit", "none\u2713")
+    assert code == 1
+    assert rb"there is no file 'none\u2713'" in error
 
 
 # ---------------------------------------------------------------- runs
@@ -404,6 +408,18 @@ def test_help_names_every_option_with_its_meaning(command: str) -> None:
         assert parameter.help, f"{name} is not explained"
         plain = words(parameter.help.replace("\\[", "[")).split()
         assert " ".join(plain[:6]) in shown, f"{name}: {parameter.help}"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 99, 100])
+def test_the_help_names_every_option_in_any_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command, found in COMMANDS.items():
+        shown = words(main(command, "--help").output)
+        for parameter in found.params:
+            assert parameter.param_type_name == "argument" or parameter.opts[0] in shown
+        assert "…" not in shown
 
 
 def test_without_a_command_the_help_is_shown() -> None:
@@ -552,19 +568,60 @@ def test_without_a_connection_it_is_told_what_to_do(
     assert not Path("demo-mnist").exists()
 
 
-def test_files_that_cannot_be_written_are_told_before_the_work(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]
-) -> None:
-    network = trained.networks[0]
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read: neither networks nor data nor runs."""
 
-    def load(*_: Any) -> Any:
+    def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(data, "load", load)
-    commands: tuple[list[object], ...] = (["train", "--data", "digits"], ["fit", network], ["predict", network])
-    for command in commands:
-        assert_told(main(*command, "--out", tmp_path / "none" / "file"), "there is no folder", "make it first")
-        assert_told(main(*command, "--out", tmp_path), "is a folder; name a file")
+    for module, name in ((data, "load"), (checkpoints, "load"), (report, "read_recipe"), (report, "read_run")):
+        monkeypatch.setattr(module, name, load)
+    monkeypatch.setattr(comparison, "read_recipe", load)
+
+
+@pytest.mark.parametrize("command", ["train", "fit", "predict"])
+def test_files_that_cannot_be_written_are_told_before_the_work(
+    command: str, trained: Trained, tmp_path: Path, no_work: None, main: Callable[..., Ended]
+) -> None:
+    start = ["train", "--data", "digits"] if command == "train" else [command, trained.networks[0]]
+    os.mkfifo(tmp_path / "pipe")
+    assert_told(main(*start, "--out", tmp_path / "none" / "file"), "there is no folder", "make it first")
+    assert_told(main(*start, "--out", tmp_path), "is a folder; name a file")
+    assert_told(main(*start, "--out", tmp_path / "pipe"), "is a pipe, a device or another special file")
+    if command == "train":
+        (tmp_path / "n.training.csv").mkdir()
+        assert_told(main(*start, "--out", tmp_path / "n.safetensors"), "n.training.csv", "is a folder; name a file")
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["evaluate", "NETWORK", "--out"], "results.json"),
+        (["diagnose", "NETWORK", "--out"], "diagnosis.png"),
+        (["bench", "NETWORK", "--out"], "cost.svg"),
+        (["demo", "--out"], "results.md"),
+        (["reproduce", "lenet5", "--out"], "entropy-cdf.svg"),
+        (["report", "a", "b", "--out"], "results.md"),
+        (["report"], "training.png"),
+        (["compare"], "comparison.md"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else given,
+)
+def test_folders_that_cannot_be_written_are_told_before_the_work(
+    command: list[str], file: str, trained: Trained, tmp_path: Path, no_work: None, main: Callable[..., Ended]
+) -> None:
+    start = [trained.networks[0] if word == "NETWORK" else word for word in command]
+    (tmp_path / "file").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder" / file).mkdir(parents=True)
+    assert_told(main(*start, tmp_path / "file"), "exists and is no folder; name another folder")
+    assert_told(main(*start, tmp_path / "pipe"), "exists and is no folder; name another folder")
+    assert_told(main(*start, tmp_path / "file" / "new"), "is no folder; name another folder")
+    assert_told(main(*start, tmp_path / "folder"), file, "is a folder; name a file")
+    if Path("/proc/self").exists():  # where nobody may make a folder
+        assert_told(main(*start, "/proc/new"), "the folder '/proc' is not writable")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
 
 @pytest.mark.parametrize("command", ["predict", "bench"])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from stochbn.files import read_tensors
 from stochbn.paper import checkpoints
 from stochbn.paper.comparison import COMPARISON, METHODS, Settings, compare, tabulate
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
-from test_runner import TINY, contents
+from test_runner import TINY, contents, interrupted
 
 RECIPE = replace(TINY, dropout=None, train_images=160, held_out=0.2, unknown="digits:5-9")
 SETTINGS = Settings(members=2, draws=3, fit_images=128, held_out=30, unknown=20, exact=10)
@@ -153,3 +155,16 @@ def test_a_method_that_no_ensemble_reaches_is_said_to_be_more(finished: Path) ->
         line = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
         value = rows[0]["dee"]
         assert line.split("|")[-2].strip() == ("more" if value is None else f"{value:.2f}")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups, which this system does not have")
+def test_processes_that_are_interrupted_as_they_start_say_nothing(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for stored in folder.glob("*/comparison"):
+        shutil.rmtree(stored)
+    call = "from stochbn.paper.comparison import Settings, compare\n"
+    call += f"    compare(Path({str(folder)!r}), Settings(2, 3, 128, 30, 20, 10), jobs=2)"
+    error = interrupted(call, tmp_path)
+    assert error.count("Traceback") == 1, error
+    assert error.splitlines()[-1] == "KeyboardInterrupt"
+    assert len(list(folder.glob("*/comparison/*"))) < 18

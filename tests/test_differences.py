@@ -22,7 +22,8 @@ def test_changes_are_differences_of_the_metrics() -> None:
     labels = torch.arange(60) % 4
     known = predictions(60, 0), predictions(60, 1)
     unknown = predictions(50, 2), predictions(50, 3)
-    found = paired(known, labels, unknown)
+    calibrated = metrics.calibrated_nll(known[0], labels), metrics.calibrated_nll(known[1], labels)
+    found = paired(known, labels, unknown, calibrated)
     scores = [
         metrics.evaluate(k, labels)
         | metrics.ood(entropy(k), entropy(u))
@@ -70,6 +71,23 @@ def test_predictions_that_move_together_have_small_errors() -> None:
     assert near["nll_change_se"] < 0.2 * far["nll_change_se"]
     same = paired((first, first), labels, (first, first))
     assert set(same.values()) == {0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_differences_are_those_of_the_scores_where_a_probability_is_0(dtype: torch.dtype) -> None:
+    """Of which the logarithm is that of the smallest number of its type."""
+    labels = torch.arange(40) % 4
+    sure = torch.nn.functional.one_hot(labels, 4).to(dtype)
+    wrong = sure.clone()
+    wrong[3] = wrong[0]
+    calibrated = metrics.calibrated_nll(sure, labels), metrics.calibrated_nll(wrong, labels)
+    found = paired((sure, wrong), labels, calibrated=calibrated)
+    nll = [metrics.evaluate(probs, labels)["nll"] for probs in (sure, wrong)]
+    assert found["nll_change"] == pytest.approx(nll[1] - nll[0], rel=1e-12)
+    assert found["nll_change"] == pytest.approx(-math.log(torch.finfo(dtype).tiny) / 40)
+    assert found["nll_change_se"] == pytest.approx(found["nll_change"])
+    assert found["calibrated_nll_change"] == calibrated[1]["nll"] - calibrated[0]["nll"]
+    assert found["calibrated_nll_change_se"] > 0
 
 
 def test_too_few_objects_leave_changes_out() -> None:

@@ -261,6 +261,10 @@ def test_a_folder_that_can_be_made_or_filled_is_left_as_it_is(tmp_path: Path) ->
     check_folder(tmp_path / "a" / "b" / "c", "file")
     check_folder(tmp_path, "file", "other")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "any").mkdir()
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["any"]
 
 
 def test_a_folder_that_cannot_be_made_or_filled_is_told(tmp_path: Path) -> None:

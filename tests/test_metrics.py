@@ -922,3 +922,36 @@ def test_without_torchmetrics_the_error_says_how_to_install_it(monkeypatch: pyte
     assert metrics.entropy_cdf([1.0])[1].tolist() == [1.0]
     assert metrics.risk_coverage([0.0], [1.0])["aurc"] == 1
     assert math.isfinite(metrics.calibrated_nll(GOOD, [0, 1], (GOOD, [0, 1]))["nll"])
+
+
+# ---------------------------------------------------------------- objects one by one
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_nll_of_each_object_is_the_logarithm_of_its_labels_probability(dtype: torch.dtype) -> None:
+    probs = (3 * normal(30, 4)).softmax(1).to(dtype)
+    probs[0] = torch.tensor([1.0, 0, 0, 0])
+    labels = (torch.arange(30) + 1) % 4
+    found = metrics.nll_of_each(probs, labels)
+    assert found.dtype == torch.float64
+    rows = zip(probs.tolist(), labels.tolist(), strict=True)
+    assert found.tolist() == pytest.approx([-math.log(max(p[y], torch.finfo(dtype).tiny)) for p, y in rows])
+    assert found.mean().item() == metrics.evaluate(probs, labels)["nll"]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 3.0])
+def test_the_nll_of_each_object_at_a_temperature_is_of_powers_normalised_again(temperature: float) -> None:
+    probs = (3 * normal(30, 4)).double().softmax(1)
+    labels = torch.arange(30) % 4
+    powers = [[p ** (1 / temperature) for p in row] for row in probs.tolist()]
+    slow = [-math.log(row[y] / sum(row)) for row, y in zip(powers, labels.tolist(), strict=True)]
+    assert metrics.nll_of_each(probs, labels, temperature).tolist() == pytest.approx(slow)
+    whole = metrics.calibrated_nll(probs, labels, (probs, labels))
+    each = metrics.nll_of_each(probs, labels, whole["temperature"])
+    assert each.mean().item() == pytest.approx(whole["nll"])
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.inf, math.nan])
+def test_an_impossible_temperature_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive, finite temperature, got"):
+        metrics.nll_of_each(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), temperature)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,28 @@ def test_ctrl_c_comes_at_the_end_whichever_thread_of_the_process_gets_it() -> No
             thread.join()
     assert reached
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+FIRST = """
+import multiprocessing, signal
+from stochbn.paper.processes import interrupts_held
+
+def blocked():
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=blocked)
+    with interrupts_held():
+        process.start()
+    process.join()
+"""
+
+
+def test_the_first_process_of_multiprocessing_does_not_see_ctrl_c_either(tmp_path: Path) -> None:
+    """Something that multiprocessing starts before its first process lets signals through."""
+    (tmp_path / "first.py").write_text(FIRST)
+    ended = subprocess.run([sys.executable, str(tmp_path / "first.py")], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 def test_what_was_blocked_before_stays_so_and_errors_pass() -> None:

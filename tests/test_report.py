@@ -141,6 +141,23 @@ def test_what_sbn_changes_is_scored_against_the_same_method_without() -> None:
     assert not any("nll_change" in row for row in report.score([m for m in found if m.sbn]))
 
 
+def test_the_best_temperature_of_a_method_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Any] = []
+    best = metrics.calibrated_nll
+
+    def search(*given: Any) -> dict[str, float]:
+        searched.append(given)
+        return best(*given)
+
+    monkeypatch.setattr(metrics, "calibrated_nll", search)
+    labels = torch.arange(20) % 4
+    found = [report.Method("plain", sbn, 1, normal(20, 4, seed=int(sbn)).softmax(1), labels) for sbn in (False, True)]
+    scores = report.score(found)
+    assert len(searched) == 2
+    change = scores[1]["calibrated_nll"] - scores[0]["calibrated_nll"]
+    assert scores[1]["calibrated_nll_change"] == pytest.approx(change)
+
+
 # ---------------------------------------------------------------- runs
 
 

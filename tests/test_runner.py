@@ -459,6 +459,37 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(finished: tuple[P
     assert {Path(file).name for file in contents(folder) if "training" in file} == {"training.csv"}
 
 
+INTERRUPTED = """
+import multiprocessing.process, os, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_runner import TINY, run
+start = multiprocessing.process.BaseProcess.start
+def start_and_interrupt(process):
+    threading.Timer(0.2, os.killpg, (os.getpgid(0), signal.SIGINT)).start()
+    start(process)
+if __name__ == "__main__":
+    multiprocessing.process.BaseProcess.start = start_and_interrupt
+    {call}
+"""
+
+
+def interrupted(call: str, tmp_path: Path) -> str:
+    """What a program prints on standard error whose whole process group is interrupted as its processes start."""
+    (tmp_path / "program.py").write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), call=call))
+    command = [sys.executable, str(tmp_path / "program.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, timeout=200)
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups, which this system does not have")
+def test_processes_that_are_interrupted_as_they_start_say_nothing(tmp_path: Path) -> None:
+    error = interrupted(f"run(TINY, Path({str(tmp_path / 'run')!r}), jobs=2)", tmp_path)
+    assert error.count("Traceback") == 1, error
+    assert error.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path) -> None:
     recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=32, test_images=5)
     run(recipe, tmp_path / "run")
@@ -533,8 +564,27 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(ValueError, match="is not empty and not a run folder; name another folder"):
         run(TINY, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+    with pytest.raises(FileExistsError, match="exists and is no folder; name another folder"):
         run(TINY, tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("taken", "what"), [("results.json", "a folder; name a file"), ("plain-0", "no folder; name another folder")]
+)
+def test_a_run_whose_files_could_not_be_written_is_refused_before_data_is_loaded(
+    taken: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("data was loaded")
+
+    monkeypatch.setattr(data, "load", load)
+    (tmp_path / "run.json").write_text("{}")
+    if taken == "plain-0":
+        (tmp_path / taken).write_text("precious")
+    else:
+        (tmp_path / taken).mkdir()
+    with pytest.raises(OSError, match=what):
+        run(TINY, tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"name": "another program\'s"}', "[]", "", "{"])

@@ -62,13 +62,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: its folder does not exist or is not writable, or it is a folder, a pipe or a device.
     """
-    folder = _target(Path(path)).parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise PermissionError(
-            f"the folder {str(folder)!r} is not writable ({error.strerror}); name a file elsewhere"
-        ) from error
+    _check_writable(_target(Path(path)).parent)
 
 
 def check_folder(path: str | os.PathLike[str], *names: str) -> None:
@@ -80,8 +74,9 @@ def check_folder(path: str | os.PathLike[str], *names: str) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        for name in names or ("any",):
-            check_file(path / name)
+        _check_writable(path)
+        for name in names:
+            _target(path / name)
         return
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{str(path)!r} exists and is no folder; name another folder")
@@ -90,7 +85,16 @@ def check_folder(path: str | os.PathLike[str], *names: str) -> None:
         raise NotADirectoryError(
             f"the folder {str(path)!r} cannot be made, as {str(ancestor)!r} is no folder; name another folder"
         )
-    check_file(ancestor / "any")
+    _check_writable(ancestor)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(
+            f"the folder {str(folder)!r} is not writable ({error.strerror}); name a place elsewhere"
+        ) from error
 
 
 def _target(path: Path) -> Path:

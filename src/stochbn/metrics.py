@@ -17,6 +17,7 @@ __all__ = [
     "deep_ensemble_equivalent",
     "entropy_cdf",
     "evaluate",
+    "nll_of_each",
     "ood",
     "risk_coverage",
 ]
@@ -65,10 +66,28 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     confidence = confidence.double().clamp(max=1 - 2**-53)
     return {
         "error": 100 * (1 - right.double().mean()).item(),
-        "nll": 0.0 - _chosen(probs, labels).log().mean().item(),
+        "nll": _nll(probs, labels).mean().item(),
         "brier": _brier(probs, labels),
         "ece": classification.binary_calibration_error(confidence, right.long(), n_bins=BINS, norm="l1").item(),
     }
+
+
+def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Tensor:
+    """The negative log-likelihood of each object (nats), of which `evaluate` gives the mean: ``[N]`` in float64.
+
+    Args:
+        probs: as `evaluate`.
+        labels: as `evaluate`.
+        temperature: the probabilities are raised to its inverse and normalised again; None leaves them as they are.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`.
+    """
+    if temperature is None:
+        return _nll(*_check_predictions(probs, labels))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"expected a positive, finite temperature, got {temperature}; None is no temperature")
+    return _tempered(*_log_probabilities(probs, labels), 1 / temperature)
 
 
 def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
@@ -134,7 +153,7 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
                 f"the held-out probabilities are of {chosen_on.shape[1]} classes, the others of {logs.shape[1]}"
             )
         temperature = _best_temperature(chosen_on, their_labels)
-        return {"nll": _tempered_nll(logs, labels, 1 / temperature), "temperature": temperature}
+        return {"nll": _tempered(logs, labels, 1 / temperature).mean().item(), "temperature": temperature}
     if len(labels) < 10:
         raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
     total = 0.0
@@ -142,7 +161,7 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
     for part in order.tensor_split(5):
         rest = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, part, False)
         temperature = _best_temperature(logs[rest], labels[rest])
-        total += len(part) * _tempered_nll(logs[part], labels[part], 1 / temperature)
+        total += _tempered(logs[part], labels[part], 1 / temperature).sum().item()
     return {"nll": total / len(labels), "temperature": _best_temperature(logs, labels)}
 
 
@@ -167,12 +186,8 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
     """
     reached = _numbers(nll, "nll").double()
     sizes = _numbers(ensembles, "ensembles").double()
-    if (
-        reached.numel() != 1
-        or sizes.ndim != 1
-        or not len(sizes)
-        or not torch.cat([reached.view(1), sizes]).isfinite().all()
-    ):
+    numbers = reached.numel() == 1 and sizes.ndim == 1 and len(sizes) > 0
+    if not numbers or not torch.cat([reached.view(1), sizes]).isfinite().all():
         raise ValueError(f"expected finite NLLs of at least one ensemble, got {_given(nll)} and {_given(ensembles)}")
     method: float = reached.item()
     if method >= sizes[0]:
@@ -274,9 +289,8 @@ def _check_probabilities(probs: Tensor) -> None:
         )
 
 
-def _chosen(probs: Tensor, labels: Tensor) -> Tensor:
-    """The probabilities ``[N]`` of the labels, in float64 and above 0."""
-    return probs.gather(1, labels[:, None])[:, 0].double().clamp(min=torch.finfo(probs.dtype).tiny)
+def _nll(probs: Tensor, labels: Tensor) -> Tensor:
+    return 0.0 - _logarithms(probs.gather(1, labels[:, None]))[:, 0]
 
 
 def _brier(probs: Tensor, labels: Tensor) -> float:
@@ -295,21 +309,25 @@ def _blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """The logarithms of probabilities, in float64 and not below that of the smallest number, and labels."""
+    """Logarithms of probabilities, and labels."""
     probs, labels = _check_predictions(probs, labels)
-    return probs.to(torch.float64, copy=True).clamp_(min=torch.finfo(probs.dtype).tiny).log_(), labels
+    return _logarithms(probs), labels
 
 
-def _tempered_nll(logs: Tensor, labels: Tensor, power: float) -> float:
-    total = 0.0
-    for part, chosen in _blocks(logs, labels):
-        total -= (power * part).log_softmax(1).gather(1, chosen[:, None]).sum().item()
-    return total / len(labels)
+def _logarithms(probs: Tensor) -> Tensor:
+    """Of probabilities, in float64 and not below that of the smallest number of their own type."""
+    return probs.to(torch.float64, copy=True).clamp_(min=torch.finfo(probs.dtype).tiny).log_()
+
+
+def _tempered(logs: Tensor, labels: Tensor, power: float) -> Tensor:
+    """The negative log-likelihoods ``[N]`` of probabilities that are raised to a power and normalised again."""
+    parts = _blocks(logs, labels)
+    return -torch.cat([(power * part).log_softmax(1).gather(1, chosen[:, None])[:, 0] for part, chosen in parts])
 
 
 def _best_temperature(logs: Tensor, labels: Tensor) -> float:
     """The temperature from 0.05 to 20 with the lowest NLL, which is convex in its inverse."""
-    return 1 / _lowest(lambda power: _tempered_nll(logs, labels, power), 0.05, 20.0)
+    return 1 / _lowest(lambda power: _tempered(logs, labels, power).mean().item(), 0.05, 20.0)
 
 
 def _lowest(function: Callable[[float], float], low: float, high: float) -> float:

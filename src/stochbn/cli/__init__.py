@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from stochbn.cli.console import complain, err, never_fail_to_encode
+from stochbn.cli.console import complain, err, never_fail_to_encode, out
 from stochbn.cli.experiments import compare, demo, report, reproduce
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import evaluate, predict
@@ -27,12 +27,16 @@ app = typer.Typer(
 for command in (demo, reproduce, report, compare, bench, train, fit, diagnose, evaluate, predict):
     app.command()(command)
 
+FRAMED = 100
+"""Columns of a terminal from which on the help is framed: frames cut the names of options where there are fewer."""
+
 
 def main() -> None:
     """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
     from stochbn.paper import ExperimentError
 
     never_fail_to_encode()
+    app.rich_markup_mode = "rich" if out.width >= FRAMED else None
     try:
         app()
     except (ExperimentError, OSError, ValueError) as error:

@@ -22,7 +22,7 @@ __all__ = ["compare", "demo", "report", "reproduce"]
 def demo(
     data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or mnist (against notmnist).")] = "digits",
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Run folder. \\[default: demo-DATA]", show_default=False)
+        Path | None, typer.Option("--out", help="Run folder. (default: demo-DATA)", show_default=False)
     ] = None,
     jobs: Jobs = 0,
 ) -> None:
@@ -48,7 +48,7 @@ def reproduce(
         typer.Option(help="paper (the published protocol), reduced (an hour or so on two cores) or smoke (a minute)."),
     ] = "reduced",
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Run folder. \\[default: runs/NETWORK-PRESET]", show_default=False)
+        Path | None, typer.Option("--out", help="Run folder. (default: runs/NETWORK-PRESET)", show_default=False)
     ] = None,
     jobs: Jobs = 0,
     data: Annotated[str | None, Override("--data", help=f"Known classes: {DATA_HELP}")] = None,
@@ -97,7 +97,7 @@ def reproduce(
         bool | None,
         Override(
             "--keep-draws/--no-keep-draws",
-            help="Keep the log-probabilities of every draw. \\[default: up to 256 MiB for a network]",
+            help="Keep the log-probabilities of every draw. (default: up to 256 MiB for a network)",
         ),
     ] = None,
 ) -> None:
@@ -136,7 +136,7 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Finished run folders.", show_default=False)],
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the tables of several runs. \\[default: seeds]", show_default=False),
+        typer.Option("--out", help="Folder for the tables of several runs. (default: seeds)", show_default=False),
     ] = None,
 ) -> None:
     """Make a run's tables and figures again, from its stored predictions alone.

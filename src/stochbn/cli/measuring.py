@@ -12,7 +12,7 @@ from rich.text import Text
 from stochbn.cli.console import follow, progress_bars, readable, say, show, status
 from stochbn.cli.inputs import check_images, load_images
 from stochbn.cli.options import DataFromNetwork, NetworkFile, Seed
-from stochbn.files import check_file, write_bytes
+from stochbn.files import check_folder, write_bytes
 
 __all__ = ["bench", "diagnose"]
 
@@ -35,14 +35,13 @@ def bench(
     """
     from stochbn.paper import checkpoints, cost
 
+    if folder is not None:
+        check_folder(folder, "cost.json", "cost.md", "cost.png", "cost.svg")
     for network in networks:
         checkpoint = checkpoints.load(network)
         images = load_images(data or checkpoint.data, "test")
         check_images(checkpoint, images)
         cost.check_batch(images, max(batch))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_file(folder / "cost.json")
     found = []
     with status("measuring") as line:
         for network, size in itertools.product(networks, batch):
@@ -61,6 +60,7 @@ def bench(
             )
             found.append(one)
             if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
                 cost.write(found, folder)
     show(cost.tables(found))
     if folder is not None:
@@ -91,6 +91,8 @@ def diagnose(
 
     from stochbn.paper import checkpoints, figures, goodness, tables
 
+    if folder is not None:
+        check_folder(folder, "diagnosis.md", "diagnosis.png", "diagnosis.svg")
     checkpoint = checkpoints.load(network)
     data = data or checkpoint.data
     found = load_images(data, "train")
@@ -98,8 +100,6 @@ def diagnose(
     for size in rescaled or []:
         if not 2 <= size <= min(images, len(found)):
             raise ValueError(f"--rescaled {size} must be at least 2 and at most the number of training images used")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
     with progress_bars() as bars:
         observed = goodness.observe(checkpoint.model, found, batch_size, seed, follow(bars, "observing"))
@@ -118,6 +118,7 @@ def diagnose(
     say("\n".join(advice))
     if folder is not None:
         text = "\n\n".join([*(table.markdown() for table in shown), "\n".join(advice)])
+        folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
         figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
         say(f"Tables and figure are in {folder}.", folder)

@@ -38,7 +38,7 @@ NetworkFiles = Annotated[
 ]
 DataFromNetwork = Annotated[
     str | None,
-    typer.Option("--data", help=f"{DATA_HELP} \\[default: what the network was trained on]", show_default=False),
+    typer.Option("--data", help=f"{DATA_HELP} (default: what the network was trained on)", show_default=False),
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
 Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
@@ -48,7 +48,7 @@ PosteriorFile = Annotated[
     Path | None,
     typer.Option(
         "--posterior",
-        help="A posterior that 'stochbn fit' saved. \\[default: NETWORK.sbn.safetensors]",
+        help="A posterior that 'stochbn fit' saved. (default: NETWORK.sbn.safetensors)",
         show_default=False,
     ),
 ]

@@ -12,7 +12,7 @@ import typer
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.inputs import check_images, default_posterior, find_posterior, load_images
 from stochbn.cli.options import DataFromNetwork, Draws, NetworkFile, NetworkFiles, PosteriorFile, Seed
-from stochbn.files import check_file, write_bytes
+from stochbn.files import check_file, check_folder, write_bytes
 
 __all__ = ["evaluate", "predict"]
 
@@ -27,7 +27,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             "--posterior",
-            help="A posterior for each network, in their order. \\[default: NETWORK.sbn.safetensors where it exists]",
+            help="A posterior for each network, in their order. (default: NETWORK.sbn.safetensors where it exists)",
             show_default=False,
         ),
     ] = None,
@@ -42,8 +42,11 @@ def evaluate(
     Networks trained with dropout keep it on (MC Dropout). Several networks are also evaluated as an ensemble.
     """
     from stochbn.paper import checkpoints, report
+    from stochbn.paper.folders import RESULTS
     from stochbn.paper.runner import has_dropout, predict_member
 
+    if folder is not None:
+        check_folder(folder, *RESULTS)
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(networks)
     if len(named) != len(networks):
         raise ValueError(f"got {len(named)} posteriors for {len(networks)} networks; name one for each, or none")
@@ -55,8 +58,6 @@ def evaluate(
         check_images(checkpoint, known, labelled=True)
         if unknown is not None:
             check_images(checkpoint, unknown)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     predictions: dict[bool, list[Any]] = {False: [], True: []}
     with progress_bars() as bars:
         for path, checkpoint, posterior in zip(networks, loaded, fitted, strict=True):
@@ -72,6 +73,7 @@ def evaluate(
         described = [p and {"kind": p.kind, "batch_size": p.batch_size, "temperature": p.temperature} for p in fitted]
         about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}
         about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
+        folder.mkdir(parents=True, exist_ok=True)
         shown = report.write(folder, about, found, *names, f"trained on {loaded[0].data}, tested on {ood}")
     show(shown)
     if None in fitted:
@@ -97,6 +99,7 @@ def predict(
     from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
 
+    check_file(path)
     checkpoint = checkpoints.load(network)
     fitted = find_posterior(network, posterior)
     if fitted is None:
@@ -105,7 +108,6 @@ def predict(
             "name one with --posterior"
         )
     predictive = Predictive(checkpoint.model, fitted, draws)
-    check_file(path)
     images = load_images(data or checkpoint.data, split)
     check_images(checkpoint, images)
     with progress_bars() as bars:

@@ -46,7 +46,9 @@ def train(
     """
     from stochbn.paper import checkpoints, networks, training
 
+    log = path.with_name(f"{path.name.removesuffix('.safetensors')}.training.csv")
     check_file(path)
+    check_file(log)
     images = load_images(data, "train")
     given = {"width": width, "dropout": dropout or None, "classifier_dropout": classifier_dropout or None, "bias": bias}
     arguments = networks.arguments_for(images) | {name: value for name, value in given.items() if value is not None}
@@ -68,7 +70,7 @@ def train(
             functools.partial(build, network, **arguments),
             images,
             schedule,
-            log=path.with_name(f"{path.name.removesuffix('.safetensors')}.training.csv"),
+            log=log,
             report=lambda step, steps, loss: bars.update(
                 task, completed=step * batch_size, total=steps * batch_size, description=f"training, loss {loss:.4f}"
             ),
@@ -91,7 +93,7 @@ def fit(
         str, typer.Option(help="joint (of all layers), empirical (replay), or factorized (the paper's SBN).")
     ] = "joint",
     path: Annotated[
-        Path | None, typer.Option("--out", help="File for it. \\[default: NETWORK.sbn.safetensors]", show_default=False)
+        Path | None, typer.Option("--out", help="File for it. (default: NETWORK.sbn.safetensors)", show_default=False)
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -99,9 +101,10 @@ def fit(
     from stochbn.paper import checkpoints
     from stochbn.paper.runner import fit_posterior
 
+    if path is not None or network.exists():  # a network that is missing is told of below
+        check_file(path or default_posterior(network))
     checkpoint = checkpoints.load(network)
     path = path or default_posterior(network)
-    check_file(path)
     images = load_images(data or checkpoint.data, "train")
     check_images(checkpoint, images)
     with progress_bars() as bars:

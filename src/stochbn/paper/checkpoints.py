@@ -65,6 +65,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             model = build(network, **arguments)
         model.load_state_dict(tensors)
         trained_on, classes = about["data"], about["classes"]
+        if not isinstance(trained_on, str):
+            raise ValueError(f"its data is {trained_on!r:.60}, not the name of a data set")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"its classes are {classes!r:.60}, not a list of names")
+        if len(classes) != arguments.get("classes", len(classes)):
+            raise ValueError(f"it has {arguments['classes']} classes and {len(classes)} names of classes")
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} does not hold a network of this release: {error}") from error
     return Checkpoint(model.eval(), network, arguments, trained_on, tuple(classes))

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from torch import Tensor
 
 import stochbn
 from stochbn import metrics
-from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
+from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images
+from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import (
@@ -96,6 +98,7 @@ def compare(
         ExperimentError: a process failed.
         OSError: the folder cannot be written.
     """
+    check_folder(folder, "comparison.json", "comparison.md", "comparison.png", "comparison.svg")
     recipe = read_recipe(folder)
     if not recipe.held_out:
         raise ValueError(
@@ -113,6 +116,8 @@ def compare(
     for name in plain:  # refused before the work, not after it
         read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)
     names = plain[: settings.members]
+    for name in names:
+        check_folder(folder / name / "comparison")
     tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
     waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
     progress(len(tasks) - len(waiting), len(tasks))
@@ -120,15 +125,22 @@ def compare(
         threads = max(1, (os.cpu_count() or 1) // jobs)
         start = threads, packed(load_parts(recipe))
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, start) as pool:
-            running = [pool.submit(_predict, folder, recipe, settings, *task) for task in waiting]
+            started: list[BaseProcess] = []
             try:
+                with interrupts_held():
+                    others = multiprocessing.active_children()
+                    running = [pool.submit(_predict, folder, recipe, settings, *task) for task in waiting]
+                    started = [process for process in multiprocessing.active_children() if process not in others]
                 for done, future in enumerate(as_completed(running), start=1):
                     future.result()
                     progress(len(tasks) - len(waiting) + done, len(tasks))
-            except BaseException as error:
+            except Exception as error:
                 pool.shutdown(cancel_futures=True)
-                if isinstance(error, Exception):
-                    raise ExperimentError(f"the comparison failed, run again to continue: {error}") from error
+                raise ExperimentError(f"the comparison failed, run again to continue: {error}") from error
+            except BaseException:  # Ctrl-C, which the processes do not see
+                for process in started:
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
                 raise
     return tabulate(folder, settings)
 

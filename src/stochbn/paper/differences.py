@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ __all__ = ["paired"]
 
 
 def paired(
-    known: tuple[Tensor, Tensor], labels: Tensor, unknown: tuple[Tensor, Tensor] | None = None
+    known: tuple[Tensor, Tensor],
+    labels: Tensor,
+    unknown: tuple[Tensor, Tensor] | None = None,
+    calibrated: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
     """Differences between two predictions of the same objects, the second minus the first, and their standard errors.
 
@@ -25,12 +29,12 @@ def paired(
         known: probabilities ``[N, K]`` of the two, for objects of known classes.
         labels: their labels ``[N]``.
         unknown: likewise ``[M, K]``, for objects of other classes.
+        calibrated: what `stochbn.metrics.calibrated_nll` returns for either, where there are enough known objects.
 
     Returns:
-        ``error_change`` (percentage points), ``nll_change`` (nats), with at least 10 known objects
-        ``calibrated_nll_change`` (nats, as `stochbn.metrics.calibrated_nll`), and with unknown objects
-        ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies); each also with ``_se`` behind it. A
-        single object has no standard error, so nothing is said of it.
+        ``error_change`` (percentage points), ``nll_change`` (nats), with `calibrated` the ``calibrated_nll_change``
+        (nats), and with unknown objects ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies); each
+        also with ``_se`` behind it. A single object has no standard error, so nothing is said of it.
 
     Source: for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
     """
@@ -44,12 +48,11 @@ def paired(
 
     wrong = [100 * (probs.argmax(1) != labels).double() for probs in known]
     add("error", (wrong[1] - wrong[0]).mean().item(), wrong[1] - wrong[0])
-    nll = [_nll(probs, labels) for probs in known]
+    nll = [metrics.nll_of_each(probs, labels) for probs in known]
     add("nll", (nll[1] - nll[0]).mean().item(), nll[1] - nll[0])
-    if len(labels) >= 10:
-        best = [metrics.calibrated_nll(probs, labels) for probs in known]
-        tempered = [_nll(p, labels, b["temperature"]) for p, b in zip(known, best, strict=True)]
-        add("calibrated_nll", best[1]["nll"] - best[0]["nll"], tempered[1] - tempered[0])
+    if calibrated is not None:
+        tempered = [metrics.nll_of_each(p, labels, c["temperature"]) for p, c in zip(known, calibrated, strict=True)]
+        add("calibrated_nll", calibrated[1]["nll"] - calibrated[0]["nll"], tempered[1] - tempered[0])
     if unknown is not None and len(unknown[0]) > 1:
         entropies = [entropy(probs).double() for probs in unknown]
         add("entropy_unknown", (entropies[1] - entropies[0]).mean().item(), entropies[1] - entropies[0])
@@ -60,12 +63,6 @@ def paired(
 
 def _variance_of_mean(values: Tensor) -> float:
     return values.var().item() / len(values)
-
-
-def _nll(probs: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """``[N]`` in nats, of probabilities raised to the power 1 / temperature and normalised again."""
-    logs = probs.double().clamp_min(torch.finfo(torch.float64).tiny).log() / temperature
-    return -logs.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def _placements(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,34 @@ from typing import Any
 import torch
 
 import stochbn
-from stochbn.files import write_json
+from stochbn.files import check_folder, write_json
 from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
 
-__all__ = ["claim"]
+__all__ = ["RESULTS", "check", "claim"]
+
+RESULTS = (
+    "results.json",
+    "results.md",
+    *(f"{name}.{kind}" for name in ("entropy-cdf", "statistics", "training") for kind in ("png", "svg")),
+)
+"""The files that `stochbn.paper.report` writes into a folder."""
+
+
+def check(recipe: Recipe, folder: Path) -> None:
+    """Refuse a folder that is neither a run's nor can become one, before any data is loaded.
+
+    Raises:
+        ValueError: the folder holds something else than a run.
+        OSError: the folder cannot be made, or a file of the run cannot be written there.
+    """
+    check_folder(folder, "run.json", *RESULTS)
+    if not folder.exists():
+        return
+    if not (folder / "run.json").exists() and any(not path.name.startswith(".run-") for path in folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
+    for member in recipe.all_members():
+        check_folder(folder / member.name)
 
 
 def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
@@ -28,6 +51,7 @@ def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
         ValueError: the folder holds another run, or something else.
         OSError: the folder cannot be made or written.
     """
+    check(recipe, folder)
     ours = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -54,8 +78,6 @@ def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
         if grown:
             write_json(file, {**about, **ours})
         return
-    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".run-") for path in folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is not empty and not a run folder; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
     machine = {"platform": platform.platform(), "cores": os.cpu_count()}

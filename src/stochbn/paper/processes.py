@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 __all__ = ["interrupts_held"]
 
@@ -21,6 +22,7 @@ def interrupts_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # which multiprocessing else starts within, and lets signals through with it
     noted: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     # The mask is this thread's alone: another one may get the signal, and Python then interrupts the main thread.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from stochbn import metrics
-from stochbn.files import read_tensors, write_bytes, write_json
+from stochbn.files import check_folder, read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
 from stochbn.paper.differences import paired
+from stochbn.paper.folders import RESULTS
 from stochbn.paper.goodness import distances
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
@@ -101,15 +102,21 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
 
 def score(found: Sequence[Method]) -> list[dict[str, Any]]:
     """The scores of every method; one with SBN also has its differences from the same one without (`paired`)."""
-    without = {method.name: method for method in found if not method.sbn}
-    scores = []
-    for method in found:
-        row = method.scores()
-        if method.sbn and (plain := without.get(method.name)) is not None:
-            unknown = None if plain.unknown is None or method.unknown is None else (plain.unknown, method.unknown)
-            row |= paired((plain.known, method.known), method.labels, unknown)
-        scores.append(row)
+    scores = [method.scores() for method in found]
+    without = {method.name: i for i, method in enumerate(found) if not method.sbn}
+    for method, row in zip(found, scores, strict=True):
+        if not method.sbn or method.name not in without:
+            continue
+        plain, beside = found[without[method.name]], scores[without[method.name]]
+        unknown = None if plain.unknown is None or method.unknown is None else (plain.unknown, method.unknown)
+        calibrated = (_calibrated(beside), _calibrated(row)) if "calibrated_nll" in row else None
+        row |= paired((plain.known, method.known), method.labels, unknown, calibrated)
     return scores
+
+
+def _calibrated(row: Mapping[str, Any]) -> dict[str, float]:
+    """What `stochbn.metrics.calibrated_nll` returned, from a method's scores."""
+    return {"nll": row["calibrated_nll"], "temperature": row["temperature"]}
 
 
 def tabulate(
@@ -212,6 +219,7 @@ def write_run(folder: Path) -> list[Table]:
         FileNotFoundError, ValueError: as `read_run`.
         OSError: the folder cannot be written.
     """
+    check_folder(folder, *RESULTS)
     about, found = read_run(folder)
     observations, posterior = read_statistics(folder)
     about["kolmogorov_smirnov"] = distances(observations, posterior)
@@ -260,6 +268,7 @@ def write_seeds(runs: Sequence[Path], folder: Path) -> list[Table]:
         FileNotFoundError, ValueError: as `read_run`; the runs differ in more than the seed, or not in the seed.
         OSError: the folder cannot be written.
     """
+    check_folder(folder, *RESULTS)
     loaded = [read_run(run) for run in runs]
     recipes = [about["recipe"] for about, _ in loaded]
     seeds = [recipe["seed"] for recipe in recipes]

@@ -29,6 +29,7 @@ from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.goodness import observe
+from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
 from stochbn.posteriors import Posterior
@@ -98,6 +99,7 @@ def run(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
+    folders.check(recipe, folder)
     parts = load_parts(recipe, progress)
     if recipe.statistics_batch > len(parts["train"]):
         raise ValueError(
@@ -122,9 +124,10 @@ def run(
                 ours, theirs = context.Pipe(duplex=False)
                 arguments = recipe, member, folder, packed(parts), keep_draws, threads, theirs
                 process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
+                with interrupts_held():
+                    process.start()
+                    running[ours] = member, process
                 theirs.close()
-                running[ours] = member, process
             for pipe in wait(list(running)):
                 assert isinstance(pipe, Connection)
                 member, process = running[pipe]
