@@ -167,8 +167,9 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def _idle(hook: Any) -> bool:
-    """Whether a hook does nothing but for its module: those of PyTorch's norms, and those by which Transformers collects
-    hidden states where it is asked to.
+    """Whether a hook does nothing beyond its module.
+
+    These are the hooks of PyTorch's norms, and those by which Transformers collects hidden states where it is asked to.
     """
     library = str(getattr(hook, "__module__", "")).startswith("transformers.")
     return library or isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))

@@ -1,0 +1,118 @@
+"""Two versions of stochbn side by side: what calls, fits and first calls cost, in plain passes, interleaved.
+
+Each version runs in processes of its own, which take turns: ``python benchmarks/versions.py OLD/src NEW/src``, where
+each is the ``src`` folder of a checkout. Networks have random weights and random images, so the figures compare the two
+versions and are no measure of what predictions cost on trained networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CASES = {
+    "LeNet-5, 100": ("lenet5", {}, (1, 28, 28), 100),
+    "LeNet-5, 1000": ("lenet5", {}, (1, 28, 28), 1000),
+    "VGG-11, 100": ("vgg11", {"width": 0.5, "classes": 5}, (3, 32, 32), 100),
+    "ResNet-18, 32": ("resnet18", {"width": 0.25, "classes": 5}, (3, 32, 32), 32),
+    "tabular 30-256-256-4, 32": ("", {}, (30,), 32),
+}  # fmt: skip
+"""For each case the network, its arguments, the shape of an object and the number of objects."""
+
+
+def measure(case: str, threads: int) -> dict[str, float]:
+    """One process's figures, in units of a plain pass."""
+    import torch
+    from torch import nn
+
+    import stochbn
+    from stochbn.paper.networks import build
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    name, arguments, shape, batch = CASES[case]
+    model: nn.Module = (
+        build(name, **arguments).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        if name
+        else nn.Sequential(
+            nn.Linear(30, 256), nn.BatchNorm1d(256), nn.ReLU(),
+            nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 4),
+        )
+    )  # fmt: skip
+    data = [torch.randn(64, *shape) for _ in range(8)]
+    model.train()
+    with torch.no_grad():
+        for images in data:
+            model(images)
+    model.eval()
+    posterior = stochbn.fit(model, data, 16)
+    small = [piece for images in data for piece in images.split(16)]
+    x = torch.randn(batch, *shape)
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def plain_small() -> None:
+        with torch.no_grad():
+            for piece in small:
+                model(piece)
+
+    for _ in range(3):
+        plain()
+    predictive = stochbn.Predictive(model, posterior)
+    exact = stochbn.Predictive(model, posterior, tolerance=0)
+    first = _seconds(lambda: predictive(x))
+    exact(x)
+    took: dict[str, list[float]] = {"a call": [], "50 draws of all": [], "fit": []}
+    for _ in range(5):
+        unit = statistics.median(_seconds(plain) for _ in range(5))
+        took["a call"].append(_seconds(lambda: predictive(x)) / unit)
+        took["50 draws of all"].append(_seconds(lambda: exact(x)) / unit)
+        took["fit"].append(_seconds(lambda: stochbn.fit(model, small, 16)) / _seconds(plain_small))
+    return {"first call": first / unit, **{name: statistics.median(values) for name, values in took.items()}}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print; one process measures one case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", type=Path, help="src folders of the old and the new version")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each version and case (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(options.case, options.threads)))
+        return
+    if len(options.sources) != 2:
+        parser.error("name two src folders, of the old and of the new version")
+    print("| case | figure | old | new | new / old |\n| --- | --- | ---: | ---: | ---: |")
+    for case in CASES:
+        found: list[dict[str, list[float]]] = [{}, {}]
+        for _ in range(options.rounds):
+            for source, figures in zip(options.sources, found, strict=True):
+                command = [sys.executable, __file__, "--case", case, "--threads", str(options.threads)]
+                environment = os.environ | {"PYTHONPATH": str(source.resolve()), "PYTHONWARNINGS": "ignore"}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                for name, value in json.loads(done.stdout).items():
+                    figures.setdefault(name, []).append(value)
+        for name in found[0]:
+            old, new = (statistics.median(figures[name]) for figures in found)
+            print(f"| {case} | {name} | {old:.1f} | {new:.1f} | {new / old:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
