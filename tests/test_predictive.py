@@ -35,7 +35,8 @@ from conftest import (
     slow_probs,
     spreadless,
 )
-from stochbn import Ensemble, MCDropout, Prediction, Predictive
+from stochbn import Ensemble, Exact, MCDropout, Prediction, Predictive
+from stochbn.execution import Settings
 
 
 def fitted(model: nn.Module, case: Case = CASES["BatchNorm1d [N, C]"]) -> stochbn.Posterior:
@@ -791,3 +792,86 @@ def test_every_draw_sees_the_input_as_it_was_also_if_the_network_writes_to_it() 
     assert torch.equal(x, before)
     slow, _, _ = slow_probs(model, posterior, 5, 0, before)
     torch.testing.assert_close(predicted.probs.double(), slow, rtol=1e-5, atol=1e-6)
+
+
+# Weights that change, and what passes say of themselves
+
+
+def test_a_posterior_of_other_weights_is_refused_unless_only_shapes_are_to_agree(posterior: stochbn.Posterior) -> None:
+    other = settled(mlp(), 4, seed=5)
+    with pytest.raises(ValueError, match=r"other weights.*check=\"shape\""):
+        Predictive(other, posterior)
+    with pytest.raises(ValueError, match="other weights"):
+        MCDropout(other, 5, posterior)
+    shaped = Predictive(other, posterior, 8, tolerance=0, check="shape")(X, generator=seeded())
+    torch.testing.assert_close(shaped.probs.double(), slow_probs(other, posterior, 8, 0, X)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='check must be "weights" or "shape"'):
+        Predictive(other, posterior, check="name")  # type: ignore[arg-type]
+
+
+def test_weights_that_change_after_construction_are_used_with_one_warning(
+    model: nn.Module, posterior: stochbn.Posterior
+) -> None:
+    predictive = Predictive(model, posterior, 8, tolerance=0)
+    predictive(X)
+    with torch.no_grad():
+        model.get_parameter("3.weight").mul_(1.5)
+    with pytest.warns(UserWarning, match="has changed since this predictive was made.*other weights") as caught:
+        found = predictive(X, generator=seeded())
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(found.probs.double(), slow_probs(model, posterior, 8, 0, X)[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(predictive(X, generator=seeded()).probs, found.probs)  # warnings are errors
+
+
+def test_buffers_that_the_user_changes_are_used(model: nn.Module) -> None:
+    predictive = Predictive(model)
+    before = predictive(X).probs
+    model.get_buffer("1.running_mean").add_(1.0)
+    torch.testing.assert_close(predictive(X).probs, model(X).softmax(1))
+    assert not torch.allclose(predictive(X).probs, before)
+
+
+def test_an_explanation_says_which_ways_are_taken_and_why_not_the_others(
+    model: nn.Module, posterior: stochbn.Posterior
+) -> None:
+    lines = Predictive(model, posterior).explain(X).splitlines()
+    assert lines[0] == "Passes run on a copy of the network that shares its parameters."
+    assert "stacked: taken" in lines
+    assert "channels_last: not taken: there are no two-dimensional convolutions in another layout" in lines
+    exact = Predictive(model, posterior, tolerance=0, settings=Settings(bfloat16=True, weights=0))
+    assert "bfloat16: not taken: it would round more" in exact.explain(X)
+    mixing = Wrapped(model, lambda y: y - y.mean(0))
+    fitted_mixing = stochbn.fit(mixing, [normal(48, 4, seed=9)], 6)
+    assert "All objects go through the network together: a sum" in Predictive(mixing, fitted_mixing).explain(X)
+    assert "too few draws" in Predictive(model).explain(X)
+
+
+def test_a_network_with_several_arguments_is_called_with_them() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = settled(mlp(), 4)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            out: Tensor = self.body(x + shift)
+            return out
+
+    model = Two()
+    batches = [(normal(24, 4, seed=i), normal(24, 4, seed=i + 9), torch.zeros(24)) for i in range(2)]
+    posterior = stochbn.fit(model, batches, 6, inputs=2)
+    summed = stochbn.fit(model.body, [x + shift for x, shift, _ in batches], 6)
+    torch.testing.assert_close(posterior.expected, summed.expected)
+    shift = normal(len(X), 4, seed=7)
+    found = Predictive(model, posterior, 8, inputs=2, tolerance=0)((X, shift), generator=seeded())
+    wanted = Predictive(model.body, summed, 8, tolerance=0)(X + shift, generator=seeded())
+    torch.testing.assert_close(found.probs, wanted.probs, rtol=1e-4, atol=1e-5)
+    exact = Exact(model, batches, 4, 3, inputs=2)((X, shift))
+    torch.testing.assert_close(exact.probs, Exact(model.body, [x + s for x, s, _ in batches], 4, 3)(X + shift).probs)
+
+
+def test_a_predictive_can_be_copied_with_its_network(model: nn.Module, posterior: stochbn.Posterior) -> None:
+    predictive = Predictive(model, posterior, 8)
+    predictive(X)
+    twin = copy.deepcopy(predictive)
+    assert twin.model is not model
+    assert torch.equal(twin(X, generator=seeded()).probs, predictive(X, generator=seeded()).probs)
