@@ -7,20 +7,19 @@ the weights: if one of these is another, it is found out anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from stochbn.execution.follow import Followed, follow, guarded
-from stochbn.execution.plan import WAYS, Call, Plan, Verdict, make_plan
-from stochbn.execution.reference import reference
-from stochbn.execution.run import Passes
+from stochbn.execution.plan import WAYS, Call, Draw, Plan, Verdict, make_plan
+from stochbn.execution.run import NetworkChangedError, Passes
 from stochbn.execution.sizes import Sizes
 from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Knowledge, Network, Replica
+from stochbn.network.replica import Knowledge, Network
 
 __all__ = ["examine", "guard", "refuse"]
 
@@ -106,41 +105,47 @@ def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Follo
 def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict | None:
     """The ways that give the same as slow passes on some objects, alone and together; None if nothing can be told."""
     objects = len(inputs)
-    replica = network.fresh()
-    assert replica is not None
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
-    reasons = {
-        "prefix": prefix.applies(followed),
-        "stacked": stacked.applies(replica, followed, cpu=cpu, autocast=autocast),
-        "channels_last": channels_last.applies(replica, followed, cpu=cpu),
-        "bfloat16": bfloat16.applies(
-            replica, followed, cpu=cpu, autocast=autocast, weights=settings.weights, supported=settings.bfloat16
-        ),
-    }
-    refused = {way: reason for way, reason in reasons.items() if reason}
     few = objects // 16 | 1
     doubled = inputs.take(torch.linspace(0, objects - 1, min(objects, 2 * few)).round().long().to(inputs.device))
     # Every second one in the opposite order: its neighbours are others than in the slow passes.
     order = torch.arange(len(doubled) - 1, -1, -2, device=inputs.device)
-    some = doubled.take(order)
-    draws = call.sample(2)
-    replica.modes(call.training)
-    slow = torch.stack([reference(_own(network, replica, call), draw, doubled, call.task) for draw in draws])
-    if slow.isnan().any():
+    some, draws = doubled.take(order), call.sample(2)
+    with network.replica() as replica:
+        reasons = {
+            "prefix": prefix.applies(followed),
+            "stacked": stacked.applies(replica, followed, cpu=cpu, autocast=autocast),
+            "channels_last": channels_last.applies(replica, followed, cpu=cpu),
+            "bfloat16": bfloat16.applies(
+                replica, followed, cpu=cpu, autocast=autocast, weights=settings.weights, supported=settings.bfloat16
+            ),
+        }
+    refused = {way: reason for way, reason in reasons.items() if reason}
+
+    def passed(objects: NetworkInput, plan: Plan, *blocks: Sequence[Draw]) -> list[Tensor] | None:
+        with network.replica() as replica:
+            passes = Passes(network, replica, objects, call, plan)
+            try:
+                values = [passes.attempt(block) for block in blocks]
+                passes.close()
+            except NetworkChangedError:
+                raise
+            except Exception:  # whatever it is, it is not this way
+                replica.usable = False
+                return None
+        return values
+
+    slow = passed(doubled, Plan(), draws)
+    if slow is None:
+        return Verdict(replace(followed, dependent="it fails on some of the objects without the others"))
+    if slow[0].isnan().any():
         return None
-    slow = slow[:, order]
+    wanted = slow[0][:, order]
 
     def agree(refused: Mapping[str, str]) -> bool:
         plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
-        fresh = network.fresh()
-        assert fresh is not None
-        fast = Passes(network, fresh, some, call, _strained(plan, len(some)))
-        try:
-            first = fast.attempt(draws)
-            second = fast.attempt(draws[:1])
-        except Exception:
-            return False
-        return _agree(slow, first) and _agree(slow[:1], second)
+        fast = passed(some, _strained(plan, len(some)), draws, draws[:1])
+        return fast is not None and _agree(wanted, fast[0]) and _agree(wanted[:1], fast[1])
 
     if not agree(refused):
         tried = [way for way in WAYS if way not in refused and way != "bfloat16"]
@@ -153,16 +158,6 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
             if not agree(refused):
                 return Verdict(replace(followed, dependent="some objects have other outputs beside others"), refused)
     return Verdict(followed, refused)
-
-
-def _own(network: Network, replica: Replica, call: Call) -> Replica:
-    """The replica, or where passes change it another one."""
-    if not network.known.stateful:
-        return replica
-    fresh = network.fresh()
-    assert fresh is not None
-    fresh.modes(call.training)
-    return fresh
 
 
 def _strained(plan: Plan, objects: int) -> Plan:
