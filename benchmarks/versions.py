@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", type=Path, help="src folders of the old and the new version")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each version and case (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which (default: all)")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -100,7 +101,7 @@ def main() -> None:
     if len(options.sources) != 2:
         parser.error("name two src folders, of the old and of the new version")
     print("| case | figure | old | new | new / old |\n| --- | --- | ---: | ---: | ---: |")
-    for case in CASES:
+    for case in options.cases:
         found: list[dict[str, list[float]]] = [{}, {}]
         for _ in range(options.rounds):
             for source, figures in zip(options.sources, found, strict=True):
