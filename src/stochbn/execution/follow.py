@@ -8,6 +8,8 @@ a tensor. So what is concluded rests on the operations, not on the values of som
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from stochbn.execution.masks import DispatchMode, Masks
 from stochbn.execution.rules import Flow, MixedError, flows_of, joined
-from stochbn.execution.sizes import ObjectCount, Sizes
+from stochbn.execution.sizes import ObjectCount, Shape, Sizes, is_symbol, plain, symbols
 from stochbn.execution.watch import Frame, Unit, Watch, memory_of
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica, Snapshot
@@ -45,6 +47,7 @@ class Followed:
         activation: bytes of the largest input of a batch norm, for each object.
         largest: bytes of the largest tensor at all, for each object.
         last: name of the last linear layer or convolution that was called.
+        trace: the operations, and the shapes of what they made that does not depend on the objects.
     """
 
     in_place: str = ""
@@ -59,6 +62,7 @@ class Followed:
     activation: float = 0.0
     largest: float = 0.0
     last: str = ""
+    trace: tuple[Any, ...] = field(default=(), repr=False)
 
 
 class _OfTheOriginal(BaseException):
@@ -82,6 +86,8 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self._flows: dict[int, Flow] = {}
         self._alive: list[Tensor] = []
         self._sharing: dict[int, list[Tensor]] = {}
+        self._contents: dict[int, str] = {}
+        self.trace: list[Any] = []
         self._norms = {id(norm): name for name, norm in replica.norms.items()}
         self._statistics: dict[int, nn.Module] = {}
         for norm in replica.norms.values():
@@ -91,7 +97,11 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
                 self._statistics[id(statistic)] = norm
 
     def flow(self, tensor: Tensor) -> Flow:
-        return self._flows.get(id(tensor), Flow())
+        found = self._flows.get(id(tensor))
+        if found is None:  # not seen before: the network's own, or an alias such as ``.data``
+            written = self._contents.get(memory_of(tensor), "") if self._contents else ""
+            found = Flow(mixed=written)
+        return found
 
     def set(self, tensor: Tensor, flow: Flow) -> None:
         if id(tensor) not in self._flows:
@@ -136,8 +146,24 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
             flows = [
                 Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made
             ]
+        self._look_at_sizes(name, args, made, flows)
         self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
         return outputs
+
+    def _look_at_sizes(self, name: str, args: Any, made: list[Tensor], flows: list[Flow]) -> None:
+        """What goes otherwise for other numbers of objects, and the course of the pass, which must not."""
+        self.trace.append((name, [tuple(t.shape) for t, flow in zip(made, flows, strict=True) if flow.constant]))
+        flow = self.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow()
+        if flow.axis is None:
+            return
+        dims = args[1] if len(args) > 1 and name.startswith("squeeze") else range(args[0].ndim + 1)
+        dims = [dims] if isinstance(dims, int) else dims
+        if name.startswith("squeeze") and any(dim in (flow.axis, flow.axis - args[0].ndim) for dim in dims):
+            self.sizes.same(lambda n: n * flow.per > 1)
+        elif name in ("split", "split_with_sizes", "unbind", "unsafe_split", "chunk"):
+            dim = (args[1:] or (0,))[0] if name == "unbind" else (args[2:] or (0,))[0]
+            if dim % args[0].ndim == flow.axis:
+                self.sizes.pin()
 
     def _note(self, func: Any, args: Any, kwargs: Any, made: list[Tensor], flows: list[Flow], multiplies: bool) -> None:
         drawn = any(flow.drawn for flow in flows)
@@ -164,6 +190,8 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         storage = memory_of(tensor)
         self.written[storage] = self.clock
         after = joined(self.flow(tensor), flow)
+        if not after.constant:
+            self._contents.setdefault(storage, after.mixed or "objects are written into a tensor of the network")
         for other in self._sharing.get(storage, []):
             before = self.flow(other)
             if other.shape == tensor.shape or (before.axis, before.per) == (after.axis, after.per) or after.constant:
@@ -200,17 +228,61 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         follower, name = self.follower, getattr(func, "__name__", "")
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-        if attribute in ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage", "untyped_storage"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else name
+        found = symbols((args, kwargs))
+        given = [v for v in (*args, *kwargs.values()) if not isinstance(v, Tensor)]
+        args, kwargs = plain(args), plain(kwargs)
+        if name == "__set__":
+            func(*args, **kwargs)
+            if attribute == "data":
+                follower.set(args[0], follower.flow(args[1]))
+            return None
+        if attribute in _READING:
             follower.read(args[0], "Python code reads the values of tensors")
         elif attribute in ("is_contiguous", "stride"):
             follower.reads_layout |= not follower.flow(args[0]).constant
-        elif name not in _TAKE_SIZES and any(isinstance(v, ObjectCount) for v in pytree.tree_leaves((args, kwargs))):
+        elif attribute in ("nbytes", "size_bytes") and not follower.flow(args[0]).constant:
+            follower.sizes.pin()
+        elif name in ("__getitem__", "__setitem__"):
+            self._look_at_bounds(args[0], args[1])
+        elif found and name not in _TAKE_SIZES and name not in _CREATING:
             follower.sizes.pin()
         result = func(*args, **kwargs)
-        if attribute in ("shape", "size", "__len__", "numel", "nelement"):
+        if name in _CREATING and found:
+            self._created(result, given)
+        elif attribute in ("shape", "size", "__len__", "numel", "nelement"):
             return self._symbolic(args[0], result, attribute, args[1:], kwargs)
         return result
+
+    def _created(self, result: Any, given: list[Any]) -> None:
+        """A constant that is as long as there are objects is followed as one of them: its length is."""
+        flow, objects = self.follower.flow(result), self.follower.objects
+        if not flow.constant:
+            return
+        lengths = next((v for v in given if isinstance(v, (tuple, list))), given)
+        axes = [result.ndim - len(lengths) + place for place, v in enumerate(lengths) if is_symbol(v)]
+        if len(axes) == 1 and not symbols(given)[0].offset:
+            self.follower.set(result, Flow(axis=axes[0], per=result.shape[axes[0]] // objects, drawn=flow.drawn))
+        else:
+            self.follower.sizes.pin()
+
+    def _look_at_bounds(self, tensor: Any, index: Any) -> None:
+        """A slice of objects takes all of them, or not, for as many as there are."""
+        flow, sizes = self.follower.flow(tensor), self.follower.sizes
+        if flow.axis is None:
+            return
+        entries = list(index) if isinstance(index, tuple) else [index]
+        taking = [e for e in entries if e is not None and e is not Ellipsis]
+        width = sum(e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in taking)
+        axis = 0
+        for entry in entries:
+            if entry is Ellipsis:
+                axis += tensor.ndim - width
+            elif isinstance(entry, slice) and axis == flow.axis:
+                for bound in filter(None, (entry.start, entry.stop)):
+                    least = -(-abs(int(bound)) // flow.per)
+                    sizes.same(functools.partial(operator.le, least))
+            axis += 0 if entry is None or entry is Ellipsis else 1
 
     def _symbolic(self, tensor: Any, result: Any, attribute: str, args: Any, kwargs: Any) -> Any:
         flow = self.follower.flow(tensor)
@@ -224,7 +296,7 @@ class _Reads(TorchFunctionMode):
         if attribute == "__len__":
             return count if flow.axis == 0 else result
         if isinstance(result, torch.Size):
-            return torch.Size([count if axis == flow.axis else n for axis, n in enumerate(result)])
+            return Shape(count if axis == flow.axis else n for axis, n in enumerate(result))
         dim = kwargs.get("dim", args[0] if args else 0)
         return count if dim % tensor.ndim == flow.axis else result
 
@@ -310,14 +382,17 @@ def follow(
         activation=watch.activation / len(inputs),
         largest=follower.largest / len(inputs),
         last=watch.last,
+        trace=tuple(follower.trace),
     )
 
 
 _MULTIPLYING = {"convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu"}
-_TAKE_SIZES = {
-    "view", "reshape", "expand", "repeat", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "unflatten",
-    "broadcast_to", "tile", "flatten", "permute", "arange", "Size", "expand_as",
+_TAKE_SIZES = {"view", "reshape", "unflatten", "flatten", "permute"}
+_CREATING = {
+    "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "expand", "repeat",
+    "broadcast_to", "tile",
 }  # fmt: skip
+_READING = ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage", "untyped_storage", "_typed_storage")
 _HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 _CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
 

@@ -80,7 +80,7 @@ class Call:
     def key(self, network: Network, inputs: NetworkInput) -> Hashable:
         """What a verdict depends on."""
         about = inputs.kind(), self.task, self.training, self.posterior, self.settings
-        return "verdict", about, torch.is_autocast_enabled("cpu"), network.weights()
+        return "verdict", about, torch.is_autocast_enabled("cpu"), network.weights(), network.state()
 
 
 @dataclass(frozen=True)

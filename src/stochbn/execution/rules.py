@@ -62,7 +62,9 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
     name = func._schema.name.removeprefix("aten::")
     base = name.removesuffix("_") if name not in _MOVES else name
     bound = _bound(func, args, kwargs)
-    if base in _RULES:
+    if name in ("new_zeros", "new_ones", "new_empty", "new_full"):
+        places: list[Place | None] = [None]
+    elif base in _RULES:
         places = _RULES[base](bound, made, flow, objects)
     elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
         places = [_broadcast(tensors, out, flow, objects) for out in made]
@@ -80,7 +82,7 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
 
 def uniform(tensor: Tensor, axis: int, objects: int) -> bool:
     """Whether the entries of a constant along an axis are the same for every object."""
-    if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0:
+    if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0 or not tensor.numel():
         return True
     if tensor.shape[axis] % objects:
         return False
@@ -109,8 +111,11 @@ def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, objects: in
 def _labels(tensor: Tensor, flow: Flow, objects: int) -> Tensor:
     """The number of its object for every entry, in the layout of the tensor; -1 where there is none."""
     shape, stride = tensor.shape, tensor.stride()
-    kept = [1 if s == 0 else n for n, s in zip(shape, stride, strict=True)]
-    labels = torch.empty_strided(kept, stride, dtype=torch.int32).fill_(-1)
+    kept = [1 if s == 0 and axis != flow.axis else n for axis, (n, s) in enumerate(zip(shape, stride, strict=True))]
+    if flow.axis is not None and stride[flow.axis] == 0:  # objects that share their numbers have labels of their own
+        labels = torch.empty(kept, dtype=torch.int32).fill_(-1)
+    else:
+        labels = torch.empty_strided(kept, stride, dtype=torch.int32).fill_(-1)
     if flow.axis is not None:
         numbers = torch.arange(objects, dtype=torch.int32).repeat_interleave(flow.per)
         labels.copy_(numbers.view([-1 if axis == flow.axis else 1 for axis in range(len(shape))]))
@@ -133,13 +138,21 @@ def _moved(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int
 ) -> list[Place | None]:
     """An operation that only moves entries: the same is done to the entries' labels."""
+    bound = _bound(func, args, kwargs)
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("roll", "diagonal", "flip"):
+        source: Any = bound["self"]
+        dims = bound["dims"] if "dims" in bound else [bound["dim1"], bound["dim2"]]
+        if not dims or flow(source).axis in {dim % source.ndim for dim in dims}:
+            raise MixedError("an operation that takes entries by an object's place in the batch")
 
     def label(value: Any, first: bool) -> Any:
         if not isinstance(value, Tensor):
             return value
         place = flow(value)
-        if place.axis is None and not first and not value.is_floating_point():
-            return value  # where to take entries from
+        if not first and not value.is_floating_point():  # where to take entries from
+            _constant(flow, value)
+            return value
         return _labels(value, place, objects)
 
     labelled = pytree.tree_map(lambda v: label(v, first=False), args[1:])
@@ -280,6 +293,8 @@ def _embedding(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
 
 def _index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
     source, (first, *others) = bound["self"], bound["indices"]
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in bound["indices"]):
+        _constant(flow, bound["indices"])
     if flow(source).axis is None and first is not None and not any(index is not None for index in others):
         return [_only(first, flow)]
     _constant(flow, bound["indices"])
@@ -298,6 +313,8 @@ def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
     mask = next((bound[k] for k in ("attn_mask", "attn_bias") if isinstance(bound.get(k), Tensor)), None)
     if mask is not None:
         if flow(mask).axis is not None:
+            if mask.ndim != bound["query"].ndim:
+                raise MixedError("attention with a mask that has objects on another axis")
             places.add(_only(mask, flow))
         elif mask.ndim == bound["query"].ndim and not uniform(mask, 0, objects):
             raise MixedError("attention with a mask that depends on an object's place in the batch")
@@ -308,7 +325,7 @@ def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
 
 _POINTWISE = {
     "clone", "copy", "detach", "alias", "lift_fresh", "_to_copy", "to", "contiguous", "hardswish", "native_dropout",
-    "dropout", "masked_fill", "fill", "zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
+    "dropout", "masked_fill", "fill", "zero", "zeros_like", "ones_like", "full_like", "empty_like",
     "addcmul", "addcdiv", "lerp", "where", "nan_to_num", "bernoulli", "prelu", "_prelu_kernel", "threshold", "isnan",
     "log_sigmoid_forward", "glu_jvp", "rrelu_with_noise",
 }  # fmt: skip
@@ -324,8 +341,8 @@ _REDUCTIONS = {
     "norm", "linalg_vector_norm", "logsumexp", "any", "all", "median", "nanmedian", "mode", "aminmax", "count_nonzero",
 }  # fmt: skip
 _ALONG = {
-    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin",
-    "sort", "topk", "argsort", "glu", "_fft_r2c", "_fft_c2r", "_fft_c2c", "renorm",
+    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin",
+    "sort", "topk", "argsort", "glu", "_fft_r2c", "_fft_c2r", "_fft_c2c",
 }  # fmt: skip
 _RULES: dict[str, Callable[..., list[Place | None]]] = {
     **dict.fromkeys(("convolution", "_convolution", "mkldnn_convolution", "conv2d"), _convolution),

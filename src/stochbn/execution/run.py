@@ -152,7 +152,7 @@ class Passes:
             inputs = self._piece(start, stop)
             self._renew()
             if self._cache is not None:
-                self._cache.begin(start, stop, 1)
+                self._cache.begin(start, stop, 1, self.plan.least)
             values = reference(self._replica, draw, inputs, self._call.task)
             made.append(values[: stop - start])
         if self._cache is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ObjectCount", "Sizes"]
+import torch
+
+__all__ = ["ObjectCount", "Shape", "Sizes", "is_symbol", "plain", "symbols"]
 
 
 MOST = 2**48
@@ -45,6 +48,10 @@ class Sizes:
         else:
             self.high = min(self.high, objects - 1)
 
+    def meet(self, other: Sizes) -> None:
+        """Note what was concluded with another number of objects too."""
+        self.low, self.high = max(self.low, other.low), min(self.high, other.high)
+
     def hold(self, objects: int) -> bool:
         """Whether the same is concluded for so many objects."""
         return self.low <= objects <= self.high
@@ -60,32 +67,45 @@ class Sizes:
         return near
 
 
-class ObjectCount(int):
+class ObjectCount(torch.SymInt):
     """The integer ``factor * objects + offset``, which stays a symbol through sums and products.
 
     A comparison notes its outcome, so that it is known for which other numbers of objects it is the same. Everything
-    else that a program can do with an integer is taken to depend on its value.
+    else that a program can do with an integer is taken to depend on its value. It claims to be an ``int``, but is none:
+    C code would read the digits of one unseen (``len``, ``range``, an index of a list, ``math.log``). It is one of the
+    symbols that tensor operations take as arguments.
     """
 
-    sizes: Sizes
-    factor: int
-    offset: int
-
-    def __new__(cls, sizes: Sizes, factor: int, offset: int = 0) -> ObjectCount:
-        """The number ``factor * objects + offset``."""
-        self = super().__new__(cls, factor * sizes.objects + offset)
+    def __init__(self, sizes: Sizes, factor: int, offset: int = 0) -> None:
         self.sizes, self.factor, self.offset = sizes, factor, offset
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return int
+
+    def __copy__(self) -> ObjectCount:
         return self
 
-    def _at(self, objects: int) -> int:
+    def __deepcopy__(self, memo: Any) -> ObjectCount:
+        return self
+
+    def at(self, objects: int) -> int:
+        """The integer for a number of objects."""
         return self.factor * objects + self.offset
+
+    def plain(self) -> int:
+        """The integer, for an operation that is seen to take it."""
+        return self.at(self.sizes.objects)
 
     def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        factor, offset = self.factor, self.offset - _offset(other)
-        if isinstance(other, ObjectCount):
-            factor -= other.factor
+        number: Any = other
+        factor, offset = self.factor, self.offset
+        if is_symbol(other):
+            factor, offset = factor - number.factor, offset - number.offset
+        else:
+            offset = offset - number
         outcome = compare(factor * self.sizes.objects + offset, 0)
         if not factor:
             return outcome
@@ -115,112 +135,149 @@ class ObjectCount(int):
     def __ne__(self, other: object) -> Any:
         return self._compare(operator.ne, other)
 
-    def __hash__(self) -> int:
-        self.sizes.pin()
-        return hash(_value(self))
-
     def __bool__(self) -> bool:
         return bool(self != 0)
 
-    def _linear(self, factor: int, offset: int) -> int:
+    def _linear(self, factor: int, offset: int) -> Any:
         return ObjectCount(self.sizes, factor, offset) if factor else offset
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, ObjectCount):
+        if is_symbol(other):
             return self._linear(self.factor + other.factor, self.offset + other.offset)
-        return self._linear(self.factor, self.offset + other) if _whole(other) else self._opaque(operator.add, other)
+        return self._linear(self.factor, self.offset + other) if _whole(other) else self._number() + other
 
     __radd__ = __add__
 
-    def __neg__(self) -> int:
+    def __neg__(self) -> Any:
         return self._linear(-self.factor, -self.offset)
 
+    def __pos__(self) -> ObjectCount:
+        return self
+
     def __sub__(self, other: Any) -> Any:
-        return self + -other if _whole(other) else self._opaque(operator.sub, other)
+        return self + -other if _whole(other) else self._number() - other
 
     def __rsub__(self, other: Any) -> Any:
         return -self + other
 
     def __mul__(self, other: Any) -> Any:
-        if _whole(other) and not isinstance(other, ObjectCount):
+        if _whole(other) and not is_symbol(other):
             return self._linear(self.factor * other, self.offset * other)
-        return self._opaque(operator.mul, other)
+        return self._number() * other
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        if _whole(other) and not isinstance(other, ObjectCount) and other:
-            if not self.factor % other and not self.offset % other:
-                return self._linear(self.factor // other, self.offset // other)
-            self.sizes.same(lambda n: self._at(n) // other)
-            return self._at(self.sizes.objects) // other
-        return self._opaque(operator.floordiv, other)
+        if not _whole(other) or is_symbol(other) or not other:
+            return self._number() // other
+        if not self.factor % other and not self.offset % other:
+            return self._linear(self.factor // other, self.offset // other)
+        self.sizes.same(lambda n: self.at(n) // other)
+        return self.plain() // other
 
     def __mod__(self, other: Any) -> Any:
-        if _whole(other) and not isinstance(other, ObjectCount) and other and not self.factor % other:
+        if _whole(other) and not is_symbol(other) and other and not self.factor % other:
             return self.offset % other
-        return self._opaque(operator.mod, other)
-
-    def _opaque(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
-        self.sizes.pin()
-        return operation(_value(self), _value(other))
-
-    def _opaque_reversed(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
-        self.sizes.pin()
-        return operation(_value(other), _value(self))
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._opaque(operator.truediv, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._opaque_reversed(operator.truediv, other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._opaque_reversed(operator.floordiv, other)
-
-    def __rmod__(self, other: Any) -> Any:
-        return self._opaque_reversed(operator.mod, other)
-
-    def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        return self._opaque(lambda a, b: pow(a, b, modulus), other)
-
-    def __rpow__(self, other: Any, modulus: Any = None) -> Any:
-        return self._opaque_reversed(lambda a, b: pow(a, b, modulus), other)
+        return self._number() % other
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
-    def __and__(self, other: Any) -> Any:
-        return self._opaque(operator.and_, other)
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        return pow(self._number(), other, modulus)
 
-    def __or__(self, other: Any) -> Any:
-        return self._opaque(operator.or_, other)
-
-    def __rshift__(self, other: Any) -> Any:
-        return self._opaque(operator.rshift, other)
-
-    def __lshift__(self, other: Any) -> Any:
-        return self._opaque(operator.lshift, other)
-
-    def __abs__(self) -> int:
+    def __abs__(self) -> Any:
         return self if self >= 0 else -self
 
-    def __int__(self) -> int:
+    def _number(self) -> int:
         self.sizes.pin()
-        return self._at(self.sizes.objects)
+        return self.plain()
+
+    __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = _number
+
+    def __round__(self, digits: int | None = None) -> int:
+        return self._number()
 
     def __float__(self) -> float:
-        self.sizes.pin()
-        return float(self._at(self.sizes.objects))
+        return float(self._number())
+
+    def __invert__(self) -> int:
+        return ~self._number()
+
+    def __hash__(self) -> int:
+        return hash(self._number())
+
+    def __repr__(self) -> str:
+        return repr(self._number())
+
+    def __str__(self) -> str:
+        return str(self._number())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._number(), spec)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else integers have, such as ``bit_length``."""
+        if name.startswith("_") or not hasattr(int, name):
+            raise AttributeError(name)
+        return getattr(self._number(), name)
+
+
+def _of_the_number(name: str) -> Callable[[ObjectCount, Any], Any]:
+    def method(self: ObjectCount, other: Any) -> Any:
+        found = getattr(int, name)(self._number(), other)
+        return found if found is not NotImplemented else getattr(float, name)(float(self), other)
+
+    return method
+
+
+for _name in ("truediv", "rtruediv", "rfloordiv", "rmod", "rdivmod", "rpow"):
+    setattr(ObjectCount, f"__{_name}__", _of_the_number(f"__{_name}__"))
+for _name in ("and", "or", "xor", "lshift", "rshift"):
+    for _full in (f"__{_name}__", f"__r{_name}__"):
+        setattr(ObjectCount, _full, _of_the_number(_full))
+
+
+class Shape(tuple[Any, ...]):
+    """The shape of a tensor, with a symbol where the objects lie."""
+
+    def numel(self) -> Any:
+        """The product of all lengths."""
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Shape(found) if isinstance(index, slice) else found
+
+
+def is_symbol(value: Any) -> bool:
+    """Whether a value is an `ObjectCount`, which claims to be an ``int``."""
+    return issubclass(type(value), ObjectCount)
+
+
+def plain(value: Any) -> Any:
+    """Arguments with integers in the place of symbols, also in tuples, lists and slices."""
+    if is_symbol(value):
+        return value.plain()
+    if isinstance(value, Shape):
+        return torch.Size(map(plain, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {key: plain(each) for key, each in value.items()}
+    return slice(plain(value.start), plain(value.stop), plain(value.step)) if isinstance(value, slice) else value
+
+
+def symbols(value: Any) -> list[ObjectCount]:
+    """All symbols among arguments."""
+    if is_symbol(value):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, slice):
+        value = value.start, value.stop, value.step
+    return [found for each in value for found in symbols(each)] if isinstance(value, (tuple, list)) else []
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _offset(value: Any) -> Any:
-    return value.offset if isinstance(value, ObjectCount) else value
-
-
-def _value(value: Any) -> Any:
-    return value._at(value.sizes.objects) if isinstance(value, ObjectCount) else value

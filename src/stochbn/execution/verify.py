@@ -86,28 +86,61 @@ def refuse(network: Network, inputs: NetworkInput, call: Call, way: str, reason:
 
 
 def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed | None, bool]:
-    """What a pass shows, and whether it was made with all objects, as it is otherwise for other numbers of them."""
+    """What passes show, and whether they were made with all objects, as it is otherwise for other numbers of them."""
     objects = len(inputs)
-    draw = call.sample(1)[0]
-    three = inputs.take(torch.linspace(0, objects - 1, 3, device=inputs.tensors()[0].device).round().long())
     try:
-        followed = follow(network, three, draw, call.task, call.training)
+        followed = _twice(network, inputs, 3, call)
         if followed.sizes.hold(objects) or followed.in_place:
             return followed, False
     except Exception:  # not with three objects, then
         pass
     try:
-        return follow(network, inputs, draw, call.task, call.training), True
+        return _twice(network, inputs, objects, call), True
     except Exception:  # which the pass itself will raise
         return None, True
+
+
+def _twice(network: Network, inputs: NetworkInput, count: int, call: Call) -> Followed:
+    """What two passes show, with so many objects and with another number of them.
+
+    A length that happens to be the number of objects in one is told from it in the other. Where they differ, it holds
+    for so many objects alone.
+    """
+    draw = call.sample(1)[0]
+
+    def follow_with(count: int) -> Followed:
+        return follow(network, spread(inputs, count), draw, call.task, call.training)
+
+    followed = follow_with(count)
+    if followed.in_place or followed.dependent:
+        return followed
+    other = next((n for n in (2, 3, count + 1, count - 1) if n != count and followed.sizes.hold(n)), None)
+    if other is None:
+        return followed
+    try:
+        second = follow_with(other)
+    except Exception:
+        second = None
+    if second is not None and second.trace == followed.trace and second.sizes.hold(count):
+        if second.dependent:
+            return second
+        followed.sizes.meet(second.sizes)
+    else:
+        followed.sizes.pin()
+    return followed
+
+
+def spread(inputs: NetworkInput, count: int) -> NetworkInput:
+    """So many objects, evenly spread over a batch; some several times where there are fewer."""
+    return inputs.take(torch.linspace(0, len(inputs) - 1, count, device=inputs.device).round().long())
 
 
 def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict | None:
     """The ways that give the same as slow passes on some objects, alone and together; None if nothing can be told."""
     objects = len(inputs)
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
-    few = objects // 16 | 1
-    doubled = inputs.take(torch.linspace(0, objects - 1, min(objects, 2 * few)).round().long().to(inputs.device))
+    count = max(6, 2 * (objects // 16 | 1))
+    doubled = spread(inputs, min(max(count, followed.sizes.low), followed.sizes.high))
     # Every second one in the opposite order: its neighbours are others than in the slow passes.
     order = torch.arange(len(doubled) - 1, -1, -2, device=inputs.device)
     some, draws = doubled.take(order), call.sample(2)

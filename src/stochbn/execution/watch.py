@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from stochbn.execution.rules import Flow
+from stochbn.execution.sizes import plain
 from stochbn.network.replica import Replica, Snapshot
 
 __all__ = ["MULTIPLYING", "Frame", "Trace", "Unit", "Watch", "memory_of"]
@@ -104,7 +105,7 @@ class Watch:
         if module not in self._norms:
             return
         # The number of elements is a symbol here, and this is not the network's conclusion.
-        self.activation = max([self.activation, *(int.__index__(t.numel()) * t.element_size() for t in tensors)])
+        self.activation = max([self.activation, *(plain(t.numel()) * t.element_size() for t in tensors)])
         for frame in self.follower.frames:
             frame.drawn = True
         flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
@@ -114,6 +115,8 @@ class Watch:
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.follower.frames.pop()
+        while frame.module is not module:  # of a module that has raised, and its caller went on
+            frame = self.follower.frames.pop()
         parent = self.follower.frames[-1] if self.follower.frames else None
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         if isinstance(module, MULTIPLYING):

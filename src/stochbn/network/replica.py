@@ -20,6 +20,7 @@ import operator
 import threading
 import types
 import weakref
+from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -84,7 +85,7 @@ class Snapshot(NamedTuple):
                             parameters.append(value)
                         else:
                             tensors.append(value)
-                elif isinstance(value, (dict, list, tuple, set, frozenset)):
+                elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
                     leaves.append(kind)
                     if value and id(value) not in seen:
                         seen.add(id(value))
@@ -281,6 +282,16 @@ class Network:
         """What tells whether parameters have been written to since the last `look`; equal for equal weights."""
         return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.known.parameters)
 
+    def state(self) -> tuple[Any, ...]:
+        """What tells whether buffers have been replaced or written to, but those of batch norms."""
+        return tuple(
+            (id(buffer), -1 if buffer.is_inference() else buffer._version)
+            for module in self.model.modules()
+            if not isinstance(module, _BatchNorm)
+            for buffer in module._buffers.values()
+            if buffer is not None
+        )
+
     def look(self) -> Knowledge:
         """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
         snapshot = Snapshot.of(self.model)
@@ -331,7 +342,15 @@ class Network:
                 yield borrowed
 
     def _key(self) -> tuple[Any, ...]:
-        return self.known, self.known.state, tuple((p.data_ptr(), p.dtype) for p in self.known.parameters)
+        shared = set(map(id, self.model.parameters()))  # others, as in plain lists of modules, are copied
+        return (
+            self.known,
+            self.known.state,
+            tuple(
+                (p.data_ptr(), p.dtype, None if id(p) in shared or p.is_inference() else p._version)
+                for p in self.known.parameters
+            ),
+        )
 
     def _take(self) -> Replica | None:
         key, replica = self._local.__dict__.pop("kept", (None, None))

@@ -50,8 +50,12 @@ class _Kept:
                 self.tensors[place][start * per : stop * per] = out[: (stop - start) * per]
         self.objects += stop - start
 
-    def rows(self, start: int, stop: int, times: int) -> Any:
+    def rows(self, start: int, stop: int, times: int, least: int) -> Any:
         chosen = [t[start * per : stop * per] if per else t for t, per in zip(self.tensors, self.per, strict=True)]
+        missing = least - (stop - start) * times
+        if missing > 0:  # the last object is repeated, as in the input
+            pairs = zip(chosen, self.per, strict=True)
+            chosen = [torch.cat([t, *[t[-per:]] * missing]) if per else t for t, per in pairs]
         if times > 1:
             chosen = [torch.cat([t] * times) if per else t for t, per in zip(chosen, self.per, strict=True)]
         return pytree.tree_unflatten(chosen, self.structure)
@@ -77,7 +81,7 @@ class PrefixCache:
         self._kept: dict[tuple[str, int], _Kept] = {}
         self._objects = objects
         self._calls: dict[str, int] = {}
-        self._now = (0, 0, 1)
+        self._now = (0, 0, 1, 1)
         self._complete = False
         self._replaced: list[tuple[nn.Module, Any]] = []
 
@@ -97,9 +101,9 @@ class PrefixCache:
                 vars(module)["forward"] = own
         self._replaced.clear()
 
-    def begin(self, start: int, stop: int, times: int) -> None:
-        """The next pass is of the objects from `start` to `stop`, each `times`."""
-        self._now = start, stop, times
+    def begin(self, start: int, stop: int, times: int, least: int = 1) -> None:
+        """The next pass is of the objects from `start` to `stop`, each `times`, or of `least`, the last repeated."""
+        self._now = start, stop, times, least
         self._calls = dict.fromkeys(self._calls, 0)
 
     def done(self) -> None:
@@ -122,7 +126,7 @@ class PrefixCache:
                 return self._kept[key].rows(*self._now)
             output = forward(*args, **kwargs)
             if not self._complete and key in self._units:
-                start, stop, _ = self._now
+                start, stop, *_ = self._now
                 kept = self._kept.setdefault(key, _Kept(self._units[key].per))
                 kept.fill(output, start, stop, self._objects)
             return output
