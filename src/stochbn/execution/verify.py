@@ -139,7 +139,7 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
     """The ways that give the same as slow passes on some objects, alone and together; None if nothing can be told."""
     objects = len(inputs)
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
-    count = max(6, 2 * (objects // 16 | 1))
+    count = max(6, 2 * min(objects // 16 | 1, 17))  # that they are independent is proven: few show a mistake
     doubled = spread(inputs, min(max(count, followed.sizes.low), followed.sizes.high))
     # Every second one in the opposite order: its neighbours are others than in the slow passes.
     order = torch.arange(len(doubled) - 1, -1, -2, device=inputs.device)

@@ -23,6 +23,8 @@ __all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounde
 
 SHARE = 20
 """The check may take one part in so many of the passes it is about."""
+ENOUGH = 64
+"""Objects that tell how large rounding is, and more need not be asked."""
 
 
 def applies(
@@ -93,8 +95,8 @@ class Head:
 
 
 def probe_objects(objects: int, draws: int) -> Tensor | None:
-    """Which objects to make one of so many draws of again: a twentieth of the passes; None if too few to tell."""
-    count = objects * draws // SHARE
+    """Which objects to make one of so many draws of again: at most a twentieth of the passes; None if too few."""
+    count = min(objects * draws // SHARE, ENOUGH)
     return torch.linspace(0, objects - 1, count).round().long() if count >= 4 else None
 
 
