@@ -218,19 +218,24 @@ class Knowledge:
         stateful: passes change the replica, so each gets one of its own.
         state: names of parameters that passes write to.
         parameters: the network's.
+        buffers: the network's, but those of batch norms.
     """
 
-    def __init__(self, snapshot: Snapshot, versions: list[int]) -> None:
+    def __init__(self, snapshot: Snapshot, model: nn.Module | None = None) -> None:
         self.in_place = ""
         self.stateful = False
         self.state: frozenset[str] = frozenset()
         self.parameters = snapshot.parameters
-        self._snapshot, self._versions = snapshot, versions
+        modules = [] if model is None else list(model.modules())
+        buffers = [(module, b) for module in modules for b in module._buffers.values() if b is not None]
+        self.buffers = [buffer for module, buffer in buffers if not isinstance(module, _BatchNorm)]
+        self._buffers = {id(buffer) for _, buffer in buffers}
+        self._snapshot, self._versions = snapshot, snapshot.versions(without=self._buffers)
         self._kept: dict[Hashable, Any] = {}
 
-    def is_of(self, snapshot: Snapshot, versions: list[int]) -> bool:
+    def is_of(self, snapshot: Snapshot) -> bool:
         """Whether it is of a network in this state."""
-        return versions == self._versions and snapshot.same(self._snapshot)
+        return snapshot.same(self._snapshot) and snapshot.versions(without=self._buffers) == self._versions
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """What is kept under a key."""
@@ -257,7 +262,7 @@ class Network:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.known = Knowledge(Snapshot([], [], []), [])
+        self.known = Knowledge(Snapshot([], [], []))
         self._in_use = threading.RLock()
         self._local = threading.local()
 
@@ -284,20 +289,13 @@ class Network:
 
     def state(self) -> tuple[Any, ...]:
         """What tells whether buffers have been replaced or written to, but those of batch norms."""
-        return tuple(
-            (id(buffer), -1 if buffer.is_inference() else buffer._version)
-            for module in self.model.modules()
-            if not isinstance(module, _BatchNorm)
-            for buffer in module._buffers.values()
-            if buffer is not None
-        )
+        return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
     def look(self) -> Knowledge:
         """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
         snapshot = Snapshot.of(self.model)
-        versions = snapshot.versions(without=set(map(id, self.model.buffers())))
-        if not self.known.is_of(snapshot, versions):
-            self.known = Knowledge(snapshot, versions)
+        if not self.known.is_of(snapshot):
+            self.known = Knowledge(snapshot, self.model)
         return self.known
 
     @contextmanager

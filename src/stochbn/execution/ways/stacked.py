@@ -72,9 +72,9 @@ class Stack:
         x, *others = args
         if len(x) != len(scale) * rows or x.shape[1] != scale.shape[1]:
             raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N objects")
-        shape = (len(x), -1) + (1,) * (x.ndim - 2)
-        scale, shift = (values.repeat_interleave(rows, 0).view(shape) for values in (scale, shift))
-        return torch.addcmul(shift, x, scale).to(x.dtype), *others
+        shape = (len(scale), 1, -1) + (1,) * (x.ndim - 2)
+        drawn = x.view(len(scale), rows, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (len(scale), rows))
+        return torch.addcmul(shift.view(shape), drawn, scale.view(shape)).flatten(0, 1).to(x.dtype), *others
 
     def pause(self) -> None:
         """Make the next passes as if there were no hooks."""
