@@ -341,8 +341,8 @@ _REDUCTIONS = {
     "norm", "linalg_vector_norm", "logsumexp", "any", "all", "median", "nanmedian", "mode", "aminmax", "count_nonzero",
 }  # fmt: skip
 _ALONG = {
-    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax",
-    "cummin", "sort", "topk", "argsort", "glu", "_fft_r2c", "_fft_c2r", "_fft_c2c",
+    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp",
+    "cummax", "cummin", "sort", "topk", "argsort", "glu", "_fft_r2c", "_fft_c2r", "_fft_c2c",
 }  # fmt: skip
 _RULES: dict[str, Callable[..., list[Place | None]]] = {
     **dict.fromkeys(("convolution", "_convolution", "mkldnn_convolution", "conv2d"), _convolution),
