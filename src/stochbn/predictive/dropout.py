@@ -81,7 +81,7 @@ class MCDropout(Predictive):
                 warnings.warn(
                     f"{_named(others)} of {type(network.model).__name__} call dropout themselves, but give something "
                     "else in training mode, so their dropout stays off; use torch.nn.Dropout layers there",
-                    stacklevel=6,
+                    stacklevel=5,
                 )
                 others = frozenset()
             known.keep(key, frozenset(layers | others))
