@@ -181,8 +181,8 @@ class Auxiliary(nn.Module):
 
 def test_training_output_of_another_structure_warns_the_caller() -> None:
     model, x = settled(Auxiliary(), 4), normal(9, 4)
+    dropped = MCDropout(model, 10, keep_draws=True)
     with pytest.warns(UserWarning, match="call dropout themselves") as caught:
-        dropped = MCDropout(model, 10, keep_draws=True)
         found = dropped(x, generator=seeded(3))
     assert [w.filename for w in caught] == [__file__]
     wanted = slow(model, 10, x, None, _dropouts)
