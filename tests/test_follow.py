@@ -186,7 +186,7 @@ def followed(model: nn.Module, x: Tensor, count: int) -> Followed:
 def test_predictions_are_those_of_slow_passes_whatever_was_predicted_before(operation: str) -> None:
     model = settled(Body({**MIXING, **SIZED, **APART}[operation]), 4)
     posterior = stochbn.fit(model, [normal(256, 4, seed=3)], 8)
-    for order in ((3, 1, 40), (9, 7, 40), (40, 6)):
+    for order in ((1, 40), (9, 7)):
         model = copy.deepcopy(model)
         before, predictive = Untouched(model), Predictive(model, posterior, 9, tolerance=0)
         early = Predictive(model, posterior, 50)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stochbn.caller import warn
 from stochbn.network.calling import read_output
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction, entropy
 
@@ -120,20 +120,18 @@ class Classification(Task):
                     'output="probs" to take them as they are, or output="logits" if they are logits all the same'
                 )
             if raw.numel() >= 16:
-                warnings.warn(
+                warn(
                     "the network's outputs all lie between 0 and 1 and get a softmax: if they are sigmoids, pass "
                     'task="multilabel" with output="probs"; if they are logits, pass output="logits"',
-                    stacklevel=_CALLER,
                 )
 
     def _check_axis(self, raw: Tensor) -> None:
         shape = list(raw.shape)
         likely = raw.ndim == 3 or (raw.ndim > 3 and len(set(shape[1:-1])) == 1 and shape[-1] != shape[1])
         if likely and raw.shape[1:].numel():
-            warnings.warn(
+            warn(
                 f"the network's output has the shape {shape}, and axis 1 is taken as that of the classes; "
                 "pass class_axis=1 if that is right, or class_axis=-1 if the classes are on the last axis",
-                stacklevel=_CALLER,
             )
 
     def values(self, raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -278,9 +276,6 @@ class Embedding(Regression):
         return None
 
 
-_CALLER = 7
-"""Frames from a warning about an output to the call of a predictive."""
-
 TASKS: Mapping[str, type[Task]] = {
     task.name: task for task in (Classification, Binary, Multilabel, Regression, Embedding)
 }
@@ -315,8 +310,7 @@ def _check_sigmoid(task: Task, raw: Tensor) -> None:
         if raw.isnan().any():
             raise ValueError('expected probabilities from 0 to 1 with output="probs", found others; are they logits?')
     elif task.output is None and raw.numel() >= 16 and raw.amin() >= 0 and raw.amax() <= 1:
-        warnings.warn(
+        warn(
             "the network's outputs all lie between 0 and 1 and get a sigmoid: if they are probabilities already, pass "
             'output="probs"; if they are logits, pass output="logits"',
-            stacklevel=_CALLER,
         )

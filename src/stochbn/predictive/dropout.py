@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from stochbn.caller import warn
 from stochbn.execution import Call, Draw, Passes
 from stochbn.execution.masks import Masks, dropping_modules
 from stochbn.network.calling import InputsOf, NetworkInput
@@ -78,10 +78,9 @@ class MCDropout(Predictive):
             layers = {n for n, m in network.model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0}
             others = frozenset(dropping_modules(network, inputs) - layers)
             if others and not _reads_alike(network, inputs, self.task, others.union(layers)):
-                warnings.warn(
+                warn(
                     f"{_named(others)} of {type(network.model).__name__} call dropout themselves, but give something "
                     "else in training mode, so their dropout stays off; use torch.nn.Dropout layers there",
-                    stacklevel=6,
                 )
                 others = frozenset()
             known.keep(key, frozenset(layers | others))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from stochbn.caller import warn
 from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Settings, passes, planned
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
@@ -220,7 +220,7 @@ class Predictive:
         try:
             self.posterior.check(self.model)
         except ValueError as error:
-            warnings.warn(f"the network has changed since this predictive was made: {error}", stacklevel=4)
+            warn(f"the network has changed since this predictive was made: {error}")
 
     def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
         return made(block)

@@ -1,0 +1,16 @@
+"""Warnings that name the line of the caller's, however many frames of the package lie between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+__all__ = ["warn"]
+
+
+def warn(message: str) -> None:
+    """Issue a ``UserWarning`` at the innermost line outside of this package and of PyTorch."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("stochbn", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

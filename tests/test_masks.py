@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stochbn
+from conftest import Untouched, dropout_net, normal, seeded, settled
+from stochbn import MCDropout, Predictive
+from stochbn.execution.masks import Masks
+
+ONES = torch.ones(2, 5, 4)
+RANDOM: dict[str, Callable[[], Tensor]] = {
+    "rand": lambda: torch.rand(3, 4),
+    "randn": lambda: torch.randn(3, 4),
+    "randint": lambda: torch.randint(9, (3, 4)),
+    "randperm": lambda: torch.randperm(20),
+    "rand_like": lambda: torch.rand_like(torch.ones(3, 4)),
+    "randn_like": lambda: torch.randn_like(torch.ones(3, 4)),
+    "normal": lambda: torch.normal(0.0, 1.0, (3, 4)),
+    "normal_": lambda: torch.ones(20).normal_(),
+    "uniform_": lambda: torch.ones(20).uniform_(),
+    "bernoulli": lambda: torch.full((20,), 0.5).bernoulli(),
+    "bernoulli_": lambda: torch.ones(20).bernoulli_(0.3),
+    "multinomial": lambda: torch.ones(8).multinomial(5),
+    "exponential_": lambda: torch.ones(20).exponential_(),
+    "dropout": lambda: F.dropout(torch.ones(50), 0.3),
+    "all dropped": lambda: F.dropout(torch.ones(50), 1.0),
+    "dropout2d": lambda: F.dropout2d(torch.ones(4, 5, 2, 2), 0.3),
+    "alpha dropout": lambda: F.alpha_dropout(torch.ones(50), 0.3, training=True),
+    "rrelu": lambda: F.rrelu(-torch.ones(50), training=True),
+    "gumbel": lambda: F.gumbel_softmax(torch.ones(5, 4)),
+    "attention": lambda: F.scaled_dot_product_attention(ONES, ONES, ONES, dropout_p=0.4),
+    "several": lambda: torch.cat([torch.rand(3), F.dropout(torch.ones(5)), torch.randn(4)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_masks_are_those_of_the_seed_and_leave_the_global_generator(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        start = torch.get_rng_state()
+        wanted = [RANDOM[name]() for _ in range(2)]
+        before = torch.get_rng_state()
+        masks = Masks(5)
+        with masks:
+            found = [RANDOM[name]() for _ in range(2)]
+        assert torch.equal(torch.get_rng_state(), before)
+    assert masks.used == (not torch.equal(before, start))
+    for first, second in zip(found, wanted, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_what_is_not_random_uses_no_masks() -> None:
+    masks = Masks(0)
+    with masks:
+        F.dropout(torch.ones(5), training=False)
+        torch.ones(3).softmax(0)
+    assert not masks.used
+
+
+class Functional(nn.Module):
+    """Calls dropout itself, by the function, by attention or as DropPath does."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.head, self.way = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), way
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.first(x)).relu()
+        if self.way == "function":
+            hidden = F.dropout(hidden, 0.5, self.training)
+        elif self.way == "attention":
+            tokens = hidden[:, None].expand(-1, 3, -1)
+            hidden = self.attention(tokens, tokens, tokens)[0].mean(1)
+        elif self.way == "scaled dot product":
+            tokens = hidden.view(-1, 4, 2)
+            rate = 0.5 if self.training else 0.0
+            hidden = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=rate).flatten(1)
+        elif self.training:  # drop path: other numbers, not by a function of dropout
+            hidden = hidden * torch.rand(hidden.shape[0], 1).gt(0.5) * 2
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def slow(model: nn.Module, draws: int, x: Tensor, posterior: stochbn.Posterior | None, drop: Any) -> Tensor:
+    """Every draw's probabilities, written out: the order of random numbers is that of the call."""
+    source = seeded(3)
+    seeds = torch.randint(2**62, (draws,), generator=source).tolist()
+    drawn = posterior.iter_draws(draws, source, quasi=True) if posterior is not None else ({} for _ in seeds)
+    probs = []
+    for seed, draw in zip(seeds, drawn, strict=True):
+        changed = copy.deepcopy(model).eval()
+        for name, values in draw.items():
+            changed.get_buffer(name).copy_(values)
+        drop(changed)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            probs.append(changed(x).softmax(1))
+    return torch.stack(probs)
+
+
+def _dropouts(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_dropout_is_that_of_slow_passes(drawn: bool) -> None:
+    model, x = settled(dropout_net(), 4), normal(9, 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8) if drawn else None
+    before, state = Untouched(model), torch.get_rng_state()
+    dropped = MCDropout(model, 10, posterior, keep_draws=True)
+    found = [dropped(x, generator=seeded(3)) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    wanted = slow(model, 10, x, posterior, _dropouts)
+    for prediction in found:
+        torch.testing.assert_close(prediction.log_probs.exp(), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(prediction.probs, wanted.mean(0), rtol=1e-4, atol=1e-6)
+    before.check()
+
+
+@pytest.mark.parametrize("way", ["function", "attention", "scaled dot product"])
+def test_modules_that_call_dropout_themselves_drop(way: str) -> None:
+    model, x = settled(Functional(way), 4), normal(9, 4)
+    wanted = slow(model, 10, x, None, lambda m: (m.train(), m.norm.eval()))
+    found = MCDropout(model, 10, keep_draws=True)(x, generator=seeded(3))
+    torch.testing.assert_close(found.log_probs.exp(), wanted, rtol=1e-4, atol=1e-6)
+    assert wanted.std(0).amax() > 0.01
+
+
+def test_other_randomness_of_training_stays_off() -> None:
+    model, x = settled(nn.Sequential(Functional("drop path"), nn.BatchNorm1d(3), nn.Dropout(0.5)), 4), normal(9, 4)
+    found = MCDropout(model, 10, keep_draws=True)(x, generator=seeded(3))
+    wanted = slow(model, 10, x, None, _dropouts)
+    torch.testing.assert_close(found.log_probs.exp(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_without_dropout_is_refused_and_predictive_drops_nothing() -> None:
+    model, x = settled(Functional("drop path"), 4), normal(9, 4)
+    with pytest.raises(ValueError, match="has no dropout with a positive rate"):
+        MCDropout(model, 10)(x)
+    for way in ("function", "attention", "scaled dot product", "drop path"):
+        model = settled(Functional(way), 4).train()
+        posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8)
+        first, second = (Predictive(model, posterior, 9, tolerance=0)(x, generator=seeded()).probs for _ in range(2))
+        assert torch.equal(first, second)
+        wanted = torch.stack([_evaluated(model, d, x) for d in posterior.iter_draws(9, seeded(), quasi=True)]).mean(0)
+        torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-6)
+
+
+def _evaluated(model: nn.Module, draw: dict[str, Tensor], x: Tensor) -> Tensor:
+    changed = copy.deepcopy(model).eval()
+    for name, values in draw.items():
+        changed.get_buffer(name).copy_(values)
+    with torch.no_grad():
+        out: Tensor = changed(x).softmax(1)
+    return out
+
+
+class Auxiliary(nn.Module):
+    """Gives something else in training mode, and calls dropout itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.dropout = Functional("function"), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.dropout(x, 0.2, self.training)
+        out = self.dropout(self.body(x))
+        return torch.cat([out, out], 1) if self.training else out
+
+
+def test_training_output_of_another_structure_warns_the_caller() -> None:
+    model, x = settled(Auxiliary(), 4), normal(9, 4)
+    dropped = MCDropout(model, 10, keep_draws=True)
+    with pytest.warns(UserWarning, match="call dropout themselves") as caught:
+        found = dropped(x, generator=seeded(3))
+    assert [w.filename for w in caught] == [__file__]
+    wanted = slow(model, 10, x, None, _dropouts)
+    torch.testing.assert_close(found.log_probs.exp(), wanted, rtol=1e-4, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is told once
+        dropped(x)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import random
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochbn
+from conftest import Untouched, mixed_up, mlp, normal, seeded, settled
+from stochbn import Predictive
+from stochbn.network.replica import Network
+
+
+def fitted(model: nn.Module) -> stochbn.Posterior:
+    return stochbn.fit(model, [normal(96, 4, seed=3)], 8)
+
+
+def slow(model: nn.Module, posterior: stochbn.Posterior, x: Tensor, draws: int = 9) -> Tensor:
+    """Mean probabilities from copies of the network, whose buffers are set."""
+    probs = []
+    for draw in posterior.iter_draws(draws, seeded(), quasi=True):
+        changed = copy.deepcopy(model).eval()
+        for name, values in draw.items():
+            changed.get_buffer(name).copy_(values)
+        with torch.no_grad():
+            probs.append(changed(x.clone()).softmax(1))
+    return torch.stack(probs).mean(0)
+
+
+def found(predictive: Predictive, x: Tensor) -> Tensor:
+    probs: Tensor = predictive(x, generator=seeded()).probs
+    return probs
+
+
+def check(model: nn.Module, predictive: Predictive, x: Tensor) -> None:
+    assert predictive.posterior is not None
+    torch.testing.assert_close(found(predictive, x), slow(model, predictive.posterior, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_replica_shares_the_memory_of_parameters_and_nothing_else() -> None:
+    model = settled(mlp(), 4)
+    replica = Network.of(model).fresh()
+    assert replica is not None
+    for (name, own), theirs in zip(model.named_parameters(), replica.model.parameters(), strict=True):
+        assert own is not theirs
+        assert own.data_ptr() == theirs.data_ptr(), name
+    for (name, buffer), copied in zip(model.named_buffers(), replica.model.buffers(), strict=True):
+        assert buffer.data_ptr() != copied.data_ptr(), name
+    whole = Network.of(model).fresh(own_parameters=True)
+    assert whole is not None
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in whole.model.parameters()}
+
+
+def test_training_further_and_new_buffers_are_seen() -> None:
+    model: Any = settled(mlp(), 4)
+    x, predictive = normal(9, 4), Predictive(model, fitted(model), 9, tolerance=0, check="shape")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        check(model, predictive, x)
+        model.train()
+        model(normal(16, 4, seed=step)).square().mean().backward()
+        optimizer.step()
+        model.eval()
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+    check(model, predictive, x)
+    model[0].weight.data.mul_(0.5)
+    check(model, predictive, x)
+    model[3] = nn.Linear(6, 7)
+    check(model, predictive, x)
+
+
+class Scaled(nn.Module):
+    """Has numbers of its own, as a buffer, as a plain tensor and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("scale", torch.ones(4))
+        self.plain = torch.ones(4)
+        self.listed = [1.0]
+
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x * self.scale * self.plain * self.listed[0])
+        return out
+
+
+def _doubling(body: Any, x: Tensor) -> Tensor:
+    out: Tensor = type(body).forward(body, 2 * x)
+    return out
+
+
+@pytest.mark.parametrize("what", ["buffer", "buffer replaced", "plain", "plain replaced", "listed", "hook", "forward"])
+def test_whatever_is_changed_between_calls_is_seen(what: str) -> None:
+    model, x = Scaled(), normal(9, 4)
+    settled(model, 4)
+    predictive = Predictive(model, fitted(model), 9, tolerance=0)
+    check(model, predictive, x)
+    before = found(predictive, x)
+    if what == "buffer":
+        model.scale.mul_(2)
+    elif what == "buffer replaced":
+        model.scale = torch.full((4,), 2.0)
+    elif what == "plain":
+        model.plain.mul_(2)
+    elif what == "plain replaced":
+        model.plain = torch.full((4,), 2.0)
+    elif what == "listed":
+        model.listed[0] = 2.0
+    elif what == "hook":
+        model.body.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    else:
+        vars(model.body)["forward"] = types.MethodType(_doubling, model.body)
+    check(model, predictive, x)
+    assert not torch.allclose(found(predictive, x), before, atol=1e-3)
+
+
+def test_hooks_flags_and_gradients_stay_as_they_are() -> None:
+    model, x = settled(mlp(), 4), normal(9, 4)
+    predictive = Predictive(mixed_up(model), fitted(model), 9)
+    before = Untouched(model)
+    predictive(x)
+    predictive(x, keep_draws=True)
+    before.check()
+
+
+class Closure(nn.Module):
+    """Calls a layer of the network that it was made for by a function that keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        body = self.body
+        self.call: Callable[[Tensor], Tensor] = lambda x: body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def patched() -> nn.Module:
+    """A network whose forward is replaced by a function that calls the original's."""
+    model = mlp()
+    original: Any = model.forward
+    vars(model)["forward"] = lambda x: original(2 * x)
+    return model
+
+
+def locked() -> nn.Module:
+    """A network that cannot be copied."""
+    model = mlp()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    return model
+
+
+def slow_in_place(model: nn.Module, posterior: stochbn.Posterior, x: Tensor) -> Tensor:
+    own = {name: b.clone() for name, b in model.named_buffers()}
+    probs = []
+    for draw in posterior.iter_draws(9, seeded(), quasi=True):
+        for name, values in draw.items():
+            model.get_buffer(name).copy_(values)
+        with torch.no_grad():
+            probs.append(model(x.clone()).softmax(1))
+    for name, values in own.items():
+        model.get_buffer(name).copy_(values)
+    return torch.stack(probs).mean(0)
+
+
+@pytest.mark.parametrize("build", [Closure, patched, locked])
+def test_a_network_that_must_run_in_place_is_right_and_stays(build: Callable[[], nn.Module]) -> None:
+    model, x = settled(build(), 4), normal(9, 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8, deterministic=())
+    wanted = slow_in_place(model, posterior, x)
+    model.train()
+    before = Untouched(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    for _ in range(2):
+        torch.testing.assert_close(found(predictive, x), wanted, rtol=1e-4, atol=1e-5)
+    assert "on the network itself" in predictive.explain(x)
+    before.check()
+
+
+def test_threads_that_share_a_predictive_get_what_each_alone_gets() -> None:
+    model = settled(mlp(), 4)
+    posterior = fitted(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    batches = [normal(n, 4, seed=n) for n in (1, 2, 3, 7, 16, 40)]
+    wanted = [slow(model, posterior, x) for x in batches]
+    with torch.no_grad():
+        plain = [model(x) for x in batches]
+
+    def work(seed: int) -> None:
+        order = random.Random(seed).choices(range(len(batches)), k=12)
+        for i in order:
+            torch.testing.assert_close(found(predictive, batches[i]), wanted[i], rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                torch.testing.assert_close(model(batches[i]), plain[i])
+
+    before = Untouched(model)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+    before.check()
+
+
+@pytest.mark.parametrize("build", [mlp, locked, patched])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_at_any_line_leaves_all_as_it_was(
+    build: Callable[[], nn.Module], error: type[BaseException]
+) -> None:
+    model, x = settled(build(), 4), normal(9, 4)
+    posterior = fitted(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    wanted = found(predictive, x)
+    model.train()
+    before = Untouched(model)
+    lines = count_lines(lambda: found(predictive, x), None, error)
+    for stop in sorted(random.Random(0).sample(range(1, lines), 60)):
+        with contextlib.suppress(error):
+            count_lines(lambda: found(predictive, x), stop, error)
+        before.check()
+        torch.testing.assert_close(found(predictive, x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def count_lines(call: Callable[[], Any], stop: int | None, error: type[BaseException]) -> int:
+    """Run a call, and raise at the line of that number among the package's own."""
+    lines = 0
+
+    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if "stochbn" not in frame.f_code.co_filename.rpartition("/src/")[2]:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == stop:
+                raise error
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+def test_what_is_kept_of_a_dead_network_and_of_a_dead_thread_is_freed() -> None:
+    model = settled(mlp(), 4)
+    predictive: Predictive | None = Predictive(model, fitted(model), 9)
+    assert predictive is not None
+    predictive(normal(9, 4))
+    network = weakref.ref(Network.of(model))
+    replicas: list[weakref.ref[Any]] = []
+
+    def work() -> None:
+        assert predictive is not None
+        predictive(normal(9, 4))
+        replicas.append(weakref.ref(vars(predictive._network._local)["kept"][1]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    del thread
+    gc.collect()
+    assert replicas[0]() is None
+    dead = weakref.ref(model)
+    predictive = None
+    del model
+    gc.collect()
+    assert network() is None
+    assert dead() is None
+
+
+def test_a_copy_of_a_predictive_is_of_a_copy_of_the_network() -> None:
+    model, x = settled(mlp(), 4), normal(9, 4)
+    predictive = Predictive(model, fitted(model), 9, tolerance=0)
+    predictive(x)
+    other = copy.deepcopy(predictive)
+    assert other.model is not model
+    wanted = found(predictive, x)
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(0)
+    torch.testing.assert_close(found(predictive, x), wanted)
+    other.check = "shape"
+    check(other.model, other, x)
+    assert Network.of(other.model) is not Network.of(model)
+
+
+def test_two_predictives_of_one_network_share_what_is_known_of_it() -> None:
+    model = settled(mlp(), 4)
+    posterior = fitted(model)
+    first, second = Predictive(model, posterior, 9), Predictive(torch.compile(model, backend="eager"), posterior, 9)  # type: ignore[arg-type]
+    assert first._network is second._network
