@@ -302,3 +302,28 @@ def test_two_predictives_of_one_network_share_what_is_known_of_it() -> None:
     posterior = fitted(model)
     first, second = Predictive(model, posterior, 9), Predictive(torch.compile(model, backend="eager"), posterior, 9)  # type: ignore[arg-type]
     assert first._network is second._network
+
+
+def test_a_parameter_that_is_written_to_for_some_values_alone_is_the_replicas_own() -> None:
+    class Adapting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.scale = settled(mlp(), 4), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.max() > 5:
+                self.scale.data.mul_(1.1)
+            out: Tensor = self.body(x) * self.scale
+            return out
+
+    model = Adapting()
+    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
+    before = Untouched(model)
+    x = normal(40, 4)
+    large = x.clone()
+    large[-1] = 9
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    for batch in (x[:3], large, x, large):
+        found = predictive(batch, generator=seeded())
+        torch.testing.assert_close(found.probs, slow(model, posterior, batch), rtol=1e-4, atol=1e-5)
+    before.check()

@@ -24,7 +24,8 @@ from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Shape, Sizes, is_symbol, plain, symbols
 from stochbn.execution.watch import Frame, Unit, Watch, memory_of
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Network, Replica, Snapshot
+from stochbn.network.replica import Network, Replica
+from stochbn.network.snapshot import Snapshot
 from stochbn.tasks import Task
 
 __all__ = ["Followed", "follow", "guarded"]
@@ -39,7 +40,7 @@ class Followed:
         dependent: why an object's output may depend on the others; empty if it is proven not to.
         sizes: for which numbers of objects this holds.
         stateful: whether a pass changes buffers or attributes.
-        state: names of parameters that a pass writes to.
+        state: names of parameters that a pass writes to, or all where another pass may write to others.
         reads_layout: whether Python code looks at the memory layout of tensors.
         irregular: why draws cannot share a pass; empty if every batch norm has the objects on the first axis.
         rows: for each batch norm, by name, how many rows of its input an object has.
@@ -77,6 +78,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.objects, self.foreign = objects, foreign
         self.sizes = Sizes(objects)
         self.reasons: list[str] = []
+        self.branches = False
         self.irregular = ""
         self.reads_layout = False
         self.frames: list[Frame] = []
@@ -113,6 +115,7 @@ class _Follower(DispatchMode):  # type: ignore[no-untyped-call]
         """Python code looks at the values of a tensor."""
         if isinstance(tensor, Tensor) and (not self.flow(tensor).constant or self.flow(tensor).drawn):
             self.reasons.append(what)
+            self.branches = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -318,13 +321,16 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
     replica.modes(training)
     follower = _Follower(replica, 1, _storages(network.model))
     replica.mark()
+    copies = inputs.map(Tensor.clone)
+    for tensor in copies.tensors():
+        follower.set(tensor, Flow(mixed="it is the input"))
     try:
-        with Masks(0), follower:
-            inputs.call(replica.model)
+        with Masks(0), _Reads(follower), follower:
+            replica.model(*copies.args, **copies.kwargs)
     except _OfTheOriginal:
         return Followed(in_place=_CLOSURE)
-    state = _written(network.model, replica.model)
-    return Followed(stateful=bool(state) or replica.changed(), state=state)
+    changed = replica.changed()
+    return Followed(stateful=changed, state=_state(network.model, replica.model, follower))
 
 
 def follow(
@@ -369,12 +375,12 @@ def follow(
     if any(isinstance(m, torch.jit.ScriptModule) for m in replica.modules.values()):
         dependent = dependent or "it has scripted layers, whose conclusions from sizes cannot be seen"
     changed = watch.changed()
-    state = _written(network.model, replica.model)
+    written = _written(network.model, replica.model)
     return Followed(
         dependent=dependent,
         sizes=follower.sizes,
-        stateful=bool(changed) or bool(state),
-        state=state,
+        stateful=bool(changed) or bool(written),
+        state=_state(network.model, replica.model, follower),
         reads_layout=follower.reads_layout,
         irregular=follower.irregular or watch.irregular,
         rows=watch.rows,
@@ -405,6 +411,13 @@ def _storages(model: nn.Module) -> frozenset[int]:
 def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:
     theirs = dict(original.named_parameters())
     return frozenset(name for name, p in copy.named_parameters() if name in theirs and not _equal(p, theirs[name]))
+
+
+def _state(original: nn.Module, copy: nn.Module, follower: _Follower) -> frozenset[str]:
+    """The parameters that passes write to; all of them where what a pass does depends on values that it reads."""
+    if follower.branches:
+        return frozenset(name for name, _ in original.named_parameters())
+    return _written(original, copy)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

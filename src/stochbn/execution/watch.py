@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from stochbn.execution.rules import Flow
 from stochbn.execution.sizes import plain
-from stochbn.network.replica import Replica, Snapshot
+from stochbn.network.replica import Replica
+from stochbn.network.snapshot import Snapshot
 
 __all__ = ["MULTIPLYING", "Frame", "Trace", "Unit", "Watch", "memory_of"]
 

@@ -16,95 +16,20 @@ hooks, attributes, a parameter that is assigned anew) is changed in the copy. Th
 from __future__ import annotations
 
 import copy
-import operator
 import threading
-import types
 import weakref
-from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.layers import buffer_names, qualified_names, unwrap
+from stochbn.network.snapshot import Snapshot
 
-__all__ = ["Knowledge", "Network", "Replica", "Snapshot", "named_modules"]
-
-_ATOMS = {
-    bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
-    types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Size, torch.Generator, torch.memory_format,
-    torch.layout,
-}  # fmt: skip
-
-
-class Snapshot(NamedTuple):
-    """All that a network consists of, down to numbers, tensors and functions, in a fixed order.
-
-    Two snapshots of one network with the same objects in the same places mean that nothing was assigned in between.
-
-    Attributes:
-        leaves: everything.
-        parameters: the parameters among it.
-        tensors: all other tensors.
-    """
-
-    leaves: list[Any]
-    parameters: list[nn.Parameter]
-    tensors: list[Tensor]
-
-    @classmethod
-    def of(cls, root: nn.Module, *, inside: bool = True) -> Snapshot:
-        """The snapshot of a network.
-
-        Args:
-            root: the network.
-            inside: also what the modules in it consist of.
-        """
-        leaves, parameters, tensors = snapshot = cls([], [], [])
-        seen = {id(root)}
-        waiting: list[Any] = [vars(root)]
-        while waiting:
-            container = waiting.pop()
-            if isinstance(container, dict):
-                leaves.extend(container)
-                values: Iterable[Any] = container.values()
-            else:
-                values = container
-            for value in values:
-                kind = type(value)
-                if kind in _ATOMS:
-                    leaves.append(value)
-                elif kind is nn.Parameter or kind is Tensor or isinstance(value, Tensor):
-                    leaves.append(value)
-                    if id(value) not in seen:
-                        seen.add(id(value))
-                        if isinstance(value, nn.Parameter):
-                            parameters.append(value)
-                        else:
-                            tensors.append(value)
-                elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
-                    leaves.append(kind)
-                    if value and id(value) not in seen:
-                        seen.add(id(value))
-                        waiting.append(value)
-                else:
-                    leaves += kind, value
-                    inner = not inside and isinstance(value, nn.Module)
-                    if id(value) not in seen and not inner and hasattr(value, "__dict__"):
-                        seen.add(id(value))
-                        waiting.append(vars(value))
-        return snapshot
-
-    def same(self, other: Snapshot) -> bool:
-        """Whether both have the same objects in the same places."""
-        return len(self.leaves) == len(other.leaves) and all(map(operator.is_, self.leaves, other.leaves))
-
-    def versions(self, without: Collection[int] = ()) -> list[int]:
-        """How often each tensor that is no parameter has been written to, but those of some identities."""
-        return [t._version for t in self.tensors if id(t) not in without and not t.is_inference()]
+__all__ = ["Knowledge", "Network", "Replica", "named_modules"]
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,9 +43,10 @@ class Replica:
     Args:
         model: the copy, or the user's own network where it runs in place.
         original: the user's.
+        own: names of the parameters that the copy has copies of.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module, own: Collection[str] = ()) -> None:
         self.model = model
         self.modules = named_modules(model)
         self.norms: dict[str, _BatchNorm] = {}
@@ -138,6 +64,9 @@ class Replica:
         theirs = {name.replace("_orig_mod.", ""): buffer for name, buffer in original.named_buffers()}
         mine = {name: buffer for name, buffer in model.named_buffers() if name in theirs}
         self._copies, self._originals = list(mine.values()), [theirs[name] for name in mine]
+        theirs = dict(original.named_parameters())
+        mine = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+        self._owned = [(mine[name.replace("_orig_mod.", "")], theirs[name]) for name in own if name in theirs]
         self.usable = True  # until a pass has failed on it
         self._parameters: list[tuple[dict[str, Any], str, Any]] = []
         self._training: frozenset[str] | None = None
@@ -145,11 +74,13 @@ class Replica:
         self._versions: list[int] = []
 
     def refresh(self) -> None:
-        """Bring all buffers up to date with the user's network."""
+        """Bring all buffers, and the parameters that it has copies of, up to date with the user's network."""
         self.statistics({})
-        if self._copies and self._copies[0] is not self._originals[0]:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self._copies and self._copies[0] is not self._originals[0]:
                 torch._foreach_copy_(self._copies, self._originals)
+            for parameter, original in self._owned:
+                parameter.copy_(original)
 
     def modes(self, training: frozenset[str]) -> None:
         """Put the modules of these names in training mode and all others in evaluation mode.
@@ -200,7 +131,10 @@ class Replica:
         """Whether anything has been assigned or written to since `mark`.
 
         What `restore` puts back does not count, nor do buffers of batch norms in training mode, which do not use them.
+        Parameters count where it has copies of them.
         """
+        if any(p.shape != original.shape or not torch.equal(p, original) for p, original in self._owned):
+            return True
         state = Snapshot.of(self.model)
         if self._state is None or not state.same(self._state):
             return True
@@ -216,7 +150,7 @@ class Knowledge:
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
         stateful: passes change the replica, so each gets one of its own.
-        state: names of parameters that passes write to.
+        state: names of parameters that passes write to, or may: replicas have copies of them.
         parameters: the network's.
         buffers: the network's, but those of batch norms.
     """
@@ -366,7 +300,8 @@ class Network:
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         try:
             with torch.inference_mode(False):
-                return Replica(_copied(self.model, names if own_parameters else self.known.state), self.model)
+                own = names if own_parameters else self.known.state
+                return Replica(_copied(self.model, own), self.model, own)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
