@@ -122,7 +122,11 @@ class Summary:
 
 
 def per_object(squares: Tensor) -> Tensor:
-    """``[N]``: squares ``[N, C, ...]`` summed over axis 1, with the mean over places of dense outputs."""
+    """``[N]``: squares ``[N, C, ...]`` summed over axis 1, with the mean over places of dense outputs.
+
+    >>> per_object(torch.ones(2, 3)), per_object(torch.ones(2, 3, 4, 4))
+    (tensor([3., 3.]), tensor([3., 3.]))
+    """
     if squares.ndim > 1:
         squares = squares.sum(1)
     return squares.flatten(1).mean(1) if squares.ndim > 1 else squares

@@ -285,6 +285,10 @@ TASKS: Mapping[str, type[Task]] = {
 def make_task(name: str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:
     """The task of a name.
 
+    >>> make_task("binary", "score").raw({"score": torch.tensor([1.5, -2.0])})
+    tensor([[ 0.0000,  1.5000],
+            [ 0.0000, -2.0000]])
+
     Raises:
         ValueError: there is no such task, or it has no classes for `class_axis` or `output` to be about.
         TypeError: an argument is of the wrong type.

@@ -125,7 +125,11 @@ class Plan:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def draws(self, objects: int) -> int:
-        """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4."""
+        """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4.
+
+        >>> Plan(rows=100).draws(20), Plan(rows=100).draws(40), Plan(rows=100).draws(60)
+        (4, 2, 1)
+        """
         fit = self.rows // max(objects, 1)
         return fit // 4 * 4 if fit >= 4 else max(1, fit // 2 * 2)
 

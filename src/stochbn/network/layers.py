@@ -108,7 +108,11 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def buffer_names(layer: str) -> tuple[str, str]:
-    """The qualified names of a layer's running mean and running variance."""
+    """The qualified names of a layer's running mean and running variance.
+
+    >>> buffer_names("layer1.bn")
+    ('layer1.bn.running_mean', 'layer1.bn.running_var')
+    """
     prefix = f"{layer}." if layer else ""
     return f"{prefix}running_mean", f"{prefix}running_var"
 

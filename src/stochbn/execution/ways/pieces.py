@@ -12,7 +12,11 @@ __all__ = ["pieces"]
 
 
 def pieces(objects: int, size: int | None) -> Iterator[tuple[int, int]]:
-    """First and last-but-one of each piece of at most `size` objects; None is one piece. No objects are one piece."""
+    """Where each piece of at most `size` objects begins and ends; None is one piece, and no objects are one.
+
+    >>> list(pieces(5, 2)), list(pieces(5, None)), list(pieces(0, 2))
+    ([(0, 2), (2, 4), (4, 5)], [(0, 5)], [(0, 0)])
+    """
     size = size or max(objects, 1)
     for start in range(0, max(objects, 1), size):
         yield start, min(start + size, objects)
