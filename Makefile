@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time this takes some minutes."
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed  ## train, fit and compare on data that ships with scik
 
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/pytest
+
+test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
+	$(BIN)/pytest -m long
 
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check .

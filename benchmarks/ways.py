@@ -59,6 +59,7 @@ def segformer() -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "LeNet-5": (lambda: networks.build("lenet5"), (1, 28, 28), 100),
+    "LeNet-5, large batch": (lambda: networks.build("lenet5"), (1, 28, 28), 1000),
     "VGG-11": (lambda: networks.build("vgg11", width=0.5, classes=5), (3, 32, 32), 100),
     "ResNet-18": (lambda: networks.build("resnet18", width=0.25, classes=5), (3, 32, 32), 32),
     "U-Net": (unet, (1, 48, 48), 16),

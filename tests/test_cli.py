@@ -310,7 +310,7 @@ def test_class_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None
     assert any(f" {name} " in text for name in predicted)
 
 
-@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize("columns", ["40", pytest.param("200", marks=pytest.mark.long)])
 def test_a_terminal_that_shows_ascii_alone_gets_every_number(columns: str, trained: Trained) -> None:
     """With a file name that it cannot show."""
     network = Path(shutil.copy(trained.networks[0], "n\u00e9t\u2713.safetensors"))

@@ -298,7 +298,7 @@ def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor) -> Tensor:
     return torch.stack(probs)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(30), *(pytest.param(s, marks=pytest.mark.long) for s in range(30, 100))])
 def test_a_random_network_predicts_what_slow_passes_predict(seed: int) -> None:
     model, names = network(seed)
     x = normal(96, 2, SIDE, SIDE, seed=seed)
