@@ -188,9 +188,10 @@ class Observer:
         return observation
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and put the network's own weights back."""
         for handle in self._handles:
             handle.remove()
+        self._replica.restore()
 
     def _passed(self, inputs: NetworkInput) -> dict[str, Tensor]:
         self._calls.clear()

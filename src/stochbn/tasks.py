@@ -175,7 +175,7 @@ class Binary(Classification):
         else:
             found = found.movedim(axis, 1)
         if self.output == "probs":
-            found = found.logit()
+            found = _logit(found)
         return torch.cat([torch.zeros_like(found), found], 1)
 
     def check(self, raw: Tensor) -> None:
@@ -200,7 +200,7 @@ class Multilabel(Task):
         if not -found.ndim <= axis < found.ndim or axis % found.ndim == 0:
             raise ValueError(f"expected logits [N, K, ...] with labels on axis {axis}, found shape {list(found.shape)}")
         found = found.movedim(axis, 1)
-        return found.logit() if self.output == "probs" else found
+        return _logit(found) if self.output == "probs" else found
 
     def check(self, raw: Tensor) -> None:
         """Warn of probabilities that are taken for logits."""
@@ -307,6 +307,12 @@ def make_task(name: str, place: Any = None, class_axis: int | None = None, outpu
     if isinstance(place, (tuple, list)) and len(place) != 2:
         raise ValueError(f"expected two places, of the mean and of the log-variance, got {place!r}")
     return kind(tuple(place) if isinstance(place, list) else place, class_axis, output)
+
+
+def _logit(probs: Tensor) -> Tensor:
+    """The logits of probabilities, finite for 0 and 1; NaN for what is no probability."""
+    possible = (probs >= 0) & (probs <= 1)
+    return probs.logit(eps=torch.finfo(probs.dtype).eps).where(possible, float("nan"))
 
 
 def _check_sigmoid(task: Task, raw: Tensor) -> None:

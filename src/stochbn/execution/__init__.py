@@ -27,7 +27,7 @@ def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     """How the passes of a call are made; what it takes to find that out is kept for later calls."""
     if call.whole:
         guard(network, inputs, call.training)
-        return Plan(together=call.whole)
+        return Plan(together=call.whole, refused=dict.fromkeys(WAYS, call.whole))
     verdict, refused = examine(network, inputs, call)
     return make_plan(verdict, len(inputs), call.settings, cpu=inputs.on_cpu, refused=refused)
 

@@ -124,6 +124,7 @@ def follow(
         return Followed(in_place=_CLOSURE)
     finally:
         watch.remove()
+    follower.called = None
     with follower:
         flow = follower.flow(task.raw(output))
     dependent = next(iter(follower.reasons), flow.mixed)
@@ -131,8 +132,8 @@ def follow(
         dependent = "the output does not depend on the objects"
     if not dependent and (flow.axis != 0 or flow.per != 1):
         dependent = "the output has the objects elsewhere than on its first axis"
-    if any(isinstance(m, torch.jit.ScriptModule) for m in replica.modules.values()):
-        dependent = dependent or "it has scripted layers, whose conclusions from sizes cannot be seen"
+    if any(isinstance(m, torch.jit.ScriptModule) or _calls_scripted(m) for m in replica.modules.values()):
+        dependent = dependent or "it has scripted code, whose conclusions from sizes cannot be seen"
     changed = watch.changed()
     written = _written(network.model, replica.model)
     return Followed(
@@ -152,6 +153,17 @@ def follow(
 
 
 _CLOSURE = "its forward pass uses layers or tensors of the original (a closure over the network, say)"
+
+
+def _calls_scripted(module: nn.Module) -> bool:
+    """Whether a method of a module names a scripted function."""
+    for function in (f for cls in type(module).__mro__ if cls is not nn.Module for f in vars(cls).values()):
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            named = (function.__globals__.get(name) for name in code.co_names)
+            if any(isinstance(value, torch.jit.ScriptFunction) for value in named):
+                return True
+    return False
 
 
 def _storages(model: nn.Module) -> frozenset[int]:

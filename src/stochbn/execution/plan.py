@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from stochbn.execution.follow import Followed
 from stochbn.execution.watch import Unit
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
+from stochbn.posteriors import Posterior
 from stochbn.tasks import Task
 
 __all__ = ["WAYS", "Call", "Draw", "Plan", "Settings", "Verdict", "make_plan"]
@@ -71,7 +73,7 @@ class Call:
     training: frozenset[str] = frozenset()
     settings: Settings = field(default_factory=Settings)
     whole: str = ""
-    posterior: Hashable = None
+    posterior: Posterior | None = None
     sample: Callable[[int], Sequence[Draw]] = lambda count: [{}] * count
     exact: bool = True
     averaged: int = 50
@@ -79,7 +81,8 @@ class Call:
 
     def key(self, network: Network, inputs: NetworkInput) -> Hashable:
         """What a verdict depends on."""
-        about = inputs.kind(), self.task, self.training, self.posterior, self.settings
+        posterior = None if self.posterior is None else weakref.ref(self.posterior)  # a key keeps nothing alive
+        about = inputs.kind(), self.task, self.training, posterior, self.settings
         return "verdict", about, torch.is_autocast_enabled("cpu"), network.weights(), network.state()
 
 

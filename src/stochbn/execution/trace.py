@@ -16,6 +16,7 @@ from stochbn.execution.rules import Flow, MixedError, flows_of, joined
 from stochbn.execution.sizes import ObjectCount, Shape, Sizes, is_symbol, plain, symbols
 from stochbn.execution.watch import Frame, memory_of
 from stochbn.network.replica import Replica
+from stochbn.network.snapshot import Snapshot
 
 __all__ = ["Follower", "OfTheOriginal", "Reads"]
 
@@ -33,6 +34,10 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.sizes = Sizes(objects)
         self.reasons: list[str] = []
         self.branches = False
+        self.called: bool | None = None  # within a function of PyTorch's that Python calls, where that is seen
+        snapshot = Snapshot.of(replica.model)
+        self.derived: set[int] = set()
+        self.own = set(map(memory_of, [*snapshot.parameters, *snapshot.tensors]))
         self.irregular = ""
         self.reads_layout = False
         self.frames: list[Frame] = []
@@ -69,13 +74,19 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
 
     def read(self, tensor: Any, what: str) -> None:
         """Python code looks at the values of a tensor."""
-        if isinstance(tensor, Tensor) and (not self.flow(tensor).constant or self.flow(tensor).drawn):
+        if not isinstance(tensor, Tensor):
+            return
+        if not self.flow(tensor).constant or self.flow(tensor).drawn:
             self.reasons.append(what)
             self.branches = True
+        elif memory_of(tensor) in self.own or id(tensor) in self.derived:  # which may change without a sign
+            self.reasons.append("Python code depends on the values of a parameter or buffer")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if self.called is False:
+            self.reasons.append("operations that Python does not call hide what depends on the number of objects")
         if any(memory_of(t) in self.foreign for t in tensors):
             raise OfTheOriginal
         name = func._schema.name.removeprefix("aten::")
@@ -87,6 +98,8 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         outputs = func(*args, **kwargs)
         self.clock += 1
         made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+        if any(memory_of(t) in self.own or id(t) in self.derived for t in tensors):
+            self.derived.update(map(id, made))
         try:
             random = torch.Tag.nondeterministic_seeded in func.tags and not _off(func, args, kwargs)
             if random and any(not self.flow(t).constant for t in tensors):
@@ -182,12 +195,15 @@ class Reads(TorchFunctionMode):
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
+        follower.called = False
         self.follower = follower
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         follower, name = self.follower, getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else name
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            follower.reasons.append("torch.func hides the number of objects from the code that it transforms")
         found = symbols((args, kwargs))
         given = [v for v in (*args, *kwargs.values()) if not isinstance(v, Tensor)]
         args, kwargs = plain(args), plain(kwargs)
@@ -200,13 +216,19 @@ class Reads(TorchFunctionMode):
             follower.read(args[0], "Python code reads the values of tensors")
         elif attribute in ("is_contiguous", "stride"):
             follower.reads_layout |= not follower.flow(args[0]).constant
+            if attribute == "stride" and not follower.flow(args[0]).constant:
+                follower.sizes.pin()  # strides are products of sizes
         elif attribute in ("nbytes", "size_bytes") and not follower.flow(args[0]).constant:
             follower.sizes.pin()
         elif name in ("__getitem__", "__setitem__"):
             self._look_at_bounds(args[0], args[1])
         elif found and name not in _TAKE_SIZES and name not in _CREATING:
             follower.sizes.pin()
-        result = func(*args, **kwargs)
+        outer, follower.called = follower.called, True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            follower.called = outer
         if name in _CREATING and found:
             self._created(result, given)
         elif attribute in ("shape", "size", "__len__", "numel", "nelement"):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -44,9 +44,16 @@ class Replica:
         model: the copy, or the user's own network where it runs in place.
         original: the user's.
         own: names of the parameters that the copy has copies of.
+        tensors: all other tensors of the copy, each with the original's.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module, own: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        own: Collection[str] = (),
+        tensors: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         self.model = model
         self.modules = named_modules(model)
         self.norms: dict[str, _BatchNorm] = {}
@@ -61,9 +68,7 @@ class Replica:
         }
         self._own = {name: buffers[key] for name, (buffers, key) in self._statistics.items()}
         self._types = {name: (t.device, t.dtype) for name, t in self._own.items() if t is not None}
-        theirs = {name.replace("_orig_mod.", ""): buffer for name, buffer in original.named_buffers()}
-        mine = {name: buffer for name, buffer in model.named_buffers() if name in theirs}
-        self._copies, self._originals = list(mine.values()), [theirs[name] for name in mine]
+        self._copies, self._originals = [copy for copy, _ in tensors], [original for _, original in tensors]
         theirs = dict(original.named_parameters())
         mine = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
         self._owned = [(mine[name.replace("_orig_mod.", "")], theirs[name]) for name in own if name in theirs]
@@ -73,11 +78,15 @@ class Replica:
         self._state: Snapshot | None = None
         self._versions: list[int] = []
 
+    def fits(self) -> bool:
+        """Whether its tensors still have the shapes of the original's."""
+        return all(copy.shape == original.shape for copy, original in zip(self._copies, self._originals, strict=True))
+
     def refresh(self) -> None:
-        """Bring all buffers, and the parameters that it has copies of, up to date with the user's network."""
+        """Bring all tensors that it has copies of up to date with the user's network."""
         self.statistics({})
         with torch.no_grad():
-            if self._copies and self._copies[0] is not self._originals[0]:
+            if self._copies:
                 torch._foreach_copy_(self._copies, self._originals)
             for parameter, original in self._owned:
                 parameter.copy_(original)
@@ -157,7 +166,7 @@ class Knowledge:
 
     def __init__(self, snapshot: Snapshot, model: nn.Module | None = None) -> None:
         self.in_place = ""
-        self.stateful = False
+        self.stateful = bool(snapshot.opaque)  # whether passes change it could not be told
         self.state: frozenset[str] = frozenset()
         self.parameters = snapshot.parameters
         modules = [] if model is None else list(model.modules())
@@ -192,11 +201,13 @@ class Network:
         known: what has been found out about it.
     """
 
+    ABOUT_A_NETWORK: ClassVar[bool] = True
+    """It is no part of a network that holds it."""
     _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.known = Knowledge(Snapshot([], [], []))
+        self.known = Knowledge(Snapshot([], [], [], []))
         self._in_use = threading.RLock()
         self._local = threading.local()
 
@@ -212,7 +223,7 @@ class Network:
             cls._all.pop(inner, None)  # nobody held the one before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
-        return Network.of(copy.deepcopy(self.model, memo))
+        return Network(copy.deepcopy(self.model, memo))  # a model that holds a predictive may be half made by now
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Network.of, (self.model,)
@@ -286,7 +297,7 @@ class Network:
 
     def _take(self) -> Replica | None:
         key, replica = self._local.__dict__.pop("kept", (None, None))
-        if replica is None or key != self._key():
+        if replica is None or key != self._key() or not replica.fits():
             return self.fresh()
         replica.refresh()
         return replica  # type: ignore[no-any-return]
@@ -301,7 +312,8 @@ class Network:
         try:
             with torch.inference_mode(False):
                 own = names if own_parameters else self.known.state
-                return Replica(_copied(self.model, own), self.model, own)
+                model, tensors = _copied(self.model, own)
+                return Replica(model, self.model, own, tensors)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
@@ -317,8 +329,15 @@ def _put_in_training(model: nn.Module) -> bool:
     return True
 
 
-def _copied(model: nn.Module, own: Iterable[str]) -> nn.Module:
-    """A deep copy whose parameters share the storage of the network's, but for those to `own`."""
+def _copied(model: nn.Module, own: Iterable[str]) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A deep copy whose parameters share the storage of the network's, but for those to `own`.
+
+    Returns:
+        The copy, and every tensor of it that is no parameter with the one that it is of.
+
+    Raises:
+        Exception: it cannot be copied, or a part of it is not.
+    """
     own = set(own)
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -332,13 +351,17 @@ def _copied(model: nn.Module, own: Iterable[str]) -> nn.Module:
             shared = parameter if name not in own else copy.deepcopy(parameter)
         vars(shared).update(vars(parameter))
         memo[id(parameter)] = shared
-    for tensor in Snapshot.of(model).tensors:
+    tensors = Snapshot.of(model).tensors
+    for tensor in tensors:
         memo.setdefault(id(tensor), tensor.detach().clone())
     for module in model.modules():
         if isinstance(module, nn.Module) and type(module).__name__ == "OptimizedModule":
             memo[id(module)] = copy.deepcopy(unwrap(module), memo)
     with torch.no_grad():
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
+    if not set(map(id, twin.modules())).isdisjoint(map(id, model.modules())):
+        raise ValueError("a part of it gives itself for a copy")
+    return twin, [(memo[id(tensor)], tensor) for tensor in tensors]
 
 
 @contextmanager
@@ -347,6 +370,8 @@ def _borrowed(model: nn.Module) -> Iterator[Replica]:
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
+            for name, parameter in module._parameters.items():
+                stack.callback(module._parameters.__setitem__, name, parameter)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     stack.callback(module._buffers.__setitem__, name, buffer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ __all__ = ["Snapshot"]
 _ATOMS = {
     bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
     types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Size, torch.Generator, torch.memory_format,
-    torch.layout,
+    torch.layout, slice, range, type(Ellipsis), type(NotImplemented), np.dtype,
 }  # fmt: skip
 
 
@@ -29,11 +31,13 @@ class Snapshot(NamedTuple):
         leaves: everything.
         parameters: the parameters among it.
         tensors: all other tensors.
+        opaque: what cannot be looked into, such as arrays of NumPy and objects with slots.
     """
 
     leaves: list[Any]
     parameters: list[nn.Parameter]
     tensors: list[Tensor]
+    opaque: list[Any]
 
     @classmethod
     def of(cls, root: nn.Module, *, inside: bool = True) -> Snapshot:
@@ -43,7 +47,7 @@ class Snapshot(NamedTuple):
             root: the network.
             inside: also what the modules in it consist of.
         """
-        leaves, parameters, tensors = snapshot = cls([], [], [])
+        leaves, parameters, tensors, opaque = snapshot = cls([], [], [], [])
         seen = {id(root)}
         waiting: list[Any] = [vars(root)]
         while waiting:
@@ -55,7 +59,7 @@ class Snapshot(NamedTuple):
                 values = container
             for value in values:
                 kind = type(value)
-                if kind in _ATOMS:
+                if kind in _ATOMS or getattr(kind, "ABOUT_A_NETWORK", False) or isinstance(value, np.generic):
                     leaves.append(value)
                 elif kind is nn.Parameter or kind is Tensor or isinstance(value, Tensor):
                     leaves.append(value)
@@ -72,10 +76,15 @@ class Snapshot(NamedTuple):
                         waiting.append(value)
                 else:
                     leaves += kind, value
-                    inner = not inside and isinstance(value, nn.Module)
-                    if id(value) not in seen and not inner and hasattr(value, "__dict__"):
-                        seen.add(id(value))
+                    if id(value) in seen or (not inside and isinstance(value, nn.Module)):
+                        continue
+                    seen.add(id(value))
+                    if isinstance(value, functools.partial):
+                        waiting.append((value.func, value.args, value.keywords))
+                    elif hasattr(value, "__dict__"):
                         waiting.append(vars(value))
+                    else:
+                        opaque.append(value)
         return snapshot
 
     def same(self, other: Snapshot) -> bool:

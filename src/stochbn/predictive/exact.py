@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.execution import Call, NetworkChangedError, passes
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import batch_norms
-from stochbn.network.replica import Network
+from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
 from stochbn.summary import Summary
@@ -70,6 +71,9 @@ class Exact:
         self.inputs = inputs
         self.keep_draws = keep_draws
         self._network = Network.of(model)
+        modules = named_modules(self._network.model)
+        norms = {name for name, module in modules.items() if isinstance(module, _BatchNorm)}
+        self._norms = self._network.trained() & norms  # others work with their running statistics in training too
         try:
             self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, inputs), draws))
         except ValueError as error:
@@ -92,7 +96,7 @@ class Exact:
             raise ValueError("there are no objects in this batch")
         keep = self.keep_draws if keep_draws is None else keep_draws
         self._network.look()
-        norms = frozenset(batch_norms(self._network.model))
+        norms = self._norms
         call = Call(self.task, training=norms, whole="an object is to be normalised with its mini-batch")
         ones = list(inputs.split(1))
         try:

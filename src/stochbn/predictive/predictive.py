@@ -185,7 +185,8 @@ class Predictive:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
         for way in WAYS:
             reason = plan.refused.get(way, "other ways serve")
-            lines.append(f"{way}: taken" if way in plan.ways else f"{way}: not taken: {reason}")
+            later = ", once few objects are left" if way == "stacked" and plan.draws(len(inputs)) < 2 else ""
+            lines.append(f"{way}: taken{later}" if way in plan.ways else f"{way}: not taken: {reason}")
         return "\n".join(lines)
 
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool) -> Any:
@@ -235,7 +236,7 @@ class Predictive:
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         posterior, whole = self.posterior, ""
         if posterior is None or self.draws < self.settings.first:
-            whole = "there are too few draws for a plan to pay"
+            whole = "there are too few draws for a plan to pay" if posterior is not None else "there is one pass"
         return Call(
             task=self.task,
             settings=self.settings,
