@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import random
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -327,3 +329,160 @@ def test_a_parameter_that_is_written_to_for_some_values_alone_is_the_replicas_ow
         found = predictive(batch, generator=seeded())
         torch.testing.assert_close(found.probs, slow(model, posterior, batch), rtol=1e-4, atol=1e-5)
     before.check()
+
+
+class Convolutional(nn.Module):
+    """Cannot be copied: it holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1, self.c2 = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 2)
+        self.b2, self.head, self.lock = nn.BatchNorm2d(4), nn.Linear(4, 3), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.b2(self.c2(self.b1(self.c1(x)).relu())).mean((2, 3)))
+        return out
+
+
+def test_a_fit_in_place_leaves_the_weights_where_they_were() -> None:
+    model = settled(Convolutional(), 2, 6, 5)
+    before = Untouched(model)
+    parameters = list(map(id, model.parameters()))
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 5, seed=3)], 8)
+    Predictive(model, posterior, 9)(normal(20, 2, 6, 5))
+    before.check()
+    assert list(map(id, model.parameters())) == parameters
+    assert all(type(p) is nn.Parameter for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+def test_a_part_that_gives_itself_for_a_copy_is_not_changed() -> None:
+    class Itself(nn.Sequential):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Itself:
+            return self
+
+    model = settled(nn.Sequential(nn.Linear(4, 4), Itself(nn.BatchNorm1d(4)), nn.Linear(4, 3)), 4)
+    before, x = Untouched(model), normal(20, 4)
+    posterior = fitted(model)
+    found = Predictive(model, posterior, 9, tolerance=0)(x, generator=seeded())
+    before.check()
+    torch.testing.assert_close(found.probs, slow_in_place(model, posterior, x), rtol=1e-4, atol=1e-5)
+
+
+class Holding(nn.Module):
+    """Scales its outputs by what it holds."""
+
+    def __init__(self, held: Any, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.body, self.held, self.read = settled(mlp(), 4), held, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x) * self.read(self.held)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "read"),
+    [
+        (lambda: np.ones(1, np.float32), lambda held: held.fill(3), lambda held: float(held[0])),
+        (lambda: torch.ones(1), lambda held: held.data.fill_(3), lambda held: held),
+        (
+            lambda: functools.partial(torch.mul, torch.ones(1)),
+            lambda held: held.args[0].fill_(3),
+            lambda held: held(1.0),
+        ),
+    ],
+)
+def test_what_the_user_changes_between_calls_is_seen(
+    make: Callable[[], Any], change: Callable[[Any], Any], read: Callable[[Any], Any]
+) -> None:
+    model, x = Holding(make(), read), normal(12, 4)
+    posterior = fitted(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    predictive(x)
+    change(model.held)
+    found = predictive(x, generator=seeded())
+    torch.testing.assert_close(found.probs, slow(model, posterior, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_buffer_may_get_another_shape_between_calls() -> None:
+    model, x = settled(mlp(), 4), normal(12, 4)
+    model.register_buffer("table", torch.zeros(10))
+    predictive = Predictive(model, fitted(model), 9)
+    predictive(x)
+    model.get_buffer("table").data = torch.ones(20)
+    predictive(x)
+
+
+def test_a_network_may_hold_its_own_predictive() -> None:
+    model, x = settled(mlp(), 4), normal(12, 4)
+    posterior = fitted(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    vars(model)["predictive"] = predictive
+    found = [predictive(x, generator=seeded()).probs for _ in range(3)]
+    del vars(model)["predictive"]
+    for probs in found:
+        torch.testing.assert_close(probs, slow(model, posterior, x), rtol=1e-4, atol=1e-5)
+
+
+def test_posteriors_that_are_no_longer_used_are_freed() -> None:
+    model, x = settled(mlp(), 4), normal(12, 4)
+    keeper = Predictive(model, fitted(model), 9)
+    posterior = fitted(model)
+    Predictive(model, posterior, 9)(x)
+    alive = weakref.ref(posterior)
+    del posterior
+    gc.collect()
+    assert alive() is None
+    assert keeper.model is model
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    if x.size(0) > 40:
+        return x / x.max()
+    return x
+
+
+def by_stride(x: Tensor) -> Tensor:
+    return x / x.max() if x.t().contiguous().stride(0) > 20 else x
+
+
+def mapped(x: Tensor) -> Tensor:
+    result: Tensor = torch.vmap(lambda r: r / (r.max() + 1) if len(r) > 30 else r, in_dims=1, out_dims=1)(x)
+    return result
+
+
+class Hiding(nn.Module):
+    """What it does to objects depends on their number, or on a buffer, in a way that is hard to see."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.head, self.way = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), way
+        self.register_buffer("gate", torch.zeros(()))
+
+    gate: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu() * 3
+        if self.way == "scripted":
+            x = scripted(x)
+        elif self.way == "gate":
+            x = x / x.max() if self.gate > 0 else x
+        else:
+            x = by_stride(x) if self.way == "stride" else mapped(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["scripted", "stride", "mapped", "gate"])
+def test_what_hides_the_number_of_objects_gets_whole_batches(way: str) -> None:
+    model = settled(Hiding(way), 4)
+    posterior = fitted(model)
+    predictive = Predictive(model, posterior, 9, tolerance=0)
+    for objects in (4, 16, 60):
+        if objects == 60:
+            model.get_buffer("gate").data.fill_(1)
+        x = normal(objects, 4, seed=objects)
+        found = predictive(x, generator=seeded())
+        torch.testing.assert_close(found.probs, slow(model, posterior, x), rtol=1e-4, atol=1e-5)

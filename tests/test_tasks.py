@@ -353,3 +353,11 @@ def test_members_of_other_tasks_or_classes_are_refused() -> None:
         Ensemble([first, second])(X)
     with pytest.raises(ValueError, match="must predict the same classes"):
         Ensemble([first, Predictive(network(outputs=4))])(X)
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_saturated_sigmoids_are_probabilities(task: Any) -> None:
+    raw = make_task(task, output="probs").raw(torch.tensor([[1.0], [0.0], [0.5]]))
+    probs = raw.softmax(1)[:, 1:] if task == "binary" else raw.sigmoid()
+    torch.testing.assert_close(probs, torch.tensor([[1.0], [0.0], [0.5]]), atol=1e-6, rtol=0)
+    assert make_task(task, output="probs").raw(torch.tensor([[1.5]])).isnan().any()

@@ -2,9 +2,9 @@
 
     inputs -> verify (follow, and try the ways) -> plan -> run (on a replica) -> raw values of each draw
 
-`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from one pass over a
-copy, what a network does to the objects of a batch; `verify` is the only place that tries a way; `plan` says which ways
-a call takes; `run` holds all state of a call.
+`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from passes over a copy,
+what a network does to the objects of a batch; `verify` is where ways are tried, but for rounding to bfloat16, which
+`run` checks in every call; `plan` says which ways a call takes; `run` holds all state of a call.
 """
 
 from __future__ import annotations

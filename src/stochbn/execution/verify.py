@@ -1,4 +1,4 @@
-"""The only place that tries a way: what may be done with a network and inputs of one kind, and why not more.
+"""The place that tries ways of predicting: what may be done with a network and inputs of one kind, and why not more.
 
 What is known of a network is kept for it. It depends on the kind of the input (shapes of an object, types, every
 argument that is no tensor), on the task, on which modules are in training mode, on autocast, on the posterior, and on

@@ -24,6 +24,8 @@ __all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
 TOLERANCE = 0.42
 """The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
 LARGEST_TOLERANCE = 1e100
+ATTEMPTS = 8
+"""How often a call begins again where its passes are found to change the network."""
 
 
 class Predictor(Protocol):
@@ -156,12 +158,13 @@ class Predictive:
         keep = self.keep_draws if keep_draws is None else keep_draws
         generator = checked_generator(self.generator if generator is None else generator)
         state = generator.get_state() if generator is not None else None
-        try:
-            return self._predict(inputs, generator, keep)
-        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-            if generator is not None and state is not None:
-                generator.set_state(state)
-            return self._predict(inputs, generator, keep)
+        for _ in range(ATTEMPTS):
+            try:
+                return self._predict(inputs, generator, keep)
+            except NetworkChangedError:  # found out once for a network, unless other threads change it meanwhile
+                if generator is not None and state is not None:
+                    generator.set_state(state)
+        return self._predict(inputs, generator, keep)
 
     def explain(self, x: Batch) -> str:
         """How the passes over a batch are made: which faster ways are taken, and why not the others.
