@@ -161,7 +161,7 @@ class Predictive:
         for _ in range(ATTEMPTS):
             try:
                 return self._predict(inputs, generator, keep)
-            except NetworkChangedError:  # found out once for a network, unless other threads change it meanwhile
+            except NetworkChangedError:  # noqa: PERF203 - once for a network, unless other threads change it meanwhile
                 if generator is not None and state is not None:
                     generator.set_state(state)
         return self._predict(inputs, generator, keep)
