@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conftest import normal
 from stochbn.posteriors.empirical import Replayed
-from stochbn.posteriors.factorized import MomentsOfLayers
+from stochbn.posteriors.factorized import VarianceMomentsOfLayers
 from stochbn.posteriors.joint import Directions
 
 
@@ -147,13 +147,13 @@ def test_accumulators_go_to_other_processes() -> None:
     found = sample(3, range(9))
     other = pickle.loads(pickle.dumps(sample(3, range(9, 15))))
     assert kept(found.merge(other)) == kept(sample(3, range(15)))
-    moments = MomentsOfLayers()
+    moments = VarianceMomentsOfLayers()
     moments.update(marked(3))
     copy = pickle.loads(pickle.dumps(moments))
     assert torch.equal(copy.posterior(batch_size=1).expected, moments.posterior(batch_size=1).expected)
 
 
-@pytest.mark.parametrize("cls", [Replayed, MomentsOfLayers])
+@pytest.mark.parametrize("cls", [Replayed, VarianceMomentsOfLayers])
 def test_another_number_of_channels_is_refused(cls: Any) -> None:
     found, other = (cls(10), cls(10)) if cls is Replayed else (cls(), cls())
     found.update(marked(0))
@@ -166,7 +166,7 @@ def test_another_number_of_channels_is_refused(cls: Any) -> None:
 
 def test_layers_that_are_called_for_some_mini_batches_keep_the_networks_order() -> None:
     uncalled = {"first": torch.empty(0, 2, 2), "second": torch.empty(0, 2, 1)}
-    one, other = MomentsOfLayers(), MomentsOfLayers()
+    one, other = VarianceMomentsOfLayers(), VarianceMomentsOfLayers()
     for number in range(3):
         one.update({**uncalled, **marked(number, {"second": 1})})
         other.update({**uncalled, **marked(number, {"first": 2})})
@@ -180,7 +180,7 @@ def test_layers_that_are_called_for_some_mini_batches_keep_the_networks_order() 
 
 
 def test_moments_are_of_all_calls() -> None:
-    found = MomentsOfLayers()
+    found = VarianceMomentsOfLayers()
     rows = normal(7, 3, 2, 4, dtype=torch.float64).abs()
     for calls in rows:
         found.update({"a": calls})

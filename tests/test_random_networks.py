@@ -304,7 +304,7 @@ def test_a_random_network_predicts_what_slow_passes_predict(seed: int) -> None:
     x = normal(96, 2, SIDE, SIDE, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # statistics far from the running ones
-        posterior = stochbn.fit(model, [x], 16, [*KINDS][seed % 3])
+        posterior = stochbn.fit(model, [x], 16, [*KINDS][seed % len(KINDS)])
     before = Untouched(model)
     predictive, early = Predictive(model, posterior, 9, tolerance=0), Predictive(model, posterior)
     sizes = [1, 2, 3, 7, 16, 40]

@@ -11,7 +11,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
 from stochbn import metrics
 from stochbn.calibration import calibrate
 from stochbn.fitting import fit
-from stochbn.posteriors import Empirical, Factorized, Joint, Posterior, load
+from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive
 
@@ -21,6 +21,7 @@ __all__ = [
     "Estimate",
     "Exact",
     "Factorized",
+    "FactorizedLog",
     "Joint",
     "MCDropout",
     "MultilabelPrediction",

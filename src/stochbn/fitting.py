@@ -18,7 +18,7 @@ from stochbn.network.calling import Batch, InputsOf
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
-from stochbn.posteriors import KINDS, Empirical, Factorized, Joint, Posterior
+from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
 from stochbn.statistics import mini_batches, observing
 
 __all__ = ["fit"]
@@ -55,6 +55,18 @@ def fit(
     deterministic: Chosen = (),
     inputs: InputsOf = None,
 ) -> Factorized: ...
+
+
+@overload
+def fit(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    batch_size: int | None = 16,
+    *,
+    kind: Literal["factorized-log"],
+    deterministic: Chosen = (),
+    inputs: InputsOf = None,
+) -> FactorizedLog: ...
 
 
 @overload
@@ -110,8 +122,10 @@ def fit(
             uses 16. Incoming batches are split to this size, **and the remainder of each that is smaller is
             dropped**. None takes the incoming batches as they come.
         kind: ``"joint"``, a Gaussian with the covariance of all layers' statistics; ``"empirical"``, the observed
-            statistics themselves, replayed (Teye et al., 2018); or ``"factorized"``, the paper's Stochastic Batch
-            Normalization, independent for every channel. Why joint is the default: docs/posteriors.md.
+            statistics themselves, replayed (Teye et al., 2018); ``"factorized"``, the paper's Stochastic Batch
+            Normalization, independent for every channel; or ``"factorized-log"``, the same distribution fitted by
+            moments of the logarithm of the variance, as in the published experiments. Why joint is the default:
+            docs/posteriors.md.
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
@@ -134,7 +148,7 @@ def fit(
     Raises:
         TypeError: an argument is of the wrong type, or the batches are of none of the types above.
         ValueError: the network has no batch norm, or one without running statistics; there are no batches, or none of
-            at least `batch_size` objects; a layer saw non-finite activations, or (but for the kind factorized) was not
+            at least `batch_size` objects; a layer saw non-finite activations, or (but for the factorized kinds) was not
             called for all mini-batches; an unknown `kind`; `deterministic` fits no layer, or all of them.
 
     Source: Atanov et al., 2018, section 3 (one-pass moments in place of the exponential smoothing).

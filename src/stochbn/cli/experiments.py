@@ -1,4 +1,4 @@
-"""The commands of whole experiments: demo, reproduce, report and compare."""
+"""The commands of whole experiments: demo, reproduce, report, compare and ablate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.recipes import Recipe
 
-__all__ = ["compare", "demo", "report", "reproduce"]
+__all__ = ["ablate", "compare", "demo", "report", "reproduce"]
 
 
 def demo(
@@ -78,6 +78,9 @@ def reproduce(
     ] = None,
     bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool | None, Override("--augment/--no-augment", help="Random crops and flips.")] = None,
+    posterior: Annotated[
+        str | None, Override("--posterior", help="Fit by moments of sigma^2 (factorized) or its log (factorized-log).")
+    ] = None,
     drawn: Annotated[str | None, Override("--drawn", help="Batch norms to draw: all or convolutions'.")] = None,
     augment_fit: Annotated[
         bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
@@ -118,6 +121,7 @@ def reproduce(
         "compile": compile, "processes": processes, "held_out": held_out, "evaluate_on": evaluate_on,
         "train_images": train_images, "test_images": test_images, "decay": decay, "decrease_from": decrease_from,
         "uniform_scale": uniform_scale, "augment_fit": augment_fit, "drawn": drawn,
+        "posterior": posterior,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown is not None:
@@ -181,6 +185,22 @@ def compare(
         shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
     show(shown)
     say(f"Everything is in {folder}: comparison.json, comparison.md and comparison.png.", folder)
+
+
+def ablate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run.", show_default=False)],
+) -> None:
+    """Say what of SBN does what, on the networks of a run: another centre of the statistics, or their noise.
+
+    Each method is compared with the plain network on all test images of the run. What was stopped continues where it
+    was.
+    """
+    from stochbn.paper.ablation import ablate as ablate_run
+
+    with progress_bars() as bars:
+        shown = ablate_run(folder, progress=follow(bars, "predicting", "predictions"))
+    show(shown)
+    say(f"Everything is in {folder}: ablation.json and ablation.md.", folder)
 
 
 def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stochbn.files import write
 from stochbn.metrics import entropy_cdf
 from stochbn.paper.goodness import Diagnosis, distances, layer_parameters
-from stochbn.posteriors import Factorized
+from stochbn.posteriors import Factorized, FactorizedLog
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,7 +225,12 @@ def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path
 
 
 def save_statistics(
-    path: Path, observations: Mapping[str, Tensor], posterior: Factorized, *, layers: int = 3, channels: int = 2
+    path: Path,
+    observations: Mapping[str, Tensor],
+    posterior: Factorized | FactorizedLog,
+    *,
+    layers: int = 3,
+    channels: int = 2,
 ) -> list[Path]:
     """Draw observed statistics against the fitted Normal and LogNormal: PNG and SVG.
 

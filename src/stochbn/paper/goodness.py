@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stochbn.network.replica import Network
 from stochbn.paper.data import Images
-from stochbn.posteriors import TINY, Factorized
+from stochbn.posteriors import TINY, Factorized, FactorizedLog
 from stochbn.statistics import Moments, mini_batches, observing
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
@@ -25,6 +25,8 @@ def observe(
     batch_size: int,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    deterministic: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The statistics of every mini-batch, which `stochbn.fit` only keeps the moments of.
 
@@ -34,6 +36,7 @@ def observe(
         batch_size: objects in a mini-batch.
         seed: where the order of the images comes from.
         report: called with the number of images done and of all.
+        deterministic: layers that work with their running statistics meanwhile; they are left out.
 
     Returns:
         For every layer ``[M, 2, C]`` in float32: mean and biased variance in each of M mini-batches.
@@ -42,7 +45,7 @@ def observe(
     batches = (inputs for inputs, _ in images.shuffled(seed).batches(batch_size))
     network = Network.of(model)
     network.look()
-    with observing(network, network.trained()) as see:
+    with observing(network, frozenset(network.trained()) - set(deterministic)) as see:
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
             for layer, statistics in see(inputs).items():
                 found.setdefault(layer, []).append(statistics.float())
@@ -50,22 +53,19 @@ def observe(
     return {layer: torch.cat(rows) for layer, rows in found.items()}
 
 
-def layer_parameters(posterior: Factorized) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def layer_parameters(posterior: Factorized | FactorizedLog) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Location and scale of every layer's Normal means and Normal log-variances, each ``[C]``."""
-    log_scale2 = posterior.log_variance_variance
-    vectors = torch.stack(
-        [
-            posterior.mean_mean,
-            posterior.mean_variance.sqrt(),
-            posterior.variance_mean.log() - log_scale2 / 2,
-            log_scale2.sqrt(),
-        ]
-    )
+    if isinstance(posterior, FactorizedLog):
+        log_location, log_scale2 = posterior.log_mean, posterior.log_variance
+    else:
+        log_scale2 = posterior.log_variance_variance
+        log_location = posterior.variance_mean.log() - log_scale2 / 2
+    vectors = torch.stack([posterior.mean_mean, posterior.mean_variance.sqrt(), log_location, log_scale2.sqrt()])
     parts = torch.split(vectors, list(posterior.layers.values()), dim=1)
     return {layer: (p[0], p[1], p[2], p[3]) for layer, p in zip(posterior.layers, parts, strict=True)}
 
 
-def distances(observations: Mapping[str, Tensor], posterior: Factorized) -> dict[str, dict[str, float]]:
+def distances(observations: Mapping[str, Tensor], posterior: Factorized | FactorizedLog) -> dict[str, dict[str, float]]:
     """Kolmogorov-Smirnov distance between observed and fitted distribution, averaged over a layer's channels.
 
     Channels that never vary, which any distribution concentrated there fits, are left out.

@@ -43,6 +43,8 @@ class Recipe:
         decrease_from: how many epochs the learning rate stays as it is first.
         uniform_scale: whether the scale of every batch norm starts from U(0, 1), as published, and not from 1.
         statistics_batch: objects in a mini-batch whose statistics are observed.
+        posterior: how the factorised posterior is fitted: by moments of the logarithm of the variance, as published
+            (``factorized-log``), or of the variance (``factorized``).
         drawn: which batch norms are drawn: ``all``, or those of ``convolutions`` alone, as published for LeNet-5, whose
             hidden linear layer keeps its running statistics.
         augment_fit: whether these objects are cropped and flipped at random, as published where training does so.
@@ -83,6 +85,7 @@ class Recipe:
     uniform_scale: bool = False
     augment_fit: bool = False
     drawn: str = "all"
+    posterior: str = "factorized"
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "members": 1, "statistics_batch": 2, "draws": 1, "train_images": 1, "test_images": 1}
@@ -101,6 +104,8 @@ class Recipe:
             raise ValueError(f"evaluate_on must be 'test' or 'held-out', got {self.evaluate_on!r}")
         if self.drawn not in ("all", "convolutions"):
             raise ValueError(f"drawn must be 'all' or 'convolutions', got {self.drawn!r}")
+        if self.posterior not in ("factorized", "factorized-log"):
+            raise ValueError(f"posterior must be 'factorized' or 'factorized-log', got {self.posterior!r}")
         if self.evaluate_on == "held-out" and not self.held_out:
             raise ValueError("there are no held-out images to evaluate on: set held_out, such as 0.1")
         for member in self.all_members():
@@ -154,7 +159,7 @@ class Recipe:
         return arguments_for(images) | self.arguments | (self.dropout or {} if member.kind == "dropout" else {})
 
 
-_PUBLISHED: dict[str, Any] = {"decay": "epoch", "uniform_scale": True}
+_PUBLISHED: dict[str, Any] = {"decay": "epoch", "uniform_scale": True, "posterior": "factorized-log"}
 _CIFAR: dict[str, Any] = {"data": "cifar10:0-4", "unknown": "cifar10:5-9", "augment": True}
 _LENET = Recipe("lenet5", "mnist", "notmnist", epochs=8, members=6, dropout={"dropout": 0.5})
 _VGG = Recipe(

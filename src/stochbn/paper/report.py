@@ -23,7 +23,7 @@ from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
 from stochbn.paper.training import read_log
-from stochbn.posteriors import Factorized, load
+from stochbn.posteriors import Factorized, FactorizedLog, load
 from stochbn.predictions import entropy
 
 __all__ = [
@@ -52,6 +52,8 @@ class Method:
         known: probabilities ``[N, K]`` for test objects of the known classes.
         labels: their labels ``[N]``.
         unknown: probabilities ``[M, K]`` for objects of other classes, if there are any.
+        median: with SBN, the same method with every statistic at its median in place of draws, which is what the
+            published experiments call "no SBN"; where that was predicted.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Method:
     known: Tensor
     labels: Tensor
     unknown: Tensor | None = None
+    median: Method | None = None
 
     def scores(self) -> dict[str, Any]:
         """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
@@ -91,27 +94,45 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
     def mean(members: Sequence[Mapping[str, Tensor]], key: str) -> Tensor | None:
         return torch.stack([m[key].exp() for m in members]).mean(0) if all(key in m for m in members) else None
 
+    def method(name: str, members: Sequence[Mapping[str, Tensor]], kind: str, **others: Any) -> Method | None:
+        known = mean(members, f"{kind}.known") if members else None
+        if known is None:
+            return None
+        unknown = mean(members, f"{kind}.unknown")
+        return Method(name, kind == "sbn", len(members), known, members[0]["labels"], unknown, **others)
+
     found = []
     for name, members in groups.items():
-        for sbn, kind in ((False, "plain"), (True, "sbn")):
-            if members and (known := mean(members, f"{kind}.known")) is not None:
-                unknown = mean(members, f"{kind}.unknown")
-                found.append(Method(name, sbn, len(members), known, members[0]["labels"], unknown))
-    return found
+        found.append(method(name, members, "plain"))
+        found.append(method(name, members, "sbn", median=method(name, members, "median")))
+    return [one for one in found if one is not None]
 
 
 def score(found: Sequence[Method]) -> list[dict[str, Any]]:
-    """The scores of every method; one with SBN also has its differences from the same one without (`paired`)."""
+    """The scores of every method; one with SBN also has its differences from the same one without (`paired`).
+
+    Where the same one at the medians of the statistics was predicted, its scores are under ``median_`` and the
+    differences from it under ``noise_``.
+    """
     scores = [method.scores() for method in found]
     without = {method.name: i for i, method in enumerate(found) if not method.sbn}
     for method, row in zip(found, scores, strict=True):
-        if not method.sbn or method.name not in without:
-            continue
-        plain, beside = found[without[method.name]], scores[without[method.name]]
-        unknown = None if plain.unknown is None or method.unknown is None else (plain.unknown, method.unknown)
-        calibrated = (_calibrated(beside), _calibrated(row)) if "calibrated_nll" in row else None
-        row |= paired((plain.known, method.known), method.labels, unknown, calibrated)
+        if method.sbn and method.name in without:
+            i = without[method.name]
+            row |= _changes(found[i], scores[i], method, row)
+        if method.median is not None:
+            beside = method.median.scores()
+            changes = _changes(method.median, beside, method, row)
+            row |= {f"median_{name}": value for name, value in beside.items() if isinstance(value, float)}
+            row |= {f"noise_{name}": value for name, value in changes.items()}
     return scores
+
+
+def _changes(one: Method, scores: Mapping[str, Any], other: Method, row: Mapping[str, Any]) -> dict[str, float]:
+    """What changes from one method to another, from their predictions and scores."""
+    unknown = None if one.unknown is None or other.unknown is None else (one.unknown, other.unknown)
+    calibrated = (_calibrated(scores), _calibrated(row)) if "calibrated_nll" in row else None
+    return paired((one.known, other.known), other.labels, unknown, calibrated)
 
 
 def _calibrated(row: Mapping[str, Any]) -> dict[str, float]:
@@ -136,6 +157,8 @@ def tabulate(
         shown.append(tables.out_of_domain(scores, unknown))
     if any("nll_change" in row for row in scores):
         shown.append(tables.changes(scores, known))
+    if any("noise_nll_change" in row for row in scores):
+        shown.append(tables.noise(scores, known))
     return shown
 
 
@@ -237,7 +260,7 @@ def write_run(folder: Path) -> list[Table]:
     return write(folder, about, found, known, unknown, title, _published(recipe))
 
 
-def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized]:
+def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized | FactorizedLog]:
     """The first plain network's observed statistics, ``[M, 2, C]`` for every layer, and the posterior fitted to them.
 
     Raises:
@@ -245,7 +268,7 @@ def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized]:
     """
     home = folder / "plain-0"
     posterior = load(home / "network.sbn.safetensors")
-    if not isinstance(posterior, Factorized):
+    if not isinstance(posterior, Factorized | FactorizedLog):
         raise ValueError(f"the posterior in {str(home)!r} is of the kind {posterior.kind}, not the paper's factorized")
     return read_tensors(home / "statistics.safetensors", STATISTICS)[0], posterior
 

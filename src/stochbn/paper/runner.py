@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import write_tensors
-from stochbn.paper import ExperimentError, checkpoints, data, folders, networks
+from stochbn.paper import ExperimentError, checkpoints, data, folders, networks, together
 from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
@@ -32,7 +32,7 @@ from stochbn.paper.goodness import observe
 from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
-from stochbn.posteriors import Posterior
+from stochbn.posteriors import FactorizedLog, Posterior
 from stochbn.predictions import Prediction
 from stochbn.predictive import MCDropout, Predictive, Predictor
 
@@ -110,6 +110,15 @@ def run(
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
     folders.claim(recipe, folder, parts)
     waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if (
+        device is not None
+        and device.type == "cuda"
+        and recipe.processes == 1
+        and recipe.precision in together.PRECISIONS
+    ):
+        untrained = [member for member in waiting if not (folder / member.name / "network.safetensors").exists()]
+        _train_together(recipe, untrained, folder, parts, device, progress)
     if jobs == 1:
         for member in waiting:
             _run_member(recipe, member, folder, parts, keep_draws, progress)
@@ -184,6 +193,52 @@ def unpacked(arrays: dict[str, Any]) -> dict[str, Images]:
     }
 
 
+def _train_together(
+    recipe: Recipe,
+    members: Sequence[Member],
+    folder: Path,
+    parts: dict[str, Images],
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Train members side by side on a GPU."""
+    if not members:
+        return
+
+    def report(step: int, steps: int) -> None:
+        for member in members:
+            progress(member.name, "train", step, steps)
+
+    homes = [folder / member.name for member in members]
+    for home in homes:
+        home.mkdir(exist_ok=True)
+    models = together.train_together(
+        [_build(recipe, member, parts["train"]) for member in members],
+        parts["train"],
+        [recipe.schedule(member) for member in members],
+        device,
+        held_out=parts.get("held-out"),
+        states=[home / "training.safetensors" for home in homes],
+        logs=[home / "training.csv" for home in homes],
+        report=report,
+    )
+    for model, member, home in zip(models, members, homes, strict=True):
+        _save(recipe, member, model, parts["train"], home)
+
+
+def _build(recipe: Recipe, member: Member, images: Images) -> Callable[[], nn.Module]:
+    build = networks.build_with_uniform_scale if recipe.uniform_scale else networks.build
+    return functools.partial(build, recipe.network, **recipe.network_arguments(member, images))
+
+
+def _save(recipe: Recipe, member: Member, model: nn.Module, images: Images, home: Path) -> None:
+    """Save a network that is trained; the state of its training is of no use any more."""
+    arguments = recipe.network_arguments(member, images)
+    checkpoint = Checkpoint(model, recipe.network, arguments, recipe.data, images.classes)
+    checkpoints.save(home / "network.safetensors", checkpoint)
+    (home / "training.safetensors").unlink(missing_ok=True)
+
+
 def _run_member(
     recipe: Recipe,
     member: Member,
@@ -198,23 +253,19 @@ def _run_member(
     started = time.perf_counter()
 
     network = home / "network.safetensors"
-    arguments = recipe.network_arguments(member, images)
     if not network.exists():
-        state = home / "training.safetensors"
-        build = networks.build_with_uniform_scale if recipe.uniform_scale else networks.build
         model = train(
-            functools.partial(build, recipe.network, **arguments),
+            _build(recipe, member, images),
             images,
             recipe.schedule(member),
             held_out=parts.get("held-out"),
-            state=state,
+            state=home / "training.safetensors",
             log=home / "training.csv",
             report=None
             if recipe.processes > 1
             else lambda step, steps, loss: progress(member.name, "train", step, steps),
         )
-        checkpoints.save(network, Checkpoint(model, recipe.network, arguments, recipe.data, images.classes))
-        state.unlink(missing_ok=True)
+        _save(recipe, member, model, images, home)
     model = on_accelerator(checkpoints.load(network).model)
     if recipe.augment_fit:
         images = augmented(images, recipe.schedule(member).seed)
@@ -224,7 +275,13 @@ def _run_member(
         follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
         ordinary = networks.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
         fit_posterior(
-            model, images, recipe.statistics_batch, recipe.schedule(member).seed, follow, deterministic=ordinary
+            model,
+            images,
+            recipe.statistics_batch,
+            recipe.schedule(member).seed,
+            follow,
+            kind=recipe.posterior,
+            deterministic=ordinary,
         ).save(posterior)
     predictions, *statistics = _outputs(folder, member)
     for path in statistics:
@@ -277,14 +334,17 @@ def predict_member(
 
     Returns:
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
-        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``. With `keep_draws` also those of every draw, as
-        ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
+        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior of the kind factorized-log also
+        ``median.known`` and ``median.unknown``, with every statistic at its median. With `keep_draws` also those of
+        every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
     """
     # Every draw is made, so that all methods take as many.
     kind = MCDropout if has_dropout(model) else functools.partial(Predictive, tolerance=0)
     predictors = {"plain": kind(model, posterior=None, draws=draws)}
     if posterior is not None:
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
+    if isinstance(posterior, FactorizedLog):
+        predictors["median"] = kind(model, posterior=posterior.median(), draws=draws if has_dropout(model) else 1)
     parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
     total = len(predictors) * sum(map(len, parts.values()))
     tensors, before = {"labels": known.labels}, 0

@@ -17,6 +17,7 @@ __all__ = [
     "accuracy",
     "changes",
     "diagnosis",
+    "noise",
     "out_of_domain",
     "rescaling",
 ]
@@ -121,6 +122,34 @@ def changes(scores: Sequence[dict[str, Any]], data: str) -> Table:
         )
     columns = ["method", "calibrated NLL", "+ SBN", "difference", "error, points", "entropy, unknown", "AUROC"]
     return Table(f"{data}: what SBN changes, with paired standard errors", columns, rows)
+
+
+def noise(scores: Sequence[dict[str, Any]], data: str) -> Table:
+    """What the noise of SBN changes: against the same distribution with every statistic at its median.
+
+    The published experiments call that "no SBN". Against the plain network, the centre of the statistics differs too.
+
+    Args:
+        scores: of every method, as for `accuracy`.
+        data: the known data.
+    """
+    rows = [
+        [
+            _label(row),
+            _number(row["median_error"], 2),
+            _change(row, "noise_error", 2),
+            _number(row["median_nll"], 4),
+            _change(row, "noise_nll", 4),
+            _change(row, "noise_calibrated_nll", 4),
+            _change(row, "noise_auroc", 4),
+        ]
+        for row in scores
+        if "noise_nll_change" in row
+    ]
+    columns = ["method", "error %", "noise, points", "NLL", "noise", "calibrated NLL, noise", "AUROC, noise"]
+    return Table(
+        f"{data}: at the medians of the statistics (published as no SBN), and what noise changes", columns, rows
+    )
 
 
 def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:

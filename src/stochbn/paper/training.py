@@ -10,8 +10,10 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -21,7 +23,18 @@ from torch.nn.functional import cross_entropy
 from stochbn.files import read_tensors, write_bytes, write_tensors
 from stochbn.paper.data import Images, as_input, augment
 
-__all__ = ["Epoch", "Schedule", "augmented", "keep_freed_memory", "read_log", "train"]
+__all__ = [
+    "Epoch",
+    "Schedule",
+    "augmented",
+    "keep_freed_memory",
+    "read_log",
+    "restore",
+    "score",
+    "store",
+    "train",
+    "write_log",
+]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 SCORE_BATCH = 250
@@ -187,7 +200,7 @@ def _train(
         if fabric.world_size == 1 and schedule.precision == "32-true":
             network, optimizer = compiled, adam  # as they are on the device: the wrappers only take a tenth of the time
         pixels, labels = images.pixels.to(fabric.device), images.labels.to(fabric.device)
-        first = _restore(state, model, adam) if state is not None and state.exists() else 0
+        first = restore(state, model, adam) if state is not None and state.exists() else 0
         if first and log is not None and log.exists():
             epochs = read_log(log)[:first]
         for epoch in range(first, schedule.epochs):
@@ -225,11 +238,11 @@ def _train(
                     total, count = torch.zeros_like(total), 0
             if log is not None and rank == 0:
                 trained = schedule.rate(epoch), lost / per_epoch, right.item() / (per_epoch * size)
-                scores = (None, None) if held_out is None else _score(fabric, model, held_out)
+                scores = (None, None) if held_out is None else score(model, held_out, fabric.autocast)
                 epochs.append(Epoch(epoch + 1, *trained, *scores))
-                _write_log(log, epochs)
+                write_log(log, epochs)
             if state is not None and rank == 0 and epoch + 1 < schedule.epochs:
-                _store(state, model, adam, epoch + 1)
+                store(state, model, adam, epoch + 1)
         if rank == 0:
             write_tensors(result, WEIGHTS, model.state_dict(), {})
         if fabric.world_size > 1:
@@ -268,7 +281,8 @@ def read_log(path: Path) -> list[Epoch]:
         raise ValueError(f"{str(path)!r} is damaged or not a log of training: {error}") from error
 
 
-def _write_log(path: Path, epochs: list[Epoch]) -> None:
+def write_log(path: Path, epochs: list[Epoch]) -> None:
+    """Write the log of a training, which `read_log` reads."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Epoch)])
@@ -276,13 +290,14 @@ def _write_log(path: Path, epochs: list[Epoch]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def _score(fabric: Fabric, model: nn.Module, images: Images) -> tuple[float, float]:
+def score(model: nn.Module, images: Images, autocast: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
     """Loss and accuracy of the network as it is, in evaluation mode; it is left in training mode."""
     model.eval()
+    device = next(model.parameters()).device
     lost, right = 0.0, 0
-    with torch.inference_mode(), fabric.autocast():
+    with torch.inference_mode(), autocast():
         for inputs, labels in images.batches(SCORE_BATCH):
-            logits = model(inputs.to(fabric.device)).float().cpu()
+            logits = model(inputs.to(device)).float().cpu()
             lost += cross_entropy(logits, labels, reduction="sum").item()
             right += int((logits.argmax(1) == labels).sum())
     model.train()
@@ -302,14 +317,16 @@ def keep_freed_memory() -> None:
         library.mallopt(mmap_threshold, 2**30)
 
 
-def _store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+def store(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """Write what a training continues from after an epoch."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
     write_tensors(path, STATE, tensors, {"epoch": epoch})
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from what `store` wrote; the number of epochs that are done."""
     tensors, about = read_tensors(path, STATE)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     moments: dict[int, dict[str, Tensor]] = {}

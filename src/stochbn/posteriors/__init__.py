@@ -25,11 +25,23 @@ from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.base import FORMAT, TINY, Posterior, check_draws
 from stochbn.posteriors.empirical import Empirical
 from stochbn.posteriors.factorized import Factorized
+from stochbn.posteriors.factorized_log import FactorizedLog
 from stochbn.posteriors.joint import Joint
 
-__all__ = ["KINDS", "TINY", "Accumulator", "Empirical", "Factorized", "Joint", "Posterior", "check_draws", "load"]
+__all__ = [
+    "KINDS",
+    "TINY",
+    "Accumulator",
+    "Empirical",
+    "Factorized",
+    "FactorizedLog",
+    "Joint",
+    "Posterior",
+    "check_draws",
+    "load",
+]
 
-KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, Joint, Empirical)}
+KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, FactorizedLog, Joint, Empirical)}
 """Every kind of posterior by its name."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from stochbn.statistics import Moments
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Factorized", "MomentsOfLayers"]
+__all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "layers_of", "stacked"]
+
+P = TypeVar("P", bound=Posterior)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,9 +54,9 @@ class Factorized(Posterior):
             self._check_tensor(name, (self.channels,), torch.float64, negative=name == "mean_mean")
 
     @classmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> MomentsOfLayers:
+    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> VarianceMomentsOfLayers:
         """What `fit` adds mini-batches to. Moments need neither of the settings that other kinds have."""
-        return MomentsOfLayers()
+        return VarianceMomentsOfLayers()
 
     @classmethod
     def from_moments(cls, moments: Mapping[str, Moments], **about: Any) -> Factorized:
@@ -63,10 +66,9 @@ class Factorized(Posterior):
             moments: of every layer.
             about: all attributes of `Posterior` but the layers.
         """
-        center = torch.cat([m.mean for m in moments.values()], dim=1)
-        spread = torch.cat([m.variance for m in moments.values()], dim=1)
+        center, spread = stacked(moments)
         return cls(
-            layers={name: m.mean.shape[1] for name, m in moments.items()},
+            layers=layers_of(moments),
             mean_mean=center[0].clone(),
             mean_variance=spread[0].clone(),
             variance_mean=center[1].clone(),
@@ -104,7 +106,7 @@ class Factorized(Posterior):
         return replace(self, mean_mean=mean, variance_mean=variance, variance_variance=spread)
 
 
-class MomentsOfLayers(Accumulator[Factorized]):
+class MomentsOfLayers(Accumulator[P]):
     """The moments of every layer's statistics over its calls in all mini-batches, in float64."""
 
     def __init__(self) -> None:
@@ -114,7 +116,7 @@ class MomentsOfLayers(Accumulator[Factorized]):
     @property
     def layers(self) -> dict[str, int]:
         """The number of channels of every layer that was called."""
-        return {name: moments.mean.shape[1] for name, moments in self.moments.items() if moments.count}
+        return layers_of({name: moments for name, moments in self.moments.items() if moments.count})
 
     def update(self, observation: Observation) -> None:
         """Add a mini-batch.
@@ -136,7 +138,7 @@ class MomentsOfLayers(Accumulator[Factorized]):
         merged.seen = self.seen + other.seen
         return merged
 
-    def posterior(self, **about: Any) -> Factorized:
+    def posterior(self, **about: Any) -> P:
         """The posterior of the mini-batches that were added.
 
         Args:
@@ -147,7 +149,29 @@ class MomentsOfLayers(Accumulator[Factorized]):
         """
         self._check()
         called = {name: moments for name, moments in self.moments.items() if moments.count}
-        return Factorized.from_moments(called, mini_batches=self.seen, **about)
+        return self._of_moments(called, mini_batches=self.seen, **about)
+
+    @abstractmethod
+    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> P:
+        """The posterior with the given moments, ``[2, C]`` for every layer."""
+
+
+class VarianceMomentsOfLayers(MomentsOfLayers[Factorized]):
+    """The moments of means and variances."""
+
+    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> Factorized:
+        return Factorized.from_moments(moments, **about)
+
+
+def stacked(moments: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
+    """Means and variances of the statistics of all layers, ``[2, D]`` each."""
+    means, variances = [m.mean for m in moments.values()], [m.variance for m in moments.values()]
+    return torch.cat(means, dim=1), torch.cat(variances, dim=1)
+
+
+def layers_of(moments: Mapping[str, Moments]) -> dict[str, int]:
+    """The number of channels of every layer."""
+    return {name: m.mean.shape[1] for name, m in moments.items()}
 
 
 def _joined(first: Mapping[str, Moments], second: Mapping[str, Moments]) -> dict[str, Moments]:
