@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -220,7 +221,7 @@ class _Trainee:
         moments = [value for state in self.adam.state.values() for value in state.values()]
         before = [(value, value.clone()) for value in (*kept, *moments)]
         _wait(self.device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _fastest_kernels():
             for _ in range(WARM_UP):
                 self._step()
         _wait(self.device)
@@ -233,9 +234,20 @@ class _Trainee:
         self.adam.zero_grad()
         _wait(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream), _fastest_kernels():
             self._step()
         return graph
+
+
+@contextmanager
+def _fastest_kernels() -> Iterator[None]:
+    """Have cuDNN time its kernels and take the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _wait(device: torch.device) -> None:
