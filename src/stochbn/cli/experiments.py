@@ -189,16 +189,21 @@ def compare(
 
 def ablate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run.", show_default=False)],
+    members: Annotated[
+        int | None, typer.Option(min=1, help="How many of its plain networks. (default: all)", show_default=False)
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=10, help="Test images of each kind, at most. (default: all)", show_default=False)
+    ] = None,
 ) -> None:
     """Say what of SBN does what, on the networks of a run: another centre of the statistics, or their noise.
 
-    Each method is compared with the plain network on all test images of the run. What was stopped continues where it
-    was.
+    Each method is compared with the plain network on the run's test images. What was stopped continues where it was.
     """
     from stochbn.paper.ablation import ablate as ablate_run
 
     with progress_bars() as bars:
-        shown = ablate_run(folder, progress=follow(bars, "predicting", "predictions"))
+        shown = ablate_run(folder, members=members, images=images, progress=follow(bars, "predicting", "predictions"))
     show(shown)
     say(f"Everything is in {folder}: ablation.json and ablation.md.", folder)
 

@@ -77,30 +77,43 @@ def methods_of(recipe: Recipe) -> dict[str, Callable[[Fit, nn.Module], Posterior
     return found
 
 
-def ablate(folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Table]:
+def ablate(
+    folder: Path,
+    *,
+    members: int | None = None,
+    images: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Table]:
     """Make the predictions that are not there yet, and write and return the tables.
 
     Every member's are in its folder, as ``ablation.safetensors``, written when all of its methods are done.
 
     Args:
         folder: a finished run.
+        members: how many of its plain networks; None is all of them. One with dropout is always among them.
+        images: test images of known, and of unknown, classes to predict, at most: the first ones. None is all.
         progress: called with the number of predictions made and of all.
 
     Raises:
         FileNotFoundError: this is no run folder, or a network or its predictions are missing.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged or of an ablation with another number of images; the run has fewer networks.
         OSError: the folder cannot be written.
     """
     check_folder(folder, "ablation.json", "ablation.md")
     recipe = read_recipe(folder)
-    members = recipe.all_members()
-    for member in members:  # refused before the work, not after it
+    chosen = _members(recipe, members)
+    for member in chosen:  # refused before the work, not after it
         read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
     methods = methods_of(recipe)
-    waiting = [member for member in members if not _file(folder, member).exists()]
-    done, total = (len(members) - len(waiting)) * len(methods), len(members) * len(methods)
+    waiting = [member for member in chosen if not _file(folder, member).exists()]
+    for member in chosen:
+        if member not in waiting:
+            _stored(folder, member, images)
+    done, total = (len(chosen) - len(waiting)) * len(methods), len(chosen) * len(methods)
     progress(done, total)
     parts = load_parts(recipe) if waiting else {}
+    for part in {"known", "unknown"} & parts.keys():
+        parts[part] = parts[part].take(torch.arange(min(len(parts[part]), images or len(parts[part]))))
     for member in waiting:
         tensors: dict[str, Tensor] = {}
         model = on_accelerator(checkpoints.load(folder / member.name / "network.safetensors").model)
@@ -116,8 +129,27 @@ def ablate(folder: Path, *, progress: Callable[[int, int], None] = lambda done, 
                     tensors[f"{name}.{part}"] = predict_all(predictor, parts[part], generator).probs.log().cpu()
             done += 1
             progress(done, total)
-        write_tensors(_file(folder, member), ABLATION, tensors, {"member": member.name})
-    return tabulate(folder)
+        write_tensors(_file(folder, member), ABLATION, tensors, {"member": member.name, "images": images})
+    return tabulate(folder, members=members, images=images)
+
+
+def _members(recipe: Recipe, plain: int | None) -> list[Member]:
+    """The networks to compare; the run has at least so many plain ones."""
+    if plain is not None and not 1 <= plain <= recipe.members:
+        raise ValueError(f"the run has {recipe.members} plain networks, {plain} were asked for")
+    return [member for member in recipe.all_members() if member.kind != "plain" or member.index < (plain or 10**9)]
+
+
+def _stored(folder: Path, member: Member, images: int | None) -> dict[str, Tensor]:
+    """A member's log-probabilities, by method and part."""
+    file = _file(folder, member)
+    tensors, about = read_tensors(file, ABLATION)
+    if about["images"] != images:
+        raise ValueError(
+            f"{str(file)!r} is of {about['images'] or 'all'} images of each kind, {images or 'all'} were asked for; "
+            "delete the files 'ablation.safetensors' in the run folder, or ask for as many"
+        )
+    return tensors
 
 
 def _file(folder: Path, member: Member) -> Path:
@@ -152,11 +184,16 @@ def _fit(recipe: Recipe, member: Member, model: nn.Module, images: Images) -> Fi
     return fit
 
 
-def tabulate(folder: Path) -> list[Table]:
+def tabulate(folder: Path, *, members: int | None = None, images: int | None = None) -> list[Table]:
     """Write ``ablation.json`` and ``ablation.md`` into a run folder, from stored predictions, and return the tables.
 
     Scores of single networks are means over them, and so are the differences from the plain network; the standard error
     of a difference is that of its mean over all networks and objects, paired object by object.
+
+    Args:
+        folder: the run.
+        members: as for `ablate`.
+        images: likewise.
 
     Raises:
         FileNotFoundError, ValueError: predictions are missing or damaged.
@@ -165,11 +202,11 @@ def tabulate(folder: Path) -> list[Table]:
     recipe = read_recipe(folder)
     groups: dict[str, list[dict[str, Tensor]]] = {"plain": [], "dropout": []}
     labels = torch.empty(0)
-    for member in recipe.all_members():
+    for member in _members(recipe, members):
         stored, _ = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
-        labels = stored.pop("labels")
-        found, _ = read_tensors(_file(folder, member), ABLATION)
-        plain = {key: value for key, value in stored.items() if key.startswith("plain.")}
+        labels = stored["labels"][:images]
+        found = _stored(folder, member, images)
+        plain = {key: value[:images] for key, value in stored.items() if key in ("plain.known", "plain.unknown")}
         groups[member.kind].append({key: value.exp() for key, value in {**plain, **found}.items()})
     names = ["plain", *methods_of(recipe)]
     compared: dict[str, list[list[dict[str, Tensor]]]] = {}
