@@ -22,7 +22,7 @@ def test_changes_are_differences_of_the_metrics() -> None:
     labels = torch.arange(60) % 4
     known = predictions(60, 0), predictions(60, 1)
     unknown = predictions(50, 2), predictions(50, 3)
-    calibrated = metrics.calibrated_nll(known[0], labels), metrics.calibrated_nll(known[1], labels)
+    calibrated = metrics.calibrated_nll_of_each(known[0], labels), metrics.calibrated_nll_of_each(known[1], labels)
     found = paired(known, labels, unknown, calibrated)
     scores = [
         metrics.evaluate(k, labels)
@@ -52,14 +52,20 @@ def test_errors_are_as_large_as_changes_vary_over_samples_of_objects() -> None:
     labels = torch.arange(n) % 4
     first, unknown = predictions(n, 0), predictions(m, 2)
     second, unknown_second = predictions(n, 1, first), 0.5 * predictions(m, 3, unknown) + 0.5 / 4
-    found = paired((first, second), labels, (unknown, unknown_second))
+
+    def tempered(i: Tensor) -> tuple[Tensor, Tensor]:
+        return metrics.calibrated_nll_of_each(first[i], labels[i]), metrics.calibrated_nll_of_each(second[i], labels[i])
+
+    found = paired((first, second), labels, (unknown, unknown_second), tempered(torch.arange(n)))
     again: dict[str, list[float]] = {}
     source = torch.Generator().manual_seed(0)
     for _ in range(200):
         i, j = (torch.randint(size, (size,), generator=source) for size in (n, m))
-        for key, value in paired((first[i], second[i]), labels[i], (unknown[j], unknown_second[j])).items():
+        for key, value in paired(
+            (first[i], second[i]), labels[i], (unknown[j], unknown_second[j]), tempered(i)
+        ).items():
             again.setdefault(key, []).append(value)
-    for key in ("error", "nll", "entropy_unknown", "auroc"):
+    for key in ("error", "nll", "calibrated_nll", "entropy_unknown", "auroc"):
         spread = torch.tensor(again[f"{key}_change"]).std().item()
         assert found[f"{key}_change_se"] == pytest.approx(spread, rel=0.2), key
 
@@ -80,13 +86,13 @@ def test_differences_are_those_of_the_scores_where_a_probability_is_0(dtype: tor
     sure = torch.nn.functional.one_hot(labels, 4).to(dtype)
     wrong = sure.clone()
     wrong[3] = wrong[0]
-    calibrated = metrics.calibrated_nll(sure, labels), metrics.calibrated_nll(wrong, labels)
+    calibrated = metrics.calibrated_nll_of_each(sure, labels), metrics.calibrated_nll_of_each(wrong, labels)
     found = paired((sure, wrong), labels, calibrated=calibrated)
     nll = [metrics.evaluate(probs, labels)["nll"] for probs in (sure, wrong)]
     assert found["nll_change"] == pytest.approx(nll[1] - nll[0], rel=1e-12)
     assert found["nll_change"] == pytest.approx(-math.log(torch.finfo(dtype).tiny) / 40)
     assert found["nll_change_se"] == pytest.approx(found["nll_change"])
-    assert found["calibrated_nll_change"] == calibrated[1]["nll"] - calibrated[0]["nll"]
+    assert found["calibrated_nll_change"] == pytest.approx((calibrated[1] - calibrated[0]).mean().item())
     assert found["calibrated_nll_change_se"] > 0
 
 

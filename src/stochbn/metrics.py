@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.tempering import best_temperature, blocks, cross_validated, tempered
+
 __all__ = [
     "calibrated_nll",
+    "calibrated_nll_of_each",
     "deep_ensemble_equivalent",
     "entropy_cdf",
     "evaluate",
@@ -25,9 +28,6 @@ __all__ = [
 BINS = 15
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-BLOCK = 2**22
-"""Probabilities that are taken to float64 at a time: 32 MB, however many objects there are."""
 
 
 def evaluate(probs: Any, labels: Any) -> dict[str, float]:
@@ -87,7 +87,7 @@ def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Te
         return _nll(*_check_predictions(probs, labels))
     if not 0 < temperature < math.inf:
         raise ValueError(f"expected a positive, finite temperature, got {temperature}; None is no temperature")
-    return _tempered(*_log_probabilities(probs, labels), 1 / temperature)
+    return tempered(*_log_probabilities(probs, labels), 1 / temperature)
 
 
 def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
@@ -152,17 +152,18 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
             raise ValueError(
                 f"the held-out probabilities are of {chosen_on.shape[1]} classes, the others of {logs.shape[1]}"
             )
-        temperature = _best_temperature(chosen_on, their_labels)
-        return {"nll": _tempered(logs, labels, 1 / temperature).mean().item(), "temperature": temperature}
-    if len(labels) < 10:
-        raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
-    total = 0.0
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-    for part in order.tensor_split(5):
-        rest = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, part, False)
-        temperature = _best_temperature(logs[rest], labels[rest])
-        total += _tempered(logs[part], labels[part], 1 / temperature).sum().item()
-    return {"nll": total / len(labels), "temperature": _best_temperature(logs, labels)}
+        temperature = best_temperature(chosen_on, their_labels)
+        return {"nll": tempered(logs, labels, 1 / temperature).mean().item(), "temperature": temperature}
+    return {"nll": cross_validated(logs, labels).mean().item(), "temperature": best_temperature(logs, labels)}
+
+
+def calibrated_nll_of_each(probs: Any, labels: Any) -> Tensor:
+    """What `calibrated_nll` is the mean of: ``[N]``, nats, each object's at the temperature that others chose.
+
+    Raises:
+        TypeError, ValueError: as `calibrated_nll`.
+    """
+    return cross_validated(*_log_probabilities(probs, labels))
 
 
 def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
@@ -295,17 +296,11 @@ def _nll(probs: Tensor, labels: Tensor) -> Tensor:
 
 def _brier(probs: Tensor, labels: Tensor) -> float:
     total = 0.0
-    for part, chosen in _blocks(probs, labels):
+    for part, chosen in blocks(probs, labels):
         distance = part.to(torch.float64, copy=True)
         distance.scatter_add_(1, chosen[:, None], torch.full_like(distance[:, :1], -1))
         total += float(distance.square_().sum())
     return total / len(labels)
-
-
-def _blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive objects with their labels, so many that float64 copies of them stay small."""
-    size = max(1, BLOCK // rows.shape[1])
-    return zip(torch.split(rows, size), torch.split(labels, size), strict=True)
 
 
 def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
@@ -317,35 +312,6 @@ def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
 def _logarithms(probs: Tensor) -> Tensor:
     """Of probabilities, in float64 and not below that of the smallest number of their own type."""
     return probs.to(torch.float64, copy=True).clamp_(min=torch.finfo(probs.dtype).tiny).log_()
-
-
-def _tempered(logs: Tensor, labels: Tensor, power: float) -> Tensor:
-    """The negative log-likelihoods ``[N]`` of probabilities that are raised to a power and normalised again."""
-    parts = _blocks(logs, labels)
-    return -torch.cat([(power * part).log_softmax(1).gather(1, chosen[:, None])[:, 0] for part, chosen in parts])
-
-
-def _best_temperature(logs: Tensor, labels: Tensor) -> float:
-    """The temperature from 0.05 to 20 with the lowest NLL, which is convex in its inverse."""
-    return 1 / _lowest(lambda power: _tempered(logs, labels, power).mean().item(), 0.05, 20.0)
-
-
-def _lowest(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of one valley is lowest between two positive numbers, to 1e-4 of it: golden-section search."""
-    golden = (math.sqrt(5) - 1) / 2
-    low, high = math.log(low), math.log(high)
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = function(math.exp(left)), function(math.exp(right))
-    while high - low > 1e-4:
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - golden * (high - low)
-            at_left = function(math.exp(left))
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + golden * (high - low)
-            at_right = function(math.exp(right))
-    return math.exp((low + high) / 2)
 
 
 def _scores(values: Any, name: str) -> Tensor:

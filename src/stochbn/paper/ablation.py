@@ -245,14 +245,18 @@ def _scores(name: str, several: Sequence[Sequence[Mapping[str, Tensor]]], labels
 
 
 def _score(probs: Mapping[str, Tensor], plain: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    best, beside = (metrics.calibrated_nll(known, labels) for known in (probs["known"], plain["known"]))
     found = metrics.evaluate(probs["known"], labels)
+    best = metrics.calibrated_nll(probs["known"], labels)
     found |= {"calibrated_nll": best["nll"], "temperature": best["temperature"]}
+    calibrated = (
+        metrics.calibrated_nll_of_each(plain["known"], labels),
+        metrics.calibrated_nll_of_each(probs["known"], labels),
+    )
     unknown = None
     if "unknown" in probs:
         found |= metrics.ood(entropy(probs["known"]), entropy(probs["unknown"]))
         unknown = plain["unknown"], probs["unknown"]
-    return found | paired((plain["known"], probs["known"]), labels, unknown, (beside, best))
+    return found | paired((plain["known"], probs["known"]), labels, unknown, calibrated)
 
 
 def _mean(members: Sequence[Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:

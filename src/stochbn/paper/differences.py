@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ def paired(
     known: tuple[Tensor, Tensor],
     labels: Tensor,
     unknown: tuple[Tensor, Tensor] | None = None,
-    calibrated: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+    calibrated: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """Differences between two predictions of the same objects, the second minus the first, and their standard errors.
 
@@ -29,7 +28,8 @@ def paired(
         known: probabilities ``[N, K]`` of the two, for objects of known classes.
         labels: their labels ``[N]``.
         unknown: likewise ``[M, K]``, for objects of other classes.
-        calibrated: what `stochbn.metrics.calibrated_nll` returns for either, where there are enough known objects.
+        calibrated: what `stochbn.metrics.calibrated_nll_of_each` returns for either, where there are enough known
+            objects. That each temperature was chosen on other objects is not in the standard error.
 
     Returns:
         ``error_change`` (percentage points), ``nll_change`` (nats), with `calibrated` the ``calibrated_nll_change``
@@ -51,8 +51,8 @@ def paired(
     nll = [metrics.nll_of_each(probs, labels) for probs in known]
     add("nll", (nll[1] - nll[0]).mean().item(), nll[1] - nll[0])
     if calibrated is not None:
-        tempered = [metrics.nll_of_each(p, labels, c["temperature"]) for p, c in zip(known, calibrated, strict=True)]
-        add("calibrated_nll", calibrated[1]["nll"] - calibrated[0]["nll"], tempered[1] - tempered[0])
+        change = (calibrated[1] - calibrated[0]).double()
+        add("calibrated_nll", change.mean().item(), change)
     if unknown is not None and len(unknown[0]) > 1:
         entropies = [entropy(probs).double() for probs in unknown]
         add("entropy_unknown", (entropies[1] - entropies[0]).mean().item(), entropies[1] - entropies[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -40,6 +41,9 @@ __all__ = [
     "write_seeds",
 ]
 
+LEAST_ERRORS = 10
+"""So many known objects must be classified wrongly for a best temperature."""
+
 
 @dataclass(frozen=True, eq=False)
 class Method:
@@ -64,16 +68,25 @@ class Method:
     unknown: Tensor | None = None
     median: Method | None = None
 
+    @functools.cached_property
+    def calibrated(self) -> Tensor | None:
+        """The NLL of every object after the best temperature for others; None where too few are classified wrongly.
+
+        With hardly any error among them the best temperature is 0, and one error elsewhere costs more than all else.
+        """
+        wrong = (self.known.argmax(1) != self.labels).sum().item()
+        return metrics.calibrated_nll_of_each(self.known, self.labels) if wrong >= LEAST_ERRORS else None
+
     def scores(self) -> dict[str, Any]:
         """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
 
-        With at least 10 known objects also ``calibrated_nll`` (nats) and the best ``temperature``.
+        With at least 10 known objects that are classified wrongly also ``calibrated_nll`` (nats) and the best ``temperature``.
         """
         found: dict[str, Any] = {"method": self.name, "sbn": self.sbn, "members": self.members}
         found |= metrics.evaluate(self.known, self.labels)
-        if len(self.labels) >= 10:
-            calibrated = metrics.calibrated_nll(self.known, self.labels)
-            found |= {"calibrated_nll": calibrated["nll"], "temperature": calibrated["temperature"]}
+        if self.calibrated is not None:
+            found["calibrated_nll"] = self.calibrated.mean().item()
+            found["temperature"] = metrics.calibrated_nll(self.known, self.labels)["temperature"]
         found["entropy_known"] = entropy(self.known).mean().item()
         if self.unknown is not None:
             found["entropy_unknown"] = entropy(self.unknown).mean().item()
@@ -115,29 +128,23 @@ def score(found: Sequence[Method]) -> list[dict[str, Any]]:
     differences from it under ``noise_``.
     """
     scores = [method.scores() for method in found]
-    without = {method.name: i for i, method in enumerate(found) if not method.sbn}
+    without = {method.name: method for method in found if not method.sbn}
     for method, row in zip(found, scores, strict=True):
         if method.sbn and method.name in without:
-            i = without[method.name]
-            row |= _changes(found[i], scores[i], method, row)
+            row |= _changes(without[method.name], method)
         if method.median is not None:
             beside = method.median.scores()
-            changes = _changes(method.median, beside, method, row)
+            changes = _changes(method.median, method)
             row |= {f"median_{name}": value for name, value in beside.items() if isinstance(value, float)}
             row |= {f"noise_{name}": value for name, value in changes.items()}
     return scores
 
 
-def _changes(one: Method, scores: Mapping[str, Any], other: Method, row: Mapping[str, Any]) -> dict[str, float]:
-    """What changes from one method to another, from their predictions and scores."""
+def _changes(one: Method, other: Method) -> dict[str, float]:
+    """What changes from one method to another."""
     unknown = None if one.unknown is None or other.unknown is None else (one.unknown, other.unknown)
-    calibrated = (_calibrated(scores), _calibrated(row)) if "calibrated_nll" in row else None
+    calibrated = None if one.calibrated is None or other.calibrated is None else (one.calibrated, other.calibrated)
     return paired((one.known, other.known), other.labels, unknown, calibrated)
-
-
-def _calibrated(row: Mapping[str, Any]) -> dict[str, float]:
-    """What `stochbn.metrics.calibrated_nll` returned, from a method's scores."""
-    return {"nll": row["calibrated_nll"], "temperature": row["temperature"]}
 
 
 def tabulate(
@@ -235,7 +242,8 @@ def write_run(folder: Path) -> list[Table]:
     """Write a run's tables and figures into its folder, from what is stored there, and return the tables.
 
     Beside what `write` makes, ``statistics.png`` and ``.svg`` show observed and fitted statistics, and
-    ``results.json`` has their distances for every layer; ``training.png`` and ``.svg`` show every member's log of
+    ``results.json`` has their distances for every layer, unless the file of the statistics, the largest of a run, is
+    gone; ``training.png`` and ``.svg`` show every member's log of
     loss and accuracy, where there are logs.
 
     Raises:
@@ -244,9 +252,10 @@ def write_run(folder: Path) -> list[Table]:
     """
     check_folder(folder, *RESULTS)
     about, found = read_run(folder)
-    observations, posterior = read_statistics(folder)
-    about["kolmogorov_smirnov"] = distances(observations, posterior)
-    figures.save_statistics(folder / "statistics", observations, posterior)
+    if (folder / "plain-0" / "statistics.safetensors").exists():
+        observations, posterior = read_statistics(folder)
+        about["kolmogorov_smirnov"] = distances(observations, posterior)
+        figures.save_statistics(folder / "statistics", observations, posterior)
     logs = {
         member.name: read_log(log)
         for member in read_recipe(folder).all_members()
@@ -312,6 +321,8 @@ def _over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One method's scores in several runs: of each number mean and standard deviation, of a change the mean's error."""
     found: dict[str, Any] = {}
     for name, first in rows[0].items():
+        if not all(name in row for row in rows):
+            continue
         values = [row[name] for row in rows]
         if not isinstance(first, float):
             found[name] = first
