@@ -80,7 +80,8 @@ class Method:
     def scores(self) -> dict[str, Any]:
         """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
 
-        With at least 10 known objects that are classified wrongly also ``calibrated_nll`` (nats) and the best ``temperature``.
+        With at least 10 known objects that are classified wrongly also ``calibrated_nll`` (nats) and the best
+        ``temperature``.
         """
         found: dict[str, Any] = {"method": self.name, "sbn": self.sbn, "members": self.members}
         found |= metrics.evaluate(self.known, self.labels)

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from stochbn.paper.data import Images, as_input, augment
 from stochbn.paper.training import Epoch, Schedule, read_log, restore, score, store, write_log
 
-__all__ = ["PRECISIONS", "train_together"]
+__all__ = ["PRECISIONS", "Trainee", "train_together"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """What networks can be trained together in."""
@@ -85,7 +85,7 @@ def train_together(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         trainees = [
-            _Trainee(*given, images, device)
+            Trainee(*given, images, device)
             for given in zip(builds, schedules, states or nothing, logs or nothing, strict=True)
         ]
         stored = time.monotonic()
@@ -110,7 +110,7 @@ def train_together(
         return [trainee.trained() for trainee in trainees]
 
 
-class _Trainee:
+class Trainee:
     """One network in training, and all that its step reads and writes: tensors that stay where they are."""
 
     def __init__(
