@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -62,20 +63,48 @@ def test_the_smoke_preset_of_every_network_leaves_tables_and_figures(network: st
         assert (folder / name).stat().st_size > 500
 
 
-def test_the_notebook_runs_on_a_run(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def read_notebook() -> Any:
     import nbformat
+
+    return nbformat.read(ROOT / "notebooks" / "results.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+
+
+def outputs_of(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def tables_in(notebook: Any) -> str:
+    found = (output.get("data", {}) for output in outputs_of(notebook))
+    return "\n\n".join(data["text/markdown"] for data in found if "text/markdown" in data)
+
+
+def executed(run: Path | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook run on a run folder, or on the one that it names itself."""
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("STOCHBN_RUN", str(runs["vgg11"]))
-    monkeypatch.setenv("STOCHBN_NOTEBOOK_OUT", str(tmp_path))
-    notebook = nbformat.read(  # type: ignore[no-untyped-call]
-        ROOT / "notebooks" / "results.ipynb", as_version=4
-    )
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    shown = "\n\n".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
-    assert shown + "\n" == (runs["vgg11"] / "results.md").read_text()
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    if run is not None:
+        monkeypatch.setenv("STOCHBN_RUN", str(run))
+    monkeypatch.setenv("STOCHBN_NOTEBOOK_OUT", str(folder))
+    notebook = read_notebook()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    return notebook
+
+
+def test_the_notebook_runs_on_a_run(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(runs["vgg11"], tmp_path, monkeypatch)
+    assert tables_in(notebook) + "\n" == (runs["vgg11"] / "results.md").read_text()
+    assert sum("image/png" in output.get("data", {}) for output in outputs_of(notebook)) == 2
+
+
+def test_the_notebook_shows_what_comes_of_the_run_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, made = read_notebook(), executed(None, tmp_path, monkeypatch)
+    assert tables_in(kept) == tables_in(made)
+    assert tables_in(kept) + "\n" == (ROOT / "results" / "demo-digits" / "results.md").read_text()
+    texts = [[output.get("data", {}).get("text/plain") for output in outputs_of(n)] for n in (kept, made)]
+    assert texts[0] == texts[1]
+    assert sum("image/png" in output.get("data", {}) for output in outputs_of(kept)) == 2
 
 
 def test_a_full_disk_is_told_and_loses_nothing_that_is_finished(runs: dict[str, Path], tmp_path: Path) -> None:
