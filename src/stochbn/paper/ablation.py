@@ -1,7 +1,7 @@
 """What of SBN does what: the centre of the statistics, their noise, its size, and what the posterior was fitted on.
 
-For every network of a finished run, the methods below predict all test images; `tabulate` compares each with the plain
-network on the same images, for single networks and for all plain ones as an ensemble.
+For every plain network of a finished run, the methods below predict all test images; `tabulate` compares each with the plain
+network on the same images, for single networks and for all as an ensemble.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stochbn.paper.differences import paired
 from stochbn.paper.goodness import observe
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICTIONS, has_dropout, load_parts, on_accelerator, predict_all
+from stochbn.paper.runner import PREDICTIONS, load_parts, on_accelerator, predict_all
 from stochbn.paper.tables import Table
 from stochbn.paper.training import augmented
 from stochbn.posteriors import KINDS, FactorizedLog, Posterior
 from stochbn.predictions import entropy
-from stochbn.predictive import MCDropout, Predictive
+from stochbn.predictive import Predictive
 
 __all__ = ["ablate", "methods_of", "tabulate"]
 
@@ -90,7 +90,7 @@ def ablate(
 
     Args:
         folder: a finished run.
-        members: how many of its plain networks; None is all of them. One with dropout is always among them.
+        members: how many of its plain networks; None is all of them.
         images: test images of known, and of unknown, classes to predict, at most: the first ones. None is all.
         progress: called with the number of predictions made and of all.
 
@@ -120,12 +120,11 @@ def ablate(
         fit = _fit(recipe, member, model, parts["train"])
         for name, make in methods.items():
             posterior = make(fit, model)
-            draws = 1 if posterior.batch_size == math.inf and not has_dropout(model) else recipe.draws
-            kind = MCDropout if has_dropout(model) else functools.partial(Predictive, tolerance=0)
+            draws = 1 if posterior.batch_size == math.inf else recipe.draws
             generator = torch.Generator().manual_seed(recipe.schedule(member).seed)
             for part in ("known", "unknown"):
                 if part in parts:
-                    predictor = kind(model, posterior=posterior, draws=draws)
+                    predictor = Predictive(model, posterior, draws, tolerance=0)
                     tensors[f"{name}.{part}"] = predict_all(predictor, parts[part], generator).probs.log().cpu()
             done += 1
             progress(done, total)
@@ -137,7 +136,7 @@ def _members(recipe: Recipe, plain: int | None) -> list[Member]:
     """The networks to compare; the run has at least so many plain ones."""
     if plain is not None and not 1 <= plain <= recipe.members:
         raise ValueError(f"the run has {recipe.members} plain networks, {plain} were asked for")
-    return [member for member in recipe.all_members() if member.kind != "plain" or member.index < (plain or 10**9)]
+    return [member for member in recipe.all_members() if member.kind == "plain"][:plain]
 
 
 def _stored(folder: Path, member: Member, images: int | None) -> dict[str, Tensor]:
@@ -200,23 +199,20 @@ def tabulate(folder: Path, *, members: int | None = None, images: int | None = N
         OSError: the folder cannot be written.
     """
     recipe = read_recipe(folder)
-    groups: dict[str, list[dict[str, Tensor]]] = {"plain": [], "dropout": []}
+    predictions: list[dict[str, Tensor]] = []
     labels = torch.empty(0)
     for member in _members(recipe, members):
         stored, _ = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
         labels = stored["labels"][:images]
         found = _stored(folder, member, images)
         plain = {key: value[:images] for key, value in stored.items() if key in ("plain.known", "plain.unknown")}
-        groups[member.kind].append({key: value.exp() for key, value in {**plain, **found}.items()})
+        predictions.append({key: value.exp() for key, value in {**plain, **found}.items()})
     names = ["plain", *methods_of(recipe)]
-    compared: dict[str, list[list[dict[str, Tensor]]]] = {}
-    one = "single networks" if len(groups["plain"]) > 1 else "one network"
-    compared[one] = [[member] for member in groups["plain"]]
-    if len(groups["plain"]) > 1:
-        compared[f"ensemble of {len(groups['plain'])}"] = [groups["plain"]]
-    if groups["dropout"]:
-        compared["dropout"] = [groups["dropout"]]
-    rows = {what: {name: _scores(name, several, labels) for name in names} for what, several in compared.items()}
+    several = len(predictions) > 1
+    compared = {"single networks" if several else "one network": [[one] for one in predictions]}
+    if several:
+        compared[f"ensemble of {len(predictions)}"] = [predictions]
+    rows = {what: {name: _scores(name, groups, labels) for name in names} for what, groups in compared.items()}
     data = f"{recipe.network} on {recipe.data}, {len(labels)} objects"
     shown = [_table(f"{data}: {what}", scores) for what, scores in rows.items()]
     write_json(folder / "ablation.json", {"recipe": recipe.as_dict(), "objects": len(labels), "scores": rows})
