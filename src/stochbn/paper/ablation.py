@@ -1,7 +1,7 @@
 """What of SBN does what: the centre of the statistics, their noise, its size, and what the posterior was fitted on.
 
-For every plain network of a finished run, the methods below predict all test images; `tabulate` compares each with the plain
-network on the same images, for single networks and for all as an ensemble.
+For every plain network of a finished run, the methods below predict all test images; `tabulate` compares each with the
+plain network on the same images, for single networks and for all as an ensemble.
 """
 
 from __future__ import annotations
