@@ -11,15 +11,17 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
 from stochbn.network.calling import Batch, InputsOf
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
-from stochbn.statistics import mini_batches, observing
+from stochbn.statistics import NoBatchesError, mini_batches, observing
 
 __all__ = ["fit"]
 
@@ -40,6 +42,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Joint: ...
@@ -54,6 +57,7 @@ def fit(
     kind: Literal["factorized"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
 ) -> Factorized: ...
 
 
@@ -66,6 +70,7 @@ def fit(
     kind: Literal["factorized-log"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
 ) -> FactorizedLog: ...
 
 
@@ -78,6 +83,7 @@ def fit(
     kind: Literal["empirical"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
     max_batches: int = 512,
 ) -> Empirical: ...
 
@@ -91,6 +97,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior: ...
@@ -104,6 +111,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
 ) -> Posterior:
@@ -132,6 +140,11 @@ def fit(
         inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
             ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
             gives a tensor, a tuple of arguments or a mapping of named ones.
+        group: in a job of several processes (ranks), the process group whose ranks fit together, such as
+            ``torch.distributed.group.WORLD``: each passes its own data, and every one gets the posterior of all. Ranks
+            may have different amounts of data, or none; if one fails, all raise. A mini-batch is one rank's also where
+            the network has a ``SyncBatchNorm``: for the noise of what it normalised over in training, `batch_size` is
+            that of all ranks together. None is this process's data alone.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
             sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
             for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
@@ -162,27 +175,42 @@ def fit(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    layers = batch_norms(model)
-    network = Network.of(model)
-    chosen = _chosen(layers, undrawable(network.model), deterministic)
-    network.look()
-    fingerprint = Fingerprint.of(model)
-    uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
+    ranks = Ranks.of(group)
     accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
-    training, skipped = _modes(network, chosen)
-    observations = mini_batches(model, batches, batch_size, inputs)
-    first = next(observations)
-    guard(network, first, training)
-    with observing(network, training) as observe:
-        for mini_batch in itertools.chain([first], observations):
-            accumulator.update({**uncalled, **observe(mini_batch)})
+    frozen: set[str] = set()
+    lack: NoBatchesError | None = None
+    with ranks.failing_together():
+        layers = batch_norms(model)
+        refuse_sharded(model)
+        network = Network.of(model)
+        chosen = _chosen(layers, undrawable(network.model), deterministic)
+        network.look()
+        fingerprint = Fingerprint.of(model)
+        uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
+        training, skipped = _modes(network, chosen)
+        observations = mini_batches(model, batches, batch_size, inputs)
+        try:
+            first = next(observations)
+        except NoBatchesError as error:
+            lack = error
+        else:
+            guard(network, first, training)
+            with observing(network, training) as observe:
+                for mini_batch in itertools.chain([first], observations):
+                    accumulator.update({**uncalled, **observe(mini_batch)})
+            frozen = set(observe.frozen)
+    with ranks.failing_together():
+        ranks.check_weights(fingerprint)
+        accumulator = ranks.merged(accumulator)
     observed = accumulator.layers
+    if lack is not None and not accumulator.seen:
+        raise lack
     if not observed:
         raise ValueError(
             "no batch-norm layer saw mini-batch statistics: none was called, or all are frozen (they do not update "
             "their running statistics in training mode)"
         )
-    skipped |= dict.fromkeys(observe.frozen, "does not update its running statistics while training")
+    skipped |= dict.fromkeys(ranks.union(frozen), "does not update its running statistics while training")
     skipped |= dict.fromkeys((name for name in layers if name not in observed and name not in skipped), "not called")
     if accumulator.seen == 1:
         warnings.warn(

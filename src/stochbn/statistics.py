@@ -20,7 +20,11 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["Moments", "Observer", "mini_batches", "observing"]
+__all__ = ["Moments", "NoBatchesError", "Observer", "mini_batches", "observing"]
+
+
+class NoBatchesError(ValueError):
+    """There was no mini-batch to observe."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,12 @@ def mini_batches(
         largest = max(size, largest or 0)
         yield from taken.split(batch_size or size)
     if largest is None:
-        raise ValueError(
+        raise NoBatchesError(
             "there were no batches to observe: the iterable is empty or already used up; pass a DataLoader, "
             "a list or a fresh generator with at least one batch"
         )
     if batch_size is not None and largest < batch_size:
-        raise ValueError(
+        raise NoBatchesError(
             f"every incoming batch was smaller than batch_size={batch_size} (the largest has {largest} objects); "
             "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come"
         )
@@ -104,16 +108,28 @@ def mini_batches(
 def observing(network: Network, training: frozenset[str]) -> Iterator[Observer]:
     """An observer of a copy of a network, or of the network itself where it cannot be copied.
 
+    A ``SyncBatchNorm`` works as an ordinary batch norm meanwhile: a mini-batch is this process's own, whatever job it
+    is part of.
+
     Args:
         network: the network.
         training: names of the modules that are in training mode; batch norms among the others are not observed.
     """
     with network.copied(train=True) as replica:
+        synchronised = [
+            layer
+            for layer in replica.model.modules()
+            if type(layer) is nn.SyncBatchNorm and "forward" not in vars(layer)
+        ]
+        for layer in synchronised:
+            layer.forward = functools.partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
         observer = Observer(replica, training)
         try:
             yield observer
         finally:
             observer.close()
+            for layer in synchronised:  # of the network itself, where it cannot be copied
+                del layer.forward
 
 
 class Observer:

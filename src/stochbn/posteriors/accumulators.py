@@ -25,6 +25,8 @@ A layer that was not called has 0 calls, or is left out.
 
 P = TypeVar("P", bound="Posterior")
 
+HASH_BYTES = 16
+
 
 class Accumulator(ABC, Generic[P]):
     """What a kind of posterior remembers of mini-batches. Memory does not grow with their number beyond some.
@@ -58,6 +60,14 @@ class Accumulator(ABC, Generic[P]):
         Raises:
             ValueError: their layers or settings do not fit.
         """
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it remembers, for another process: tensors, and what JSON holds."""
+
+    @abstractmethod
+    def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
+        """A new accumulator with the settings of this one that remembers what `state` gave."""
 
     @abstractmethod
     def posterior(self, **about: Any) -> P:
@@ -121,7 +131,7 @@ class Sample(Accumulator[P]):
         self.seen += 1
         if not layers:
             return
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=HASH_BYTES)
         for name in self._layers:
             digest.update(called[name].contiguous().numpy().data)
         number = int.from_bytes(digest.digest(), "big")
@@ -149,6 +159,24 @@ class Sample(Accumulator[P]):
         merged._by_hash = first._by_hash or bool(second.seen)
         merged._drop()
         return merged
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The mini-batches that are kept with their hashes, and the layers."""
+        hashes = b"".join(number.to_bytes(HASH_BYTES, "big") for number, _ in self._rows)
+        tensors = {
+            "hashes": torch.tensor(list(hashes), dtype=torch.uint8).view(-1, HASH_BYTES),
+            "rows": torch.stack([row for _, row in self._rows]) if self._rows else torch.empty(0, 2, 0),
+        }
+        return tensors, {"seen": self.seen, "layers": list(self._layers.items()), "by_hash": self._by_hash}
+
+    def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
+        """A new accumulator with the settings of this one that remembers what `state` gave."""
+        found = self._empty()
+        found.seen, found._by_hash = about["seen"], about["by_hash"]
+        found._layers = dict(about["layers"])
+        numbers = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
+        found._rows = list(zip(numbers, tensors["rows"].clone(), strict=True))
+        return found
 
     def statistics(self) -> Tensor:
         """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""

@@ -138,6 +138,26 @@ class MomentsOfLayers(Accumulator[P]):
         merged.seen = self.seen + other.seen
         return merged
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The moments of every layer."""
+        tensors = {
+            f"{i}.{part}": getattr(moments, part)
+            for i, moments in enumerate(self.moments.values())
+            for part in ("mean", "squares")
+        }
+        counts = [(name, moments.count) for name, moments in self.moments.items()]
+        return tensors, {"seen": self.seen, "counts": counts}
+
+    def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
+        """A new accumulator that remembers what `state` gave."""
+        found = type(self)()
+        found.seen = about["seen"]
+        found.moments = {
+            name: Moments(count, tensors[f"{i}.mean"], tensors[f"{i}.squares"])
+            for i, (name, count) in enumerate(about["counts"])
+        }
+        return found
+
     def posterior(self, **about: Any) -> P:
         """The posterior of the mini-batches that were added.
 

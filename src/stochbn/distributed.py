@@ -1,0 +1,165 @@
+"""What several processes of a job observed, brought together over torch.distributed.
+
+Each process (rank) observes its own mini-batches into an accumulator. `Ranks.merged` sends every accumulator to every
+rank and merges them in the order of the ranks, so that all have the same; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stochbn.network.fingerprint import Fingerprint
+from stochbn.posteriors.accumulators import Accumulator
+
+__all__ = ["Ranks", "RanksError", "refuse_sharded"]
+
+A = TypeVar("A", bound=Accumulator[Any])
+
+
+class RanksError(RuntimeError):
+    """Another rank of the job failed; the message says which, and how."""
+
+
+class Ranks:
+    """The ranks of a process group, or this process alone.
+
+    Args:
+        group: the process group; None is this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.count = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a group that a user passed.
+
+        In a job of several processes without a group, a warning says that this process's data alone is used.
+
+        Raises:
+            TypeError: it is no process group.
+            RuntimeError: this process does not belong to it.
+        """
+        if group is None:
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                warnings.warn(
+                    f"this is rank {dist.get_rank()} of {dist.get_world_size()}, and the posterior is fitted to its "
+                    "own data alone; pass group=torch.distributed.group.WORLD to fit to the data of all ranks",
+                    stacklevel=3,
+                )
+            return cls(None)
+        if not isinstance(group, dist.ProcessGroup):
+            outside = group is dist.GroupMember.NON_GROUP_MEMBER
+            if outside:
+                raise RuntimeError(
+                    "this process does not belong to the group that was passed; let its members alone fit"
+                )
+            raise TypeError(
+                "group must be a process group, such as torch.distributed.group.WORLD after "
+                f"torch.distributed.init_process_group, got {type(group).__name__}"
+            )
+        return cls(group)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A block that all ranks leave together: if one raises, so do all, and none waits for it.
+
+        Raises:
+            RanksError: another rank raised.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.count > 1:
+                self._gather(json.dumps(f"{type(error).__name__}: {error}").encode())
+            raise
+        if self.count == 1:
+            return
+        for rank, answer in enumerate(self._gather(b"null")):
+            if (failure := json.loads(answer)) is not None:
+                raise RanksError(f"rank {rank} failed: {failure}")
+
+    def merged(self, accumulator: A) -> A:
+        """One accumulator that has seen what those of all ranks have, the same on every rank.
+
+        Raises:
+            ValueError: they do not fit, as when a layer was called on some ranks only.
+        """
+        if self.count == 1:
+            return accumulator
+        tensors, about = accumulator.state()
+        others = zip(
+            self._gather(safetensors.torch.save(tensors)), self._gather(json.dumps(about).encode()), strict=True
+        )
+        found = [accumulator.with_state(safetensors.torch.load(data), json.loads(text)) for data, text in others]
+        merged = found[0]
+        for other in found[1:]:
+            merged = merged.merge(other)
+        return merged
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any rank has."""
+        if self.count == 1:
+            return sorted(names)
+        return sorted({name for text in self._gather(json.dumps(sorted(names)).encode()) for name in json.loads(text)})
+
+    def check_weights(self, fingerprint: Fingerprint) -> None:
+        """Refuse ranks whose networks have different weights.
+
+        Raises:
+            ValueError: they have.
+        """
+        if self.count == 1:
+            return
+        described = [json.loads(text) for text in self._gather(json.dumps(fingerprint.description()).encode())]
+        for rank, description in enumerate(described):
+            if difference := Fingerprint.from_description(description).difference(fingerprint):
+                raise ValueError(
+                    f"rank {rank} has a network with other weights than rank {self.rank} ({difference} differ); load "
+                    "the same weights on every rank"
+                )
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, on every rank."""
+        device = self._device()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=self.group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(self.count)]
+        dist.all_gather(found, padded.to(device), group=self.group)
+        return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(found, sizes, strict=True)]
+
+    def _device(self) -> torch.device:
+        """Where the group's backend takes tensors from."""
+        types = {device.type for device in getattr(self.group, "_device_types", [])}
+        if "cpu" in types or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a network whose weights lie on several ranks in parts.
+
+    Raises:
+        TypeError: it is one.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor
+            raise TypeError(
+                f"the weights of {type(model).__name__} are sharded over ranks ({name!r} is a DTensor), and a pass "
+                "needs all of them: gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict and "
+                "StateDictOptions(full_state_dict=True), and load them into a plain network on every rank"
+            )

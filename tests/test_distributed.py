@@ -1,0 +1,196 @@
+"""Fitting in a job of several processes: equal to one process's fit, and no rank waits for one that failed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import stochbn
+from conftest import mlp, normal, settled
+from posterior_contract import nearly_same, same
+from stochbn.posteriors import KINDS
+
+TIMEOUT = 60
+
+
+def network() -> nn.Module:
+    return settled(mlp(), 4)
+
+
+def data(count: int = 96) -> Tensor:
+    return normal(count, 4, seed=3)
+
+
+def shard(rank: int, sizes: tuple[int, ...]) -> Tensor:
+    start = sum(sizes[:rank])
+    return data(sum(sizes))[start : start + sizes[rank]]
+
+
+def _rank(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
+    )
+    try:
+        work(rank, Path(folder), *arguments)
+    except BaseException:
+        (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def run(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Run work in ranks of their own; what each raised, with its trace, or nothing."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_rank, args=(rank, count, str(folder), work, arguments)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + 2 * TIMEOUT
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a rank waits for ever"
+    files = [folder / f"error-{rank}" for rank in range(count)]
+    return [file.read_text() if file.exists() else "" for file in files]
+
+
+def fit_shards(rank: int, folder: Path, sizes: tuple[int, ...], kind: str) -> None:
+    posterior = stochbn.fit(network(), [shard(rank, sizes)], 6, kind, group=dist.group.WORLD)
+    posterior.save(folder / f"posterior-{rank}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [*((kind, (60, 6, 30)) for kind in KINDS), ("joint", (0, 96)), ("factorized", (96, 0))]
+)
+def test_every_rank_gets_what_one_process_fits_to_all_mini_batches(
+    kind: str, sizes: tuple[int, ...], folder: Path
+) -> None:
+    assert not any(run(len(sizes), folder, fit_shards, sizes, kind))
+    first = stochbn.load(folder / "posterior-0")
+    for rank in range(1, len(sizes)):
+        same(stochbn.load(folder / f"posterior-{rank}"), first)
+    alone = stochbn.fit(network(), [data()], 6, kind)
+    if kind == "joint":  # of mini-batches in the order of their hashes, so to rounding
+        torch.testing.assert_close(first.expected, alone.expected, rtol=1e-6, atol=1e-6)
+        draws, others = (posterior.draw(4000, torch.Generator().manual_seed(0)) for posterior in (first, alone))
+        for name, values in draws.items():
+            torch.testing.assert_close(values.std(0), others[name].std(0), rtol=0.1, atol=1e-6)
+    elif kind == "empirical":
+        assert isinstance(first, stochbn.Empirical)
+        assert isinstance(alone, stochbn.Empirical)
+        rows = [sorted(posterior.statistics.flatten(1).tolist()) for posterior in (first, alone)]
+        torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), rtol=1e-6, atol=1e-6)
+    else:
+        nearly_same(first, alone)
+    assert first.mini_batches == alone.mini_batches == 16
+
+
+def fit_or_fail(rank: int, folder: Path, failing: str) -> None:
+    def batches() -> Iterator[Tensor]:
+        yield data(24)
+        if rank == 1 and failing == "raises":
+            raise OSError("the disk is gone")
+        if rank == 1 and failing == "is interrupted":
+            raise KeyboardInterrupt
+        if rank == 1 and failing == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield data(24)
+
+    model = network()
+    if rank == 1 and failing == "has other weights":
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+    stochbn.fit(model, batches(), 6, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("failing", ["raises", "is interrupted", "is killed", "has other weights"])
+def test_no_rank_waits_for_one_that(failing: str, folder: Path) -> None:
+    first, second = run(2, folder, fit_or_fail, failing)
+    wanted = {
+        "raises": ("rank 1 failed: OSError: the disk is gone", "OSError: the disk is gone"),
+        "is interrupted": ("rank 1 failed: KeyboardInterrupt", "KeyboardInterrupt"),
+        "is killed": ("Error", ""),
+        "has other weights": ("rank 1 has a network with other weights", "rank 0 has a network with other weights"),
+    }[failing]
+    assert wanted[0] in first
+    assert wanted[1] in second
+
+
+def fit_nothing(rank: int, folder: Path) -> None:
+    stochbn.fit(network(), [data(0)], 6, group=dist.group.WORLD)
+
+
+def test_ranks_without_any_data_are_told(folder: Path) -> None:
+    for error in run(2, folder, fit_nothing):
+        assert "NoBatchesError: there were no batches to observe" in error
+
+
+def fit_wrapped(rank: int, folder: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(network())
+    posterior = stochbn.fit(model, [shard(rank, (48, 48))], 6, "factorized", group=dist.group.WORLD)
+    posterior.save(folder / f"posterior-{rank}")
+
+
+def test_a_network_in_ddp_is_fitted_as_itself(folder: Path) -> None:
+    assert not any(run(2, folder, fit_wrapped))
+    nearly_same(stochbn.load(folder / "posterior-1"), stochbn.fit(network(), [data()], 6, "factorized"))
+
+
+def fit_alone(rank: int, folder: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = stochbn.fit(network(), [shard(rank, (48, 48))], 6, "factorized")
+    (warning,) = [str(one.message) for one in caught]
+    assert f"rank {rank} of 2" in warning
+    assert "group=torch.distributed.group.WORLD" in warning
+    nearly_same(posterior, _without_ranks(shard(rank, (48, 48))))
+
+
+def _without_ranks(inputs: Tensor) -> stochbn.Factorized:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return stochbn.fit(network(), [inputs], 6, kind="factorized")
+
+
+def test_without_a_group_a_rank_fits_to_its_own_data_and_says_so(folder: Path) -> None:
+    assert not any(run(2, folder, fit_alone))
+
+
+def fit_synchronised(rank: int, folder: Path) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())  # type: ignore[no-untyped-call]
+    posterior = stochbn.fit(model, [shard(rank, (60, 36))], 6, kind="factorized", group=dist.group.WORLD)
+    posterior.save(folder / f"posterior-{rank}")
+
+
+def test_synchronised_batch_norms_observe_mini_batches_of_one_rank(folder: Path) -> None:
+    """Which need no GPU then, and no rank has to wait for another at each of them."""
+    assert not any(run(2, folder, fit_synchronised))
+    nearly_same(stochbn.load(folder / "posterior-0"), stochbn.fit(network(), [data()], 6, "factorized"))
+
+
+def test_what_is_no_group_is_refused() -> None:
+    with pytest.raises(TypeError, match="group must be a process group"):
+        stochbn.fit(network(), [data()], 6, group="world")  # type: ignore[call-overload]
