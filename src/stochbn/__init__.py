@@ -8,7 +8,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import metrics
+from stochbn import augment, metrics
 from stochbn.calibration import calibrate
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
@@ -28,6 +28,7 @@ __all__ = [
     "Posterior",
     "Prediction",
     "Predictive",
+    "augment",
     "calibrate",
     "fit",
     "load",

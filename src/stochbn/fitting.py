@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, overload
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stochbn.augment import Augment, Views
 from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
-from stochbn.network.calling import Batch, InputsOf
+from stochbn.network.calling import Batch, InputsOf, NetworkInput
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
@@ -42,6 +43,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
@@ -57,6 +59,7 @@ def fit(
     kind: Literal["factorized"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
 ) -> Factorized: ...
 
@@ -70,6 +73,7 @@ def fit(
     kind: Literal["factorized-log"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
 ) -> FactorizedLog: ...
 
@@ -83,6 +87,7 @@ def fit(
     kind: Literal["empirical"],
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
     max_batches: int = 512,
 ) -> Empirical: ...
@@ -97,6 +102,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
@@ -111,6 +117,7 @@ def fit(
     *,
     deterministic: Chosen = (),
     inputs: InputsOf = None,
+    augment: Augment | None = None,
     group: ProcessGroup | None = None,
     max_batches: int = 512,
     directions: int | None = None,
@@ -140,6 +147,8 @@ def fit(
         inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
             ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
             gives a tensor, a tuple of arguments or a mapping of named ones.
+        augment: a function ``fn(x, generator)`` that changes the objects of a mini-batch at random, as training did;
+            such as those of `stochbn.augment`. Its generator is the fit's own: equal data give an equal posterior.
         group: in a job of several processes (ranks), the process group whose ranks fit together, such as
             ``torch.distributed.group.WORLD``: each passes its own data, and every one gets the posterior of all. Ranks
             may have different amounts of data, or none; if one fails, all raise. A mini-batch is one rank's also where
@@ -189,6 +198,8 @@ def fit(
         uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
         training, skipped = _modes(network, chosen)
         observations = mini_batches(model, batches, batch_size, inputs)
+        if augment is not None:
+            observations = _augmented(observations, augment, ranks.rank)
         try:
             first = next(observations)
         except NoBatchesError as error:
@@ -232,6 +243,15 @@ def fit(
             stacklevel=2,
         )
     return posterior
+
+
+def _augmented(mini_batches: Iterable[NetworkInput], augment: Augment, seed: int) -> Iterator[NetworkInput]:
+    """Mini-batches with their first tensor changed at random."""
+    if not callable(augment):
+        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+    for number, mini_batch in enumerate(mini_batches):
+        view = Views(augment, len(mini_batch.tensors()[0]), seed + 7919 * number, clean=False)
+        yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]
 
 
 def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[str], dict[str, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,9 @@ def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     if call.whole:
         guard(network, inputs, call.training)
         return Plan(together=call.whole, refused=dict.fromkeys(WAYS, call.whole))
-    verdict, refused = examine(network, inputs, call)
+    verdict, refused = examine(network, inputs, replace(call, augment=None))
+    if call.augment is not None:
+        refused["prefix"] = "every draw sees the inputs in another way"
     return make_plan(verdict, len(inputs), call.settings, cpu=inputs.on_cpu, refused=refused)
 
 

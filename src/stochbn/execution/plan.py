@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stochbn.augment import Augment
 from stochbn.execution.follow import Followed
 from stochbn.execution.watch import Unit
 from stochbn.network.calling import NetworkInput
@@ -67,6 +68,9 @@ class Call:
         exact: no way may round more than float32 does.
         averaged: how many independent draws the mean over draws is to be worth.
         temperature: what logits are divided by.
+        augment: a random change of the inputs, another one in every draw.
+        clean: whether the first draw sees the inputs as they are.
+        seed: where these changes come from.
     """
 
     task: Task
@@ -78,6 +82,9 @@ class Call:
     exact: bool = True
     averaged: int = 50
     temperature: float = 1.0
+    augment: Augment | None = None
+    clean: bool = True
+    seed: int = 0
 
     def key(self, network: Network, inputs: NetworkInput) -> Hashable:
         """What a verdict depends on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from stochbn.augment import Views
 from stochbn.execution.plan import Call, Draw, Plan
 from stochbn.execution.reference import reference
 from stochbn.execution.ways import bfloat16
@@ -46,6 +48,10 @@ class Passes:
         self._cache: PrefixCache | None = None
         self._stack: Stack | None = None
         self._head: bfloat16.Head | None = None
+        self._made = 0  # draws so far, by which the inputs are augmented
+        self._views: Views | None = None
+        if call.augment is not None:
+            self._views = Views(call.augment, len(inputs.tensors()[0]), call.seed, call.clean)
         self._begin()
 
     def _begin(self) -> None:
@@ -112,11 +118,16 @@ class Passes:
                 raise
             # What works on some objects need not on all. The slow way tells whether the error is the network's.
             self._change(Plan(together=self.plan.together))
-            values = torch.stack([self._one(draw) for draw in draws])
+            values = torch.stack([self._one(draw, self._made + i) for i, draw in enumerate(draws)])
+        self._made += len(draws)
         if self._first:
             self._first = False
             self._call.task.check(values[0])
         return values
+
+    def again(self) -> None:
+        """Have the next draws see the inputs as the first ones did."""
+        self._made = 0
 
     def exchange(self, inputs: NetworkInput) -> None:
         """Make the next passes of other objects; for plans without ways, which keep nothing of those before."""
@@ -126,6 +137,8 @@ class Passes:
         """Make the next passes of some of the objects only."""
         self._inputs = self._inputs.take(mask)
         self._objects = len(self._inputs)
+        if self._views is not None:
+            self._views.keep(mask)
         if self._cache is not None:
             self._cache.take(mask)
 
@@ -134,22 +147,23 @@ class Passes:
         together = self.plan.draws(self._objects) if self.plan.rows else 1
         blocks = []
         for start in range(0, len(draws), together):
-            block = draws[start : start + together]
+            block, number = draws[start : start + together], self._made + start
             if len(block) > 1 and len(block) * self._objects >= self.plan.least:
-                blocks.append(self._stacked(block))
+                blocks.append(self._stacked(block, number))
             else:
-                blocks.extend(self._one(draw)[None] for draw in block)
+                blocks.extend(self._one(draw, number + i)[None] for i, draw in enumerate(block))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _one(self, draw: Draw) -> Tensor:
+    def _one(self, draw: Draw, number: int) -> Tensor:
+        """A pass of the objects, whose inputs are those of the draw of this number."""
         if self._stack is not None:
             self._stack.pause()
-        made = []
+        made, seen = [], self._seen(number)
         if self.plan.size is None:
             self._renew()
-            return reference(self._replica, draw, self._inputs, self._call.task)
+            return self._restored(reference(self._replica, draw, seen, self._call.task), number)
         for start, stop in pieces(self._objects, self.plan.size):
-            inputs = self._piece(start, stop)
+            inputs = self._piece(seen, start, stop)
             self._renew()
             if self._cache is not None:
                 self._cache.begin(start, stop, 1, self.plan.least)
@@ -157,12 +171,25 @@ class Passes:
             made.append(values[: stop - start])
         if self._cache is not None:
             self._cache.done()
-        return made[0] if len(made) == 1 else torch.cat(made)
+        return self._restored(made[0] if len(made) == 1 else torch.cat(made), number)
 
-    def _stacked(self, draws: Sequence[Draw]) -> Tensor:
+    def _seen(self, number: int) -> NetworkInput:
+        """The inputs as the draw of this number sees them: the first tensor augmented."""
+        if self._views is None:
+            return self._inputs
+        views = self._views
+        return self._inputs.with_first(lambda tensor: views(tensor, number))
+
+    def _restored(self, values: Tensor, number: int) -> Tensor:
+        return values if self._views is None else self._views.undo(values, self._inputs.tensors()[0], number)
+
+    def _stacked(self, draws: Sequence[Draw], number: int) -> Tensor:
         assert self._stack is not None
         times = len(draws)
-        inputs = self._inputs.map(lambda tensor: torch.cat([tensor] * times))
+        if self._views is None:
+            inputs = self._inputs.map(lambda tensor: torch.cat([tensor] * times))
+        else:
+            inputs = functools.reduce(NetworkInput.join, (self._seen(number + i) for i in range(times)))
         inputs = bfloat16.rounded(inputs) if self.plan.head else inputs
         self._renew()
         self._stack(draws, self._objects)
@@ -171,10 +198,13 @@ class Passes:
         values = self._call.task.raw(inputs.call(self._replica.model))
         if self._cache is not None:
             self._cache.done()
-        return values.reshape(times, self._objects, *values.shape[1:])
+        values = values.reshape(times, self._objects, *values.shape[1:])
+        if self._views is None:
+            return values
+        return torch.stack([self._restored(one, number + i) for i, one in enumerate(values)])
 
-    def _piece(self, start: int, stop: int) -> NetworkInput:
-        inputs = self._inputs if stop - start == self._objects else self._inputs.take(slice(start, stop))
+    def _piece(self, seen: NetworkInput, start: int, stop: int) -> NetworkInput:
+        inputs = seen if stop - start == self._objects else seen.take(slice(start, stop))
         if stop - start < self.plan.least:
             inputs = inputs.take(torch.arange(self.plan.least, device=inputs.device).clamp(max=stop - start - 1))
         return bfloat16.rounded(inputs) if self.plan.head else inputs
@@ -203,7 +233,9 @@ class Passes:
         task, temperature = self._call.task, self._call.temperature
         self._renew()
         self._uninstall()
-        full = task.values(reference(self._replica, draws[0], self._inputs.take(probe), task)[None], temperature)[0]
+        full = task.values(
+            reference(self._replica, draws[0], self._seen(self._made).take(probe), task)[None], temperature
+        )[0]
         self._install(self._replica)
         low = task.values(values[:, probe], temperature)[0]
         return bfloat16.matters(low[0], full[0], low, self._call.averaged)

@@ -68,6 +68,11 @@ class NetworkInput:
 
         return NetworkInput(tuple(map(changed, self.args)), {k: changed(v) for k, v in self.kwargs.items()})
 
+    def with_first(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
+        """The same with the first tensor changed."""
+        first = self.tensors()[0]
+        return self.map(lambda tensor: change(tensor) if tensor is first else tensor)
+
     @property
     def device(self) -> torch.device:
         """The device of the first tensor."""

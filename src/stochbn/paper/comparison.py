@@ -45,7 +45,7 @@ from stochbn.paper.training import keep_freed_memory
 from stochbn.predictions import entropy
 from stochbn.predictive import Predictor
 
-__all__ = ["METHODS", "Settings", "compare", "finite", "tabulate"]
+__all__ = ["METHODS", "Settings", "compare", "finite", "mixture", "score_all", "tabulate"]
 
 COMPARISON = "stochbn.comparison/1"
 METHODS = (
@@ -248,16 +248,16 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     exact = methods.pop("exact")
     # Ensembles begin with the networks that are compared, so that one of them is what an ensemble of 1 is.
     ensembles = {
-        f"ensemble of {size}": [_mean([plain[(first + i) % len(plain)] for i in range(size)]) for first in chosen]
+        f"ensemble of {size}": [mixture([plain[(first + i) % len(plain)] for i in range(size)]) for first in chosen]
         for size in range(1, len(plain) + 1)
     }
-    rows, reached = _scores(methods, ensembles, labels)
+    rows, reached = score_all(methods, ensembles, labels)
     for method, found_sizes in sizes.items():
         for row, size in zip(rows[method], found_sizes, strict=True):
             row["batch_size"] = size
     part = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in methods.items()}
     few = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in ensembles.items()}
-    near, _ = _scores(part | {"exact": exact}, few, labels[: len(exact[0]["known"])])
+    near, _ = score_all(part | {"exact": exact}, few, labels[: len(exact[0]["known"])])
     for name, probs in (part | {"exact": exact}).items():
         for row, p, e in zip(near[name], probs, exact, strict=True):
             row["kl"] = _divergence(e["known"], p["known"])
@@ -292,11 +292,12 @@ def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[d
     return {part: logs.exp() for part, logs in tensors.items()}, about
 
 
-def _mean(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def mixture(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean probabilities of several networks, of known and unknown objects."""
     return {part: torch.stack([p[part] for p in predictions]).mean(0) for part in predictions[0]}
 
 
-def _scores(
+def score_all(
     methods: Mapping[str, Sequence[Mapping[str, Tensor]]],
     ensembles: Mapping[str, Sequence[Mapping[str, Tensor]]],
     labels: Tensor,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.augment import reflected
 from stochbn.paper import ExperimentError
 
 __all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
@@ -123,16 +124,10 @@ def augment(pixels: Tensor) -> Tensor:
     top, left = torch.randint(9, (2, count, 1), device=device)
     flipped = torch.rand(count, 1, device=device) < 0.5
     across = torch.arange(width, device=device)
-    rows = _reflect(torch.arange(height, device=device) + top - 4, height)
-    columns = _reflect(torch.where(flipped, width - 1 - across, across) + left - 4, width)
+    rows = reflected(torch.arange(height, device=device) + top - 4, height)
+    columns = reflected(torch.where(flipped, width - 1 - across, across) + left - 4, width)
     index = torch.arange(count, device=device)
     return pixels[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _reflect(position: Tensor, size: int) -> Tensor:
-    """Positions outside an axis, mirrored at its first and last element."""
-    position = position.abs()
-    return torch.where(position >= size, 2 * (size - 1) - position, position)
 
 
 def load(source: str, split: str, report: Callable[[int, int], None] = lambda done, total: None) -> Images:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from stochbn.augment import Augment
 from stochbn.caller import warn
 from stochbn.execution import Call, Draw, Passes
 from stochbn.execution.masks import Masks, dropping_modules
@@ -49,6 +50,8 @@ class MCDropout(Predictive):
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
         check: str = "weights",
+        augment: Augment | None = None,
+        clean: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -63,6 +66,8 @@ class MCDropout(Predictive):
             keep_draws=keep_draws,
             tolerance=0,
             check=check,  # type: ignore[arg-type]
+            augment=augment,
+            clean=clean,
         )
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:

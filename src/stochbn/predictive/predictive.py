@@ -6,11 +6,13 @@ import itertools
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stochbn.augment import Augment
 from stochbn.caller import warn
 from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Settings, passes, planned
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
@@ -59,7 +61,7 @@ class Predictive:
     Args:
         model: the network.
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
-            its running averages.
+            its running averages or, with `augment`, as many as there are draws.
         draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights.
         task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
             predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
@@ -87,6 +89,12 @@ class Predictive:
         check: what a posterior must have in common with the network: ``"weights"``, so that one of other weights is
             refused, also one of this network from before it was trained on; or ``"shape"``, names and sizes of layers.
             Where weights change after construction, the next call warns.
+        augment: a function ``fn(x, generator)`` that gives a randomly changed batch, each object changed in a way of
+            its own: every draw sees the inputs anew. `stochbn.augment` has some whose changes are spread evenly over
+            draws. It is given the first tensor of the inputs, and a generator on the CPU. Averages then are over draws
+            of the statistics and of the input (test-time augmentation); choose noise and temperature after both, with
+            ``calibrate(augment=)``.
+        clean: whether the first draw sees the inputs as they are.
         settings: what passes may do, for measurements.
 
     Raises:
@@ -108,6 +116,8 @@ class Predictive:
         keep_draws: bool = False,
         tolerance: float | None = None,
         check: Literal["weights", "shape"] = "weights",
+        augment: Augment | None = None,
+        clean: bool = True,
         settings: Settings | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -134,6 +144,10 @@ class Predictive:
         self.keep_draws = keep_draws
         self.tolerance = tolerance
         self.check = check
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+        self.augment = augment
+        self.clean = clean
         self.settings = settings or Settings()
         self._network = Network.of(model)
         self._network.look()
@@ -196,7 +210,11 @@ class Predictive:
         tolerance = self._tolerance(keep)
         self._network.look()
         self._compare_weights()
-        with passes(self._network, inputs, self._call(tolerance == 0, inputs)) as made:
+        call = self._call(tolerance == 0, inputs)
+        if self.augment is not None:
+            device = generator.device if generator is not None else "cpu"
+            call = replace(call, seed=int(torch.randint(2**62, (), generator=generator, device=device)))
+        with passes(self._network, inputs, call) as made:
             if made.plan.together:  # objects that are not told apart
                 tolerance = 0.0
             temperature = self.posterior.temperature if self.posterior is not None else 1.0
@@ -238,8 +256,10 @@ class Predictive:
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         posterior, whole = self.posterior, ""
-        if posterior is None or self.draws < self.settings.first:
-            whole = "there are too few draws for a plan to pay" if posterior is not None else "there is one pass"
+        if posterior is None and self.augment is None:
+            whole = "there is one pass"
+        elif self.draws < self.settings.first:
+            whole = "there are too few draws for a plan to pay"
         return Call(
             task=self.task,
             settings=self.settings,
@@ -249,6 +269,8 @@ class Predictive:
             exact=exact,
             averaged=self.draws,
             temperature=posterior.temperature if posterior is not None else 1.0,
+            augment=self.augment,
+            clean=self.clean,
         )
 
     def _sample(self, count: int) -> list[Draw]:
@@ -270,7 +292,7 @@ class Predictive:
     def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
         """The statistics of each pass."""
         if self.posterior is None:
-            yield {}
+            yield from ({} for _ in range(1 if self.augment is None else count))
             return
         yield from self.posterior.iter_draws(count, generator, quasi=True)
 
