@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Augment", "Spread", "Views", "chain", "flip", "reflected", "shift"]
+__all__ = ["Augment", "Spread", "Views", "chain", "flip", "named", "reflected", "shift"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """A random change of a batch ``[N, ...]``, of which the generator is on the CPU."""
@@ -182,6 +182,30 @@ class chain(_Ready):  # noqa: N801
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.augmentations))})"
+
+
+def named(text: str) -> Augment:
+    """The augmentation of a description, such as ``"flip,shift:4"``.
+
+    Raises:
+        ValueError: it names another one.
+
+    >>> named("flip,shift:4")
+    chain(flip(), shift(4))
+    """
+    found: list[_Ready] = []
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        if name == "flip" and not number:
+            found.append(flip())
+        elif name == "shift" and number.isdecimal() and int(number):
+            found.append(shift(int(number)))
+        else:
+            raise ValueError(
+                f"unknown augmentation {part!r:.40}; expected flip, shift:PIXELS, or both with a comma between: "
+                "flip,shift:4"
+            )
+    return found[0] if len(found) == 1 else chain(*found)
 
 
 class _Flips(Spread):

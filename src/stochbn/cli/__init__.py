@@ -7,7 +7,7 @@ import sys
 import typer
 
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
-from stochbn.cli.experiments import ablate, compare, demo, report, reproduce
+from stochbn.cli.experiments import ablate, augment, compare, demo, report, reproduce
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import evaluate, predict
 from stochbn.cli.training import fit, train
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, reproduce, report, compare, ablate, bench, train, fit, diagnose, evaluate, predict):
+for command in (demo, reproduce, report, compare, ablate, augment, bench, train, fit, diagnose, evaluate, predict):
     app.command()(command)
 
 FRAMED = 100

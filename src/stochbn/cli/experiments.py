@@ -1,4 +1,4 @@
-"""The commands of whole experiments: demo, reproduce, report, compare and ablate."""
+"""The commands of whole experiments: demo, reproduce, report, compare, ablate and augment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.recipes import Recipe
 
-__all__ = ["ablate", "compare", "demo", "report", "reproduce"]
+__all__ = ["ablate", "augment", "compare", "demo", "report", "reproduce"]
 
 
 def demo(
@@ -206,6 +206,31 @@ def ablate(
         shown = ablate_run(folder, members=members, images=images, progress=follow(bars, "predicting", "predictions"))
     show(shown)
     say(f"Everything is in {folder}: ablation.json and ablation.md.", folder)
+
+
+def augment(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
+    ],
+    augmentation: Annotated[str, typer.Option("--augment", help="flip, shift:PIXELS, or both.")] = "flip,shift:4",
+    members: Annotated[int, typer.Option(min=1, help="How many of its plain networks.")] = 3,
+    count: Annotated[list[int], typer.Option(min=1, help="Numbers of draws, from few to many.")] = [4, 8, 16, 48],  # noqa: B006
+    fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
+    held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
+    images: Annotated[int, typer.Option(min=10, help="Test images of each kind, at most.")] = 5000,
+) -> None:
+    """Say what draws over the input add to draws of the statistics, on the networks of a run, and what both cost.
+
+    Each network predicts with its statistics drawn, with its input augmented anew in every pass, and with both;
+    ensembles of the run's networks are the yardstick. What was stopped continues where it was.
+    """
+    from stochbn.paper.augmentation import Settings, draw_over_inputs
+
+    settings = Settings(augmentation, members, tuple(count), fit_images, held_out, images)
+    with progress_bars() as bars:
+        shown = draw_over_inputs(folder, settings, progress=follow(bars, "predicting", "predictions"))
+    show(shown)
+    say(f"Everything is in {folder}: augmentation.json, augmentation.md and augmentation.png.", folder)
 
 
 def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None) -> None:

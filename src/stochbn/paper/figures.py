@@ -27,6 +27,7 @@ __all__ = [
     "save_diagnosis",
     "save_entropy_cdf",
     "save_equivalents",
+    "save_passes",
     "save_statistics",
     "save_training",
 ]
@@ -132,6 +133,41 @@ def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[
     axes.grid(axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
+    return _save(figure, path)
+
+
+def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> list[Path]:
+    """Draw calibrated NLL against cost in plain passes, a curve for each method: PNG and SVG.
+
+    Args:
+        path: where to, without an ending.
+        curves: numbers of passes and calibrated NLL (nats), by method; ensembles are the yardstick.
+        title: the figure's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    others = iter(("#d62728", "#ff7f0e", "#e6a800", "#2ca02c", "#006d2c", "#9467bd", "#8c564b"))
+    for name, points in curves.items():
+        ensemble = name.startswith("ensemble")
+        color = COLORS["Deep Ensembles"] if ensemble else "0.4" if name == "plain" else next(others)
+        style = "-" if name == "ensembles" else "--" if ensemble or "calibrated" in name else "-"
+        axes.plot(*zip(*sorted(points), strict=True), marker="s" if ensemble else "o", ms=4, ls=style, color=color,
+                  label=name, lw=1.6)  # fmt: skip
+    ticks = sorted({passes for points in curves.values() for passes, _ in points})
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks([tick for tick in ticks if tick in (1, 2, 3, 4, 8, 16, 32, 48)])
+    axes.minorticks_off()
+    axes.set(xlabel="passes (log scale)", ylabel="calibrated NLL (nats); lower is better")
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, title="drawn", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 

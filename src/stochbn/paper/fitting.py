@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import stochbn
+from stochbn.augment import Augment
 from stochbn.paper.data import Images
 from stochbn.posteriors import Posterior
 
@@ -24,6 +25,7 @@ def fit_posterior(
     *,
     kind: str = "factorized",
     deterministic: Collection[str] = (),
+    augment: Augment | None = None,
 ) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
 
@@ -35,6 +37,7 @@ def fit_posterior(
         report: called with the number of images done and of all.
         kind: as for `stochbn.fit`; the paper's by default.
         deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
+        augment: how mini-batches are changed at random, likewise.
     """
 
     def batches() -> Any:
@@ -46,4 +49,4 @@ def fit_posterior(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size, kind, deterministic=deterministic)
+        return stochbn.fit(model, batches(), batch_size, kind, deterministic=deterministic, augment=augment)

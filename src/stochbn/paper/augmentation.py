@@ -1,0 +1,298 @@
+"""What draws over the input add to draws of the statistics, on the networks of a finished run.
+
+For some of its plain networks, draws are made over the statistics alone, over the input alone, and over both, as they
+come and with noise and temperature calibrated on the images that the run held out; ensembles of the run's networks with
+and without draws over the input are the yardstick. Fewer draws are the first ones of many. What draws predict is
+averaged at once; the log-probabilities lie in the member's folder, under ``augmentation``, and `tabulate` reads these
+alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stochbn
+from stochbn import augment, metrics
+from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
+from stochbn.paper import checkpoints, figures
+from stochbn.paper.comparison import finite, mixture, score_all
+from stochbn.paper.data import Images
+from stochbn.paper.fitting import fit_posterior
+from stochbn.paper.recipes import Member, Recipe
+from stochbn.paper.report import read_recipe
+from stochbn.paper.runner import PREDICT_BATCH, PREDICTIONS, load_parts, on_accelerator
+from stochbn.paper.tables import Table
+
+__all__ = ["METHODS", "Settings", "draw_over_inputs", "tabulate"]
+
+AUGMENTATION = "stochbn.augmentation/1"
+STATISTICS = "statistics"
+INPUT = "input"
+BOTH = "both"
+METHODS = (STATISTICS, INPUT, f"{INPUT}, calibrated", BOTH, f"{BOTH}, calibrated")
+"""What is drawn; calibrated: with the temperature, and where statistics are drawn the noise, best held-out."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is compared.
+
+    Attributes:
+        augment: the augmentation, as `stochbn.augment.named` takes it.
+        members: how many of the run's plain networks.
+        counts: numbers of draws, from few to many.
+        fit_images: training images to fit posteriors to, at most.
+        held_out: held-out images to calibrate on, at most.
+        images: test images of known, and of unknown, classes to predict, at most.
+    """
+
+    augment: str
+    members: int = 3
+    counts: tuple[int, ...] = (4, 8, 16, 48)
+    fit_images: int = 8192
+    held_out: int = 2000
+    images: int = 5000
+
+    def __post_init__(self) -> None:
+        augment.named(self.augment)  # refuses what cannot be
+        numbers = {**asdict(self), "counts": min(self.counts, default=0)}
+        for name, value in numbers.items():
+            if name != "augment" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if sorted(set(self.counts)) != list(self.counts):
+            raise ValueError(f"counts must rise, got {list(self.counts)}")
+
+
+def draw_over_inputs(
+    folder: Path, settings: Settings, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Table]:
+    """Make the predictions that are not there yet, and write and return the tables.
+
+    Args:
+        folder: a finished run whose recipe held images out.
+        settings: how much to compare.
+        progress: called with the number of predictions made and of all.
+
+    Raises:
+        FileNotFoundError: this is no run folder, or a network or its predictions are missing.
+        ValueError: the run held nothing out, has fewer networks, or holds predictions with other settings.
+        OSError: the folder cannot be written.
+    """
+    check_folder(folder, *(f"augmentation.{ending}" for ending in ("json", "md", "png", "svg")))
+    recipe = read_recipe(folder)
+    if not recipe.held_out:
+        raise ValueError(
+            f"{str(folder)!r} is a run that trained on all images, so there are none to calibrate on; make one with "
+            "--held-out 0.1"
+        )
+    if recipe.members < settings.members:
+        raise ValueError(f"{str(folder)!r} has {recipe.members} plain networks, {settings.members} were asked for")
+    tasks = [(member, method) for member in _plain(recipe) for method in _methods(member, settings)]
+    waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
+    progress(len(tasks) - len(waiting), len(tasks))
+    parts = load_parts(recipe) if waiting else {}
+    for done, (member, method) in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
+        _predict(folder, recipe, settings, member, method, parts)
+        progress(done, len(tasks))
+    return tabulate(folder, settings)
+
+
+def _plain(recipe: Recipe) -> list[Member]:
+    return [member for member in recipe.all_members() if member.kind == "plain"]
+
+
+def _methods(member: Member, settings: Settings) -> tuple[str, ...]:
+    """Those that are compared, or for networks of larger ensembles alone the one that is combined."""
+    return METHODS if member.index < settings.members else (INPUT,)
+
+
+def _file(folder: Path, member: Member, method: str) -> Path:
+    return folder / member.name / "augmentation" / f"{method.replace(', ', '-')}.safetensors"
+
+
+def _stored(
+    folder: Path, member: Member, method: str, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    file = _file(folder, member, method)
+    if not file.exists():
+        return None
+    tensors, about = read_tensors(file, AUGMENTATION)
+    if {**about["settings"], "members": 0} != {**_described(settings), "members": 0}:
+        raise ValueError(
+            f"{str(file)!r} was made with other settings ({about['settings']}); delete the folders 'augmentation' in "
+            "the run folder, or use these settings"
+        )
+    return tensors, about
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    return {**asdict(settings), "counts": list(settings.counts)}
+
+
+def _predict(
+    folder: Path, recipe: Recipe, settings: Settings, member: Member, method: str, parts: Mapping[str, Images]
+) -> None:
+    """Make one method's predictions with one network, for every number of draws."""
+    model = on_accelerator(checkpoints.load(folder / member.name / "network.safetensors").model)
+    seed = recipe.schedule(member).seed
+    changes = augment.named(settings.augment)
+    train = _first(parts["train"].shuffled(seed), settings.fit_images)
+    over_input = method != STATISTICS
+    batch = recipe.statistics_batch
+    posterior = fit_posterior(model, train, batch, seed, kind="joint", augment=changes if over_input else None)
+    if method.startswith(INPUT):
+        posterior = posterior.recentre(model)
+    if "calibrated" in method:
+        noise = [float("inf")] if method.startswith(INPUT) else None
+        held_out = _first(parts["held-out"], settings.held_out).batches(PREDICT_BATCH)
+        posterior = stochbn.calibrate(
+            model, posterior, held_out, batch_sizes=noise, temperature=True, augment=changes, seed=seed
+        )
+    elif method == INPUT:
+        posterior = posterior.rescale(float("inf"))
+    about = {
+        "settings": _described(settings),
+        "batch_size": "inf" if posterior.batch_size == float("inf") else posterior.batch_size,
+        "temperature": posterior.temperature,
+    }
+    draws = settings.counts[-1]
+    predictive = stochbn.Predictive(model, posterior, draws, tolerance=0, augment=changes if over_input else None)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for part in ("known", "unknown"):
+        if part not in parts:
+            continue
+        found: dict[int, list[Tensor]] = {count: [] for count in settings.counts}
+        for inputs, _ in _first(parts[part], settings.images).batches(PREDICT_BATCH):
+            logs = predictive(inputs, generator=generator, keep_draws=True).log_probs
+            for count, rows in found.items():
+                rows.append(logs[:count].exp().mean(0).log().cpu())
+        tensors |= {f"{count}.{part}": torch.cat(rows) for count, rows in found.items()}
+    file = _file(folder, member, method)
+    file.parent.mkdir(exist_ok=True)
+    write_tensors(file, AUGMENTATION, tensors, about)
+
+
+def _first(images: Images, most: int) -> Images:
+    return images.take(torch.arange(min(most, len(images))))
+
+
+def tabulate(folder: Path, settings: Settings) -> list[Table]:
+    """Write ``augmentation.json``, ``.md`` and a figure into a run folder, from the stored predictions.
+
+    Raises:
+        FileNotFoundError, ValueError: predictions are missing, or of other settings.
+        OSError: the folder cannot be written.
+    """
+    recipe = read_recipe(folder)
+    members = _plain(recipe)
+    plain = []
+    labels = torch.empty(0)
+    for member in members:
+        kept, _ = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
+        labels = kept["labels"][: settings.images]
+        parts = [part for part in ("known", "unknown") if f"plain.{part}" in kept]
+        plain.append({part: kept[f"plain.{part}"][: settings.images].exp() for part in parts})
+
+    def read(member: Member, method: str, count: int) -> dict[str, Tensor]:
+        found = _stored(folder, member, method, settings)
+        if found is None:
+            raise FileNotFoundError(f"{str(folder)!r} lacks {method!r} of {member.name}; run it to its end")
+        parts = [part for part in ("known", "unknown") if f"{count}.{part}" in found[0]]
+        return {part: found[0][f"{count}.{part}"].exp() for part in parts}
+
+    chosen = range(settings.members)
+    methods: dict[str, list[dict[str, Tensor]]] = {"plain": [plain[i] for i in chosen]}
+    passes: dict[str, int] = {"plain": 1}
+    for method in METHODS:
+        for count in settings.counts:
+            name = f"{method}, {count}"
+            methods[name] = [read(members[i], method, count) for i in chosen]
+            passes[name] = count
+    few = settings.counts[min(1, len(settings.counts) - 1)]
+    with_input = [read(member, INPUT, few) for member in members]
+    ensembles, others = {}, {}
+    for size in range(1, len(plain) + 1):
+        groups = [[(first + i) % len(plain) for i in range(size)] for first in chosen]
+        ensembles[f"ensemble of {size}"] = [mixture([plain[i] for i in group]) for group in groups]
+        passes[f"ensemble of {size}"] = size
+        if size > 1:
+            others[f"ensemble of {size}, {INPUT}, {few} each"] = [
+                mixture([with_input[i] for i in group]) for group in groups
+            ]
+            passes[f"ensemble of {size}, {INPUT}, {few} each"] = size * few
+    rows, _ = score_all({**methods, **others}, ensembles, labels)
+    noise = {
+        method: [stored[1] for i in chosen if (stored := _stored(folder, members[i], method, settings)) is not None]
+        for method in METHODS
+    }
+    added = {count: _added(methods, count, labels) for count in settings.counts}
+    title = f"{recipe.network} on {recipe.data}, {len(labels)} objects, {settings.augment}"
+    several = f": mean over {settings.members} networks" if settings.members > 1 else ""
+    shown = [_table(title + several, rows, passes), _added_table(added)]
+    about = {
+        "settings": _described(settings), "recipe": recipe.as_dict(), "methods": rows, "passes": passes,
+        "chosen": {method: [{k: one[k] for k in ("batch_size", "temperature")} for one in found]
+                   for method, found in noise.items()},
+        "statistics_add": added,
+    }  # fmt: skip
+    write_json(folder / "augmentation.json", finite(about))
+    write_bytes(folder / "augmentation.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, found in rows.items():
+        method = "ensembles" if name.startswith("ensemble") and INPUT not in name else name.rpartition(", ")[0] or name
+        if name.startswith("ensemble") and INPUT in name:
+            method = f"ensembles, {INPUT}"
+        curves.setdefault(method, []).append((passes[name], statistics.mean(row["calibrated_nll"] for row in found)))
+    figures.save_passes(folder / "augmentation", curves, title=title)
+    return shown
+
+
+def _added(methods: Mapping[str, Sequence[Mapping[str, Tensor]]], count: int, labels: Tensor) -> dict[str, float]:
+    """What drawing the statistics too changes, at equal augmentation, draws and calibration: means over networks."""
+    found = {}
+    for suffix, key in (("", "as_it_is"), (", calibrated", "calibrated")):
+        pairs = list(zip(methods[f"{INPUT}{suffix}, {count}"], methods[f"{BOTH}{suffix}, {count}"], strict=True))
+        for name, each in (("nll", metrics.nll_of_each), ("calibrated_nll", metrics.calibrated_nll_of_each)):
+            change = torch.stack([each(b["known"], labels) - each(a["known"], labels) for a, b in pairs]).mean(0)
+            found[f"{key}_{name}"] = change.mean().item()
+            found[f"{key}_{name}_se"] = (change.var() / len(change)).sqrt().item()
+    return found
+
+
+def _table(title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], passes: Mapping[str, int]) -> Table:
+    columns = {
+        "error %": ("error", 2, 1.0), "NLL": ("nll", 4, 1.0), "calibrated NLL": ("calibrated_nll", 4, 1.0),
+        "ECE %": ("ece", 2, 100.0), "best T": ("temperature", 2, 1.0), "AUROC": ("auroc", 4, 1.0),
+        "FPR95 %": ("fpr95", 1, 100.0), "DEE": ("dee", 2, 1.0),
+    }  # fmt: skip
+
+    def cell(found: Sequence[Mapping[str, float]], key: str, digits: int, factor: float) -> str:
+        values = [factor * row[key] for row in found if key in row]
+        if not values:
+            return "-"
+        mean = statistics.mean(values)
+        return "more" if mean == float("inf") else f"{mean:.{digits}f}"
+
+    body = [
+        [name, str(passes[name]), *(cell(found, *column) for column in columns.values())]
+        for name, found in rows.items()
+    ]
+    return Table(title, ["drawn", "passes", *columns], body)
+
+
+def _added_table(added: Mapping[int, Mapping[str, float]]) -> Table:
+    keys = [f"{key}_{name}" for key in ("as_it_is", "calibrated") for name in ("nll", "calibrated_nll")]
+    body = [
+        [str(count), *(f"{found[key]:+.4f} ± {found[f'{key}_se']:.4f}" for key in keys)]
+        for count, found in added.items()
+    ]
+    columns = ["draws", "NLL", "after best T", "NLL, calibrated", "after best T, calibrated"]
+    return Table("What drawing the statistics adds to draws over the input, with paired standard errors", columns, body)
