@@ -551,3 +551,68 @@ def test_an_optimum_at_the_end_of_the_range_is_told(model: nn.Module) -> None:
         calibrate(model, posterior, [(X, wrong)], batch_sizes=[0.5, 1e9], draws=50)
     with pytest.warns(UserWarning, match="at or beyond the end of the range, 4"):
         calibrate(model, posterior, [(X, wrong)], batch_sizes=[1e9], draws=1, temperature=True)
+
+
+# ---------------------------------------------------------------- other tasks, and what is not to be counted
+
+
+def grid(model: nn.Module, posterior: stochbn.Posterior, x: Tensor, sizes: list[float]) -> dict[float, list[Tensor]]:
+    """The outputs of eight draws under each noise, by a loop over state dicts."""
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    found: dict[float, list[Tensor]] = {}
+    for size in sizes:
+        found[size] = []
+        for draw in posterior.rescale(size).iter_draws(8, torch.Generator().manual_seed(0), quasi=True):
+            model.load_state_dict({**kept, **draw})
+            with torch.no_grad():
+                found[size].append(model(x).double())
+    model.load_state_dict(kept)
+    return found
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_noise_is_chosen_for_labels_of_their_own(task: str, dtype: torch.dtype) -> None:
+    model = settled(mlp(classes=1 if task == "binary" else 3), 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+    x, sizes = normal(80, 4, seed=2), [2.0, 8.0, 64.0, math.inf]
+    labels = (torch.rand(80, 3, generator=seeded()) < model(x).detach().mul(0.6).sigmoid()).to(dtype)
+    if task == "binary":
+        labels = labels[:, 0]
+    losses = {}
+    for size, outputs in grid(model, posterior, x, sizes).items():
+        probs = torch.stack(outputs).sigmoid().mean(0).view(labels.shape)
+        losses[size] = torch.nn.functional.binary_cross_entropy(probs, labels.double()).item()
+    chosen = stochbn.calibrate(model, posterior, [(x, labels)], batch_sizes=sizes, task=task)  # type: ignore[arg-type]
+    assert chosen.batch_size == min(losses, key=lambda size: losses[size])
+    with pytest.raises(ValueError, match="labels must lie between 0 and 1"):
+        stochbn.calibrate(model, posterior, [(x, labels + 1)], task=task)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score", ["nll", "brier"])
+def test_ignored_labels_do_not_count(score: str) -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+    x, labels = normal(90, 4, seed=2), torch.arange(90) % 3
+    some = torch.arange(90) % 2 == 0
+    settings: dict[str, Any] = {"temperature": True, "score": score}
+    wanted = stochbn.calibrate(model, posterior, [(x[some], labels[some])], **settings)
+    done: list[int] = []
+    found = stochbn.calibrate(
+        model, posterior, [(x, labels.where(some, 255))], ignore_index=255, progress=done.append, **settings
+    )
+    assert done == [45]
+    assert found.batch_size == wanted.batch_size
+    assert found.temperature == pytest.approx(wanted.temperature, rel=1e-4)
+    with pytest.raises(ValueError, match="there are no held-out objects"):
+        stochbn.calibrate(model, posterior, [(x, torch.full((90,), 255))], ignore_index=255)
+    with pytest.raises(ValueError, match="labels must lie between"):
+        stochbn.calibrate(model, posterior, [(x, labels.where(some, 255))])
+
+
+@pytest.mark.parametrize("task", ["regression", "embedding", "other"])
+def test_tasks_without_labels_are_refused(task: str) -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+    with pytest.raises(ValueError, match="noise is chosen by labels"):
+        stochbn.calibrate(model, posterior, [(normal(9, 4), torch.arange(9) % 3)], task=task)  # type: ignore[arg-type]

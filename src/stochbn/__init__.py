@@ -10,6 +10,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
 
 from stochbn import augment, metrics
 from stochbn.calibration import calibrate
+from stochbn.execution import Settings
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
@@ -28,6 +29,7 @@ __all__ = [
     "Posterior",
     "Prediction",
     "Predictive",
+    "Settings",
     "augment",
     "calibrate",
     "fit",

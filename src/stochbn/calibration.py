@@ -23,6 +23,8 @@ from stochbn.tasks import make_task
 
 __all__ = ["calibrate"]
 
+TASKS_WITH_LABELS = ("classification", "binary", "multilabel")
+
 TEMPERATURES = torch.logspace(-2, 2, 29, base=2, dtype=torch.float64)
 """The temperatures to choose from: 0.25 to 4, each 10 % above the one before; the best is refined between them."""
 
@@ -35,6 +37,8 @@ def calibrate(
     batch_sizes: Sequence[float] | None = None,
     temperature: bool = False,
     draws: int = 8,
+    task: Literal["classification", "binary", "multilabel"] = "classification",
+    ignore_index: int | None = None,
     logits: str | int | None = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
@@ -64,6 +68,10 @@ def calibrate(
         temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise; otherwise the
             posterior's own stays.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
+        task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
+            dense ``[N, ...]``; ``"binary"`` with 0 and 1; ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of
+            which each counts as an object.
+        ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
         class_axis: the axis of the classes in the output; None is axis 1.
         output: ``"probs"`` for a network whose output has been through a softmax.
@@ -104,15 +112,19 @@ def calibrate(
     losses = torch.zeros(len(batch_sizes), len(temperatures), dtype=torch.float64)
     objects = 0
     network = Network.of(model)
+    if task not in TASKS_WITH_LABELS:
+        raise ValueError(
+            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have; got the task {task!r:.40}"
+        )
     call = Call(
-        make_task("classification", logits, class_axis, output),
+        make_task(task, logits, class_axis, output),
         posterior=posterior,
         sample=lambda count: list(posterior.iter_draws(count, torch.Generator().manual_seed(0))),
         augment=augment,
         clean=clean,
     )
     for number, batch in enumerate(held_out):
-        objects_in, labels = network_input(model, batch, inputs), _labels(batch)
+        objects_in, labels = network_input(model, batch, inputs), _labels(batch, task)
         if not objects_in.divisible or not len(objects_in):
             continue
         network.look()
@@ -121,10 +133,10 @@ def calibrate(
         ]
         asked = replace(call, seed=seed + number)
         try:
-            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score])
+            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
         except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score])
-        objects += labels.numel()
+            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+        objects += labels.numel() if ignore_index is None else int((labels != ignore_index).sum())
         progress(objects)
     if not objects:
         raise ValueError("there are no held-out objects: the iterable is empty or already used up")
@@ -152,9 +164,12 @@ def _losses(
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
     score: type[_Score],
+    ignore_index: int | None,
 ) -> Tensor:
     """``[B, T]``: the score of a batch, summed over objects, under each noise and temperature."""
     losses = []
+    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    labels = labels.where(counted, 0)
     with passes(network, inputs, call) as made:
         for posterior, draws in noise:
             made.again()
@@ -162,8 +177,9 @@ def _losses(
             total = score(temperatures)
             while block := list(itertools.islice(drawn, made.draws)):
                 for raw in made(block):
-                    total.add(raw, labels)
-            losses.append(total.sum(labels).cpu())
+                    each = torch.stack([torch.zeros_like(raw), raw], 1) if call.task.name == "multilabel" else raw
+                    total.add(each, labels)
+            losses.append((total.of_each(labels) * counted.to(raw.device)).flatten(1).sum(1).cpu())
     return torch.stack(losses)
 
 
@@ -180,8 +196,8 @@ class _Score(ABC):
         """Add a draw ``[N, K, ...]``."""
 
     @abstractmethod
-    def sum(self, labels: Tensor) -> Tensor:
-        """``[T]``, float64: summed over objects, under each temperature."""
+    def of_each(self, labels: Tensor) -> Tensor:
+        """``[T, N, ...]``, float64: of each object (and place), under each temperature."""
 
 
 class _NLL(_Score):
@@ -192,9 +208,9 @@ class _NLL(_Score):
         self.total = each if self.total is None else torch.logaddexp(self.total, each)
         self.draws += 1
 
-    def sum(self, labels: Tensor) -> Tensor:
+    def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
-        return (math.log(self.draws) - self.total).flatten(1).sum(1)
+        return math.log(self.draws) - self.total
 
 
 class _Brier(_Score):
@@ -208,25 +224,29 @@ class _Brier(_Score):
         self.total = each if self.total is None else self.total + each
         self.draws += 1
 
-    def sum(self, labels: Tensor) -> Tensor:
+    def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
         probs = self.total.double() / self.draws
         chosen = labels.to(probs.device)[None, :, None].long().expand(len(probs), *[-1] * (labels.ndim + 1))
         right = probs.gather(2, chosen)
-        return (probs.square().sum(2) - 2 * right[:, :, 0] + 1).flatten(1).sum(1)
+        return probs.square().sum(2) - 2 * right[:, :, 0] + 1
 
 
 SCORES: dict[str, type[_Score]] = {"nll": _NLL, "brier": _Brier}
 """What noise and temperature can be chosen by."""
 
 
-def _labels(batch: Batch) -> Tensor:
-    """The labels in a batch."""
+def _labels(batch: Batch, task: str) -> Tensor:
+    """The labels in a batch, whole numbers."""
     labels: Any = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         labels = batch[1]
     elif hasattr(batch, "get"):
         labels = batch.get("labels")
+    if isinstance(labels, Tensor) and task != "classification" and not labels.is_complex():
+        whole = labels.long()
+        if (whole == labels).all():  # losses of these tasks take them as floating-point numbers
+            return whole
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
