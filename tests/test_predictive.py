@@ -876,3 +876,37 @@ def test_a_predictive_can_be_copied_with_its_network(model: nn.Module, posterior
     twin = copy.deepcopy(predictive)
     assert twin.model is not model
     assert torch.equal(twin(X, generator=seeded()).probs, predictive(X, generator=seeded()).probs)
+
+
+def test_the_network_of_a_predictive_cannot_be_exchanged() -> None:
+    model = settled(mlp(), 4)
+    for predictive in (Predictive(model), stochbn.MCDropout(nn.Sequential(model, nn.Dropout(0.1)))):
+        with pytest.raises(AttributeError, match="model"):
+            predictive.model = mlp()  # type: ignore[misc]
+    other = stochbn.fit(model, [normal(64, 4)], 8, kind="factorized")
+    predictive = Predictive(model, None, 8)
+    predictive.posterior = other
+    assert not predictive(normal(3, 4)).probs.allclose(Predictive(model)(normal(3, 4)).probs)
+
+
+@pytest.mark.parametrize("call", [lambda m: stochbn.fit(m, [normal(32, 4)], 8), Predictive])
+def test_lazy_layers_without_a_shape_are_told(call: Any) -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' of Sequential has no shape yet.*call the network once"):
+        call(model)
+
+
+def test_ways_that_are_not_taken_for_one_reason_are_told_together() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = settled(mlp(), 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.inner(x)
+            return logits - logits.mean(0)
+
+    model = Centred().eval()
+    lines = Predictive(model, stochbn.fit(model, [normal(64, 4)], 8)).explain(normal(20, 4)).splitlines()
+    assert sum("not taken" in line for line in lines) == 1
+    assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16: not taken: objects stay together")

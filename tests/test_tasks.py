@@ -361,3 +361,24 @@ def test_saturated_sigmoids_are_probabilities(task: Any) -> None:
     probs = raw.softmax(1)[:, 1:] if task == "binary" else raw.sigmoid()
     torch.testing.assert_close(probs, torch.tensor([[1.0], [0.0], [0.5]]), atol=1e-6, rtol=0)
     assert make_task(task, output="probs").raw(torch.tensor([[1.5]])).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_in_half_precision_are_refused_too(dtype: torch.dtype) -> None:
+    probs = normal(40, 50).softmax(1).to(dtype)
+    assert (probs.float().sum(1) - 1).abs().max() > 1e-4
+    task = make_task("classification")
+    with pytest.raises(ValueError, match="are probabilities"):
+        task.check(task.raw(probs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "likely"),
+    [((2, 64, 96, 21), True), ((2, 64, 64, 21), True), ((2, 21, 64, 96), False), ((2, 21, 64, 64), False)],
+)
+def test_classes_that_may_be_on_the_last_axis_are_warned_of(shape: tuple[int, ...], likely: bool) -> None:
+    task = make_task("classification")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task.check(task.raw(normal(*shape)))
+    assert any("class_axis=-1 if the classes are on the last axis" in str(one.message) for one in caught) == likely

@@ -114,7 +114,7 @@ def calibrate(
     network = Network.of(model)
     if task not in TASKS_WITH_LABELS:
         raise ValueError(
-            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have; got the task {task!r:.40}"
+            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}"
         )
     call = Call(
         make_task(task, logits, class_axis, output),

@@ -114,7 +114,7 @@ class Classification(Task):
             self._check_axis(raw)
         if self.output is None and raw.numel() and raw.amin() >= 0 and raw.amax() <= 1:
             total = raw.sum(1)
-            if torch.allclose(total, torch.ones_like(total), atol=1e-4):
+            if torch.allclose(total, torch.ones_like(total), atol=_rounding(raw)):
                 raise ValueError(
                     "the network's outputs are probabilities (from 0 to 1, and 1 in sum), not logits: pass "
                     'output="probs" to take them as they are, or output="logits" if they are logits all the same'
@@ -127,7 +127,8 @@ class Classification(Task):
 
     def _check_axis(self, raw: Tensor) -> None:
         shape = list(raw.shape)
-        likely = raw.ndim == 3 or (raw.ndim > 3 and len(set(shape[1:-1])) == 1 and shape[-1] != shape[1])
+        square = len(set(shape[1:-1])) == 1 and shape[-1] != shape[1]
+        likely = raw.ndim == 3 or (raw.ndim > 3 and (square or shape[-1] < min(shape[1:-1])))
         if likely and raw.shape[1:].numel():
             warn(
                 f"the network's output has the shape {shape}, and axis 1 is taken as that of the classes; "
@@ -307,6 +308,14 @@ def make_task(name: str, place: Any = None, class_axis: int | None = None, outpu
     if isinstance(place, (tuple, list)) and len(place) != 2:
         raise ValueError(f"expected two places, of the mean and of the log-variance, got {place!r}")
     return kind(tuple(place) if isinstance(place, list) else place, class_axis, output)
+
+
+def _rounding(probs: Tensor) -> float:
+    """How far from 1 the sums of probabilities may be that were rounded to the type that these numbers fit into."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if probs.to(dtype).to(probs.dtype).equal(probs):
+            return 4 * torch.finfo(dtype).eps
+    return 1e-4
 
 
 def _logit(probs: Tensor) -> Tensor:

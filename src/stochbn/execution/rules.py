@@ -374,8 +374,8 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
                      "upsample_nearest", "_upsample_nearest_exact", "upsample_linear", "fractional_max_pool")
         for end in ("", "_with_indices")
     },
-    **{f"{name}2d": _leading(2) for name in ("upsample_bilinear", "upsample_bicubic", "_upsample_bilinear2d_aa")},
-    "upsample_bilinear2d": _leading(2), "upsample_bicubic2d": _leading(2), "_upsample_bilinear2d_aa": _leading(2),
+    **{f"{end}upsample_{kind}2d{tail}": _leading(2)
+       for kind in ("bilinear", "bicubic") for end, tail in (("", ""), ("_", "_aa"))},
     "upsample_trilinear3d": _leading(3), "upsample_linear1d": _leading(1),
 }  # fmt: skip
 

@@ -177,7 +177,8 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
 
     def agree(refused: Mapping[str, str]) -> bool:
         plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
-        fast = passed(some, _strained(plan, len(some)), draws, draws[:1])
+        apart = "pieces" not in refused and "pieces" in settings.ways
+        fast = passed(some, _strained(plan, len(some), apart), draws, draws[:1])
         return fast is not None and _agree(wanted, fast[0]) and _agree(wanted[:1], fast[1])
 
     if not agree(refused):
@@ -193,9 +194,9 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
     return Verdict(followed, refused)
 
 
-def _strained(plan: Plan, objects: int) -> Plan:
-    """The plan with sizes that make every way take part in passes over so many objects."""
-    size = (objects + 1) // 2 if "pieces" not in plan.refused or plan.refused["pieces"].startswith("all") else objects
+def _strained(plan: Plan, objects: int, apart: bool) -> Plan:
+    """The plan with sizes that make every way take part in passes over so many objects, in pieces if `apart`."""
+    size = (objects + 1) // 2 if apart else objects
     return replace(plan, size=size, rows=4 * objects if plan.rows else 0)
 
 

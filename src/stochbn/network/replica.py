@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from stochbn.network.layers import buffer_names, qualified_names, unwrap
 from stochbn.network.snapshot import Snapshot
@@ -213,8 +214,18 @@ class Network:
 
     @classmethod
     def of(cls, model: nn.Module) -> Network:
-        """The one of this network, made where there is none."""
+        """The one of this network, made where there is none.
+
+        Raises:
+            ValueError: parameters wait for a first input to have a shape.
+        """
         inner = unwrap(model)
+        lazy = next((name for name, p in inner.named_parameters() if isinstance(p, UninitializedParameter)), None)
+        if lazy is not None:
+            raise ValueError(
+                f"the parameter {lazy!r} of {type(inner).__name__} has no shape yet, as it belongs to a lazy layer; "
+                "call the network once, and train it, before"
+            )
         made = cls(inner)
         while True:
             first = cls._all.setdefault(inner, weakref.ref(made))()

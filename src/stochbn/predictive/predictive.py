@@ -135,7 +135,7 @@ class Predictive:
             if not 0 <= tolerance <= LARGEST_TOLERANCE:
                 shown = tolerance if isinstance(tolerance, float) else "a number out of range"
                 raise ValueError(f"tolerance must be a finite number from 0 to {LARGEST_TOLERANCE:g}, got {shown}")
-        self.model = model
+        self._model = model
         self.posterior = posterior
         self.draws = draws
         self.task = make_task(task, logits, class_axis, output)
@@ -152,6 +152,11 @@ class Predictive:
         self._network = Network.of(model)
         self._network.look()
         self._weights = self._network.weights()
+
+    @property
+    def model(self) -> nn.Module:
+        """The network. It cannot be exchanged, as much of it is known: make a predictive for another one."""
+        return self._model
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
         """Predict a batch: a tensor, an ``(input, ...)`` tuple, or a mapping of argument names to tensors.
@@ -200,10 +205,14 @@ class Predictive:
             lines.append(f"All objects go through the network together: {plan.together}.")
         if plan.units:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
+        refused: dict[str, list[str]] = {}
         for way in WAYS:
-            reason = plan.refused.get(way, "other ways serve")
             later = ", once few objects are left" if way == "stacked" and plan.draws(len(inputs)) < 2 else ""
-            lines.append(f"{way}: taken{later}" if way in plan.ways else f"{way}: not taken: {reason}")
+            if way in plan.ways:
+                lines.append(f"{way}: taken{later}")
+            else:
+                refused.setdefault(plan.refused.get(way, "other ways serve"), []).append(way)
+        lines += [f"{', '.join(ways)}: not taken: {reason}" for reason, ways in refused.items()]
         return "\n".join(lines)
 
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool) -> Any:
