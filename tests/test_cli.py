@@ -635,7 +635,7 @@ def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stochbn.Predictive, "_drawn", interrupted)
-    ended = main(command, trained.networks[0], "--out", tmp_path / "results")
+    ended = main(command, trained.networks[0], "--out", tmp_path / "results.csv")
     assert ended.code == 130
     assert ended.error.splitlines()[-1] == "Stopped."
     assert "Traceback" not in ended.error

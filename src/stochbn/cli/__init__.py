@@ -1,4 +1,4 @@
-"""The command line: train, fit, evaluate, predict, and the paper's experiments."""
+"""The command line: fit, calibrate, evaluate and predict with a network of one's own, and the paper's experiments."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import sys
 import typer
 
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
+from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, compare, demo, report, reproduce
+from stochbn.cli.fitting import calibrate, fit
 from stochbn.cli.measuring import bench, diagnose
-from stochbn.cli.predicting import evaluate, predict
-from stochbn.cli.training import fit, train
+from stochbn.cli.predicting import predict
+from stochbn.cli.training import train
 
 __all__ = ["app", "main"]
 
 
 app = typer.Typer(
     help="Calibrated uncertainty for trained, batch-normalised networks: Stochastic Batch Normalization (SBN).\n\n"
-    "Start with 'stochbn demo'. Or step by step: train a network, fit a posterior over its batch-norm statistics, "
-    "evaluate both on data of known and unknown classes, predict.",
+    "Start with 'stochbn demo'. With a network of your own: fit a posterior over its batch-norm statistics to training "
+    "data, calibrate it on held-out data, evaluate both, predict.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, reproduce, report, compare, ablate, bench, train, fit, diagnose, evaluate, predict):
+for command in (demo, train, fit, calibrate, diagnose, evaluate, predict, bench, reproduce, report, compare, ablate):
     app.command()(command)
 
 FRAMED = 100
