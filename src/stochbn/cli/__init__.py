@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
+from stochbn.cli import project
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
 from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, compare, demo, report, reproduce
@@ -26,8 +28,24 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, fit, calibrate, diagnose, evaluate, predict, bench, reproduce, report, compare, ablate):
+paper = typer.Typer(
+    help="The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures.",
+    no_args_is_help=True,
+)
+for command in (demo, fit, calibrate, diagnose, evaluate, predict, bench):
     app.command()(command)
+app.add_typer(paper, name="paper")
+for command in (train, fit, evaluate, predict, reproduce, report, compare, ablate):
+    paper.command()(command)
+for command in (train, reproduce, report, compare, ablate):  # their names from before there was 'paper'
+    app.command(hidden=True)(command)
+
+
+@app.callback()
+def options(context: typer.Context) -> None:
+    """Take what options are not given from stochbn.toml, if there is such a file in the current folder."""
+    context.default_map = project.defaults(context.command, Path(project.FILE))
+
 
 FRAMED = 100
 """Columns of a terminal from which on the help is framed: frames cut the names of options where there are fewer."""
