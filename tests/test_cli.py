@@ -399,6 +399,8 @@ def test_help_names_every_option_with_its_meaning(command: str) -> None:
     shown = words(result.stdout)
     if not command:
         for name, found in COMMANDS.items():
+            if found.hidden:
+                continue
             assert name in shown
             assert words(found.help.split("\n")[0].removesuffix("."))[:40] in shown
         return
@@ -422,9 +424,27 @@ def test_the_help_names_every_option_in_any_terminal(
         assert "…" not in shown
 
 
+def test_the_experiments_are_under_paper_and_under_their_old_names() -> None:
+    under = COMMANDS["paper"].commands
+    assert set(under) == {"train", "fit", "evaluate", "predict", "reproduce", "report", "compare", "ablate"}
+    for name, found in under.items():
+        assert found.callback.__wrapped__ is COMMANDS[name].callback.__wrapped__
+        assert [parameter.name for parameter in found.params] == [p.name for p in COMMANDS[name].params]
+    shown = CliRunner().invoke(cli.app, ["paper"], env={"COLUMNS": "250"}).output
+    assert all(name in shown for name in under)
+
+
+def test_an_experiments_network_is_trained_and_used_under_paper() -> None:
+    stochbn_("paper", "train", "--data", "digits:0-1", "--epochs", 1, "--out", "n.safetensors")
+    stochbn_("paper", "fit", "n.safetensors")
+    assert "SBN" in stochbn_("paper", "evaluate", "n.safetensors", "--draws", 2)
+    stochbn_("paper", "predict", "n.safetensors", "--draws", 2, "--out", "p.csv")
+    assert read_csv("p.csv")
+
+
 def test_without_a_command_the_help_is_shown() -> None:
     result = CliRunner().invoke(cli.app, [])
-    assert all(name in result.output for name in COMMANDS)
+    assert all(name in result.output for name, found in COMMANDS.items() if not found.hidden)
     assert "Traceback" not in result.output
 
 
@@ -635,7 +655,7 @@ def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stochbn.Predictive, "_drawn", interrupted)
-    ended = main(command, trained.networks[0], "--out", tmp_path / "results")
+    ended = main(command, trained.networks[0], "--out", tmp_path / "results.csv")
     assert ended.code == 130
     assert ended.error.splitlines()[-1] == "Stopped."
     assert "Traceback" not in ended.error

@@ -1,31 +1,51 @@
-"""The command line: train, fit, evaluate, predict, and the paper's experiments."""
+"""The command line: fit, calibrate, evaluate and predict with a network of one's own, and the paper's experiments."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
+from stochbn.cli import project
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
+from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, report, reproduce
+from stochbn.cli.fitting import calibrate, fit
 from stochbn.cli.measuring import bench, diagnose
-from stochbn.cli.predicting import evaluate, predict
-from stochbn.cli.training import fit, train
+from stochbn.cli.predicting import predict
+from stochbn.cli.training import train
 
 __all__ = ["app", "main"]
 
 
 app = typer.Typer(
     help="Calibrated uncertainty for trained, batch-normalised networks: Stochastic Batch Normalization (SBN).\n\n"
-    "Start with 'stochbn demo'. Or step by step: train a network, fit a posterior over its batch-norm statistics, "
-    "evaluate both on data of known and unknown classes, predict.",
+    "Start with 'stochbn demo'. With a network of your own: fit a posterior over its batch-norm statistics to training "
+    "data, calibrate it on held-out data, evaluate both, predict.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, reproduce, report, compare, ablate, augment, bench, train, fit, diagnose, evaluate, predict):
+paper = typer.Typer(
+    help="The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures.",
+    no_args_is_help=True,
+)
+for command in (demo, fit, calibrate, diagnose, evaluate, predict, bench):
     app.command()(command)
+app.add_typer(paper, name="paper")
+for command in (train, fit, evaluate, predict, reproduce, report, compare, ablate, augment):
+    paper.command()(command)
+for command in (train, reproduce, report, compare):  # their names from before there was 'paper'
+    app.command(hidden=True)(command)
+
+
+@app.callback()
+def options(context: typer.Context) -> None:
+    """Take what options are not given from stochbn.toml, if there is such a file in the current folder."""
+    context.default_map = project.defaults(context.command, Path(project.FILE))
+
 
 FRAMED = 100
 """Columns of a terminal from which on the help is framed: frames cut the names of options where there are fewer."""

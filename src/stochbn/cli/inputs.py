@@ -10,9 +10,8 @@ from stochbn.cli.console import follow, progress_bars
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.checkpoints import Checkpoint
     from stochbn.paper.data import Images
-    from stochbn.posteriors import Posterior
 
-__all__ = ["check_images", "default_posterior", "find_posterior", "load_images"]
+__all__ = ["check_images", "default_posterior", "load_images"]
 
 
 def load_images(source: str, split: str) -> Images:
@@ -24,19 +23,9 @@ def load_images(source: str, split: str) -> Images:
 
 
 def default_posterior(network: Path) -> Path:
-    """Where a network's posterior is if nothing else is said: beside it."""
-    return network.with_name(f"{network.name.removesuffix('.safetensors')}.sbn.safetensors")
-
-
-def find_posterior(network: Path, path: Path | None) -> Posterior | None:
-    """The posterior in a file or, if none is named, in the default place, if there is one."""
-    from stochbn.posteriors import load
-
-    if path is None:
-        path = default_posterior(network)
-        if not path.exists():
-            return None
-    return load(path)
+    """Where the posterior of a network, or of weights, is if nothing else is said: beside it."""
+    name = network.name.removesuffix(".safetensors")
+    return network.with_name(f"{name.removesuffix('.pt').removesuffix('.pth')}.sbn.safetensors")
 
 
 def check_images(checkpoint: Checkpoint, images: Images, labelled: bool = False) -> None:

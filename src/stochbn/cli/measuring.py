@@ -11,7 +11,8 @@ from rich.text import Text
 
 from stochbn.cli.console import follow, progress_bars, readable, say, show, status
 from stochbn.cli.inputs import check_images, load_images
-from stochbn.cli.options import DataFromNetwork, NetworkFile, Seed
+from stochbn.cli.options import Data, DataFromNetwork, Seed
+from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_folder, write_bytes
 
 __all__ = ["bench", "diagnose"]
@@ -67,11 +68,12 @@ def bench(
         say(f"Everything is in {folder}: cost.json, cost.md and cost.png.", folder)
 
 
+@about_networks()
 def diagnose(
-    network: NetworkFile,
-    data: DataFromNetwork = None,
+    given: Given,
+    data: Data = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
-    images: Annotated[int, typer.Option("--images", min=1, help="Training images to use, at most.")] = 16384,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training objects to use, at most.")] = 16384,
     rescaled: Annotated[
         list[int] | None,
         typer.Option(
@@ -87,28 +89,24 @@ def diagnose(
 
     It fits if each statistic is Normal or LogNormal, and if those of one mini-batch are independent of each other.
     """
-    import torch
-
-    from stochbn.paper import checkpoints, figures, goodness, tables
+    from stochbn.paper import figures, goodness, tables
 
     if folder is not None:
         check_folder(folder, "diagnosis.md", "diagnosis.png", "diagnosis.svg")
-    checkpoint = checkpoints.load(network)
-    data = data or checkpoint.data
-    found = load_images(data, "train")
-    check_images(checkpoint, found)
+    subject = Subject.one(given)
+    found = subject.load(data, "train")
     for size in rescaled or []:
         if not 2 <= size <= min(images, len(found)):
             raise ValueError(f"--rescaled {size} must be at least 2 and at most the number of training images used")
-    found = found.shuffled(seed).take(torch.arange(min(images, len(found))))
+    found = found.shuffled(seed).first(images)
     with progress_bars() as bars:
-        observed = goodness.observe(checkpoint.model, found, batch_size, seed, follow(bars, "observing"))
+        observed = goodness.observe(subject.model, found, batch_size, seed, follow(bars, "observing"))
         others = {
-            size: goodness.observe(checkpoint.model, found, size, seed, follow(bars, f"observing, {size}"))
+            size: goodness.observe(subject.model, found, size, seed, follow(bars, f"observing, {size}"))
             for size in rescaled or []
         }
     diagnosis = goodness.diagnose(observed)
-    title = f"{checkpoint.network}: statistics of mini-batches of {batch_size} of {data}"
+    title = f"{subject.name}: statistics of mini-batches of {batch_size} of {data or subject.data}"
     shown = [tables.diagnosis(title, diagnosis)]
     for size, other in others.items():
         ratios = goodness.rescaling(observed, batch_size, other, size)

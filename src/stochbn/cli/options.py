@@ -10,11 +10,10 @@ import typer
 
 __all__ = [
     "DATA_HELP",
+    "Data",
     "DataFromNetwork",
     "Draws",
     "Jobs",
-    "NetworkFile",
-    "NetworkFiles",
     "Override",
     "PosteriorFile",
     "Seed",
@@ -25,20 +24,18 @@ DATA_HELP = (
     "digits, mnist, notmnist, a data set on the Hugging Face Hub, or a local folder; "
     "NAME:0-4 selects classes. The folder in the environment variable STOCHBN_DATA is searched first."
 )
-NetworkFile = Annotated[
-    Path, typer.Argument(metavar="NETWORK", help="A network that 'stochbn train' saved.", show_default=False)
-]
-NetworkFiles = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="NETWORK",
-        help="Networks that 'stochbn train' saved; several are a Deep Ensemble.",
-        show_default=False,
-    ),
-]
 DataFromNetwork = Annotated[
     str | None,
     typer.Option("--data", help=f"{DATA_HELP} (default: what the network was trained on)", show_default=False),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder of images, a file (.parquet, .csv, .npy, .npz), a data set on the Hub, or module:loader; for a "
+        "network of 'train' images by name, as there. (default: what such a network was trained on)",
+        show_default=False,
+    ),
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
 Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
@@ -48,7 +45,7 @@ PosteriorFile = Annotated[
     Path | None,
     typer.Option(
         "--posterior",
-        help="A posterior that 'stochbn fit' saved. (default: NETWORK.sbn.safetensors)",
+        help="A posterior that 'stochbn fit' saved. (default: beside the weights, WEIGHTS.sbn.safetensors)",
         show_default=False,
     ),
 ]

@@ -1,138 +1,147 @@
-"""The commands that use a network and its posterior on data: evaluate and predict."""
+"""The command that scores data of any length with a network and its posterior: predict."""
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.inputs import check_images, default_posterior, find_posterior, load_images
-from stochbn.cli.options import DataFromNetwork, Draws, NetworkFile, NetworkFiles, PosteriorFile, Seed
-from stochbn.files import check_file, check_folder, write_bytes
+from stochbn.cli.options import Data, Draws, PosteriorFile, Seed
+from stochbn.cli.subject import Given, Subject, about_networks
 
-__all__ = ["evaluate", "predict"]
+if TYPE_CHECKING:
+    from torch import nn
 
+    from stochbn.paper.data import Images
+    from stochbn.sources import Chunk
 
-def evaluate(
-    networks: NetworkFiles,
-    data: DataFromNetwork = None,
-    ood: Annotated[
-        str | None, typer.Option(help="Data of unknown classes, named like --data.", show_default=False)
-    ] = None,
-    posteriors: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--posterior",
-            help="A posterior for each network, in their order. (default: NETWORK.sbn.safetensors where it exists)",
-            show_default=False,
-        ),
-    ] = None,
-    draws: Draws = 50,
-    seed: Seed = 0,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
-    ] = None,
-) -> None:
-    """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
+__all__ = ["predict"]
 
-    Networks trained with dropout keep it on (MC Dropout). Several networks are also evaluated as an ensemble.
-    """
-    from stochbn.paper import checkpoints, report
-    from stochbn.paper.folders import RESULTS
-    from stochbn.paper.runner import has_dropout, predict_member
-
-    if folder is not None:
-        check_folder(folder, *RESULTS)
-    named: list[Path | None] = list(posteriors) if posteriors else [None] * len(networks)
-    if len(named) != len(networks):
-        raise ValueError(f"got {len(named)} posteriors for {len(networks)} networks; name one for each, or none")
-    loaded = [checkpoints.load(path) for path in networks]
-    fitted = [find_posterior(path, given) for path, given in zip(networks, named, strict=True)]
-    known = load_images(data or loaded[0].data, "test")
-    unknown = load_images(ood, "test") if ood else None
-    for checkpoint in loaded:
-        check_images(checkpoint, known, labelled=True)
-        if unknown is not None:
-            check_images(checkpoint, unknown)
-    predictions: dict[bool, list[Any]] = {False: [], True: []}
-    with progress_bars() as bars:
-        for path, checkpoint, posterior in zip(networks, loaded, fitted, strict=True):
-            move = follow(bars, f"predicting, {path.name}")
-            predictions[has_dropout(checkpoint.model)].append(
-                predict_member(checkpoint.model, posterior, known, unknown, draws, seed, move)
-            )
-    found = report.methods(predictions[False], predictions[True])
-    names = known.name, unknown.name if unknown is not None else None
-    if folder is None:
-        shown = report.tabulate(report.score(found), *names)
-    else:
-        described = [p and {"kind": p.kind, "batch_size": p.batch_size, "temperature": p.temperature} for p in fitted]
-        about: dict[str, Any] = {"networks": list(map(str, networks)), "posteriors": described}
-        about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = report.write(folder, about, found, *names, f"trained on {loaded[0].data}, tested on {ood}")
-    show(shown)
-    if None in fitted:
-        say("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
-    if folder is not None:
-        say(f"Results are in {folder}.", folder)
+SHOWN = 5
+"""Rows that are shown: those with the largest uncertainty."""
 
 
+@about_networks()
 def predict(
-    network: NetworkFile,
-    path: Annotated[Path, typer.Option("--out", help="CSV file: one line for each image.")],
-    data: DataFromNetwork = None,
-    split: Annotated[str, typer.Option(help="Which split of the data.")] = "test",
+    given: Given,
+    path: Annotated[Path, typer.Option("--out", help="CSV or Parquet file, by its ending: one row for each object.")],
+    data: Data = None,
     posterior: PosteriorFile = None,
     draws: Draws = 50,
     seed: Seed = 0,
+    top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
+    part: Annotated[int, typer.Option("--part", min=1, help="Rows that are written at a time.")] = 4000,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at an object that cannot be read, in place of a row with an error.")
+    ] = False,
 ) -> None:
-    """Predict images with SBN: class, probability, entropy and mutual information of each, as CSV."""
-    import torch
+    """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
-    from stochbn.paper import checkpoints
-    from stochbn.paper.runner import predict_all
+    Regression gives mean and standard deviation. Run it again to go on after it was stopped, killed even: rows are kept
+    in OUT.parts until all are there.
+    """
     from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
+    from stochbn.scoring import check_table, score
 
-    check_file(path)
-    checkpoint = checkpoints.load(network)
-    fitted = find_posterior(network, posterior)
-    if fitted is None:
-        raise FileNotFoundError(
-            f"there is no posterior {str(default_posterior(network))!r}: run 'stochbn fit' on the network first, or "
-            "name one with --posterior"
-        )
-    predictive = Predictive(checkpoint.model, fitted, draws)
-    images = load_images(data or checkpoint.data, split)
-    check_images(checkpoint, images)
+    check_table(path)
+    subject = Subject.one(given)
+    fitted = subject.need_posterior(posterior)
+    predictive = Predictive(subject.model, fitted, draws, **subject.settings)
+    objects = subject.load(data, "test")
+    stream = objects if hasattr(objects, "chunks") else _Images(objects)
+    read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
+    files = {"weights": _digest(subject.model), "posterior": _digest(posterior or subject.posterior)}
     with progress_bars() as bars:
-        generator = torch.Generator().manual_seed(seed)
-        prediction = predict_all(predictive, images, generator, follow(bars, "predicting"))
-    probability, label = prediction.probs.max(1)
-    rows = list(
-        zip(
-            [checkpoint.classes[i] for i in label.tolist()],
-            probability.tolist(),
-            prediction.entropy.tolist(),
-            prediction.mutual_information.tolist(),
-            strict=True,
+        rows = score(
+            predictive,
+            stream,
+            path,
+            settings={**read, **files, "data": objects.name, "draws": draws},
+            classes=subject.classes,
+            top=top,
+            batch=batch,
+            part=part,
+            seed=seed,
+            strict=strict,
+            progress=follow(bars, "predicting"),
         )
-    )
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["image", "class", "probability", "entropy", "mutual_information"])
-    writer.writerows([i, row[0], *(f"{value:.6g}" for value in row[1:])] for i, row in enumerate(rows))
-    write_bytes(path, text.getvalue().encode())
-    least = sorted(range(len(rows)), key=lambda i: -rows[i][2])[:5]
-    table = Table(
-        "least certain",
-        ["image", "class", "probability", "entropy", "mutual information"],
-        [[str(i), rows[i][0], *(f"{value:.3f}" for value in rows[i][1:])] for i in least],
-    )
-    show([table])
-    say(f"Saved {len(rows)} predictions as {path}; entropies are in nats.", path)
+    count, failed, least = _summary(rows)
+    if least:
+        columns = [column for column in least[0] if column != "error"]
+        cells = [[_shown(row[column]) for column in columns] for row in least]
+        show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
+    say(f"Saved {count} predictions as {path}; entropies are in nats.", path)
+    if failed:
+        say(f"{failed} objects could not be read: the column 'error' says why.")
+
+
+def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:
+    """How many rows there are, how many of them have an error, and the least certain ones."""
+    count = failed = 0
+
+    def readable() -> Iterator[dict[str, Any]]:
+        nonlocal count, failed
+        for row in rows:
+            count += 1
+            if row["error"]:
+                failed += 1
+            else:
+                yield row
+
+    def uncertainty(row: dict[str, Any]) -> float:
+        return next(float(row[name]) for name in ("entropy", "total_std", "total_std_0") if name in row)
+
+    least = heapq.nlargest(SHOWN, readable(), key=uncertainty)
+    return count, failed, least
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{float(value):.3f}" if "." in str(value) else str(value)
+    except ValueError:
+        return str(value)
+
+
+def _digest(what: nn.Module | Path | None) -> str:
+    """A checksum of a network's state, or of a file."""
+    import safetensors.torch
+
+    digest = hashlib.sha256()
+    if isinstance(what, Path):
+        digest.update(what.read_bytes())
+    elif what is not None:
+        for name, tensor in what.state_dict().items():
+            digest.update(name.encode())
+            digest.update(safetensors.torch.save({"": tensor.detach().cpu().contiguous().clone()}))
+    return digest.hexdigest()
+
+
+class _Images:
+    """A data set of images in memory as a stream; keys are their numbers."""
+
+    key_name = "image"
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
+        """The images from a position on."""
+        import torch
+
+        from stochbn.sources import Chunk
+
+        rest = self._images.take(torch.arange(start, len(self)))
+        for inputs, labels in rest.batches(size):
+            yield Chunk(list(range(start, start + len(labels))), [None] * len(labels), inputs)
+            start += len(labels)

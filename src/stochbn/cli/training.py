@@ -1,4 +1,4 @@
-"""The commands that train a network and fit a posterior to it: train and fit."""
+"""The command that trains a network of the paper's: train."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from stochbn.cli.console import follow, progress_bars, say
-from stochbn.cli.inputs import check_images, default_posterior, load_images
-from stochbn.cli.options import DATA_HELP, DataFromNetwork, NetworkFile, Override, Seed
+from stochbn.cli.console import progress_bars, say
+from stochbn.cli.inputs import default_posterior, load_images
+from stochbn.cli.options import DATA_HELP, Override, Seed
 from stochbn.files import check_file
 
-__all__ = ["fit", "train"]
+__all__ = ["train"]
 
 
 def train(
@@ -81,39 +81,3 @@ def train(
         stale.unlink()
         say(f"Deleted {stale}: it was fitted to the network that this one replaces.")
     say(f"Saved the network as {path}. Next: stochbn fit {shlex.quote(str(path))}", path)
-
-
-def fit(
-    network: NetworkFile,
-    data: DataFromNetwork = None,
-    batch_size: Annotated[
-        int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
-    ] = 16,
-    kind: Annotated[
-        str, typer.Option(help="joint (of all layers), empirical (replay), or factorized (the paper's SBN).")
-    ] = "joint",
-    path: Annotated[
-        Path | None, typer.Option("--out", help="File for it. (default: NETWORK.sbn.safetensors)", show_default=False)
-    ] = None,
-    seed: Seed = 0,
-) -> None:
-    """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
-    from stochbn.paper import checkpoints
-    from stochbn.paper.runner import fit_posterior
-
-    if path is not None or network.exists():  # a network that is missing is told of below
-        check_file(path or default_posterior(network))
-    checkpoint = checkpoints.load(network)
-    path = path or default_posterior(network)
-    images = load_images(data or checkpoint.data, "train")
-    check_images(checkpoint, images)
-    with progress_bars() as bars:
-        move = follow(bars, "fitting")
-        posterior = fit_posterior(checkpoint.model, images, batch_size, seed, move, kind=kind)
-    posterior.save(path)
-    say(
-        f"Saved the posterior as {path}: {sum(posterior.layers.values())} channels in "
-        f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
-        f"Next: stochbn evaluate {shlex.quote(str(network))}",
-        path,
-    )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +14,15 @@ import torch
 from torch import Tensor
 
 from stochbn.augment import reflected
-from stochbn.paper import ExperimentError
+from stochbn.sources.hub import HUB, DataError, load_splits
 
 __all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
-
-HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
-"""Short names of data sets on the Hugging Face Hub."""
-
-FOLDER_VARIABLE = "STOCHBN_DATA"
-"""The environment variable that names a folder with local copies, one subfolder for each data set."""
-
 
 MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB"}
 """Pillow's modes of images of 8 bits or fewer, and what they are brought to: grey, colour, or these with an alpha."""
 
 MOST_CLASSES = 1_000_000
 """Labels are less than this: a larger number is no label, and a name for each class would fill the memory."""
-
-
-class DataError(ExperimentError):
-    """A data set that cannot be had or used; the message says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +76,10 @@ class Images:
     def shuffled(self, seed: int) -> Images:
         """The same objects in a random order that depends on the seed alone."""
         return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
+
+    def first(self, count: int) -> Images:
+        """The first of the objects, at most so many."""
+        return self.take(torch.arange(min(count, len(self))))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
         """Two random parts, the second with this fraction of the objects: to train on, and to make choices on."""
@@ -178,69 +168,10 @@ def _digits(split: str) -> Images:
 
 
 def _dataset(name: str, split: str, report: Callable[[int, int], None]) -> Images:
-    import datasets
-    import huggingface_hub
-
-    location = _local_copy(name) or HUB.get(name, name)
-    local = _is_folder(location)
-    place = _place(name)
-    advice = (
-        f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir FOLDER/{place}`, "
-        f"bring the folder here and set {FOLDER_VARIABLE}=FOLDER; or name a local folder in place of the data set"
-    )
-    if not local and name not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise DataError(
-            f"unknown data set {name!r:.200}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
-            "nor a Hub name of the form owner/name"
-        )
-    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    hub_verbosity = huggingface_hub.logging.get_verbosity()
-    try:
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        if local:
-            datasets.disable_progress_bars()
-        huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
-        loaded = datasets.load_dataset(location)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
-    except (ConnectionError, OSError) as error:
-        if local:
-            raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
-        raise DataError(f"cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
-    except Exception as error:  # the readers of each format raise errors of their own kinds
-        if not local:
-            raise DataError(f"cannot fetch {location!r} from the Hugging Face Hub ({error}): {advice}") from error
-        raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        huggingface_hub.logging.set_verbosity(hub_verbosity)
-        if shown:
-            datasets.enable_progress_bars()
+    loaded, location = load_splits(name)
     if split not in loaded:
         raise DataError(f"{location!r} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
     return _decode(loaded[split], location, report)
-
-
-def _local_copy(name: str) -> str | None:
-    """The folder of a data set that is on disk; a folder here that is called like a short name needs a ./ before it."""
-    if name not in HUB and _is_folder(name):
-        return name
-    root = os.environ.get(FOLDER_VARIABLE)
-    if not root:
-        return None
-    if not Path(root).is_dir():
-        raise DataError(f"{FOLDER_VARIABLE} is set to {root!r}, which is not a folder")
-    copy = Path(root) / _place(name)
-    return str(copy) if _is_folder(copy) else None
-
-
-def _is_folder(name: str | Path) -> bool:
-    return os.path.isdir(name)  # noqa: PTH112 (False, and no error, for what cannot be a path)
-
-
-def _place(name: str) -> str:
-    """Where a data set is expected in the folder with local copies: those with short names under these."""
-    return next((short for short, hub in HUB.items() if hub == name), name)
 
 
 def _decode(table: Any, location: str, report: Callable[[int, int], None]) -> Images:

@@ -10,15 +10,15 @@ from torch import nn
 
 import stochbn
 from stochbn.augment import Augment
-from stochbn.paper.data import Images
 from stochbn.posteriors import Posterior
+from stochbn.sources.objects import Objects
 
 __all__ = ["fit_posterior"]
 
 
 def fit_posterior(
     model: nn.Module,
-    images: Images,
+    images: Objects,
     batch_size: int,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,

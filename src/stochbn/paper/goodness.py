@@ -12,8 +12,8 @@ from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
 from stochbn.network.replica import Network
-from stochbn.paper.data import Images
 from stochbn.posteriors import TINY, Factorized, FactorizedLog
+from stochbn.sources.objects import Objects
 from stochbn.statistics import Moments, mini_batches, observing
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
@@ -21,7 +21,7 @@ __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", 
 
 def observe(
     model: nn.Module,
-    images: Images,
+    images: Objects,
     batch_size: int,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,

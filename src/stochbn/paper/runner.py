@@ -35,6 +35,7 @@ from stochbn.paper.training import augmented, train
 from stochbn.posteriors import FactorizedLog, Posterior
 from stochbn.predictions import Prediction
 from stochbn.predictive import MCDropout, Predictive, Predictor
+from stochbn.sources.objects import Objects
 
 __all__ = [
     "DRAWS",
@@ -320,17 +321,19 @@ def _run_member(
 def predict_member(
     model: nn.Module,
     posterior: Posterior | None,
-    known: Images,
-    unknown: Images | None,
+    known: Objects,
+    unknown: Objects | None,
     draws: int,
     seed: int,
     report: Report = lambda done, total: None,
     *,
     keep_draws: bool = False,
+    dropout: bool | None = None,
+    **settings: Any,
 ) -> dict[str, Tensor]:
     """Log-probabilities of one network's methods: as it is, and with SBN where there is a posterior.
 
-    A network with dropout keeps it on.
+    A network with dropout keeps it on, unless `dropout` says otherwise. `settings` are arguments of the predictives.
 
     Returns:
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
@@ -339,12 +342,14 @@ def predict_member(
         every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
     """
     # Every draw is made, so that all methods take as many.
-    kind = MCDropout if has_dropout(model) else functools.partial(Predictive, tolerance=0)
+    dropout = has_dropout(model) if dropout is None else dropout
+    kind: Callable[..., Predictor] = MCDropout if dropout else functools.partial(Predictive, tolerance=0)
+    kind = functools.partial(kind, **settings)
     predictors = {"plain": kind(model, posterior=None, draws=draws)}
     if posterior is not None:
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
     if isinstance(posterior, FactorizedLog):
-        predictors["median"] = kind(model, posterior=posterior.median(), draws=draws if has_dropout(model) else 1)
+        predictors["median"] = kind(model, posterior=posterior.median(), draws=draws if dropout else 1)
     parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
     total = len(predictors) * sum(map(len, parts.values()))
     tensors, before = {"labels": known.labels}, 0
@@ -377,7 +382,7 @@ def on_accelerator(model: nn.Module) -> nn.Module:
 
 def predict_all(
     predictor: Predictor,
-    images: Images,
+    images: Objects,
     generator: torch.Generator | None = None,
     report: Report = lambda done, total: None,
     *,

@@ -1,0 +1,109 @@
+"""The commands that make a posterior: fit and calibrate."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stochbn.cli.console import follow, progress_bars, say
+from stochbn.cli.inputs import default_posterior
+from stochbn.cli.options import Data, Override, PosteriorFile, Seed
+from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.files import check_file
+
+__all__ = ["calibrate", "fit"]
+
+CALIBRATE_BATCH = 100
+
+
+@about_networks()
+def fit(
+    given: Given,
+    data: Data = None,
+    batch_size: Annotated[
+        int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
+    ] = 16,
+    kind: Annotated[
+        str, typer.Option(help="joint (of all layers), empirical (replay), or factorized (the paper's SBN).")
+    ] = "joint",
+    path: Annotated[
+        Path | None, Override("--out", help="File for it. (default: beside the weights, WEIGHTS.sbn.safetensors)")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
+    from stochbn.paper.fitting import fit_posterior
+
+    beside = given.networks[0] if given.networks else given.weights
+    if path is None and beside is None:
+        raise ValueError(needs("--out"))
+    target = path or default_posterior(beside or Path())
+    if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
+        check_file(target)
+    subject = Subject.one(given)
+    objects = subject.load(data, "train")
+    with progress_bars() as bars:
+        posterior = fit_posterior(subject.model, objects, batch_size, seed, follow(bars, "fitting"), kind=kind)
+    posterior.save(target)
+    network = shlex.quote(str(given.networks[0])) if given.networks else "with the same options on test data"
+    say(
+        f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
+        f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
+        f"Next: stochbn evaluate {network}",
+        target,
+    )
+
+
+@about_networks()
+def calibrate(
+    given: Given,
+    held_out: Annotated[
+        str | None, Override("--held-out", help="Labelled data that the network was not trained on, named like --data.")
+    ] = None,
+    posterior: PosteriorFile = None,
+    temperature: Annotated[
+        bool, typer.Option("--temperature/--no-temperature", help="Also choose a temperature, or the noise alone.")
+    ] = True,
+    objects: Annotated[int, typer.Option("--objects", min=1, help="Held-out objects to use, at most.")] = 4096,
+    path: Annotated[
+        Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Choose the noise of a posterior, and a temperature, by the NLL of held-out data; write the new posterior."""
+    import stochbn
+
+    beside = given.networks[0] if given.networks else given.weights
+    target = path or posterior or (default_posterior(beside) if beside is not None else None)
+    if target is None:
+        raise ValueError(needs("--out"))
+    check_file(target)
+    subject = Subject.one(given)
+    if subject.settings.pop("task", "classification") != "classification":
+        raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
+    old = subject.need_posterior(posterior)
+    data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
+    with progress_bars() as bars:
+        move, done = follow(bars, "calibrating"), 0
+
+        def batches() -> Iterator[Any]:
+            nonlocal done
+            for inputs, labels in data.batches(CALIBRATE_BATCH):
+                yield _held_out(inputs, labels)
+                done += len(labels)
+                move(done, len(data))
+
+        new = stochbn.calibrate(subject.model, old, batches(), temperature=temperature, seed=seed, **subject.settings)
+    new.save(target)
+    size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
+    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
+
+
+def _held_out(inputs: object, labels: object) -> object:
+    """A batch as `stochbn.calibrate` reads it."""
+    return {**inputs, "labels": labels} if isinstance(inputs, dict) else (inputs, labels)

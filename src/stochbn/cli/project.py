@@ -1,0 +1,103 @@
+"""The project file ``stochbn.toml``: options that would be repeated with every command.
+
+A key is an option without its dashes. Keys at the top are for all commands about a network of one's own that have such
+an option; those in a table named after a command are for it alone, and go first. What is given on the command line goes
+before both::
+
+    model = "package.module:function"
+    weights = "w.safetensors"
+    model-arg = {width = 2}
+
+    [fit]
+    data = "photos/train"
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COMMANDS", "FILE", "defaults"]
+
+FILE = "stochbn.toml"
+COMMANDS = ("fit", "calibrate", "diagnose", "evaluate", "predict")
+"""Those that keys at the top are for."""
+
+Options = dict[str, Any]
+
+
+def defaults(program: Any, path: Path) -> dict[str, Options]:
+    """The options of each command as a project file has them, under the names of the commands' parameters.
+
+    Args:
+        program: the group of all commands.
+        path: the file; if there is none, there are no defaults.
+
+    Raises:
+        ValueError: it cannot be read, or has a key that is no option or a value that none can have.
+    """
+    if not path.is_file():
+        return {}
+    content = _read(path)
+    shared = {key: value for key, value in content.items() if key not in program.commands}
+    found: dict[str, Options] = {}
+    for name in COMMANDS:
+        known = _options(program.commands[name])
+        found[name] = {
+            known[key].name: _value(path, key, value, known[key]) for key, value in shared.items() if key in known
+        }
+    unknown = [key for key in shared if not any(key in _options(program.commands[name]) for name in COMMANDS)]
+    if unknown:
+        raise ValueError(f"{str(path)!r}: {unknown[0]!r} is no option of {', '.join(COMMANDS)}, and no command")
+    for name in content.keys() - shared.keys():
+        known = _options(program.commands[name])
+        if not isinstance(content[name], Mapping):
+            raise ValueError(f"{str(path)!r}: {name!r} is a command; write its options in a table [{name}]")
+        for key, value in content[name].items():
+            if key not in known:
+                raise ValueError(f"{str(path)!r}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
+            found.setdefault(name, {})[known[key].name] = _value(path, key, value, known[key])
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        toml = importlib.import_module("tomllib")
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            toml = importlib.import_module("tomli")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{str(path)!r} needs Python 3.11, or tomli: pip install tomli") from error
+    try:
+        content: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
+    return content
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """The options of a command by their names without dashes."""
+    return {
+        parameter.opts[0].removeprefix("--"): parameter
+        for parameter in command.params
+        if parameter.param_type_name == "option" and parameter.opts[0] != "--help"
+    }
+
+
+def _value(path: Path, key: str, value: Any, option: Any) -> Any:
+    """A value as the command line would have it."""
+    if isinstance(value, Mapping) and option.multiple:
+        return [f"{name}={entry!r}" for name, entry in value.items()]
+    if isinstance(value, list) and option.multiple:
+        return [str(entry) for entry in value]
+    if isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value):
+        return ",".join(map(str, value))
+    if isinstance(value, (Mapping, list)):
+        raise ValueError(f"{str(path)!r}: {key} takes one value, got {value!r}")
+    if isinstance(value, bool) != bool(option.is_flag):
+        raise ValueError(
+            f"{str(path)!r}: {key} takes {'true or false' if option.is_flag else 'a value'}, got {value!r}"
+        )
+    return [str(value)] if option.multiple else value if option.is_flag else str(value)

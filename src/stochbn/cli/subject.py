@@ -1,0 +1,311 @@
+"""What the commands are about: a network, its data and its posterior, as options name them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stochbn.cli.inputs import check_images, default_posterior, load_images
+from stochbn.cli.options import Override
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stochbn.paper.data import Images
+    from stochbn.posteriors import Posterior
+    from stochbn.sources import LoaderObjects, RowObjects
+
+__all__ = ["Given", "Subject", "about_networks", "needs"]
+
+PREFERRED = {
+    "train": ("train",),
+    "test": ("test", "validation", "valid", "val"),
+    "held-out": ("validation", "valid", "val"),
+}
+"""Which splits of data a command looks for, by what it needs."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The options that all commands about a network share, as they were given."""
+
+    networks: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="NETWORK", help="A network that 'stochbn train' saved; or use --model.", show_default=False
+        ),
+    ] = None
+    model: Annotated[
+        str | None,
+        Override("--model", help="Your own network: package.module:function, timm:NAME or hf:PATH."),
+    ] = None
+    model_arg: Annotated[
+        list[str] | None,
+        Override("--model-arg", help="An argument of that function: key=value; repeat it for more."),
+    ] = None
+    weights: Annotated[
+        Path | None, Override("--weights", help="Its weights: .safetensors, or a state dict in .pt or .pth.")
+    ] = None
+    split: Annotated[str | None, Override("--split", help="Which split of the data, where there are several.")] = None
+    input: Annotated[
+        list[str] | None, Override("--input", help="A column (or array) of inputs; repeat it for more columns.")
+    ] = None
+    label: Annotated[str | None, Override("--label", help="The column (or array) of labels.")] = None
+    key: Annotated[str | None, Override("--key", help="The column (or array) that names the rows.")] = None
+    size: Annotated[str | None, Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH.")] = None
+    mean: Annotated[str | None, Override("--mean", help="Subtract this from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")] = (
+        None
+    )
+    std: Annotated[str | None, Override("--std", help="Then divide images by this: as 0.5 or 0.2,0.2,0.2.")] = None
+    task: Annotated[
+        str | None,
+        Override("--task", help="classification (default), binary, multilabel, regression or embedding."),
+    ] = None
+    logits: Annotated[
+        str | None, Override("--logits", help="Where the logits are in the output: a key, a field or a position.")
+    ] = None
+    class_axis: Annotated[int | None, Override("--class-axis", help="The axis of the classes in the output.")] = None
+    probs: Annotated[bool, typer.Option("--probs", help="The network's output has been through a softmax.")] = False
+
+
+SHARED = tuple(field.name for field in fields(Given) if field.name != "networks")
+
+
+def about_networks(*, several: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Given`, which it gets as its first argument."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = inspect.signature(Given, eval_str=True).parameters
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        first = shared["networks"]
+        if not several:
+            argument = first.annotation.__metadata__[0]
+            first = first.replace(annotation=Annotated[Path | None, argument])
+        parameters = [first, *own, *(shared[name] for name in SHARED)]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters.append(context)
+
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> None:
+            networks = arguments.pop("networks")
+            shared = {name: arguments.pop(name) for name in SHARED}
+            given = Given(networks=[networks] if isinstance(networks, Path) else networks, **shared)
+            _check_one_way(given, arguments.pop("context"))
+            try:
+                command(given, **arguments)
+            except (RuntimeError, TypeError) as error:  # a user's network may not take the data
+                if given.networks:
+                    raise
+                raise ValueError(f"{given.model}: {error}") from error
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network, and how data is brought to it.
+
+    Attributes:
+        model: the network.
+        name: what it is called.
+        data: what it was trained on, if that is known.
+        classes: the names of its classes; none if they are not known.
+        settings: arguments of predictives: ``task``, ``logits``, ``class_axis`` and ``output``.
+        dropout: whether dropout stays on; None: if there is any.
+        open: opens data, of a split.
+        posterior: where its posterior is if nothing else is said.
+    """
+
+    model: nn.Module
+    name: str
+    data: str | None
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+    dropout: bool | None
+    open: Callable[..., Images | RowObjects | LoaderObjects]
+    posterior: Path | None
+
+    @classmethod
+    def of(cls, given: Given, network: Path | None = None) -> Subject:
+        """The network that is given: by a file that 'stochbn train' wrote, or the user's own."""
+        return cls._trained(given, network) if network is not None else cls._own(given)
+
+    @classmethod
+    def all_of(cls, given: Given) -> list[Subject]:
+        """All networks that are given."""
+        return [cls.of(given, network) for network in given.networks] if given.networks else [cls.of(given)]
+
+    @classmethod
+    def one(cls, given: Given) -> Subject:
+        """The only network that is given."""
+        (subject,) = cls.all_of(given)
+        return subject
+
+    @classmethod
+    def _trained(cls, given: Given, network: Path) -> Subject:
+        from stochbn.paper import checkpoints
+
+        checkpoint = checkpoints.load(network)
+
+        def opened(source: str, need: str, labelled: bool = False) -> Images:
+            images = load_images(source, given.split or need)
+            check_images(checkpoint, images, labelled)
+            return images
+
+        return cls(
+            model=checkpoint.model,
+            name=checkpoint.network,
+            data=checkpoint.data,
+            classes=checkpoint.classes,
+            settings=_settings(given),
+            dropout=None,
+            open=opened,
+            posterior=default_posterior(network),
+        )
+
+    @classmethod
+    def _own(cls, given: Given) -> Subject:
+        from stochbn.sources import (
+            Columns,
+            Preprocessing,
+            build,
+            channels_of,
+            load_weights,
+            open_objects,
+            parse_arguments,
+        )
+
+        assert given.model is not None
+        built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
+        if given.weights is not None:
+            load_weights(built.model, given.weights)
+        sized = {"size": _size(given.size), "mean": _numbers("--mean", given.mean), "std": _numbers("--std", given.std)}
+        preprocess = built.preprocess
+        if any(value is not None for value in sized.values()):
+            preprocess = Preprocessing(**sized, channels=channels_of(built.model))  # type: ignore[arg-type]
+        elif preprocess is None:
+            preprocess = _pictures_only(Preprocessing(channels=channels_of(built.model)))
+        columns = Columns(tuple(given.input or ()), given.label, given.key)
+
+        def opened(source: str, need: str, labelled: bool = False) -> RowObjects | LoaderObjects:
+            found = open_objects(source, given.split, PREFERRED[need], columns, preprocess, built.classes)
+            if labelled:
+                labels = found.labels
+                if labels.is_floating_point() or labels.min() < 0:
+                    told = f"the network's classes are {', '.join(built.classes)}" if built.classes else "see --label"
+                    raise ValueError(f"{source} has labels that are no classes of the network; {told}")
+            return found
+
+        return cls(
+            model=built.model,
+            name=given.model,
+            data=None,
+            classes=built.classes or (),
+            settings=_settings(given),
+            dropout=False,
+            open=opened,
+            posterior=default_posterior(given.weights) if given.weights is not None else None,
+        )
+
+    def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:
+        """Open data, or what the network was trained on; needs it ``train``, ``test`` or ``held-out``.
+
+        Raises:
+            ValueError: none is named and none is known.
+        """
+        source = source or (self.data if option == "--data" else None)
+        if source is None:
+            raise ValueError(needs(option))
+        return self.open(source, need, labelled)
+
+    def find_posterior(self, path: Path | None) -> Posterior | None:
+        """The posterior in a file or, if none is named, in the default place, if there is one."""
+        from stochbn.posteriors import load
+
+        if path is None:
+            path = self.posterior
+            if path is None or not path.exists():
+                return None
+        return load(path)
+
+    def need_posterior(self, path: Path | None) -> Posterior:
+        """The posterior.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        found = self.find_posterior(path)
+        if found is None:
+            beside = f" {str(self.posterior)!r}" if self.posterior is not None else ""
+            raise FileNotFoundError(
+                f"there is no posterior{beside}: run 'stochbn fit' on the network first, or name one with --posterior"
+            )
+        return found
+
+
+def needs(option: str) -> str:
+    """What to do where an option is missing that this network cannot do without."""
+    from stochbn.sources.opening import KINDS
+
+    if option == "--out":
+        return "say with --out where the posterior is to be written: there is no file of weights to put it beside"
+    return f"name data with {option}: {KINDS}"
+
+
+def _check_one_way(given: Given, context: typer.Context) -> None:
+    source = context.get_parameter_source("model")
+    if given.networks and source is not None and source.name == "COMMANDLINE":  # one in a project file gives way
+        raise ValueError("name a network that 'stochbn train' wrote, or your own with --model, not both")
+    if not given.networks and given.model is None:
+        if given.weights is not None:
+            raise ValueError("--weights needs --model, which builds the network that they are for")
+        raise typer.BadParameter("name a network: --model package.module:function, or a file of 'stochbn train'")
+
+
+def _settings(given: Given) -> dict[str, Any]:
+    place: Any = given.logits
+    if place is not None and place.lstrip("-").isdigit():
+        place = int(place)
+    found = {
+        "task": given.task,
+        "logits": place,
+        "class_axis": given.class_axis,
+        "output": "probs" if given.probs else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _pictures_only(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What images need, while tensors stay as they are."""
+    import torch
+
+    return lambda given: given if isinstance(given, torch.Tensor) else preprocess(given)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--size is {text!r}; write it as 224 or 224x192 (height x width)")
+    return int(sides[0]), int(sides[-1])
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}; write it as 0.5, or as one for each channel: 0.5,0.4,0.4") from error

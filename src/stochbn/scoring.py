@@ -1,0 +1,296 @@
+"""Predicting a stream of any length into a table, in parts that outlive a process that is killed.
+
+Rows are written in parts of a fixed number, each whole or not at all, in a folder beside the table; a run that is begun
+again makes those that are missing, and the table is put together when all are there. Random numbers of a part depend on
+the seed and its number alone, so that a table is the same however often its making was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochbn.files import check_file, write, write_json
+from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
+from stochbn.predictive import Predictor
+from stochbn.sources.objects import Chunk, Stream, ahead
+
+__all__ = ["Row", "check_table", "parts_folder", "rows_of", "score"]
+
+Row = dict[str, Any]
+"""A line of the table; None where there is nothing to say."""
+
+ENDINGS = (".csv", ".parquet")
+
+
+def check_table(path: Path) -> None:
+    """Refuse a file that `score` could not write: for use before the work whose result it is to hold.
+
+    Raises:
+        OSError: as `stochbn.files.check_file`.
+        ValueError: its ending says no format.
+    """
+    check_file(path)
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"the table {str(path)!r} ends in {path.suffix!r}; name one that ends in .csv or .parquet")
+
+
+def score(
+    predictor: Predictor,
+    stream: Stream,
+    path: Path,
+    *,
+    settings: dict[str, Any],
+    classes: Sequence[str] = (),
+    top: int = 1,
+    batch: int = 250,
+    part: int = 4000,
+    seed: int = 0,
+    strict: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Row]:
+    """Predict all objects of a stream into a CSV or Parquet file, and give its rows once it is written.
+
+    Memory depends on `batch` and `part`, not on how many objects there are. A row for every object, in their order: its
+    key, what is predicted, and under ``error`` why it could not be read.
+
+    Args:
+        predictor: what predicts.
+        stream: the objects.
+        path: the file, of which the ending says the format.
+        settings: whatever else the result depends on, as JSON; parts of other settings are not continued.
+        classes: the names of the classes.
+        top: how many of the most probable classes to write.
+        batch: objects in a forward pass.
+        part: rows in a part; brought to a multiple of `batch`.
+        seed: where draws come from.
+        strict: whether an object that cannot be read is an error.
+        progress: called with the number of objects done and of all.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: its ending says no format, there are parts of other settings, the prediction is of a kind that is no
+            table, or, with `strict`, an object cannot be read.
+    """
+    check_table(path)
+    part = max(1, part // batch) * batch
+    total = len(stream)
+    about = {**settings, "total": total, "top": top, "batch": batch, "part": part, "seed": seed}
+    parts = parts_folder(path)
+    _claim(parts, about)
+    try:
+        _make_parts(predictor, stream, parts, classes, top, batch, part, seed, strict, progress)
+    except BaseException:
+        if not any(parts.glob("part-*")):  # nothing to continue
+            shutil.rmtree(parts)
+        raise
+    written = sorted(parts.glob("part-*.jsonl"))
+    columns = _columns(written)
+    if path.suffix == ".csv":
+        write(path, lambda temporary: _write_csv(temporary, columns, written))
+    else:
+        write(path, lambda temporary: _write_parquet(temporary, columns, written))
+    shutil.rmtree(parts)
+    return _read_table(path)
+
+
+def _make_parts(
+    predictor: Predictor,
+    stream: Stream,
+    parts: Path,
+    classes: Sequence[str],
+    top: int,
+    batch: int,
+    part: int,
+    seed: int,
+    strict: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the parts that are missing."""
+    total = len(stream)
+    existing = sorted(parts.glob("part-*.jsonl"))
+    done, number = sum(map(_length, existing)), len(existing)
+    progress(done, total)
+    if done < total:
+        rows: list[Row] = []
+        generator = _generator(seed, number)
+        with contextlib.closing(ahead(iter(stream.chunks(batch, done)))) as chunks:
+            for chunk in chunks:
+                if strict and any(chunk.errors):
+                    key, error = next((k, e) for k, e in zip(chunk.keys, chunk.errors, strict=True) if e)
+                    raise ValueError(f"{key} {error}; without --strict it becomes a row with an error")
+                prediction = None if chunk.inputs is None else predictor(chunk.inputs, generator=generator)
+                rows += rows_of(chunk, prediction, stream.key_name, classes, top)
+                done += len(chunk.keys)
+                progress(done, total)
+                if len(rows) >= part:
+                    _write_part(parts, number, rows)
+                    rows, number = [], number + 1
+                    generator = _generator(seed, number)
+        if rows:
+            _write_part(parts, number, rows)
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the parts of a table are while it is made."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def rows_of(chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int) -> list[Row]:
+    """A row for each object of a chunk.
+
+    Raises:
+        ValueError: the prediction is dense, or not of as many objects as the chunk has.
+    """
+    readable = chunk.errors.count(None)
+    predicted: list[Row] = [] if prediction is None else _predicted(prediction, classes, top)
+    if len(predicted) != readable:
+        raise ValueError(f"the network gave predictions for {len(predicted)} objects of a batch of {readable}")
+    if predicted and key_name in (*predicted[0], "error"):
+        raise ValueError(f"the key's column is called {key_name!r}, as one of the predictions is; rename it")
+    following = iter(predicted)
+    return [
+        {key_name: key, **(next(following) if error is None else {}), "error": error}
+        for key, error in zip(chunk.keys, chunk.errors, strict=True)
+    ]
+
+
+def _predicted(prediction: Any, classes: Sequence[str], top: int) -> list[Row]:
+    if isinstance(prediction, Estimate):
+        return _estimated(prediction)
+    if not isinstance(prediction, Prediction) or prediction.probs.ndim != 2:
+        shape = list(prediction.probs.shape) if isinstance(prediction, Prediction) else type(prediction).__name__
+        raise ValueError(f"expected one prediction for each object, got {shape}: a dense output is no table")
+    k = prediction.probs.shape[1]
+    if classes and len(classes) != k:
+        raise ValueError(f"there are {len(classes)} names of classes, and the network has {k} classes")
+    names = list(classes) or list(map(str, range(k)))
+    found: dict[str, list[Any]] = {}
+    if isinstance(prediction, MultilabelPrediction):
+        found |= {f"probability_{name}": prediction.probs[:, i].tolist() for i, name in enumerate(names)}
+    else:
+        best, index = prediction.probs.topk(min(top, k))
+        for i in range(best.shape[1]):
+            ending = f"_{i + 1}" if i else ""
+            found[f"class{ending}"] = [names[j] for j in index[:, i].tolist()]
+            found[f"probability{ending}"] = best[:, i].tolist()
+    found["entropy"] = prediction.entropy.tolist()
+    found["mutual_information"] = prediction.mutual_information.tolist()
+    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+
+def _estimated(prediction: Estimate) -> list[Row]:
+    found: dict[str, list[Any]] = {}
+    measures: dict[str, Tensor] = {"mean": prediction.mean, "std": prediction.std, "total_std": prediction.total_std}
+    for name, values in measures.items():
+        if values.ndim > 2:
+            raise ValueError(f"expected numbers [N] or [N, D] for each object, got {list(values.shape)}: no table")
+        columns = values.reshape(len(values), -1).T
+        for i, column in enumerate(columns):
+            found[f"{name}_{i}" if len(columns) > 1 else name] = column.tolist()
+    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+
+def _claim(parts: Path, about: dict[str, Any]) -> None:
+    """Take a folder of parts for these settings, or find it to be theirs."""
+    told = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    run = parts / "run.json"
+    if run.exists():
+        if json.loads(run.read_text()).get("settings") != told:
+            raise ValueError(
+                f"{str(parts)!r} holds the parts of a run with other options, data or weights: run with these to "
+                "continue it, or delete the folder"
+            )
+        return
+    if parts.exists() and any(parts.iterdir()):
+        raise FileExistsError(f"{str(parts)!r} is needed for parts of the table, but holds other things; move it")
+    parts.mkdir(exist_ok=True)
+    write_json(run, {"settings": told})
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part-{number:08d}.jsonl"
+
+
+def _generator(seed: int, part: int) -> torch.Generator:
+    """Random numbers of a part; the first one's are those of the seed."""
+    mixed = seed if part == 0 else int.from_bytes(hashlib.sha256(f"{seed} {part}".encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(mixed)
+
+
+def _write_part(parts: Path, number: int, rows: Sequence[Row]) -> None:
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    write(_part(parts, number), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _length(part: Path) -> int:
+    with part.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def _read_part(part: Path) -> list[Row]:
+    with part.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _columns(written: Sequence[Path]) -> list[str]:
+    """The columns of a table: those of its first row that has a prediction, or of the first one."""
+    columns: list[str] = []
+    for part in written:
+        for row in _read_part(part):
+            if row["error"] is None:
+                return list(row)
+            columns = columns or list(row)
+    return columns
+
+
+def _write_csv(path: Path, columns: Sequence[str], written: Sequence[Path]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for part in written:
+            writer.writerows([_cell(row.get(column)) for column in columns] for row in _read_part(part))
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _write_parquet(path: Path, columns: Sequence[str], written: Sequence[Path]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def kind(column: str) -> Any:
+        if column == columns[0] and numbered:
+            return pyarrow.int64()
+        text = column == columns[0] or column.startswith("class") or column == "error"
+        return pyarrow.string() if text else pyarrow.float32()
+
+    numbered = isinstance(_read_part(written[0])[0][columns[0]], int)
+
+    schema = pyarrow.schema([(column, kind(column)) for column in columns])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for part in written:
+            rows = [{column: row.get(column) for column in columns} for row in _read_part(part)]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _read_table(path: Path) -> Iterator[Row]:
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+        return
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for rows in table.iter_batches():
+            yield from rows.to_pylist()

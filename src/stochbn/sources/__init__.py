@@ -1,0 +1,28 @@
+"""What a user has: a network named by where it is built, weights in a file, and data in one of many layouts.
+
+The paper's experiments have networks and data of their own; nothing here knows of them.
+"""
+
+from stochbn.sources.hub import DataError
+from stochbn.sources.loaders import LoaderObjects
+from stochbn.sources.networks import Built, build, load_weights, parse_arguments
+from stochbn.sources.objects import Chunk, Objects, RowObjects, Stream
+from stochbn.sources.opening import Columns, open_objects
+from stochbn.sources.pictures import Preprocessing, channels_of
+
+__all__ = [
+    "Built",
+    "Chunk",
+    "Columns",
+    "DataError",
+    "LoaderObjects",
+    "Objects",
+    "Preprocessing",
+    "RowObjects",
+    "Stream",
+    "build",
+    "channels_of",
+    "load_weights",
+    "open_objects",
+    "parse_arguments",
+]

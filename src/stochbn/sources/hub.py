@@ -1,0 +1,94 @@
+"""Data sets from the Hugging Face Hub, from local copies of them and from local folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["HUB", "DataError", "load_splits"]
+
+HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
+"""Short names of data sets on the Hugging Face Hub."""
+
+FOLDER_VARIABLE = "STOCHBN_DATA"
+"""The environment variable that names a folder with local copies, one subfolder for each data set."""
+
+
+class DataError(ValueError):
+    """A data set that cannot be had or used; the message says what to do."""
+
+
+def load_splits(name: str) -> tuple[Any, str]:
+    """The splits of a data set of images or other things, by their names, and where it was found.
+
+    Args:
+        name: a short name in `HUB`, ``owner/name`` on the Hub, or a local folder that ``datasets.load_dataset`` reads.
+            The folder that the environment variable ``STOCHBN_DATA`` names is searched before the Hub.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    import datasets
+    import huggingface_hub
+
+    location = _local_copy(name) or HUB.get(name, name)
+    local = _is_folder(location)
+    place = _place(name)
+    advice = (
+        f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir FOLDER/{place}`, "
+        f"bring the folder here and set {FOLDER_VARIABLE}=FOLDER; or name a local folder in place of the data set"
+    )
+    if not local and name not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise DataError(
+            f"unknown data set {name!r:.200}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
+            "nor a Hub name of the form owner/name"
+        )
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    hub_verbosity = huggingface_hub.logging.get_verbosity()
+    try:
+        datasets.logging.set_verbosity(logging.CRITICAL)
+        if local:
+            datasets.disable_progress_bars()
+        huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
+        loaded = datasets.load_dataset(location)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
+    except (ConnectionError, OSError) as error:
+        if local:
+            raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
+        raise DataError(f"cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
+    except Exception as error:  # the readers of each format raise errors of their own kinds
+        if not local:
+            raise DataError(f"cannot fetch {location!r} from the Hugging Face Hub ({error}): {advice}") from error
+        raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        huggingface_hub.logging.set_verbosity(hub_verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+    return loaded, location
+
+
+def _local_copy(name: str) -> str | None:
+    """The folder of a data set that is on disk; a folder here that is called like a short name needs a ./ before it."""
+    if name not in HUB and _is_folder(name):
+        return name
+    root = os.environ.get(FOLDER_VARIABLE)
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise DataError(f"{FOLDER_VARIABLE} is set to {root!r}, which is not a folder")
+    copy = Path(root) / _place(name)
+    return str(copy) if _is_folder(copy) else None
+
+
+def _is_folder(name: str | Path) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112 (False, and no error, for what cannot be a path)
+
+
+def _place(name: str) -> str:
+    """Where a data set is expected in the folder with local copies: those with short names under these."""
+    return next((short for short, hub in HUB.items() if hub == name), name)

@@ -1,0 +1,245 @@
+"""Networks by name: from a module of the user's, from timm or from Transformers; and their weights from a file."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochbn.sources.pictures import Preprocessing, channels_of
+
+__all__ = ["Built", "build", "find", "load_weights", "parse_arguments"]
+
+HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A network, and what its origin says of its use.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        preprocess: from a decoded image (or the tensor of an object) to the network's input, if there is such.
+        classes: the names of its classes, if they are known.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Any], Any] | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
+    """Arguments of a function from texts ``key=value``; values are Python literals where they can be read as such.
+
+    Raises:
+        ValueError: a text is not of that form, or a key is given twice.
+
+    >>> parse_arguments(["width=0.5", "kind=wide", "sizes=(1, 2)"])
+    {'width': 0.5, 'kind': 'wide', 'sizes': (1, 2)}
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{text!r} is no argument; write it as key=value, such as width=0.5")
+        if key in found:
+            raise ValueError(f"the argument {key!r} is given twice; give it once")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool = False) -> Built:
+    """Build a network.
+
+    Args:
+        reference: ``package.module:function``: a function or class that returns a network, or a network. The module
+            may have ``preprocess``, a function from an image to the network's input, and ``classes``, names of
+            classes. ``timm:NAME``: a network of timm's. ``hf:PATH``: what Transformers saved in a folder, or on the
+            Hub.
+        arguments: keyword arguments of the function.
+        weights_follow: whether weights will be loaded into it; without them, one of timm's needs ``pretrained=True``.
+
+    Raises:
+        ValueError: it cannot be found or built; the message says what to do.
+    """
+    kind, colon, name = reference.partition(":")
+    if not colon or not kind or not name:
+        raise ValueError(f"{reference!r} names no network; {HOW}")
+    if kind == "timm":
+        return _timm(name, arguments, weights_follow)
+    if kind == "hf":
+        return _transformers(name, arguments)
+    module, found = find(reference, "network")
+    model = found
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise ValueError(f"{reference!r} is of type {type(found).__name__}; expected a function or a network")
+        model = _called(reference, found, arguments)
+    elif arguments:
+        raise ValueError(f"{reference!r} is a network and takes no arguments; name a function, or drop --model-arg")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{reference!r} returned {type(model).__name__}, not a torch.nn.Module; return the network")
+    classes = getattr(module, "classes", None)
+    if classes is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"'classes' of {module.__name__!r} must be a list of names")
+    preprocess = getattr(module, "preprocess", None)
+    if preprocess is not None and not callable(preprocess):
+        raise ValueError(f"'preprocess' of {module.__name__!r} must be a function of an image")
+    return Built(model.eval(), preprocess, None if classes is None else tuple(classes))
+
+
+def find(reference: str, what: str) -> tuple[ModuleType, Any]:
+    """A module and what it has under a name, from ``package.module:name``; the current folder is searched too.
+
+    Raises:
+        ValueError: there is no such module or name, or importing it fails.
+    """
+    place, _, name = reference.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # a script's folder is searched, that of a user is not
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if place == missing or place.startswith(f"{missing}."):
+            raise ValueError(
+                f"there is no module {missing!r} for the {what} {reference!r}: run from the folder that holds it, or "
+                "install it"
+            ) from error
+        raise ValueError(f"importing {place!r} failed: it needs {missing!r}, which is not installed") from error
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(f"importing {place!r} failed: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise ValueError(f"the module {place!r} has no {name!r}; it has {', '.join(names[:12]) or 'no public names'}")
+    return module, getattr(module, name)
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a state dict into a network, all of it: safetensors, or what ``torch.save`` wrote (tensors only).
+
+    A state dict under ``state_dict`` or ``model``, and the prefix ``module.`` of DataParallel, are looked through.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or does not hold exactly the network's tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r} with weights")
+    state = _read(path)
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = dict(state[key])
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{str(path)!r} holds no state dict; save one with torch.save(model.state_dict(), ...) or "
+            "safetensors.torch.save_file"
+        )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        told = [
+            f"{text}: {_some(names)}" for text, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise ValueError(f"{str(path)!r} does not fit the network; {'; '.join(told)}; check --model and --model-arg")
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise ValueError(
+            f"{str(path)!r} does not fit the network: {key} is {list(state[key].shape)} in the file and "
+            f"{list(own[key].shape)} in the network ({len(wrong)} such); check --model-arg"
+        )
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except Exception as error:  # safetensors' own kind, which is no public name everywhere
+            raise ValueError(f"{str(path)!r} is no safetensors file that can be read: {error}") from error
+    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt, .pth, .bin or .ckpt")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files, and files that hold more than tensors
+        raise ValueError(
+            f"{str(path)!r} cannot be read as tensors alone, and nothing else is loaded: save the network's "
+            f"state_dict() ({str(error).splitlines()[0] if str(error) else type(error).__name__:.120})"
+        ) from error
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _called(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except Exception as error:  # a user's function may raise anything
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{reference!r} cannot be built with ({given}): {told}; see --model-arg") from error
+
+
+def _timm(name: str, arguments: Mapping[str, Any], weights_follow: bool) -> Built:
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"'timm:{name}' needs timm, which is not installed: pip install timm") from error
+    if not weights_follow and not arguments.get("pretrained"):
+        raise ValueError(
+            f"'timm:{name}' would have random weights: name a file with --weights, or give --model-arg pretrained=True"
+        )
+    model: nn.Module = _called(f"timm:{name}", lambda **given: timm.create_model(name, **given), arguments)
+    config = timm.data.resolve_model_data_config(model)
+    _, *size = config["input_size"]
+    preprocess = Preprocessing(
+        (size[0], size[1]), tuple(config["mean"]), tuple(config["std"]), channels_of(model), config.get("crop_pct", 1.0)
+    )
+    return Built(model.eval(), preprocess)
+
+
+def _transformers(name: str, arguments: Mapping[str, Any]) -> Built:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"'hf:{name}' needs Transformers, which is not installed: pip install transformers") from error
+
+    def loaded(**given: Any) -> Any:
+        config = transformers.AutoConfig.from_pretrained(name)
+        (kind, *_) = config.architectures or [None]
+        if kind is None:
+            raise ValueError("its config.json names no architecture")
+        return getattr(transformers, kind).from_pretrained(name, **given)
+
+    model: nn.Module = _called(f"hf:{name}", loaded, arguments)
+    names = getattr(model.config, "id2label", None)
+    classes = tuple(str(names[i]) for i in sorted(names)) if names else None
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError):  # a network of other things than images, or without a description
+        return Built(model.eval(), None, classes)
+
+    def preprocess(image: Any) -> Any:
+        return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    return Built(model.eval(), preprocess, classes)

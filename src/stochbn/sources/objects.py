@@ -1,0 +1,256 @@
+"""Data as commands use it: in any order for fitting and evaluating, or as a stream with keys for predicting."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead"]
+
+T = TypeVar("T")
+
+
+class Objects(Protocol):
+    """Objects that can be gone through in batches, and in a random order."""
+
+    @property
+    def name(self) -> str:
+        """What was opened."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none where they have no names."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """``[N]``: their labels; there is an error where they have none."""
+        ...
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def shuffled(self, seed: int) -> Objects:
+        """The same objects in a random order that depends on the seed alone."""
+        ...
+
+    def first(self, count: int) -> Objects:
+        """The first of the objects, at most so many."""
+        ...
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Consecutive batches of inputs and labels, ``[n]``; -1 is the label of an object without one."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Consecutive objects of a stream.
+
+    Attributes:
+        keys: what each of them is called.
+        errors: why it cannot be read; None where it can.
+        inputs: a batch of those that can be read, in their order; None if there are none.
+    """
+
+    keys: list[str | int]
+    errors: list[str | None]
+    inputs: Any
+
+
+class Stream(Protocol):
+    """Objects with keys, one chunk after another."""
+
+    @property
+    def key_name(self) -> str:
+        """What the keys are: the name of their column."""
+        ...
+
+    def __len__(self) -> int:
+        """How many objects there are."""
+        ...
+
+    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
+        """The objects from position `start` on, `size` at a time."""
+        ...
+
+
+class Rows(Protocol):
+    """Objects of which each can be read by its position."""
+
+    key_name: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def key(self, position: int) -> str | int:
+        """What an object is called."""
+        ...
+
+    def read(self, position: int) -> Any:
+        """An object: an image, or a tensor. Raises a ValueError if it cannot be read."""
+        ...
+
+    def labels(self) -> Tensor | None:
+        """``[N]``, or None."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class RowObjects:
+    """Rows, what makes a network's input of one, and in which order they come.
+
+    Attributes:
+        name: what was opened.
+        rows: the rows.
+        preprocess: from what a row holds to the network's input, if something is to be done.
+        order: positions; None is all of them as they are.
+    """
+
+    name: str
+    rows: Rows
+    preprocess: Callable[[Any], Any] | None = None
+    order: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.order is None else len(self.order)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none where they have no names."""
+        return self.rows.classes
+
+    @property
+    def key_name(self) -> str:
+        """What the keys are."""
+        return self.rows.key_name
+
+    @property
+    def labels(self) -> Tensor:
+        """``[N]``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = self.rows.labels()
+        if found is None:
+            raise ValueError(
+                f"{self.name} has no labels: have a folder for each class, or name their column or array with --label"
+            )
+        return found if self.order is None else found[self.order]
+
+    def shuffled(self, seed: int) -> RowObjects:
+        """The same objects in a random order that depends on the seed alone."""
+        mixed = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return replace(self, order=mixed if self.order is None else self.order[mixed])
+
+    def first(self, count: int) -> RowObjects:
+        """The first of the objects."""
+        order = torch.arange(len(self)) if self.order is None else self.order
+        return replace(self, order=order[:count])
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Consecutive batches of inputs and labels, read ahead.
+
+        Raises:
+            ValueError: an object cannot be read; the message names it.
+        """
+        labels = self.rows.labels()
+        order = torch.arange(len(self)) if self.order is None else self.order
+
+        def read() -> Iterator[tuple[Any, Tensor]]:
+            for index in torch.split(order, size):
+                chunk = self._chunk(index.tolist())
+                for key, error in zip(chunk.keys, chunk.errors, strict=True):
+                    if error is not None:
+                        raise ValueError(f"{self.name}: {key} {error}")
+                yield chunk.inputs, torch.full((len(index),), -1) if labels is None else labels[index]
+
+        with contextlib.closing(ahead(read())) as batches:
+            yield from batches
+
+    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
+        """The objects from a position on."""
+        order = torch.arange(len(self)) if self.order is None else self.order
+        for index in torch.split(order[start:], size) if start < len(self) else ():
+            yield self._chunk(index.tolist())
+
+    def _chunk(self, positions: Sequence[int]) -> Chunk:
+        errors: list[str | None] = []
+        inputs: list[Tensor] = []
+        for position in positions:
+            found = self._input(position, inputs[0].shape if inputs else None)
+            errors.append(found if isinstance(found, str) else None)
+            if not isinstance(found, str):
+                inputs.append(found)
+        return Chunk([self.rows.key(i) for i in positions], errors, torch.stack(inputs) if inputs else None)
+
+    def _input(self, position: int, shape: torch.Size | None) -> Tensor | str:
+        """An object as the network's input, or why it is none."""
+        try:
+            found = self.rows.read(position)
+        except (ValueError, OSError) as error:
+            return " ".join(str(error).split())
+        try:
+            found = found if self.preprocess is None else self.preprocess(found)
+        except Exception as error:  # a user's function may raise anything
+            return " ".join(f"cannot be preprocessed: {error or type(error).__name__}".split())
+        if isinstance(found, np.ndarray):
+            found = torch.from_numpy(found)
+        if not isinstance(found, Tensor):
+            return f"became {type(found).__name__} by preprocessing; expected a tensor"
+        if shape is not None and found.shape != shape:
+            return f"is {list(found.shape)}, others are {list(shape)}: bring them to one size, with --size"
+        return found
+
+
+def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+    """The same items, made by a thread while the ones before are used; at most `depth` of them wait.
+
+    What the thread raises is raised here. Closing the generator ends the thread.
+    """
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(entry, timeout=0.05)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = waiting.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,137 @@
+"""Images of any mode and depth as inputs of a network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Preprocessing", "channels_of", "decode", "is_picture"]
+
+OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes for the numbers of channels that a network may take."""
+
+OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to a network's input: resize and crop, scale to [0, 1], subtract `mean` and divide by `std`.
+
+    Attributes:
+        size: height and width: the image is resized to cover it, bilinearly, and the centre is cropped; None leaves
+            images at their own size.
+        mean: for each channel; None is 0.
+        std: for each channel; None is 1.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what images are brought to. One of 16 bits is grey, and its grey is
+            repeated for 3 channels.
+        crop: the share of the resized image that the crop leaves, of each side.
+
+    Raises:
+        ValueError: numbers that fit no image.
+    """
+
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: int = 3
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.channels not in OF_CHANNELS:
+            raise ValueError(f"images have 1, 3 or 4 channels, not {self.channels}; give the network a preprocess")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"the size of images must be at least 1, got {self.size}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(values)} numbers for {self.channels} channels; give 1 for each")
+            if values is not None and not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be finite, got {values}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    def __call__(self, given: Any) -> Tensor:
+        """``[C, H, W]`` from an image, or from a tensor of that shape, which is only normalised.
+
+        Raises:
+            ValueError: an image of a mode that has no one meaning, such as floats of any range.
+        """
+        pixels = given if isinstance(given, Tensor) else self._pixels(given)
+        for values, change in ((self.mean, torch.sub), (self.std, torch.div)):
+            if values is not None:
+                pixels = change(pixels, torch.tensor(values).view(-1, *[1] * (pixels.ndim - 1)))
+        return pixels
+
+    def _pixels(self, image: Any) -> Tensor:
+        depth = 65535.0 if image.mode in OF_16_BITS else 255.0
+        if image.mode in OF_16_BITS:
+            array = np.asarray(image).astype(np.float32)
+            image = _from_array(array)
+        elif image.mode in OF_8_BITS:
+            image = image.convert(OF_CHANNELS[self.channels])
+        else:
+            raise ValueError(
+                f"an image of mode {image.mode!r} has numbers of no known range; expected 8 or 16 bits: convert it, or "
+                "give the network's module a function preprocess(image)"
+            )
+        if self.size is not None:
+            image = self._fitted(image, self.size)
+        values = torch.from_numpy(np.array(image, dtype=np.float32)) / depth
+        values = values[None] if values.ndim == 2 else values.movedim(-1, 0)
+        if len(values) == self.channels:
+            return values
+        if self.channels == 4:  # grey of 16 bits, opaque
+            return torch.cat([values.expand(3, -1, -1), torch.ones_like(values)])
+        return values.expand(self.channels, -1, -1)
+
+    def _fitted(self, image: Any, size: tuple[int, int]) -> Any:
+        from PIL.Image import Resampling
+
+        height, width = size
+        factor = max(height / image.height, width / image.width) / self.crop
+        tall, wide = max(height, round(image.height * factor)), max(width, round(image.width * factor))
+        if (wide, tall) != image.size:
+            image = image.resize((wide, tall), Resampling.BILINEAR)
+        left, top = (wide - width) // 2, (tall - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+
+def channels_of(model: nn.Module) -> int:
+    """The channels of images that a network takes, by its first convolution: 1, 3 or 4; otherwise 3."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.in_channels in OF_CHANNELS else 3
+
+
+def decode(source: Any) -> Any:
+    """An image from a path or a file, decoded whole.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return image
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
+        raise ValueError(f"cannot be read as an image: {error}") from error
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name ends like an image's."""
+    from PIL import Image
+
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(array)

@@ -1,0 +1,183 @@
+"""Objects that are read by their position: folders of images, tables of `datasets`, and arrays."""
+
+from __future__ import annotations
+
+import io
+import numbers
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochbn.sources.pictures import decode, is_picture
+
+__all__ = ["ArrayRows", "FolderRows", "TableRows"]
+
+
+class FolderRows:
+    """The images in a folder and the folders in it, in the order of their paths.
+
+    Where all of them lie in folders of their own, these are the classes, in alphabetical order.
+
+    Raises:
+        ValueError: there are no images.
+    """
+
+    key_name = "file"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = sorted(path.relative_to(folder) for path in folder.rglob("*") if is_picture(path))
+        if not self.files:
+            raise ValueError(f"the folder {str(folder)!r} holds no images")
+        labelled = all(len(file.parts) > 1 for file in self.files)
+        self.classes: tuple[str, ...] = tuple(sorted({file.parts[0] for file in self.files})) if labelled else ()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, position: int) -> str:
+        """The path within the folder."""
+        return self.files[position].as_posix()
+
+    def read(self, position: int) -> Any:
+        """The image."""
+        return decode(self.folder / self.files[position])
+
+    def labels(self) -> Tensor | None:
+        """The numbers of the classes."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        return torch.tensor([number[file.parts[0]] for file in self.files]) if number else None
+
+
+class TableRows:
+    """The rows of a `datasets.Dataset`, which stays on disk: a column of images, or columns of numbers.
+
+    Args:
+        table: the data set.
+        name: what it is called in messages.
+        inputs: the column of images or arrays, or the columns of numbers; none are the first column of images or,
+            where there is none, all columns of numbers but key and label.
+        label: the column of labels; None is the first of type ClassLabel, or one called ``label``.
+        key: the column of keys; None numbers the rows.
+
+    Raises:
+        ValueError: there are no such columns.
+    """
+
+    def __init__(
+        self, table: Any, name: str, inputs: tuple[str, ...] = (), label: str | None = None, key: str | None = None
+    ) -> None:
+        import datasets
+
+        features = table.features
+        for wanted in (*inputs, *filter(None, (label, key))):
+            if wanted not in features:
+                raise ValueError(f"{name} has no column {wanted!r}; it has {', '.join(features)}")
+        pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
+        of_classes = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        self.label = label or next(iter(of_classes), "label" if "label" in features else None)
+        numeric = [c for c, f in features.items() if _is_numeric(f) and c not in (self.label, key)]
+        self.inputs = inputs or tuple(pictures[:1]) or tuple(numeric)
+        if not self.inputs:
+            raise ValueError(f"{name} has no column of images or numbers; it has {', '.join(features)}: see --input")
+        texts = [column for column in self.inputs if getattr(features[column], "dtype", None) == "string"]
+        if texts:
+            raise ValueError(f"the column {texts[0]!r} of {name} holds text; name columns of images or numbers")
+        if self.label is not None and getattr(features[self.label], "dtype", None) == "string":
+            table = table.class_encode_column(self.label)
+        self.is_picture = self.inputs[0] in pictures
+        if self.is_picture:
+            table = table.cast_column(self.inputs[0], datasets.Image(decode=False))
+        feature = table.features[self.label] if self.label is not None else None
+        self.classes: tuple[str, ...] = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+        self.key_name = key or "row"
+        self.table, self.name = table, name
+        self._inputs = table.select_columns(list(self.inputs))
+        self._keys = table.select_columns([key]) if key is not None else None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def key(self, position: int) -> str | int:
+        """The key, or the number of the row."""
+        return position if self._keys is None else str(self._keys[position][self.key_name])
+
+    def read(self, position: int) -> Any:
+        """An image, or a tensor of the row's numbers in float32."""
+        row = self._inputs[position]
+        if self.is_picture:
+            found = row[self.inputs[0]]
+            if found is None:
+                raise ValueError("is empty")
+            return decode(io.BytesIO(found["bytes"]) if found["bytes"] is not None else found["path"])
+        values = row[self.inputs[0]] if len(self.inputs) == 1 else [row[column] for column in self.inputs]
+        try:
+            tensor = torch.tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"holds what is no number: {error}") from error
+        return tensor if tensor.ndim else tensor[None]
+
+    def labels(self) -> Tensor | None:
+        """The column of labels."""
+        if self.label is None:
+            return None
+        values = self.table[self.label][:]
+        if not all(isinstance(value, numbers.Number) for value in values):
+            raise ValueError(f"the column {self.label!r} of {self.name} has labels that are no numbers; see --label")
+        return torch.tensor(values)
+
+
+class ArrayRows:
+    """The rows of arrays: integers as they are, bytes as shares of 255, other numbers as float32.
+
+    Args:
+        inputs: ``[N, ...]``; may be mapped from a file.
+        labels: ``[N]``, if there are labels.
+        keys: ``[N]``; None numbers the rows.
+        key_name: what the keys are called.
+
+    Raises:
+        ValueError: the arrays disagree in N, or hold no numbers.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        inputs: np.ndarray[Any, Any],
+        labels: np.ndarray[Any, Any] | None = None,
+        keys: np.ndarray[Any, Any] | None = None,
+        key_name: str = "row",
+    ) -> None:
+        if inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
+            raise ValueError(f"expected an array of numbers [N, ...], got {inputs.dtype} {list(inputs.shape)}")
+        for name, other in (("labels", labels), ("keys", keys)):
+            if other is not None and len(other) != len(inputs):
+                raise ValueError(f"there are {len(inputs)} inputs and {len(other)} {name}; expected as many")
+        self.inputs, self.targets, self.keys, self.key_name = inputs, labels, keys, key_name
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def key(self, position: int) -> str | int:
+        """The key, or the number of the row."""
+        return position if self.keys is None else str(self.keys[position])
+
+    def read(self, position: int) -> Tensor:
+        """A row as a tensor."""
+        row = np.array(self.inputs[position])
+        if row.dtype == np.uint8:
+            return torch.from_numpy(row.astype(np.float32) / 255)
+        return torch.from_numpy(row.astype(np.int64 if row.dtype.kind in "iu" else np.float32))
+
+    def labels(self) -> Tensor | None:
+        """The labels."""
+        return None if self.targets is None else torch.from_numpy(np.array(self.targets))
+
+
+def _is_numeric(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype.startswith(("int", "uint", "float", "bool"))
