@@ -439,3 +439,46 @@ def test_an_image_of_another_size_is_told_by_its_name(module: str, weights: Path
     error = told("evaluate", "--model", f"{module}:network", "--weights", weights, "--data", "pets")
     assert "dog/zz.png is [3, 40, 50], others are [3, 10, 12]" in error
     assert "--size" in error
+
+
+def test_draws_over_the_input_are_an_option_of_every_command(module: str, weights: Path) -> None:
+    own = "--model", f"{module}:network", "--weights", weights
+    shift = "--augment", "flip,shift:2"
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6, *shift)
+    with_shift = stochbn.load("w.sbn.safetensors")
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6, "--out", "clean.sbn.safetensors")
+    assert not torch.equal(with_shift.expected, stochbn.load("clean.sbn.safetensors").expected)
+    stochbn_("calibrate", *own, "--held-out", "pets", *shift, "--score", "brier", "--out", "c.sbn.safetensors")
+    built = build(f"{module}:network", {})
+    load_weights(built.model, weights)
+    data = open_objects("pets", classes=built.classes).shuffled(0)
+    wanted = stochbn.calibrate(
+        built.model, with_shift, data.batches(100), temperature=True, score="brier",
+        augment=stochbn.augment.named("flip,shift:2"),
+    )  # fmt: skip
+    assert stochbn.load("c.sbn.safetensors").temperature == pytest.approx(wanted.temperature, rel=1e-4)
+    posterior = "--posterior", "c.sbn.safetensors"
+    stochbn_("evaluate", *own, *posterior, "--data", "pets", "--draws", 8, *shift, "--out", "r")
+    stochbn_("evaluate", *own, *posterior, "--data", "pets", "--draws", 8, "--out", "s")
+    shifted, still = (json.loads(Path(f"{name}/results.json").read_text()) for name in "rs")
+    assert shifted["augment"] == "flip,shift:2"
+    assert shifted["scores"][0]["nll"] == still["scores"][0]["nll"], "the plain network sees its inputs as they are"
+    assert shifted["scores"][1]["nll"] != still["scores"][1]["nll"]
+    stochbn_("predict", *own, *posterior, "--data", "pets", "--out", "p.csv", "--draws", 8, *shift)
+    stochbn_("predict", *own, *posterior, "--data", "pets", "--out", "q.csv", "--draws", 8)
+    assert Path("p.csv").read_text() != Path("q.csv").read_text()
+
+
+def test_augmentations_and_scores_that_there_are_not_are_told(
+    module: str, weights: Path, told: Callable[..., str]
+) -> None:
+    own = "--model", f"{module}:network", "--weights", weights
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6)
+    for command in (
+        ["fit", *own, "--data", "pets"],
+        ["calibrate", *own, "--held-out", "pets"],
+        ["evaluate", *own, "--data", "pets"],
+        ["predict", *own, "--data", "pets", "--out", "p.csv"],
+    ):
+        assert "unknown augmentation 'rotate:9'" in told(*command, "--augment", "rotate:9")
+    assert "--score must be nll or brier" in told("calibrate", *own, "--held-out", "pets", "--score", "auroc")

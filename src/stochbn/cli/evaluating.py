@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.options import Data, Draws, Seed
+from stochbn.cli.options import Augmentation, Data, Draws, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_folder
 
@@ -35,6 +35,7 @@ def evaluate(
         ),
     ] = None,
     draws: Draws = 50,
+    augment: Augmentation = None,
     seed: Seed = 0,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
@@ -43,12 +44,15 @@ def evaluate(
     """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
 
     Of networks that 'stochbn train' saved, those with dropout keep it on (MC Dropout), and several are also evaluated
-    as an ensemble.
+    as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for that with
+    'stochbn calibrate --augment'.
     """
+    from stochbn import augment as augmentations
     from stochbn.paper import report
     from stochbn.paper.folders import RESULTS
-    from stochbn.paper.runner import has_dropout, predict_member
+    from stochbn.paper.predicting import has_dropout, predict_member
 
+    changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *RESULTS)
     paths: list[Path | None] = list(given.networks) if given.networks else [None]
@@ -69,7 +73,16 @@ def evaluate(
             dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
             predictions[dropout].append(
                 predict_member(
-                    subject.model, posterior, known, unknown, draws, seed, move, dropout=dropout, **subject.settings
+                    subject.model,
+                    posterior,
+                    known,
+                    unknown,
+                    draws,
+                    seed,
+                    move,
+                    dropout=dropout,
+                    augment=changes,
+                    **subject.settings,
                 )
             )
     found = report.methods(predictions[False], predictions[True])
@@ -81,6 +94,7 @@ def evaluate(
         networks = list(map(str, given.networks)) if given.networks else [given.model]
         about: dict[str, Any] = {"networks": networks, "posteriors": described}
         about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
+        about |= {"augment": augment}
         folder.mkdir(parents=True, exist_ok=True)
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
         shown = report.write(folder, about, found, *names, title)

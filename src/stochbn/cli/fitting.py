@@ -12,7 +12,7 @@ import typer
 
 from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.inputs import default_posterior
-from stochbn.cli.options import Data, Override, PosteriorFile, Seed
+from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
@@ -29,16 +29,22 @@ def fit(
         int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
     ] = 16,
     kind: Annotated[
-        str, typer.Option(help="joint (of all layers), empirical (replay), or factorized (the paper's SBN).")
+        str,
+        typer.Option(
+            help="joint (of all layers), empirical (replay), or factorized or factorized-log (the paper's SBN)."
+        ),
     ] = "joint",
     path: Annotated[
         Path | None, Override("--out", help="File for it. (default: beside the weights, WEIGHTS.sbn.safetensors)")
     ] = None,
+    augment: Augmentation = None,
     seed: Seed = 0,
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
+    from stochbn.augment import named
     from stochbn.paper.fitting import fit_posterior
 
+    changes = named(augment) if augment is not None else None
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:
         raise ValueError(needs("--out"))
@@ -48,7 +54,8 @@ def fit(
     subject = Subject.one(given)
     objects = subject.load(data, "train")
     with progress_bars() as bars:
-        posterior = fit_posterior(subject.model, objects, batch_size, seed, follow(bars, "fitting"), kind=kind)
+        move = follow(bars, "fitting")
+        posterior = fit_posterior(subject.model, objects, batch_size, seed, move, kind=kind, augment=changes)
     posterior.save(target)
     network = shlex.quote(str(given.networks[0])) if given.networks else "with the same options on test data"
     say(
@@ -73,10 +80,20 @@ def calibrate(
     path: Annotated[
         Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
     ] = None,
+    augment: Augmentation = None,
+    score: Annotated[str, typer.Option(help="What is to be lowest: nll or brier.")] = "nll",
     seed: Seed = 0,
 ) -> None:
-    """Choose the noise of a posterior, and a temperature, by the NLL of held-out data; write the new posterior."""
+    """Choose the noise of a posterior, and a temperature, by the NLL of held-out data; write the new posterior.
+
+    With --augment it is for predictions with the same option.
+    """
     import stochbn
+    from stochbn.augment import named
+
+    changes = named(augment) if augment is not None else None
+    if score not in ("nll", "brier"):
+        raise ValueError(f"--score must be nll or brier, got {score!r}")
 
     beside = given.networks[0] if given.networks else given.weights
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
@@ -98,7 +115,11 @@ def calibrate(
                 done += len(labels)
                 move(done, len(data))
 
-        new = stochbn.calibrate(subject.model, old, batches(), temperature=temperature, seed=seed, **subject.settings)
+        new = stochbn.calibrate(
+            subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
+            score=score,  # type: ignore[arg-type]
+            **subject.settings,
+        )  # fmt: skip
     new.save(target)
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)

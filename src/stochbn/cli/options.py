@@ -10,6 +10,7 @@ import typer
 
 __all__ = [
     "DATA_HELP",
+    "Augmentation",
     "Data",
     "DataFromNetwork",
     "Draws",
@@ -41,6 +42,10 @@ Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dro
 Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")]
 Override = functools.partial(typer.Option, show_default=False)
+Augmentation = Annotated[
+    str | None,
+    Override("--augment", help="Change images at random, anew in every draw: flip, shift:PIXELS, or flip,shift:4."),
+]
 PosteriorFile = Annotated[
     Path | None,
     typer.Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.options import Data, Draws, PosteriorFile, Seed
+from stochbn.cli.options import Augmentation, Data, Draws, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def predict(
     data: Data = None,
     posterior: PosteriorFile = None,
     draws: Draws = 50,
+    augment: Augmentation = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
@@ -47,14 +48,16 @@ def predict(
     Regression gives mean and standard deviation. Run it again to go on after it was stopped, killed even: rows are kept
     in OUT.parts until all are there.
     """
+    from stochbn.augment import named
     from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
     from stochbn.scoring import check_table, score
 
+    changes = named(augment) if augment is not None else None
     check_table(path)
     subject = Subject.one(given)
     fitted = subject.need_posterior(posterior)
-    predictive = Predictive(subject.model, fitted, draws, **subject.settings)
+    predictive = Predictive(subject.model, fitted, draws, augment=changes, **subject.settings)
     objects = subject.load(data, "test")
     stream = objects if hasattr(objects, "chunks") else _Images(objects)
     read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
@@ -64,7 +67,7 @@ def predict(
             predictive,
             stream,
             path,
-            settings={**read, **files, "data": objects.name, "draws": draws},
+            settings={**read, **files, "data": objects.name, "draws": draws, "augment": augment},
             classes=subject.classes,
             top=top,
             batch=batch,

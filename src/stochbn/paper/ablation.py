@@ -23,9 +23,10 @@ from stochbn.paper import checkpoints, networks
 from stochbn.paper.data import Images
 from stochbn.paper.differences import paired
 from stochbn.paper.goodness import observe
+from stochbn.paper.predicting import on_accelerator, predict_all
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICTIONS, load_parts, on_accelerator, predict_all
+from stochbn.paper.runner import PREDICTIONS, load_parts
 from stochbn.paper.tables import Table
 from stochbn.paper.training import augmented
 from stochbn.posteriors import KINDS, FactorizedLog, Posterior

@@ -25,9 +25,10 @@ from stochbn.paper import checkpoints, figures
 from stochbn.paper.comparison import finite, mixture, score_all
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
+from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICT_BATCH, PREDICTIONS, load_parts, on_accelerator
+from stochbn.paper.runner import PREDICTIONS, load_parts
 from stochbn.paper.tables import Table
 
 __all__ = ["METHODS", "Settings", "draw_over_inputs", "tabulate"]

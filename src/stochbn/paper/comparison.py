@@ -27,19 +27,12 @@ from stochbn import metrics
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images
+from stochbn.paper.fitting import fit_posterior
+from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator, predict_all
 from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import (
-    PREDICT_BATCH,
-    PREDICTIONS,
-    fit_posterior,
-    load_parts,
-    on_accelerator,
-    packed,
-    predict_all,
-    unpacked,
-)
+from stochbn.paper.runner import PREDICTIONS, load_parts, packed, unpacked
 from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictions import entropy

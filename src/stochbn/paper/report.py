@@ -99,7 +99,7 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
     """The paper's methods, each without and, where there are posteriors, with SBN.
 
     Args:
-        plain: what `stochbn.paper.runner.predict_member` returned for networks without dropout: the first is the
+        plain: what `stochbn.paper.predicting.predict_member` returned for networks without dropout: the first is the
             single network, several are also a Deep Ensemble.
         dropout: likewise for networks with dropout; several are averaged.
     """

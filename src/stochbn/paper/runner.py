@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import stochbn
 from stochbn.files import write_tensors
@@ -29,13 +29,10 @@ from stochbn.paper.checkpoints import Checkpoint
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.goodness import observe
+from stochbn.paper.predicting import on_accelerator, predict_all, predict_member
 from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
-from stochbn.posteriors import FactorizedLog, Posterior
-from stochbn.predictions import Prediction
-from stochbn.predictive import MCDropout, Predictive, Predictor
-from stochbn.sources.objects import Objects
 
 __all__ = [
     "DRAWS",
@@ -43,9 +40,7 @@ __all__ = [
     "STATISTICS",
     "RunError",
     "fit_posterior",
-    "has_dropout",
     "load_parts",
-    "on_accelerator",
     "packed",
     "predict_all",
     "predict_member",
@@ -58,10 +53,6 @@ DRAWS = "stochbn.draws/1"
 DRAWS_LIMIT = 2**28
 """Bytes of a member's draws up to which they are kept unless something else is asked for."""
 STATISTICS = "stochbn.statistics/1"
-PREDICT_BATCH = 250
-
-Report = Callable[[int, int], None]
-"""Called with how much of how much is done."""
 
 Progress = Callable[[str, str, int, int], None]
 """Called with a name, a stage, and how much of how much is done: of a data set to load, or a member to train, fit,
@@ -316,90 +307,6 @@ def _run_member(
     means = {key: value for key, value in tensors.items() if not key.endswith(".draws")}
     about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
     write_tensors(predictions, PREDICTIONS, means, about)
-
-
-def predict_member(
-    model: nn.Module,
-    posterior: Posterior | None,
-    known: Objects,
-    unknown: Objects | None,
-    draws: int,
-    seed: int,
-    report: Report = lambda done, total: None,
-    *,
-    keep_draws: bool = False,
-    dropout: bool | None = None,
-    **settings: Any,
-) -> dict[str, Tensor]:
-    """Log-probabilities of one network's methods: as it is, and with SBN where there is a posterior.
-
-    A network with dropout keeps it on, unless `dropout` says otherwise. `settings` are arguments of the predictives.
-
-    Returns:
-        ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
-        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior of the kind factorized-log also
-        ``median.known`` and ``median.unknown``, with every statistic at its median. With `keep_draws` also those of
-        every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
-    """
-    # Every draw is made, so that all methods take as many.
-    dropout = has_dropout(model) if dropout is None else dropout
-    kind: Callable[..., Predictor] = MCDropout if dropout else functools.partial(Predictive, tolerance=0)
-    kind = functools.partial(kind, **settings)
-    predictors = {"plain": kind(model, posterior=None, draws=draws)}
-    if posterior is not None:
-        predictors["sbn"] = kind(model, posterior=posterior, draws=draws)
-    if isinstance(posterior, FactorizedLog):
-        predictors["median"] = kind(model, posterior=posterior.median(), draws=draws if dropout else 1)
-    parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
-    total = len(predictors) * sum(map(len, parts.values()))
-    tensors, before = {"labels": known.labels}, 0
-    for method, predictor in predictors.items():
-        for part, images in parts.items():
-            prediction = predict_all(
-                predictor,
-                images,
-                torch.Generator().manual_seed(seed),
-                lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
-                keep_draws=keep_draws,
-            )
-            before += len(images)
-            tensors[f"{method}.{part}"] = prediction.probs.log().cpu()
-            if prediction.log_probs is not None:
-                tensors[f"{method}.{part}.draws"] = prediction.log_probs.half().cpu()
-    return tensors
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a network was built with dropout."""
-    return any(isinstance(module, nn.Dropout) for module in model.modules())
-
-
-def on_accelerator(model: nn.Module) -> nn.Module:
-    """The network, moved to the accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model if accelerator is None else model.to(accelerator)
-
-
-def predict_all(
-    predictor: Predictor,
-    images: Objects,
-    generator: torch.Generator | None = None,
-    report: Report = lambda done, total: None,
-    *,
-    keep_draws: bool | None = None,
-) -> Prediction:
-    """Predict a data set batch by batch; `report` is called with the number of images done and of all.
-
-    `keep_draws` is as for a `Predictor`, whose own setting None leaves.
-    """
-    predictions = []
-    done = 0
-    for inputs, labels in images.batches(PREDICT_BATCH):
-        predictions.append(predictor(inputs, generator=generator, keep_draws=keep_draws))
-        done += len(labels)
-        report(done, len(images))
-    joined: Prediction = Prediction.cat(predictions)
-    return joined
 
 
 def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Images]:
