@@ -8,7 +8,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import metrics
+from stochbn import export, metrics
 from stochbn.calibration import calibrate
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
@@ -29,6 +29,7 @@ __all__ = [
     "Prediction",
     "Predictive",
     "calibrate",
+    "export",
     "fit",
     "load",
     "metrics",
