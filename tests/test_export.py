@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import stochbn
 from conftest import CASES, Case, Wrapped, convnet, mlp, normal, seeded, settled, slow_entropy, slow_probs
+from stochbn import cli
 from stochbn.export import Export, ExportError
-from stochbn.paper import networks
+from stochbn.paper import checkpoints, networks
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -328,10 +331,50 @@ def test_wrong_arguments_are_told(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import sys
-
     model = settled(mlp(), 4)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'stochbn\[export\]'"):
         stochbn.export.onnx(model, fitted(model, 4), tmp_path / "x.onnx", normal(4, 4))
     assert np.isfinite(stochbn.export.pt2(model, fitted(model, 4), tmp_path / "x.pt2", normal(4, 4), 2).difference)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A network as `stochbn train` saves it, with its posterior."""
+    arguments = {"classes": 3, "channels": 1, "size": 16}
+    model = networks.build("lenet5", **arguments).eval()
+    path = tmp_path / "net.safetensors"
+    checkpoints.save(path, checkpoints.Checkpoint(model, "lenet5", arguments, "digits:0-2", ("0", "1", "2")))
+    fitted(model, 1, 16, 16).save(tmp_path / "net.sbn.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_the_command_writes_a_file_that_predicts(ending: str, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"out.{ending}"
+    arguments = ["export", str(saved), "--out", str(path), "--draws", "2", "--seed", "3"]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "2 draws" in result.output
+    model, posterior = checkpoints.load(saved).model, stochbn.load(tmp_path / "net.sbn.safetensors")
+    x = normal(3, 1, 16, 16)
+    mean, *_ = slow_probs(model, posterior, 2, 3, x)
+    outputs = run_onnx(path, x) if ending == "onnx" else torch.export.load(path).module()(x)
+    torch.testing.assert_close(outputs["probs"].double(), mean, rtol=0, atol=1e-5)
+
+
+def test_the_command_tells_what_is_wrong(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*arguments: object) -> str:
+        with pytest.raises((ValueError, OSError)) as caught:
+            CliRunner().invoke(cli.app, ["export", *map(str, arguments)], catch_exceptions=False)
+        return str(caught.value)
+
+    assert "--out must end in .onnx or .pt2" in told(saved, "--out", tmp_path / "x.tflite")
+    assert "there is no folder" in told(saved, "--out", tmp_path / "nowhere" / "x.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install 'stochbn[export]'" in told(saved, "--out", tmp_path / "x.onnx")
+    (tmp_path / "net.sbn.safetensors").unlink()
+    assert "run 'stochbn fit'" in told(saved, "--out", tmp_path / "x.onnx")

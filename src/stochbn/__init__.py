@@ -14,6 +14,7 @@ from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive
+from stochbn.sharing import from_pretrained
 
 __all__ = [
     "Empirical",
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "export",
     "fit",
+    "from_pretrained",
     "load",
     "metrics",
 ]

@@ -1,4 +1,4 @@
-"""The command line: train, fit, evaluate, predict, and the paper's experiments."""
+"""The command line: train, fit, evaluate, predict, export, and the paper's experiments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
 from stochbn.cli.experiments import ablate, compare, demo, report, reproduce
+from stochbn.cli.exporting import export
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import evaluate, predict
 from stochbn.cli.training import fit, train
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, reproduce, report, compare, ablate, bench, train, fit, diagnose, evaluate, predict):
+for command in (demo, reproduce, report, compare, ablate, bench, train, fit, diagnose, evaluate, predict, export):
     app.command()(command)
 
 FRAMED = 100
