@@ -482,3 +482,17 @@ def test_augmentations_and_scores_that_there_are_not_are_told(
     ):
         assert "unknown augmentation 'rotate:9'" in told(*command, "--augment", "rotate:9")
     assert "--score must be nll or brier" in told("calibrate", *own, "--held-out", "pets", "--score", "auroc")
+
+
+def test_a_network_of_ones_own_is_exported(module: str, weights: Path, told: Callable[..., str]) -> None:
+    import onnxruntime
+
+    own = "--model", f"{module}:network", "--weights", weights
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6)
+    assert "4 draws" in stochbn_("export", *own, "--data", "pets", "--out", "x.onnx", "--draws", 4)
+    session = onnxruntime.InferenceSession("x.onnx")
+    x = np.random.default_rng(0).random((5, 3, 10, 12), np.float32)
+    probs, entropy, *_ = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
+    assert entropy.shape == (5,)
+    assert "name data with --data" in told("export", *own, "--out", "x.onnx")

@@ -8,13 +8,14 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import augment, metrics
+from stochbn import augment, export, metrics
 from stochbn.calibration import calibrate
 from stochbn.execution import Settings
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive
+from stochbn.sharing import from_pretrained
 
 __all__ = [
     "Empirical",
@@ -32,7 +33,9 @@ __all__ = [
     "Settings",
     "augment",
     "calibrate",
+    "export",
     "fit",
+    "from_pretrained",
     "load",
     "metrics",
 ]

@@ -1,4 +1,4 @@
-"""The command line: fit, calibrate, evaluate and predict with a network of one's own, and the paper's experiments."""
+"""The command line: fit, calibrate, evaluate, predict and export a network of one's own; the paper's experiments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stochbn.cli import project
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
 from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, report, reproduce
+from stochbn.cli.exporting import export
 from stochbn.cli.fitting import calibrate, fit
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import predict
@@ -32,7 +33,7 @@ paper = typer.Typer(
     help="The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures.",
     no_args_is_help=True,
 )
-for command in (demo, fit, calibrate, diagnose, evaluate, predict, bench):
+for command in (demo, fit, calibrate, diagnose, evaluate, predict, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
 for command in (train, fit, evaluate, predict, reproduce, report, compare, ablate, augment):

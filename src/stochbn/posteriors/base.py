@@ -279,6 +279,39 @@ class Posterior(ABC):
         about["fingerprint"] = self.fingerprint and self.fingerprint.description()
         write_tensors(path, FORMAT, {name: getattr(self, name) for name in tensors}, about)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        network: str = "",
+        before: Mapping[str, float] | None = None,
+        after: Mapping[str, float] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Share this posterior on the Hugging Face Hub, with a model card; `stochbn.from_pretrained` loads it.
+
+        Args:
+            repository: ``owner/name``, which is made if there is none.
+            network: what it is a posterior of: the name of a repository on the Hub, or words.
+            before: scores of the network alone for the card: any of ``error`` (percent), ``nll`` (nats), ``ece`` and
+                ``auroc``, as `stochbn.metrics` gives them.
+            after: the same scores with this posterior.
+            private: whether a repository that is made is private; None is what its owner has set.
+            token: of the Hub; None takes the one that ``hf auth login`` has stored.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            ValueError: scores that are not numbers, have unknown names or are there before or after only.
+            Exception: as huggingface_hub raises it where the Hub refuses, or there is no connection.
+        """
+        from stochbn.sharing import push_to_hub
+
+        return push_to_hub(self, repository, network=network, before=before, after=after, private=private, token=token)
+
     @classmethod
     def _tensors(cls) -> list[str]:
         return [f.name for f in fields(cls) if f.type == "Tensor"]

@@ -1,0 +1,160 @@
+"""Posteriors on the Hugging Face Hub: a repository holds the file and a model card that is made from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stochbn.files import write_bytes
+
+if TYPE_CHECKING:
+    from stochbn.posteriors import Posterior
+
+__all__ = ["FILE", "card", "from_pretrained", "push_to_hub"]
+
+FILE = "posterior.sbn.safetensors"
+"""What a posterior is called in its repository or folder."""
+
+SCORES = {"error": ("error", "%"), "nll": ("NLL", "nats"), "ece": ("ECE", ""), "auroc": ("AUROC", "")}
+"""Scores that a card shows, as `stochbn.metrics` names them: what they are called, and their unit."""
+
+
+def push_to_hub(
+    posterior: Posterior,
+    repository: str,
+    *,
+    network: str = "",
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a posterior with its model card; see `stochbn.Posterior.push_to_hub`."""
+    text = card(posterior, repository, network, before or {}, after or {})
+    api = _hub().HfApi(token=token)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        posterior.save(folder / FILE)
+        write_bytes(folder / "README.md", text.encode())
+        api.create_repo(repository, private=private, exist_ok=True)
+        found = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Upload a posterior of batch-norm statistics"
+        )
+    return str(found)
+
+
+def from_pretrained(
+    repository: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> Posterior:
+    """Load a posterior from the Hugging Face Hub or a local folder; nothing in it is executed.
+
+    Args:
+        repository: ``owner/name`` on the Hub, or a folder with a posterior named ``posterior.sbn.safetensors``. A
+            folder that exists comes first.
+        revision: a branch, tag or commit of the repository.
+        token: for private repositories; None takes the one that ``hf auth login`` has stored.
+
+    Raises:
+        ImportError: the posterior is on the Hub, and huggingface_hub is not installed.
+        FileNotFoundError: there is no such folder or repository, or no posterior in it, or no connection.
+        ValueError: the file is not a usable posterior; the message says why.
+    """
+    from stochbn.posteriors import load
+
+    folder = Path(repository)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{str(folder)!r} is a local folder, which has no revision {revision!r:.60}; leave it out")
+        return load(folder / FILE)
+    name = os.fspath(repository)
+    hub = _hub()
+    try:
+        path = hub.hf_hub_download(name, FILE, revision=revision, token=token, library_name="stochbn")
+    except hub.errors.HFValidationError as error:
+        raise FileNotFoundError(f"{name!r} is no folder, and no name on the Hugging Face Hub: {error}") from error
+    except (hub.errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and {FILE!r} of that repository cannot be had from the Hugging Face Hub "
+            f"({type(error).__name__}: {reason:.200})"
+        ) from error
+    return load(path)
+
+
+def card(
+    posterior: Posterior, repository: str, network: str, before: Mapping[str, float], after: Mapping[str, float]
+) -> str:
+    """The model card of a posterior, as Markdown with a header that the Hub reads.
+
+    Raises:
+        ValueError: a score is not a finite number, has an unknown name, or is there before or after only.
+    """
+    _check_scores(before, after)
+    network = " ".join(network.split())
+    model = "`model`, the network that it was fitted to" if not network else f"`model`, the network {network}"
+    size = "as they came" if posterior.batch_size is None else f"of {posterior.batch_size:g} objects"
+    lines = ["---", "library_name: stochbn", "tags:", "- uncertainty", "- calibration", "- batch-normalization"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", network, re.ASCII):  # may be a repository, to which the card then links
+        lines.append(f"base_model: {network}")
+    lines += [
+        "---",
+        "",
+        f"# {repository.rpartition('/')[2]}",
+        "",
+        "A distribution over the batch-norm statistics of a trained network"
+        + (f", {network}" if network else "")
+        + ", for calibrated uncertainty by Stochastic Batch Normalization "
+        "([Atanov et al., 2018](https://arxiv.org/abs/1802.04893)). It belongs to that network's weights, and is no "
+        "network itself.",
+        "",
+        "```python",
+        "import stochbn",
+        "",
+        f'posterior = stochbn.from_pretrained("{repository}")',
+        f"predictive = stochbn.Predictive(model, posterior)  # {model}",
+        "```",
+        "",
+        "## How it was fitted",
+        "",
+        f"- kind: {posterior.kind}",
+        f"- noise: that of mini-batches {size}; {posterior.mini_batches} were observed",
+        f"- drawn: {posterior.channels} channels in {len(posterior.layers)} batch-norm layers",
+        f"- temperature: {posterior.temperature:g}",
+    ]
+    lines += [f"- not drawn: `{layer}` ({why})" for layer, why in posterior.skipped.items()]
+    if before:
+        lines += [
+            "",
+            "## What it gives",
+            "",
+            "| score | network alone | with this posterior |",
+            "| --- | ---: | ---: |",
+        ]
+        for name, (shown, unit) in SCORES.items():
+            if name in before:
+                lines.append(f"| {shown}{f' ({unit})' if unit else ''} | {before[name]:.4g} | {after[name]:.4g} |")
+    return "\n".join(lines) + "\n"
+
+
+def _check_scores(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    if unknown := (before.keys() | after.keys()) - SCORES.keys():
+        raise ValueError(f"scores must be some of {', '.join(SCORES)}, got {min(unknown)!r}")
+    if before.keys() != after.keys():
+        raise ValueError(f"expected the same scores before and after, got {list(before)} and {list(after)}")
+    for name, value in (*before.items(), *after.items()):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"the score {name!r} must be a finite number, got {value!r:.40}")
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        message = "sharing posteriors needs huggingface_hub: pip install 'stochbn[hub]'"
+        raise ModuleNotFoundError(message, name="huggingface_hub") from error
+    return huggingface_hub
