@@ -910,3 +910,42 @@ def test_ways_that_are_not_taken_for_one_reason_are_told_together() -> None:
     lines = Predictive(model, stochbn.fit(model, [normal(64, 4)], 8)).explain(normal(20, 4)).splitlines()
     assert sum("not taken" in line for line in lines) == 1
     assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16: not taken: objects stay together")
+
+
+# ---------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_predictions_of_a_loader_are_those_of_its_batches(keep: bool) -> None:
+    model = CASES["BatchNorm2d"].model()
+    posterior = stochbn.fit(model, [CASES["BatchNorm2d"].inputs(48)], 8)
+    x = CASES["BatchNorm2d"].inputs(7, seed=3)
+    batches = [(x[:3], torch.zeros(3)), (x[3:6], torch.zeros(3)), (x[6:], torch.zeros(1))]
+    predictive = stochbn.Predictive(model, posterior, draws=10)
+    moves: list[tuple[int, int | None]] = []
+    joined = predictive.predict(
+        batches, generator=seeded(1), keep_draws=keep, progress=lambda *move: moves.append(move)
+    )
+    generator = seeded(1)
+    expected = stochbn.Prediction.cat([predictive(batch, generator=generator, keep_draws=keep) for batch in batches])
+    assert joined.probs.equal(expected.probs)
+    assert joined.mutual_information.equal(expected.mutual_information)
+    assert (joined.log_probs is not None) == keep
+    assert moves == [(1, 3), (2, 3), (3, 3)]
+    predictive.predict(iter(batches), progress=lambda *move: moves.append(move))
+    assert moves[3:] == [(1, None), (2, None), (3, None)]
+
+
+def test_a_loader_of_nothing_and_a_tensor_in_its_place_are_told() -> None:
+    predictive = stochbn.Predictive(CASES["BatchNorm2d"].model())
+    with pytest.raises(ValueError, match="there are no batches"):
+        predictive.predict([])
+    with pytest.raises(TypeError, match="expected an iterable of batches, such as a DataLoader, got Tensor"):
+        predictive.predict(CASES["BatchNorm2d"].inputs(2))
+
+
+def test_estimates_of_a_loader_are_joined() -> None:
+    model = CASES["BatchNorm2d"].model()
+    predictive = stochbn.Predictive(model, task="regression")
+    x = CASES["BatchNorm2d"].inputs(5)
+    assert torch.allclose(predictive.predict([x[:2], x[2:]]).mean, predictive(x).mean, atol=1e-6)

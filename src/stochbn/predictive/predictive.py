@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -184,6 +184,45 @@ class Predictive:
                 if generator is not None and state is not None:
                     generator.set_state(state)
         return self._predict(inputs, generator, keep)
+
+    def predict(
+        self,
+        loader: Iterable[Batch],
+        *,
+        generator: torch.Generator | None = None,
+        keep_draws: bool | None = None,
+        progress: Callable[[int, int | None], object] | None = None,
+    ) -> Any:
+        """Predict all batches of a loader, and join the predictions, on the CPU.
+
+        Args:
+            loader: batches, each as for a call; such as a DataLoader.
+            generator: as for a call; one for all batches.
+            keep_draws: as for a call.
+            progress: called after each batch with the number of batches done, and of all if the loader has a length.
+
+        Returns:
+            What a call would return for all objects together; only predictions stay in memory.
+
+        Raises:
+            TypeError: the loader is a tensor, or cannot be gone through.
+            ValueError: there are no batches. For the rest, see a call.
+        """
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+            raise TypeError(f"expected an iterable of batches, such as a DataLoader, got {type(loader).__name__}")
+        total = len(loader) if isinstance(loader, Sized) else None
+        generator = checked_generator(self.generator if generator is None else generator)
+        predictions = []
+        for done, batch in enumerate(loader, start=1):
+            prediction = self(batch, generator=generator, keep_draws=keep_draws)
+            kept = prediction.draws_kept
+            averages = [values.cpu() for values in prediction.averages]
+            predictions.append(prediction.of(averages, None if kept is None else kept.cpu()))
+            if progress is not None:
+                progress(done, total)
+        if not predictions:
+            raise ValueError("there are no batches: the loader is empty or already used up")
+        return predictions[0].cat(predictions)
 
     def explain(self, x: Batch) -> str:
         """How the passes over a batch are made: which faster ways are taken, and why not the others.

@@ -74,6 +74,7 @@ class Preprocessing:
             array = np.asarray(image).astype(np.float32)
             image = _from_array(array)
         elif image.mode in OF_8_BITS:
+            image = image.convert("LA") if image.mode == "La" else image  # it converts to nothing else
             image = image.convert(OF_CHANNELS[self.channels])
         else:
             raise ValueError(
