@@ -949,3 +949,11 @@ def test_estimates_of_a_loader_are_joined() -> None:
     predictive = stochbn.Predictive(model, task="regression")
     x = CASES["BatchNorm2d"].inputs(5)
     assert torch.allclose(predictive.predict([x[:2], x[2:]]).mean, predictive(x).mean, atol=1e-6)
+
+
+def test_settings_switch_ways_off(model: nn.Module, posterior: stochbn.Posterior) -> None:
+    off = Predictive(model, posterior, settings=stochbn.Settings(ways=frozenset()))
+    assert "it is switched off" in off.explain(X)
+    assert ": taken" not in off.explain(X)
+    with pytest.raises(TypeError, match=r"settings must be a stochbn\.Settings or None, got dict"):
+        Predictive(model, posterior, settings={"ways": ()})  # type: ignore[arg-type]

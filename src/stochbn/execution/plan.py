@@ -31,8 +31,13 @@ WAYS = ("pieces", "prefix", "stacked", "channels_last", "bfloat16")
 class Settings:
     """What passes may do, and the sizes that their ways go by. The defaults serve all but measurements and tests.
 
+    >>> sorted(Settings().ways)
+    ['bfloat16', 'channels_last', 'pieces', 'prefix', 'stacked']
+    >>> Settings(ways=frozenset()).ways  # passes of one draw of all objects, in the network's own type
+    frozenset()
+
     Attributes:
-        ways: the faster ways that may be taken.
+        ways: the faster ways that may be taken, by their names.
         piece: bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and
             the memory allocator hands them back to the system after every use.
         cached: bytes of the largest activation up to which a pass takes little longer for more objects.

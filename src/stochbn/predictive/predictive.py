@@ -95,7 +95,8 @@ class Predictive:
             of the statistics and of the input (test-time augmentation); choose noise and temperature after both, with
             ``calibrate(augment=)``.
         clean: whether the first draw sees the inputs as they are.
-        settings: what passes may do, for measurements.
+        settings: what passes may do, a `stochbn.Settings`, for measurements: ``Settings(ways=frozenset())`` makes them
+            one draw at a time in the network's own type. None is ``Settings()``.
 
     Raises:
         TypeError, ValueError: a wrong argument, or a posterior of another network.
@@ -135,6 +136,8 @@ class Predictive:
             if not 0 <= tolerance <= LARGEST_TOLERANCE:
                 shown = tolerance if isinstance(tolerance, float) else "a number out of range"
                 raise ValueError(f"tolerance must be a finite number from 0 to {LARGEST_TOLERANCE:g}, got {shown}")
+        if settings is not None and not isinstance(settings, Settings):
+            raise TypeError(f"settings must be a stochbn.Settings or None, got {type(settings).__name__}")
         self._model = model
         self.posterior = posterior
         self.draws = draws
