@@ -12,7 +12,8 @@ import pytest
 import stochbn
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "results/README.md", "benchmarks/README.md", "docs/posteriors.md")]
+NAMES = ("README", "results/README", "benchmarks/README", "docs/posteriors", "docs/augmentation", "docs/export")
+DOCUMENTS = [ROOT / f"{name}.md" for name in NAMES]
 
 
 def claims() -> str:
