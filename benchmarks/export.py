@@ -1,7 +1,8 @@
 """Size and latency of exported networks in units of the plain exported network: onnxruntime, one thread.
 
 LeNet-5, VGG-11 and ResNet-18 of this project with random weights, each exported alone and with 4 and 16 draws. Latency
-is the median over repetitions of interleaved calls. Run it as ``python benchmarks/export.py``; it takes a minute or two.
+is the median over repetitions of interleaved calls. Run it as ``python benchmarks/export.py``; it takes a minute or
+two.
 """
 
 from __future__ import annotations
