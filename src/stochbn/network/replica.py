@@ -378,16 +378,20 @@ def _copied(model: nn.Module, own: Iterable[str]) -> tuple[nn.Module, list[tuple
 @contextmanager
 def _borrowed(model: nn.Module) -> Iterator[Replica]:
     """The user's own network, its buffers exchanged for copies and its flags put back afterwards."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-            for name, parameter in module._parameters.items():
-                stack.callback(module._parameters.__setitem__, name, parameter)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    stack.callback(module._buffers.__setitem__, name, buffer)
-                    module._buffers[name] = buffer.clone()
-        for norm in model.modules():
-            if isinstance(norm, _BatchNorm):
-                stack.callback(setattr, norm, "momentum", norm.momentum)
-        yield Replica(model, model)
+    stack = ExitStack()
+    try:
+        with stack:
+            for module in model.modules():
+                stack.callback(setattr, module, "training", module.training)
+                for name, parameter in module._parameters.items():
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        stack.callback(module._buffers.__setitem__, name, buffer)
+                        module._buffers[name] = buffer.clone()
+            for norm in model.modules():
+                if isinstance(norm, _BatchNorm):
+                    stack.callback(setattr, norm, "momentum", norm.momentum)
+            yield Replica(model, model)
+    finally:
+        stack.close()  # what an interrupt at the end of the block has left
