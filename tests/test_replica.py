@@ -240,7 +240,7 @@ def count_lines(call: Callable[[], Any], stop: int | None, error: type[BaseExcep
 
     def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
         nonlocal lines
-        if "stochbn" not in frame.f_code.co_filename.rpartition("/src/")[2]:
+        if "/src/stochbn/" not in frame.f_code.co_filename:
             return None
         if event == "line":
             lines += 1

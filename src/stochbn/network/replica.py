@@ -16,6 +16,7 @@ hooks, attributes, a parameter that is assigned anew) is changed in the copy. Th
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -382,7 +383,9 @@ def _borrowed(model: nn.Module) -> Iterator[Replica]:
     try:
         with stack:
             for module in model.modules():
-                stack.callback(setattr, module, "training", module.training)
+                own = vars(module)  # in which a name is put back at once, whatever interrupts
+                restore = own.__setitem__ if "training" in own else functools.partial(setattr, module)
+                stack.callback(restore, "training", module.training)
                 for name, parameter in module._parameters.items():
                     stack.callback(module._parameters.__setitem__, name, parameter)
                 for name, buffer in module._buffers.items():
@@ -391,7 +394,7 @@ def _borrowed(model: nn.Module) -> Iterator[Replica]:
                         module._buffers[name] = buffer.clone()
             for norm in model.modules():
                 if isinstance(norm, _BatchNorm):
-                    stack.callback(setattr, norm, "momentum", norm.momentum)
+                    stack.callback(vars(norm).__setitem__, "momentum", norm.momentum)
             yield Replica(model, model)
     finally:
         stack.close()  # what an interrupt at the end of the block has left
