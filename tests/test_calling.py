@@ -87,9 +87,10 @@ def test_splitting_keeps_the_order_and_drops_the_remainder(total: int, size: int
 def test_the_length_is_that_of_the_first_axis() -> None:
     assert len(NetworkInput((X,))) == 5
     assert len(NetworkInput((), {"features": X, "scale": X[:, :1], "flag": 2})) == 5
+    assert len(NetworkInput((torch.tensor(2.0), X))) == 5
 
 
-@pytest.mark.parametrize("inputs", [torch.tensor(1.0), {"a": X, "b": X[:3]}, {"a": X, "b": torch.tensor(0.0)}])
+@pytest.mark.parametrize("inputs", [torch.tensor(1.0), {"a": X, "b": X[:3]}, {"b": torch.tensor(0.0)}])
 def test_inputs_without_a_common_batch_axis_are_refused(inputs: Any) -> None:
     with pytest.raises(ValueError, match=r"share a first \(batch\) axis"):
         len(NetworkInput((), inputs) if isinstance(inputs, dict) else NetworkInput((inputs,)))

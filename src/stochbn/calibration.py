@@ -54,8 +54,9 @@ def calibrate(
 
     The effective mini-batch size that gives the lowest negative log-likelihood is chosen from a grid, with the same
     random numbers for all of its points. `held_out` is read once, and every batch of it goes through the network
-    `draws` times for each point of the grid, and once for no noise: 41 forward passes by default, 48 with `augment`.
-    Some thousand objects suffice. Memory does not grow with the draws. The network is in evaluation mode, so the noise
+    `draws` times for each point of the grid, and once for no noise: 41 forward passes by default, 48 with `augment`,
+    beside trials with at most 34 objects of the first batch, which tell how passes can be made. Some thousand objects
+    suffice. Memory does not grow with the draws. The network is in evaluation mode, so the noise
     is chosen with dropout off.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import warnings
@@ -185,7 +186,9 @@ def fit(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     ranks = Ranks.of(group)
-    accumulator = KINDS[kind].accumulator(max_batches=max_batches, directions=directions)
+    options = {"max_batches": max_batches, "directions": directions}
+    own = inspect.signature(KINDS[kind].accumulator).parameters
+    accumulator = KINDS[kind].accumulator(**{name: value for name, value in options.items() if name in own})
     frozen: set[str] = set()
     lack: NoBatchesError | None = None
     with ranks.failing_together():
@@ -250,7 +253,7 @@ def _augmented(mini_batches: Iterable[NetworkInput], augment: Augment, seed: int
     if not callable(augment):
         raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
     for number, mini_batch in enumerate(mini_batches):
-        view = Views(augment, len(mini_batch.tensors()[0]), seed + 7919 * number, clean=False)
+        view = Views(augment, len(mini_batch.first), seed + 7919 * number, clean=False)
         yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]
 
 

@@ -69,11 +69,11 @@ def mini_batches(
     """The inputs of the mini-batches whose statistics are to be observed.
 
     Every incoming batch is split into pieces of `batch_size` objects, and its remainder is dropped;
-    None takes the batches as they come.
+    None takes the batches as they come, also those whose tensors have no first axis in common, as of graphs.
 
     Raises:
-        TypeError, ValueError: a `batch_size` that is not a positive whole number, an empty iterable, or
-            no incoming batch of at least `batch_size` objects.
+        TypeError, ValueError: a `batch_size` that is not a positive whole number, an empty iterable, no incoming
+            batch of at least `batch_size` objects, or batches that cannot be split.
     """
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool)):
         raise TypeError(f"batch_size must be a whole number or None, got {batch_size!r}")
@@ -87,7 +87,14 @@ def mini_batches(
     largest = None
     for batch in batches:
         taken = network_input(model, batch, inputs)
-        size = len(taken)
+        if batch_size is None and not taken.shares_axis:
+            largest = largest or 1
+            yield taken
+            continue
+        try:
+            size = len(taken)
+        except ValueError as error:
+            raise ValueError(f"{error}; to take such batches as they come, pass batch_size=None") from error
         if size == 0:
             continue
         largest = max(size, largest or 0)

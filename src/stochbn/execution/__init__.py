@@ -32,7 +32,7 @@ def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     verdict, refused = examine(network, inputs, replace(call, augment=None))
     if call.augment is not None:
         refused["prefix"] = "every draw sees the inputs in another way"
-    return make_plan(verdict, len(inputs), call.settings, cpu=inputs.on_cpu, refused=refused)
+    return make_plan(verdict, inputs.count, call.settings, cpu=inputs.on_cpu, refused=refused)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Network
+from stochbn.network.replica import Network, Replica
 
 __all__ = ["DispatchMode", "Masks", "dropping_modules"]
 
@@ -103,11 +103,14 @@ class _Dropouts(TorchFunctionMode):
 def dropping_modules(network: Network, inputs: NetworkInput) -> set[str]:
     """Names of the modules that call dropout with a positive rate when all but the batch norms are in training mode.
 
-    It is found out by a pass over a copy, and is empty for a network that cannot be copied, or fails in training mode.
+    It is found out by a pass, over a copy where the network can be copied, and is empty for one that fails in training
+    mode.
     """
-    replica = network.fresh(own_parameters=True)
-    if replica is None:
-        return set()
+    with network.copied() as replica:
+        return _dropping(replica, inputs)
+
+
+def _dropping(replica: Replica, inputs: NetworkInput) -> set[str]:
     replica.modes(frozenset(name for name, m in replica.modules.items() if not isinstance(m, _BatchNorm)))
     dropouts = _Dropouts()
     names = {module: name for name, module in replica.modules.items()}
@@ -118,13 +121,16 @@ def dropping_modules(network: Network, inputs: NetworkInput) -> set[str]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         dropouts.running.pop()
 
+    handles = []
     for module in replica.modules.values():
         if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with torch.inference_mode(False), torch.no_grad(), Masks(0), dropouts:
             inputs.call(replica.model)
     except Exception:  # which the pass itself will raise, if it is not for training mode
         return set()
+    finally:  # of the network itself, where it cannot be copied
+        for handle in handles:
+            handle.remove()
     return dropouts.names

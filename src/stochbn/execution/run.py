@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,16 @@ class Passes:
         self._first = True
         self._network, self._replica, self._call = network, replica, call
         self._inputs = inputs
-        self._objects = len(inputs) if inputs.divisible else 1
+        self._objects = inputs.count
         self._unchecked = bool(plan.head)
         self._cache: PrefixCache | None = None
         self._stack: Stack | None = None
         self._head: bfloat16.Head | None = None
+        self._generators: dict[int, Any] = {}
         self._made = 0  # draws so far, by which the inputs are augmented
         self._views: Views | None = None
         if call.augment is not None:
-            self._views = Views(call.augment, len(inputs.tensors()[0]), call.seed, call.clean)
+            self._views = Views(call.augment, len(inputs.first), call.seed, call.clean)
         self._begin()
 
     def _begin(self) -> None:
@@ -181,7 +183,7 @@ class Passes:
         return self._inputs.with_first(lambda tensor: views(tensor, number))
 
     def _restored(self, values: Tensor, number: int) -> Tensor:
-        return values if self._views is None else self._views.undo(values, self._inputs.tensors()[0], number)
+        return values if self._views is None else self._views.undo(values, self._inputs.first, number)
 
     def _stacked(self, draws: Sequence[Draw], number: int) -> Tensor:
         assert self._stack is not None
@@ -212,7 +214,7 @@ class Passes:
     def _renew(self) -> None:
         """Where passes change the replica, each gets one of its own."""
         if self._network.known.stateful and not self._network.known.in_place:
-            fresh = self._network.fresh()
+            fresh = self._network.fresh(generators=self._generators)
             assert fresh is not None
             self._uninstall()
             self._install(fresh)

@@ -18,6 +18,9 @@ __all__ = ["Batch", "InputsOf", "NetworkInput", "network_input", "read_output"]
 Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
 
+NESTED = 8
+"""How deep arguments are looked into."""
+
 InputsOf = int | Callable[[Any], Any] | None
 """What of a batch the network takes: the number of leading entries of a tuple, which become positional arguments, or a
 function from a batch to a tensor, a tuple of positional arguments or a mapping of named ones. None: see `Batch`."""
@@ -26,6 +29,8 @@ function from a batch to a tensor, a tuple of positional arguments or a mapping 
 @dataclass(frozen=True)
 class NetworkInput:
     """The arguments of a network for N objects, of which all tensors have the objects on their first axis.
+
+    Tensors without any axis, such as a scale, are for all objects.
 
     Attributes:
         args: positional arguments.
@@ -41,24 +46,38 @@ class NetworkInput:
         Raises:
             ValueError: the tensors have no first (batch) axis, or disagree about its length.
         """
-        lengths = {t.shape[0] if t.ndim else None for t in self.tensors()}
-        count = lengths.pop() if lengths else None
-        if count is None or lengths:
+        lengths = {t.shape[0] for t in self.tensors() if t.ndim}
+        if len(lengths) != 1:
             shapes = [list(t.shape) for t in self.tensors()]
             raise ValueError(f"expected tensors that share a first (batch) axis, got shapes {shapes}")
-        return count
+        return lengths.pop()
 
     def tensors(self) -> list[Tensor]:
         """All arguments that are tensors."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
 
     @property
+    def shares_axis(self) -> bool:
+        """Whether its length is that of the first axis of all tensors that have one."""
+        return len({t.shape[0] for t in self.tensors() if t.ndim}) == 1
+
+    @property
     def divisible(self) -> bool:
-        """Whether the objects can be taken apart: all tensors are arguments, and share a first axis."""
+        """Whether the objects can be predicted apart: all tensors are arguments, and have a first axis in common."""
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
         tensors = self.tensors()
-        shared = len({t.shape[0] if t.ndim else None for t in tensors}) == 1 and tensors[0].ndim > 0
+        shared = self.shares_axis and all(t.ndim for t in tensors)
         return shared and sum(isinstance(leaf, Tensor) for leaf in leaves) == len(tensors)
+
+    @property
+    def count(self) -> int:
+        """How many objects can be predicted apart: N, or 1 where they cannot."""
+        return len(self) if self.divisible else 1
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor that has an axis, or the first of all: what augmentations change."""
+        return next((t for t in self.tensors() if t.ndim), self.tensors()[0])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
         """The same with every tensor changed; what is no tensor stays."""
@@ -70,7 +89,7 @@ class NetworkInput:
 
     def with_first(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
         """The same with the first tensor changed."""
-        first = self.tensors()[0]
+        first = self.first
         return self.map(lambda tensor: change(tensor) if tensor is first else tensor)
 
     @property
@@ -85,7 +104,7 @@ class NetworkInput:
 
     def take(self, objects: slice | Tensor) -> NetworkInput:
         """Some of the objects."""
-        return self.map(lambda tensor: tensor[objects])
+        return self.map(lambda tensor: tensor[objects] if tensor.ndim else tensor)
 
     def split(self, size: int) -> Iterator[NetworkInput]:
         """The consecutive pieces of `size` objects; a smaller remainder is dropped."""
@@ -93,7 +112,7 @@ class NetworkInput:
             yield self.take(slice(start, start + size))
 
     def join(self, other: NetworkInput) -> NetworkInput:
-        """The objects of both; what is no tensor is taken from `other`.
+        """The objects of both; what is no tensor, or has no axis, is taken from `other`.
 
         Raises:
             ValueError: their objects differ in shape, or the two in their arguments.
@@ -102,7 +121,7 @@ class NetworkInput:
             raise ValueError("expected inputs with the same arguments, got different ones for objects and others")
 
         def joined(first: Any, second: Any) -> Any:
-            return torch.cat([first, second]) if isinstance(second, Tensor) else second
+            return torch.cat([first, second]) if isinstance(second, Tensor) and second.ndim else second
 
         try:
             args = tuple(joined(a, b) for a, b in zip(self.args, other.args, strict=True))
@@ -130,18 +149,30 @@ class NetworkInput:
     def kind(self) -> Any:
         """What inputs have in common that differ in their objects only: shapes, types, and all that is no tensor.
 
-        Something that is no tensor counts by what it is equal to, if it is a simple value, and otherwise by identity.
+        Something that is no tensor counts by what it is equal to, if it is a simple value, or a list or mapping of
+        such; otherwise by its identity, and by its attributes.
         """
+        return tuple(map(_described, self.args)), tuple((k, _described(v)) for k, v in sorted(self.kwargs.items()))
 
-        def described(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.shape[1:], value.dtype, value.device
-            if isinstance(value, (tuple, list)):
-                return type(value), tuple(map(described, value))
-            simple = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device))
-            return (type(value), value) if simple else (type(value), _Identity(value))
 
-        return tuple(map(described, self.args)), tuple((k, described(v)) for k, v in sorted(self.kwargs.items()))
+def _described(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """What tells whether a value was changed since; `within` has the identities of what it is in."""
+    if isinstance(value, Tensor):
+        return value.shape[1:], value.dtype, value.device
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+        return type(value), value
+    if id(value) in within or len(within) > NESTED:
+        return type(value), _Identity(value)
+    within = (*within, id(value))
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_described(one, within) for one in value)
+    if isinstance(value, dict):
+        pairs = ((_described(key, within), _described(one, within)) for key, one in value.items())
+        return type(value), tuple(pairs)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_described(one, within) for one in value)
+    attributes = vars(value) if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else {}
+    return type(value), _Identity(value), _described(dict(attributes), within)
 
 
 class _Identity:

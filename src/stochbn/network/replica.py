@@ -19,7 +19,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
+from stochbn.network.copying import copied_with, put_in_training
 from stochbn.network.layers import buffer_names, qualified_names, unwrap
-from stochbn.network.snapshot import Snapshot
+from stochbn.network.snapshot import Snapshot, Surroundings
 
 __all__ = ["Knowledge", "Network", "Replica", "named_modules"]
 
@@ -176,11 +177,13 @@ class Knowledge:
         self.buffers = [buffer for module, buffer in buffers if not isinstance(module, _BatchNorm)]
         self._buffers = {id(buffer) for _, buffer in buffers}
         self._snapshot, self._versions = snapshot, snapshot.versions(without=self._buffers)
+        self._surroundings = Surroundings(model, snapshot)
         self._kept: dict[Hashable, Any] = {}
 
     def is_of(self, snapshot: Snapshot) -> bool:
-        """Whether it is of a network in this state."""
-        return snapshot.same(self._snapshot) and snapshot.versions(without=self._buffers) == self._versions
+        """Whether it is of a network in this state, with code that reads the same outside of it."""
+        same = snapshot.same(self._snapshot) and snapshot.versions(without=self._buffers) == self._versions
+        return same and self._surroundings.same()
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """What is kept under a key."""
@@ -276,7 +279,7 @@ class Network:
         """
         names = {n for n, m in named_modules(self.model).items() if not isinstance(m, torch.jit.ScriptModule)}
         replica = self.fresh(own_parameters=True)
-        if replica is not None and _put_in_training(replica.model):
+        if replica is not None and put_in_training(replica.model):
             names &= {name for name, module in replica.modules.items() if module.training}
         return frozenset(names)
 
@@ -290,7 +293,7 @@ class Network:
         replica = None if self.known.in_place else self.fresh(own_parameters=True)
         if replica is not None:
             if train:
-                _put_in_training(replica.model)
+                put_in_training(replica.model)
             yield replica
         else:
             with self._in_use, _borrowed(self.model) as borrowed:
@@ -314,66 +317,23 @@ class Network:
         replica.refresh()
         return replica  # type: ignore[no-any-return]
 
-    def fresh(self, *, own_parameters: bool = False) -> Replica | None:
+    def fresh(self, *, own_parameters: bool = False, generators: dict[int, Any] | None = None) -> Replica | None:
         """A new replica; None for a network that cannot be copied, which ``known.in_place`` then explains.
 
         Args:
             own_parameters: it has copies of all parameters, so nothing that a pass writes to is shared.
+            generators: those of random numbers that it shares with other replicas of the same call.
         """
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         try:
             with torch.inference_mode(False):
                 own = names if own_parameters else self.known.state
-                model, tensors = _copied(self.model, own)
+                model, tensors = copied_with(self.model, own, {} if generators is None else generators)
                 return Replica(model, self.model, own, tensors)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
             return None
-
-
-def _put_in_training(model: nn.Module) -> bool:
-    """Whether its ``train()``, which may be overridden, could be called."""
-    try:
-        model.train()
-    except Exception:
-        return False
-    return True
-
-
-def _copied(model: nn.Module, own: Iterable[str]) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A deep copy whose parameters share the storage of the network's, but for those to `own`.
-
-    Returns:
-        The copy, and every tensor of it that is no parameter with the one that it is of.
-
-    Raises:
-        Exception: it cannot be copied, or a part of it is not.
-    """
-    own = set(own)
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in memo:
-            continue
-        data = parameter.detach()
-        if type(parameter) is nn.Parameter:
-            learns = parameter.requires_grad and not parameter.is_inference()
-            shared = nn.Parameter(data.clone() if name in own else data, requires_grad=learns)
-        else:
-            shared = parameter if name not in own else copy.deepcopy(parameter)
-        vars(shared).update(vars(parameter))
-        memo[id(parameter)] = shared
-    tensors = Snapshot.of(model).tensors
-    for tensor in tensors:
-        memo.setdefault(id(tensor), tensor.detach().clone())
-    for module in model.modules():
-        if isinstance(module, nn.Module) and type(module).__name__ == "OptimizedModule":
-            memo[id(module)] = copy.deepcopy(unwrap(module), memo)
-    with torch.no_grad():
-        twin = copy.deepcopy(model, memo)
-    if not set(map(id, twin.modules())).isdisjoint(map(id, model.modules())):
-        raise ValueError("a part of it gives itself for a copy")
-    return twin, [(memo[id(tensor)], tensor) for tensor in tensors]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a network consists of, to tell whether it has been changed."""
+"""What a network consists of, and what its code reads besides, to tell whether either has been changed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 import operator
 import types
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "Surroundings"]
 
 _ATOMS = {
     bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType,
@@ -94,3 +94,79 @@ class Snapshot(NamedTuple):
     def versions(self, without: Collection[int] = ()) -> list[int]:
         """How often each tensor that is no parameter has been written to, but those of some identities."""
         return [t._version for t in self.tensors if id(t) not in without and not t.is_inference()]
+
+
+class Surroundings:
+    """What the code of a network's classes reads that is no part of the network: class attributes, globals, closures.
+
+    PyTorch's own classes and functions are taken to be as they are. Functions are looked into as far as they are named
+    by the classes' methods, or by functions of these.
+
+    Args:
+        root: the network.
+        snapshot: of it.
+    """
+
+    def __init__(self, root: nn.Module | None, snapshot: Snapshot) -> None:
+        kinds = {type(value) for value in (root, *snapshot.leaves) if type(value) not in _ATOMS}
+        self._classes = [cls for cls in {c for kind in kinds for c in kind.__mro__} if not _is_library(cls)]
+        self._places: list[tuple[Mapping[str, Any], str]] = []
+        self._cells: list[types.CellType] = []
+        waiting: list[Any] = [value for value in snapshot.leaves if isinstance(value, types.FunctionType)]
+        for cls in self._classes:
+            self._places += [(vars(cls), name) for name in vars(cls)]
+            waiting += vars(cls).values()
+        seen: set[int] = set()
+        while waiting:
+            function = _function(waiting.pop())
+            if function is None or id(function) in seen or _is_library(function):
+                continue
+            seen.add(id(function))
+            self._cells += function.__closure__ or ()
+            places = [(function.__globals__, name) for name in _names(function.__code__)]
+            self._places += places
+            waiting += [space.get(name) for space, name in places]
+        self._values, self._lengths = self._read(), [len(vars(cls)) for cls in self._classes]
+
+    def same(self) -> bool:
+        """Whether everything is as it was."""
+        values = self._read()
+        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+        return same and [len(vars(cls)) for cls in self._classes] == self._lengths
+
+    def _read(self) -> list[Any]:
+        values: list[Any] = [space.get(name) for space, name in self._places]
+        values += [_content(cell) for cell in self._cells]
+        for value in [v for v in values if type(v) in (dict, list, set) and len(v) <= LISTED]:
+            values += [*value, *value.values()] if type(value) is dict else value
+        return values
+
+
+LISTED = 64
+"""Entries of a mapping, list or set outside of a network up to which these are looked at one by one."""
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The function of Python that a value is, or that a method, property or static method has."""
+    for attribute in ("__func__", "fget", "func", "__wrapped__"):
+        value = getattr(value, attribute, value) if not isinstance(value, types.FunctionType) else value
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_library(value: Any) -> bool:
+    module = str(getattr(value, "__module__", "")).partition(".")[0]
+    return module in ("torch", "builtins", "collections", "numpy", "typing", "abc", "random", "functools")
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names that a function's code reads, also that of functions in it; some are attributes."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None

@@ -95,12 +95,12 @@ class Posterior(ABC):
 
     @classmethod
     @abstractmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Accumulator[Any]:
+    def accumulator(cls, *args: Any, **options: Any) -> Accumulator[Any]:
         """What `fit` adds mini-batches to, and makes a posterior of this kind from.
 
         Args:
-            max_batches: how many mini-batches to keep at most, in kinds that keep them.
-            directions: how many directions to keep at most, in kinds that have them; None keeps all.
+            args: none; a kind has keyword arguments of its own.
+            options: what this kind can be told; `fit` passes those of its arguments that are among them.
         """
 
     @property

@@ -43,8 +43,8 @@ class Empirical(Posterior):
             raise ValueError("statistics must have no negative variances")
 
     @classmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Replayed:
-        """What `fit` adds mini-batches to. There are no directions in this kind."""
+    def accumulator(cls, *, max_batches: int = 512) -> Replayed:
+        """What `fit` adds mini-batches to, of which it keeps `max_batches` at most."""
         return Replayed(max_batches)
 
     @classmethod

@@ -54,8 +54,8 @@ class Factorized(Posterior):
             self._check_tensor(name, (self.channels,), torch.float64, negative=name == "mean_mean")
 
     @classmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> VarianceMomentsOfLayers:
-        """What `fit` adds mini-batches to. Moments need neither of the settings that other kinds have."""
+    def accumulator(cls) -> VarianceMomentsOfLayers:
+        """What `fit` adds mini-batches to."""
         return VarianceMomentsOfLayers()
 
     @classmethod

@@ -56,8 +56,8 @@ class FactorizedLog(Posterior):
             self._check_tensor(name, (self.channels,), torch.float64, negative=name.endswith("_mean"))
 
     @classmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> LogMomentsOfLayers:
-        """What `fit` adds mini-batches to. Moments need neither of the settings that other kinds have."""
+    def accumulator(cls) -> LogMomentsOfLayers:
+        """What `fit` adds mini-batches to."""
         return LogMomentsOfLayers()
 
     @property

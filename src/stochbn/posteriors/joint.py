@@ -62,7 +62,7 @@ class Joint(Posterior):
 
     @classmethod
     def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Directions:
-        """What `fit` adds mini-batches to."""
+        """What `fit` adds mini-batches to, of which it keeps `max_batches`; the posterior has at most `directions`."""
         return Directions(max_batches, directions)
 
     @classmethod

@@ -123,18 +123,16 @@ class _Masked(dict[str, Tensor]):
 
 def _reads_alike(network: Network, inputs: NetworkInput, task: Task, training: frozenset[str]) -> bool:
     """Whether a task reads values of one shape from the network with modules in training and in evaluation mode."""
-    shapes = []
-    for names in (frozenset[str](), training):
-        replica = network.fresh(own_parameters=True)
-        if replica is None:
-            return False
-        replica.modes(names)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), Masks(0):
-                shapes.append(task.raw(inputs.call(replica.model)).shape)
-        except Exception:
-            return False
-    return shapes[0] == shapes[1]
+
+    def shape(names: frozenset[str]) -> torch.Size:
+        with network.copied() as replica, torch.inference_mode(False), torch.no_grad(), Masks(0):
+            replica.modes(names)
+            return task.raw(inputs.call(replica.model)).shape
+
+    try:
+        return shape(frozenset()) == shape(training)
+    except Exception:
+        return False
 
 
 def _named(names: Collection[str]) -> str:

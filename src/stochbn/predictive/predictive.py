@@ -249,7 +249,7 @@ class Predictive:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
         refused: dict[str, list[str]] = {}
         for way in WAYS:
-            later = ", once few objects are left" if way == "stacked" and plan.draws(len(inputs)) < 2 else ""
+            later = ", once few objects are left" if way == "stacked" and plan.draws(inputs.count) < 2 else ""
             if way in plan.ways:
                 lines.append(f"{way}: taken{later}")
             else:
