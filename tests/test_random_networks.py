@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
 
 import stochbn
@@ -284,11 +285,13 @@ def network(seed: int) -> tuple[nn.Module, str]:
         return settled(Net(picked), 2, SIDE, SIDE, seed=seed), ", ".join(picked)
 
 
-def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor) -> Tensor:
+def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor, *, evaluated: bool = True) -> Tensor:
     """``[S, N, K]``: the probabilities of each draw, each of a fresh copy of the network with its buffers set."""
     probs = []
     for draw in draws:
-        changed = copy.deepcopy(model).eval()
+        changed = copy.deepcopy(model)
+        if evaluated:
+            changed.eval()
         buffers = dict(changed.named_buffers(remove_duplicate=False))
         for name, values in draw.items():
             places = [place for place in buffers if place.replace("_orig_mod.", "") == name]
@@ -298,13 +301,25 @@ def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor) -> Tensor:
     return torch.stack(probs)
 
 
-@pytest.mark.parametrize("seed", [*range(30), *(pytest.param(s, marks=pytest.mark.long) for s in range(30, 100))])
-def test_a_random_network_predicts_what_slow_passes_predict(seed: int) -> None:
-    model, names = network(seed)
-    x = normal(96, 2, SIDE, SIDE, seed=seed)
+def fitted(model: nn.Module, seed: int, kind: str) -> stochbn.Posterior:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # statistics far from the running ones
-        posterior = stochbn.fit(model, [x], 16, [*KINDS][seed % len(KINDS)])
+        return stochbn.fit(model, [normal(96, 2, SIDE, SIDE, seed=seed)], 16, kind)
+
+
+KIND_OF = [*KINDS]
+CASES = [
+    pytest.param(seed, kind, marks=() if seed < 30 and kind == KIND_OF[seed % len(KIND_OF)] else pytest.mark.long)
+    for seed in range(100)
+    for kind in KIND_OF
+]
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 100))]
+
+
+@pytest.mark.parametrize(("seed", "kind"), CASES)
+def test_a_random_network_predicts_what_slow_passes_predict(seed: int, kind: str) -> None:
+    model, names = network(seed)
+    posterior = fitted(model, seed, kind)
     before = Untouched(model)
     predictive, early = Predictive(model, posterior, 9, tolerance=0), Predictive(model, posterior)
     sizes = [1, 2, 3, 7, 16, 40]
@@ -312,12 +327,72 @@ def test_a_random_network_predicts_what_slow_passes_predict(seed: int) -> None:
     for n in sizes[:3]:
         x = normal(n, 2, SIDE, SIDE, seed=seed + n)
         wanted = slow(model, list(posterior.iter_draws(9, seeded(seed), quasi=True)), x).mean(0)
-        found = predictive(x, generator=seeded(seed)).probs.double()
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{names}: {m}")
+        probs = predictive(x, generator=seeded(seed)).probs.double()
+        torch.testing.assert_close(probs, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{names}: {m}")
     # The mean over objects of a random direction in class space: 8 draws or more beside 24 independent ones.
     direction = normal(3, seed=seed, dtype=torch.float64)
     every = slow(model, list(posterior.iter_draws(24, seeded(77))), x) @ direction
-    found = early(x, generator=seeded(seed)).probs.double() @ direction
+    values = early(x, generator=seeded(seed)).probs.double() @ direction
     spread = every.mean(1).std() * (1 / 8 + 1 / 24) ** 0.5
-    assert (found.mean() - every.mean()).abs() < 6 * spread + 1e-4, names
+    assert (values.mean() - every.mean()).abs() < 6 * spread + 1e-4, names
     before.check()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_network_with_dropout_predicts_what_slow_passes_predict(seed: int) -> None:
+    model, names = network(seed)
+    assert isinstance(model, Net)
+    model.parts.append(nn.Dropout(0.3))
+    posterior = fitted(model, seed, KIND_OF[seed % len(KIND_OF)])
+    before, x = Untouched(model), normal(7, 2, SIDE, SIDE, seed=seed)
+    prediction = stochbn.MCDropout(model, 60, posterior)(x, generator=seeded(seed), keep_draws=True)
+    before.check()
+    dropping = copy.deepcopy(model).eval()
+    for module in dropping.modules():
+        module.training = isinstance(module, nn.Dropout)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        every = slow(dropping, list(posterior.iter_draws(120, seeded(77))), x, evaluated=False)
+    direction = normal(3, seed=seed, dtype=torch.float64)
+    # Where outputs are saturated, few draws differ at all: the spread is that of the draws of both.
+    means = [(draws @ direction).mean(1) for draws in (prediction.log_probs.double().exp(), every)]
+    spread = torch.stack([mean.var() / len(mean) for mean in means]).sum().sqrt()
+    assert (means[0].mean() - means[1].mean()).abs() < 6 * spread + 1e-4, names
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_network_is_exact_as_slow_passes_are(seed: int) -> None:
+    model, names = network(seed)
+    data, x = normal(24, 2, SIDE, SIDE, seed=seed), normal(5, 2, SIDE, SIDE, seed=seed + 1)
+    exact, before = stochbn.Exact(model, [data], 8, draws=3), Untouched(model)
+    probs = exact(x).probs.double()
+    before.check()
+    every = []
+    for others in torch.split(data, 7)[:3]:
+        for one in torch.split(x, 1):
+            changed = copy.deepcopy(model).eval()
+            for module in changed.modules():
+                module.training = isinstance(module, _BatchNorm)
+            with torch.no_grad():
+                every.append(changed(torch.cat([others, one]))[-1:].double().softmax(1))
+    wanted = torch.cat(every).view(3, len(x), 3).mean(0)
+    torch.testing.assert_close(probs, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{names}: {m}")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_network_is_calibrated_by_what_slow_passes_predict(seed: int) -> None:
+    model, names = network(seed)
+    posterior = fitted(model, seed, KIND_OF[seed % len(KIND_OF)])
+    x = normal(40, 2, SIDE, SIDE, seed=seed + 1)
+    labels = torch.randint(3, (len(x),), generator=seeded(seed))
+    before, sizes = Untouched(model), [4.0, 16.0, 64.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the smallest is the best
+        chosen = stochbn.calibrate(model, posterior, [(x, labels)], batch_sizes=sizes, seed=seed)
+    before.check()
+    losses = {}
+    for size in sizes:
+        draws = list(posterior.rescale(size).iter_draws(8, seeded(seed), quasi=True))
+        losses[size] = -slow(model, draws, x).mean(0)[torch.arange(len(x)), labels].log().mean().item()
+    assert chosen.batch_size is not None
+    assert losses[chosen.batch_size] <= min(losses.values()) + 1e-5, names

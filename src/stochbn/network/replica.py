@@ -164,6 +164,7 @@ class Knowledge:
         stateful: passes change the replica, so each gets one of its own.
         state: names of parameters that passes write to, or may: replicas have copies of them.
         parameters: the network's.
+        registered: identities of those of them that are shared; others, as in plain lists of modules, are copied.
         buffers: the network's, but those of batch norms.
     """
 
@@ -172,6 +173,7 @@ class Knowledge:
         self.stateful = bool(snapshot.opaque)  # whether passes change it could not be told
         self.state: frozenset[str] = frozenset()
         self.parameters = snapshot.parameters
+        self.registered = frozenset() if model is None else frozenset(map(id, model.parameters()))
         modules = [] if model is None else list(model.modules())
         buffers = [(module, b) for module in modules for b in module._buffers.values() if b is not None]
         self.buffers = [buffer for module, buffer in buffers if not isinstance(module, _BatchNorm)]
@@ -300,7 +302,7 @@ class Network:
                 yield borrowed
 
     def _key(self) -> tuple[Any, ...]:
-        shared = set(map(id, self.model.parameters()))  # others, as in plain lists of modules, are copied
+        shared = self.known.registered
         return (
             self.known,
             self.known.state,

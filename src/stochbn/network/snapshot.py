@@ -59,9 +59,10 @@ class Snapshot(NamedTuple):
                 values = container
             for value in values:
                 kind = type(value)
-                if kind in _ATOMS or getattr(kind, "ABOUT_A_NETWORK", False) or isinstance(value, np.generic):
+                sort = _sort(kind)  # type: ignore[arg-type]
+                if sort == "atom":
                     leaves.append(value)
-                elif kind is nn.Parameter or kind is Tensor or isinstance(value, Tensor):
+                elif sort == "tensor":
                     leaves.append(value)
                     if id(value) not in seen:
                         seen.add(id(value))
@@ -69,7 +70,7 @@ class Snapshot(NamedTuple):
                             parameters.append(value)
                         else:
                             tensors.append(value)
-                elif isinstance(value, (dict, list, tuple, set, frozenset, deque)):
+                elif sort == "container":
                     leaves.append(kind)
                     if value and id(value) not in seen:
                         seen.add(id(value))
@@ -140,6 +141,16 @@ class Surroundings:
         for value in [v for v in values if type(v) in (dict, list, set) and len(v) <= LISTED]:
             values += [*value, *value.values()] if type(value) is dict else value
         return values
+
+
+@functools.lru_cache(maxsize=1024)
+def _sort(kind: type) -> str:
+    """How a snapshot looks at values of a type."""
+    if kind in _ATOMS or getattr(kind, "ABOUT_A_NETWORK", False) or issubclass(kind, np.generic):
+        return "atom"
+    if issubclass(kind, Tensor):
+        return "tensor"
+    return "container" if issubclass(kind, (dict, list, tuple, set, frozenset, deque)) else "other"
 
 
 LISTED = 64
