@@ -14,7 +14,7 @@ from stochbn.execution import Settings
 from stochbn.fitting import fit
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
-from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive
+from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
 from stochbn.sharing import from_pretrained
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "metrics",
+    "snapshots",
 ]
 
 __version__ = "0.1.0"

@@ -4,5 +4,6 @@ from stochbn.predictive.dropout import MCDropout
 from stochbn.predictive.ensemble import Ensemble
 from stochbn.predictive.exact import Exact
 from stochbn.predictive.predictive import TOLERANCE, Predictive, Predictor
+from stochbn.predictive.snapshots import snapshots
 
-__all__ = ["TOLERANCE", "Ensemble", "Exact", "MCDropout", "Predictive", "Predictor"]
+__all__ = ["TOLERANCE", "Ensemble", "Exact", "MCDropout", "Predictive", "Predictor", "snapshots"]
