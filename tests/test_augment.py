@@ -19,11 +19,15 @@ from stochbn import augment
 from stochbn.augment import Views
 
 BOTH = augment.chain(augment.flip(), augment.shift(2))
+SHIFT = augment.shift(1)
 
 
 def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
     """An augmentation of a user's."""
     return x + 0.3 * torch.randn(x.shape, generator=generator).to(x)
+
+
+TURNS = augment.turns(SHIFT, noisy, SHIFT, BOTH)
 
 
 def images(count: int = 12, size: int = 8) -> Tensor:
@@ -114,7 +118,7 @@ def test_layout_and_type_of_the_images_stay() -> None:
         assert moved.stride() == x.stride()
 
 
-@pytest.mark.parametrize("fn", [augment.shift(2), augment.flip(), BOTH, noisy])
+@pytest.mark.parametrize("fn", [augment.shift(2), augment.flip(), BOTH, noisy, TURNS])
 def test_what_a_draw_sees_depends_on_the_seed_and_its_number(fn: augment.Augment) -> None:
     x = images()
     first, second = Views(fn, 12, 3), Views(fn, 12, 3)
@@ -133,7 +137,40 @@ def test_objects_that_are_left_go_on_as_they_began() -> None:
     assert views(x[mask], 6).equal(whole[mask])
 
 
+def test_in_turns_every_augmentation_has_its_own_draws_in_order() -> None:
+    x, generator = images(), seeded(7)
+    views = TURNS.spread(12, generator)
+    again = seeded(7)
+    alone = [Views(fn, 12, int(torch.randint(2**62, (), generator=again)), clean=False) for fn in TURNS.augmentations]
+    wanted = [alone[0](x, 0), alone[1](x, 0), alone[0](x, 1), alone[3](x, 0), alone[0](x, 2), alone[1](x, 1)]
+    for draw, view in enumerate(wanted):
+        assert views.apply(x, draw).equal(view), draw
+    mask = torch.arange(12) % 3 == 0
+    views.keep(mask)
+    for draw in (0, 2, 3):
+        assert views.apply(x[mask], draw).equal(wanted[draw][mask]), draw
+
+
+def test_augmentations_in_turn_are_named_with_bars_between() -> None:
+    turns = augment.named("flip, shift:2 | shift:1|flip,shift:2|flip , shift:2")
+    assert isinstance(turns, augment.turns)
+    assert [repr(one) for one in turns.augmentations] == [
+        "chain(flip(), shift(2))",
+        "shift(1)",
+        "chain(flip(), shift(2))",
+        "chain(flip(), shift(2))",
+    ]
+    assert turns.augmentations[0] is turns.augmentations[2]
+    for wrong in ("flip|", "|", "flip|turn"):
+        with pytest.raises(ValueError, match="unknown augmentation"):
+            augment.named(wrong)
+
+
 def test_bad_augmentations_are_refused() -> None:
+    with pytest.raises(TypeError, match="turns takes functions"):
+        augment.turns("flip")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="at least one"):
+        augment.turns()
     for pixels in (0, -1, 1.5, True, "4"):
         with pytest.raises(ValueError, match="pixels must be a whole number"):
             augment.shift(pixels)  # type: ignore[arg-type]
@@ -162,7 +199,7 @@ def test_bad_augmentations_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["joint", "factorized", None])
-@pytest.mark.parametrize("fn", [BOTH, noisy])
+@pytest.mark.parametrize("fn", [BOTH, noisy, TURNS])
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("count", [3, 12])
 def test_predictions_are_those_of_a_slow_loop(kind: str | None, fn: augment.Augment, clean: bool, count: int) -> None:
@@ -234,7 +271,7 @@ def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
 mirrored.inverse = lambda values, generator: values.flip(-1)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fn", [augment.flip(), mirrored])
+@pytest.mark.parametrize("fn", [augment.flip(), mirrored, augment.turns(mirrored, augment.flip())])
 def test_dense_outputs_are_moved_back(fn: augment.Augment) -> None:
     model, x = settled(Dense(), 2, 8, 8), images()
     given = posterior(model)

@@ -12,6 +12,7 @@ from stochbn import augment, export, metrics
 from stochbn.calibration import calibrate
 from stochbn.execution import Settings
 from stochbn.fitting import fit
+from stochbn.policy import choose_augmentation
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
@@ -33,6 +34,7 @@ __all__ = [
     "Settings",
     "augment",
     "calibrate",
+    "choose_augmentation",
     "export",
     "fit",
     "from_pretrained",

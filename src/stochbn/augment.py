@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Augment", "Spread", "Views", "chain", "flip", "named", "reflected", "shift"]
+__all__ = ["Augment", "Spread", "Views", "chain", "flip", "named", "reflected", "shift", "turns"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """A random change of a batch ``[N, ...]``, of which the generator is on the CPU."""
@@ -59,13 +59,21 @@ class Views:
         return changed
 
     def undo(self, values: Tensor, x: Tensor, draw: int) -> Tensor:
-        """A draw's raw outputs where they are, for dense ones ``[N, C, H, W]`` as the input as it is would have them.
+        """A draw's raw outputs: dense ones ``[N, C, H, W]`` moved back, others as they are.
 
         Raises:
             ValueError: they are dense, and the augmentation has no inverse.
         """
         if values.ndim < 3 or values.ndim != x.ndim or values.shape[2:] != x.shape[2:] or (self._clean and not draw):
             return values
+        return self.moved_back(values, draw)
+
+    def moved_back(self, values: Tensor, draw: int) -> Tensor:
+        """A draw's dense outputs ``[N, C, H, W]`` where they are for the input as it is.
+
+        Raises:
+            ValueError: the augmentation has no inverse.
+        """
         if self._spread is not None:
             return self._spread.undo(values, draw)
         inverse = getattr(self._augment, "inverse", None)
@@ -184,15 +192,55 @@ class chain(_Ready):  # noqa: N801
         return f"chain({', '.join(map(repr, self.augmentations))})"
 
 
+class turns(_Ready):  # noqa: N801
+    """Several augmentations in turn, draw by draw, and over again.
+
+    Each may be of this module, whose draws are then spread evenly among themselves, or a function. One that is given
+    twice has twice as many draws. `stochbn.choose_augmentation` finds such turns.
+
+    Raises:
+        TypeError: one of them is no function.
+    """
+
+    def __init__(self, *augmentations: Augment) -> None:
+        if not augmentations:
+            raise TypeError("turns needs at least one augmentation")
+        for one in augmentations:
+            if not callable(one):
+                raise TypeError(f"turns takes functions of a batch and a generator, got {one!r:.60}")
+        self.augmentations = augmentations
+
+    def spread(self, objects: int, generator: torch.Generator) -> Spread:
+        """Each of the augmentations, spread over the draws that it has."""
+        views: dict[int, Views] = {}
+        for one in self.augmentations:
+            seed = int(torch.randint(2**62, (), generator=generator))
+            views.setdefault(id(one), Views(one, objects, seed, clean=False))
+        return _Turns([views[id(one)] for one in self.augmentations])
+
+    def __repr__(self) -> str:
+        return f"turns({', '.join(map(repr, self.augmentations))})"
+
+
 def named(text: str) -> Augment:
-    """The augmentation of a description, such as ``"flip,shift:4"``.
+    """The augmentation of a description, such as ``"flip,shift:4"``, or of several with bars between: `turns`.
 
     Raises:
         ValueError: it names another one.
 
     >>> named("flip,shift:4")
     chain(flip(), shift(4))
+    >>> named("flip|shift:2|flip")
+    turns(flip(), shift(2), flip())
     """
+    several: dict[str, Augment] = {}
+    descriptions = ["".join(one.split()) for one in text.split("|")]
+    for one in descriptions:
+        several.setdefault(one, _one_named(one))
+    return several[descriptions[0]] if len(descriptions) == 1 else turns(*(several[one] for one in descriptions))
+
+
+def _one_named(text: str) -> Augment:
     found: list[_Ready] = []
     for part in text.split(","):
         name, _, number = part.strip().partition(":")
@@ -271,6 +319,32 @@ class _Several(Spread):
     def keep(self, mask: Tensor) -> None:
         for spread in self._spreads:
             spread.keep(mask)
+
+
+class _Turns(Spread):
+    """The views of each draw; equal ones are the same object, and count how often they have been used before."""
+
+    def __init__(self, views: Sequence[Views]) -> None:
+        self._views = views
+
+    def apply(self, x: Tensor, draw: int) -> Tensor:
+        view, number = self._view(draw)
+        return view(x, number)
+
+    def undo(self, values: Tensor, draw: int) -> Tensor:
+        view, number = self._view(draw)
+        return view.moved_back(values, number)
+
+    def keep(self, mask: Tensor) -> None:
+        for view in {id(view): view for view in self._views}.values():
+            view.keep(mask)
+
+    def _view(self, draw: int) -> tuple[Views, int]:
+        """The view of a draw, and its number among those of this view."""
+        turn, place = divmod(draw, len(self._views))
+        view = self._views[place]
+        before = [other is view for other in self._views]
+        return view, turn * sum(before) + sum(before[:place])
 
 
 def _check_images(x: Tensor, name: str) -> None:

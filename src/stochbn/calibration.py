@@ -21,7 +21,7 @@ from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "labels_of"]
 
 TASKS_WITH_LABELS = ("classification", "binary", "multilabel")
 
@@ -125,7 +125,7 @@ def calibrate(
         clean=clean,
     )
     for number, batch in enumerate(held_out):
-        objects_in, labels = network_input(model, batch, inputs), _labels(batch, task)
+        objects_in, labels = network_input(model, batch, inputs), labels_of(batch, task)
         if not objects_in.divisible or not len(objects_in):
             continue
         network.look()
@@ -237,7 +237,7 @@ SCORES: dict[str, type[_Score]] = {"nll": _NLL, "brier": _Brier}
 """What noise and temperature can be chosen by."""
 
 
-def _labels(batch: Batch, task: str) -> Tensor:
+def labels_of(batch: Batch, task: str) -> Tensor:
     """The labels in a batch, whole numbers."""
     labels: Any = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:

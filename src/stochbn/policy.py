@@ -1,0 +1,122 @@
+"""Choosing which of some augmentations to average over, by held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochbn.augment import Augment, turns
+from stochbn.calibration import labels_of
+from stochbn.network.calling import Batch
+from stochbn.posteriors import Posterior, check_draws
+from stochbn.predictive.predictive import Predictive
+from stochbn.tempering import best_temperature, tempered
+
+__all__ = ["choose_augmentation"]
+
+
+def choose_augmentation(
+    model: nn.Module,
+    posterior: Posterior | None,
+    held_out: Iterable[Batch],
+    candidates: Sequence[Augment],
+    *,
+    draws: int = 8,
+    passes: int = 48,
+    clean: bool = True,
+    progress: Callable[[int], None] = lambda objects: None,
+    seed: int = 0,
+    **reading: Any,
+) -> turns:
+    """Choose, draw by draw, the augmentation that lowers the calibrated NLL of held-out data most.
+
+    `held_out` is read once. Every batch goes through the network `passes` times in all, as often with each of the
+    candidates; these draws are kept, and from them `draws` are chosen one after another: always that which, averaged
+    with those before, has the lowest negative log-likelihood at its best temperature. So augmentations that do not
+    help, or no longer help beside others, are left out. Noise and temperature are chosen after it, with
+    ``calibrate(augment=)``.
+
+    Args:
+        model: the network.
+        posterior: its posterior, of which statistics are drawn too; None draws the input alone.
+        held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on;
+            some thousand objects. Their log-probabilities are kept: 4 bytes for each pass, object and class.
+        candidates: the augmentations to choose from, such as ``[flip(), shift(2), chain(flip(), shift(4))]``.
+        draws: how many to choose; a `Predictive` of so many draws sees each of them.
+        passes: forward passes over the held-out data, at least one for each candidate.
+        clean: whether the clean input is the first draw, as for `Predictive`.
+        progress: called with the number of objects that are done.
+        seed: where draws come from.
+        reading: how the network is called and read, as for `Predictive`: ``logits``, ``class_axis``, ``output``,
+            ``inputs``, ``check``.
+
+    Returns:
+        The chosen augmentations in turn, for ``Predictive(augment=)`` and ``calibrate(augment=)``.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, fewer passes than candidates, no held-out objects, labels that do not
+            fit, or outputs that are not finite.
+
+    Source: Lyzhov et al., 2020, "Greedy policy search", arXiv 2002.09103.
+    """
+    check_draws(draws)
+    candidates = list(candidates)
+    if not candidates:
+        raise ValueError("there are no candidates; pass augmentations to choose from")
+    each = (passes - clean) // len(candidates)
+    if each < 1:
+        raise ValueError(
+            f"{passes} passes are too few for {len(candidates)} candidates{' and the clean input' if clean else ''}; "
+            "pass more passes, or fewer candidates"
+        )
+    reading |= {"keep_draws": True, "clean": False}
+    predictives = [Predictive(model, posterior, each, augment=one, **reading) for one in candidates]
+    if clean:
+        predictives.insert(0, Predictive(model, posterior, 1, **reading))
+    rows: list[list[Tensor]] = [[] for _ in predictives]
+    truth: list[Tensor] = []
+    for number, batch in enumerate(held_out):
+        truth.append(labels_of(batch, "classification").cpu())
+        for predictive, kept in zip(predictives, rows, strict=True):
+            generator = torch.Generator().manual_seed(seed + 7919 * number)
+            kept.append(predictive(batch, generator=generator).log_probs.cpu())
+        progress(sum(map(len, truth)))
+    if not truth:
+        raise ValueError("there are no held-out objects: the iterable is empty or already used up")
+    pools = [torch.cat(kept, 1) for kept in rows]
+    labels = torch.cat(truth).long()
+    total = torch.full_like(pools[0][0], -math.inf)
+    if clean:
+        total = pools.pop(0)[0]
+    return turns(*(candidates[place] for place in _greedy(total, pools, labels, draws - clean or 1)))
+
+
+def _greedy(total: Tensor, pools: Sequence[Tensor], labels: Tensor, count: int) -> list[int]:
+    """Which pool to take each draw from, so that the sum of all has the lowest calibrated NLL after every step.
+
+    Args:
+        total: ``[N, K]``: the logarithm of the sum of probabilities so far.
+        pools: log-probabilities ``[P, N, K]`` of each candidate, whose draws are taken in order and over again.
+        labels: ``[N]``.
+        count: how many draws to choose.
+    """
+    chosen: list[int] = []
+    for _ in range(count):
+        sums = [torch.logaddexp(total, pool[chosen.count(place) % len(pool)]) for place, pool in enumerate(pools)]
+        scores = [_calibrated(logs, labels) for logs in sums]
+        best = min(range(len(pools)), key=scores.__getitem__)
+        chosen.append(best)
+        total = sums[best]
+    return chosen
+
+
+def _calibrated(logs: Tensor, labels: Tensor) -> float:
+    """The NLL at the best temperature; that is one number for thousands of objects, so it is not cross-validated."""
+    if logs.ndim > 2:
+        logs = logs.movedim(1, -1).flatten(0, -2)
+    logs, labels = logs.double().log_softmax(1), labels.flatten()
+    return tempered(logs, labels, 1 / best_temperature(logs, labels)).mean().item()
