@@ -1,0 +1,113 @@
+"""Snapshots of the experiments' networks, each set in a folder of its own beside its network."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import stochbn
+from stochbn.augment import Augment
+from stochbn.paper.data import Images
+from stochbn.paper.recipes import Recipe
+from stochbn.predictive import Predictive
+
+__all__ = ["OPTIMIZERS", "Cycles", "take_snapshots"]
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """The cycles of the learning rate that snapshots are taken in.
+
+    Attributes:
+        count: how many, so how many snapshots.
+        epochs: passes over the training data in each.
+        optimizer: its name in `OPTIMIZERS`.
+        learning_rate: the highest one.
+    """
+
+    count: int = 3
+    epochs: int = 2
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+    @property
+    def name(self) -> str:
+        """What tells it from others, for the name of a folder."""
+        return f"{self.count}x{self.epochs}-{self.optimizer}-{self.learning_rate:g}"
+
+
+class Shuffled:
+    """Images in mini-batches, in another random order each time."""
+
+    def __init__(self, images: Images, batch_size: int, seed: int) -> None:
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+
+    def __len__(self) -> int:
+        return len(self._images) // self._batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._seed += 1
+        for inputs, labels in self._images.shuffled(self._seed).batches(self._batch_size):
+            if len(labels) == self._batch_size:
+                yield inputs, labels
+
+
+def take_snapshots(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    cycles: Cycles,
+    *,
+    seed: int,
+    augment: Augment | None,
+    folder: Path | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[Predictive]:
+    """The snapshots of a network with their posteriors, trained in the mini-batches and number type of its recipe.
+
+    Args:
+        model: the network.
+        images: its training data.
+        recipe: how it was trained.
+        cycles: how often the learning rate falls, and how far.
+        seed: where the order of the images and their augmentations come from.
+        augment: how training images are changed at random; None as they are.
+        folder: where the snapshots are kept, and found again.
+        progress: called with the number of steps done and of all.
+    """
+    half = recipe.precision == "bf16-mixed"
+    arithmetic: Any = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    with arithmetic:
+        ensemble = stochbn.snapshots(
+            model,
+            Shuffled(images, recipe.batch_size, 1000 * seed),
+            cross_entropy,
+            count=cycles.count,
+            epochs=cycles.epochs,
+            optimizer=functools.partial(OPTIMIZERS[cycles.optimizer], lr=cycles.learning_rate),
+            batch_size=recipe.statistics_batch,
+            augment=augment,
+            folder=None if folder is None else folder / cycles.name,
+            seed=seed,
+            progress=progress,
+        )
+    return [member for member in ensemble.members if isinstance(member, Predictive)]
