@@ -1,7 +1,7 @@
 """Which optimizer, learning rate and length of a cycle suits snapshots: held-out calibrated NLL of a run's network.
 
-For one plain network of a run made with ``--held-out``, snapshots are taken in several ways, and their ensembles, of plain
-passes, are scored on the held-out images alone, beside the network itself. Run it as
+For a plain network of a run made with ``--held-out``, snapshots are taken in several ways, and their ensembles, of one
+plain pass each, are scored on the held-out images alone, beside the network itself. Run it as
 ``python benchmarks/snapshots.py RUN --try sgd:0.05:2 --try adam:0.001:2``; it trains for some minutes a way.
 """
 
@@ -49,8 +49,8 @@ def main() -> None:
 
     rows = [["the network itself", "", "", *scored([model])]]
     for way in options.ways:
+        cycles = Cycles.of(options.count, way)
         optimizer, rate, epochs = way.split(":")
-        cycles = Cycles(options.count, int(epochs), optimizer, float(rate))
         with Progress() as bars:
             bar = bars.add_task(way, total=None)
             members = take_snapshots(

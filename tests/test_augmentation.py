@@ -11,17 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
 from stochbn.paper import checkpoints
-from stochbn.paper.augmentation import AUGMENTATION, METHODS, Settings, draw_over_inputs, tabulate
+from stochbn.paper.augmentation import (
+    AUGMENTATION,
+    CHOSEN,
+    METHODS,
+    SNAPSHOT_METHODS,
+    Settings,
+    draw_over_inputs,
+    tabulate,
+)
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, run
+from stochbn.paper.snapshotting import Cycles, Shuffled
 from test_runner import TINY
 
 RECIPE = replace(TINY, dropout=None, members=3, train_images=200, held_out=0.2, unknown="digits:5-9", test_images=60)
-SETTINGS = Settings("shift:1", members=2, counts=(2, 4), fit_images=128, held_out=30, images=40)
+CYCLES = Cycles(count=2, epochs=1)
+SETTINGS = Settings(
+    "shift:1", members=2, counts=(2, 4), fit_images=128, held_out=30, images=40, candidates="shift:1|flip",
+    snapshots=CYCLES,
+)  # fmt: skip
+EVERY = (*METHODS, CHOSEN, *SNAPSHOT_METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(RECIPE, folder)
     seen: list[tuple[int, int]] = []
     draw_over_inputs(folder, SETTINGS, progress=lambda done, total: seen.append((done, total)))
-    total = 2 * len(METHODS) + 1
+    total = 2 * len(EVERY) + 1
     assert seen == [(done, total) for done in range(total + 1)]
     return folder
 
@@ -60,6 +75,28 @@ def test_predictions_are_those_made_by_hand(finished: Path) -> None:
         for count in (2, 4):
             found = stored(finished, "plain-1", method)[f"{count}.known"].exp()
             torch.testing.assert_close(found, logs[:count].exp().mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_snapshots_and_chosen_augmentations_are_those_made_by_hand(finished: Path) -> None:
+    parts = load_parts(RECIPE)
+    model = checkpoints.load(finished / "plain-1" / "network.safetensors").model
+    seed = next(RECIPE.schedule(member).seed for member in RECIPE.all_members() if member.name == "plain-1")
+    (inputs, _), *_ = parts["known"].take(torch.arange(40)).batches(40)
+    data = Shuffled(parts["train"], RECIPE.batch_size, 1000 * seed)
+    ensemble = stochbn.snapshots(model, data, cross_entropy, count=2, epochs=1, seed=seed)
+    plain = torch.stack([stochbn.Predictive(one.model)(inputs).probs for one in ensemble.members]).mean(0)  # type: ignore[attr-defined]
+    found = stored(finished, "plain-1", "snapshots, input")["1.known"].exp()
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(stored(finished, "plain-1", "snapshots, both")["1.known"].exp(), plain, atol=1e-3)
+    held_out = list(parts["held-out"].take(torch.arange(30)).batches(250))
+    flip, shift = augment.flip(), augment.shift(1)
+    turns = stochbn.choose_augmentation(model, None, held_out, [shift, flip], draws=15, seed=seed)
+    _, about = read_tensors(finished / "plain-1" / "augmentation" / "input-chosen-calibrated.safetensors", AUGMENTATION)
+    assert about["augmentations"] == list(map(repr, turns.augmentations))
+    rows = json.loads((finished / "augmentation.json").read_text())
+    assert rows["trainings"]["snapshots, both, 4 each"] == 1 + 2 / RECIPE.epochs
+    assert rows["passes"]["snapshots, both, 4 each"] == 8
+    assert rows["chosen"][CHOSEN][1]["augmentations"] == about["augmentations"]
 
 
 def test_without_noise_and_augmentation_a_draw_is_the_plain_network(finished: Path) -> None:

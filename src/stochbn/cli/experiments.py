@@ -218,6 +218,17 @@ def augment(
     fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
     images: Annotated[int, typer.Option(min=10, help="Test images of each kind, at most.")] = 5000,
+    candidates: Annotated[
+        str,
+        typer.Option(
+            help="Also choose greedily among these augmentations, with bars between: 'flip|shift:2|flip,shift:4'.",
+            show_default=False,
+        ),
+    ] = "",
+    snapshots: Annotated[int, typer.Option(min=0, help="Also take so many snapshots of each network.")] = 0,
+    cycle: Annotated[
+        str, typer.Option(help="How a snapshot is taken: OPTIMIZER:RATE:EPOCHS, with adam or sgd.")
+    ] = "adam:0.001:2",
 ) -> None:
     """Say what draws over the input add to draws of the statistics, on the networks of a run, and what both cost.
 
@@ -225,8 +236,10 @@ def augment(
     ensembles of the run's networks are the yardstick. What was stopped continues where it was.
     """
     from stochbn.paper.augmentation import Settings, draw_over_inputs
+    from stochbn.paper.snapshotting import Cycles
 
-    settings = Settings(augmentation, members, tuple(count), fit_images, held_out, images)
+    cycles = Cycles.of(snapshots, cycle) if snapshots else None
+    settings = Settings(augmentation, members, tuple(count), fit_images, held_out, images, candidates, cycles)
     with progress_bars() as bars:
         shown = draw_over_inputs(folder, settings, progress=follow(bars, "predicting", "predictions"))
     show(shown)

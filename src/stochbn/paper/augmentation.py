@@ -1,10 +1,10 @@
 """What draws over the input add to draws of the statistics, on the networks of a finished run.
 
 For some of its plain networks, draws are made over the statistics alone, over the input alone, and over both, as they
-come and with noise and temperature calibrated on the images that the run held out; ensembles of the run's networks with
-and without draws over the input are the yardstick. Fewer draws are the first ones of many. What draws predict is
-averaged at once; the log-probabilities lie in the member's folder, under ``augmentation``, and `tabulate` reads these
-alone.
+come and with noise and temperature calibrated on the images that the run held out; if wanted, also over augmentations
+that are chosen greedily on these images, and with snapshots of each network. Ensembles of the run's networks with and
+without draws over the input are the yardstick. Fewer draws are the first ones of many. What draws predict is averaged
+at once; the log-probabilities lie in the member's folder, under ``augmentation``, and `tabulate` reads these alone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
+from stochbn.paper.snapshotting import Cycles, take_snapshots
 from stochbn.paper.tables import Table
 
-__all__ = ["METHODS", "Settings", "draw_over_inputs", "tabulate"]
+__all__ = ["CHOSEN", "METHODS", "SNAPSHOT_METHODS", "Settings", "draw_over_inputs", "tabulate"]
 
 AUGMENTATION = "stochbn.augmentation/1"
 STATISTICS = "statistics"
@@ -39,6 +40,13 @@ INPUT = "input"
 BOTH = "both"
 METHODS = (STATISTICS, INPUT, f"{INPUT}, calibrated", BOTH, f"{BOTH}, calibrated")
 """What is drawn; calibrated: with the temperature, and where statistics are drawn the noise, best held-out."""
+CHOSEN = f"{INPUT}, chosen, calibrated"
+"""Augmentations that are chosen greedily, at the temperature that is best for them."""
+CHOICES = 15
+"""How many draws beside that of the clean input are chosen; then they begin again."""
+SNAPSHOTS = "snapshots"
+SNAPSHOT_METHODS = (f"{SNAPSHOTS}, {INPUT}", f"{SNAPSHOTS}, {BOTH}")
+"""What is drawn with each snapshot of a network; the first draw alone is of the clean input."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,9 @@ class Settings:
         fit_images: training images to fit posteriors to, at most.
         held_out: held-out images to calibrate on, at most.
         images: test images of known, and of unknown, classes to predict, at most.
+        candidates: augmentations to choose from, with bars between, as `stochbn.augment.named` takes them; empty for
+            no choice.
+        snapshots: how snapshots of each network are taken; None takes none.
     """
 
     augment: str
@@ -60,12 +71,15 @@ class Settings:
     fit_images: int = 8192
     held_out: int = 2000
     images: int = 5000
+    candidates: str = ""
+    snapshots: Cycles | None = None
 
     def __post_init__(self) -> None:
-        augment.named(self.augment)  # refuses what cannot be
-        numbers = {**asdict(self), "counts": min(self.counts, default=0)}
-        for name, value in numbers.items():
-            if name != "augment" and value < 1:
+        for description in (self.augment, self.candidates or self.augment):
+            augment.named(description)  # refuses what cannot be
+        numbers = {name: value for name, value in asdict(self).items() if isinstance(value, int)}
+        for name, value in {**numbers, "counts": min(self.counts, default=0)}.items():
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if sorted(set(self.counts)) != list(self.counts):
             raise ValueError(f"counts must rise, got {list(self.counts)}")
@@ -111,7 +125,10 @@ def _plain(recipe: Recipe) -> list[Member]:
 
 def _methods(member: Member, settings: Settings) -> tuple[str, ...]:
     """Those that are compared, or for networks of larger ensembles alone the one that is combined."""
-    return METHODS if member.index < settings.members else (INPUT,)
+    if member.index >= settings.members:
+        return (INPUT,)
+    chosen = (CHOSEN,) if settings.candidates else ()
+    return METHODS + chosen + (SNAPSHOT_METHODS if settings.snapshots is not None else ())
 
 
 def _file(folder: Path, member: Member, method: str) -> Path:
@@ -125,7 +142,7 @@ def _stored(
     if not file.exists():
         return None
     tensors, about = read_tensors(file, AUGMENTATION)
-    if {**about["settings"], "members": 0} != {**_described(settings), "members": 0}:
+    if _comparable(about["settings"], method) != _comparable(_described(settings), method):
         raise ValueError(
             f"{str(file)!r} was made with other settings ({about['settings']}); delete the folders 'augmentation' in "
             "the run folder, or use these settings"
@@ -137,48 +154,78 @@ def _described(settings: Settings) -> dict[str, Any]:
     return {**asdict(settings), "counts": list(settings.counts)}
 
 
+def _comparable(described: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings that a method depends on."""
+    others = {"members", *(() if method == CHOSEN else ("candidates",))}
+    others |= set() if method in SNAPSHOT_METHODS else {"snapshots"}
+    return {name: value for name, value in described.items() if name not in others}
+
+
 def _predict(
     folder: Path, recipe: Recipe, settings: Settings, member: Member, method: str, parts: Mapping[str, Images]
 ) -> None:
     """Make one method's predictions with one network, for every number of draws."""
     model = on_accelerator(checkpoints.load(folder / member.name / "network.safetensors").model)
     seed = recipe.schedule(member).seed
-    changes = augment.named(settings.augment)
+    changes = None if method == STATISTICS else augment.named(settings.augment)
     train = _first(parts["train"].shuffled(seed), settings.fit_images)
-    over_input = method != STATISTICS
-    batch = recipe.statistics_batch
-    posterior = fit_posterior(model, train, batch, seed, kind="joint", augment=changes if over_input else None)
-    if method.startswith(INPUT):
-        posterior = posterior.recentre(model)
-    if "calibrated" in method:
-        noise = [float("inf")] if method.startswith(INPUT) else None
-        held_out = _first(parts["held-out"], settings.held_out).batches(PREDICT_BATCH)
-        posterior = stochbn.calibrate(
-            model, posterior, held_out, batch_sizes=noise, temperature=True, augment=changes, seed=seed
+    held_out = _first(parts["held-out"], settings.held_out)
+    about: dict[str, Any] = {"settings": _described(settings)}
+    if method == CHOSEN:
+        candidates = augment.named(settings.candidates)
+        several = candidates.augmentations if isinstance(candidates, augment.turns) else (candidates,)
+        batches = held_out.batches(PREDICT_BATCH)
+        changes = stochbn.choose_augmentation(model, None, batches, several, draws=CHOICES, seed=seed)
+        about["augmentations"] = list(map(repr, changes.augmentations))
+    if method in SNAPSHOT_METHODS:
+        assert settings.snapshots is not None
+        trained = changes if recipe.augment else None
+        place = folder / member.name / SNAPSHOTS
+        members = take_snapshots(
+            model, parts["train"], recipe, settings.snapshots, seed=seed, augment=trained, folder=place
         )
-    elif method == INPUT:
-        posterior = posterior.rescale(float("inf"))
-    about = {
-        "settings": _described(settings),
-        "batch_size": "inf" if posterior.batch_size == float("inf") else posterior.batch_size,
-        "temperature": posterior.temperature,
-    }
-    draws = settings.counts[-1]
-    predictive = stochbn.Predictive(model, posterior, draws, tolerance=0, augment=changes if over_input else None)
+        fitted = [(one.model, one.posterior) for one in members if one.posterior is not None]
+    else:
+        batch = recipe.statistics_batch
+        fitted = [(model, fit_posterior(model, train, batch, seed, kind="joint", augment=changes))]
+    if INPUT in method:
+        fitted = [(one, posterior.recentre(one)) for one, posterior in fitted]
+    if "calibrated" in method:
+        noise = [float("inf")] if INPUT in method else None
+        options: dict[str, Any] = {"batch_sizes": noise, "temperature": True, "augment": changes, "seed": seed}
+        fitted = [
+            (one, stochbn.calibrate(one, posterior, held_out.batches(PREDICT_BATCH), **options))
+            for one, posterior in fitted
+        ]
+    elif INPUT in method:
+        fitted = [(one, posterior.rescale(float("inf"))) for one, posterior in fitted]
+    posterior = fitted[0][1]
+    about["batch_size"] = "inf" if posterior.batch_size == float("inf") else posterior.batch_size
+    about["temperature"] = posterior.temperature
+    counts = _counts(method, settings)
+    predictives = [
+        stochbn.Predictive(one, posterior, counts[-1], tolerance=0, augment=changes) for one, posterior in fitted
+    ]
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for part in ("known", "unknown"):
         if part not in parts:
             continue
-        found: dict[int, list[Tensor]] = {count: [] for count in settings.counts}
+        rows: dict[int, list[Tensor]] = {count: [] for count in counts}
         for inputs, _ in _first(parts[part], settings.images).batches(PREDICT_BATCH):
-            logs = predictive(inputs, generator=generator, keep_draws=True).log_probs
-            for count, rows in found.items():
-                rows.append(logs[:count].exp().mean(0).log().cpu())
-        tensors |= {f"{count}.{part}": torch.cat(rows) for count, rows in found.items()}
+            every = [one(inputs, generator=generator, keep_draws=True).log_probs.exp() for one in predictives]
+            for count, means in rows.items():
+                mean = torch.stack([probs[:count].mean(0) for probs in every]).mean(0)
+                means.append(mean.log().cpu())
+        tensors |= {f"{count}.{part}": torch.cat(means) for count, means in rows.items()}
     file = _file(folder, member, method)
     file.parent.mkdir(exist_ok=True)
     write_tensors(file, AUGMENTATION, tensors, about)
+
+
+def _counts(method: str, settings: Settings) -> tuple[int, ...]:
+    """How many draws are averaged: of each snapshot, also one, which is a plain pass where its input is drawn."""
+    return (1, *settings.counts) if method in SNAPSHOT_METHODS else settings.counts
 
 
 def _first(images: Images, most: int) -> Images:
@@ -212,11 +259,14 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     chosen = range(settings.members)
     methods: dict[str, list[dict[str, Tensor]]] = {"plain": [plain[i] for i in chosen]}
     passes: dict[str, int] = {"plain": 1}
-    for method in METHODS:
-        for count in settings.counts:
-            name = f"{method}, {count}"
+    trainings: dict[str, float] = {"plain": 1.0}
+    for method in _methods(members[0], settings):
+        times = 1 if settings.snapshots is None or method not in SNAPSHOT_METHODS else settings.snapshots.count
+        for count in _counts(method, settings):
+            name = f"{method}, {count}" if times == 1 else f"{method}, {count} each"
             methods[name] = [read(members[i], method, count) for i in chosen]
-            passes[name] = count
+            passes[name] = count * times
+            trainings[name] = 1.0 if times == 1 else _trainings(recipe, settings.snapshots)
     few = settings.counts[min(1, len(settings.counts) - 1)]
     with_input = [read(member, INPUT, few) for member in members]
     ensembles, others = {}, {}
@@ -224,6 +274,7 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
         groups = [[(first + i) % len(plain) for i in range(size)] for first in chosen]
         ensembles[f"ensemble of {size}"] = [mixture([plain[i] for i in group]) for group in groups]
         passes[f"ensemble of {size}"] = size
+        trainings |= {f"ensemble of {size}": size, f"ensemble of {size}, {INPUT}, {few} each": size}
         if size > 1:
             others[f"ensemble of {size}, {INPUT}, {few} each"] = [
                 mixture([with_input[i] for i in group]) for group in groups
@@ -232,16 +283,17 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     rows, _ = score_all({**methods, **others}, ensembles, labels)
     noise = {
         method: [stored[1] for i in chosen if (stored := _stored(folder, members[i], method, settings)) is not None]
-        for method in METHODS
+        for method in _methods(members[0], settings)
     }
     added = {count: _added(methods, count, labels) for count in settings.counts}
     title = f"{recipe.network} on {recipe.data}, {len(labels)} objects, {settings.augment}"
     several = f": mean over {settings.members} networks" if settings.members > 1 else ""
-    shown = [_table(title + several, rows, passes), _added_table(added)]
+    shown = [_table(title + several, rows, passes, trainings), _added_table(added)]
     about = {
         "settings": _described(settings), "recipe": recipe.as_dict(), "methods": rows, "passes": passes,
-        "chosen": {method: [{k: one[k] for k in ("batch_size", "temperature")} for one in found]
-                   for method, found in noise.items()},
+        "trainings": {name: trainings[name] for name in rows},
+        "chosen": {method: [{k: v for k, v in one.items() if k != "settings"} for one in chosen_here]
+                   for method, chosen_here in noise.items()},
         "statistics_add": added,
     }  # fmt: skip
     write_json(folder / "augmentation.json", finite(about))
@@ -268,7 +320,17 @@ def _added(methods: Mapping[str, Sequence[Mapping[str, Tensor]]], count: int, la
     return found
 
 
-def _table(title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], passes: Mapping[str, int]) -> Table:
+def _trainings(recipe: Recipe, cycles: Cycles | None) -> float:
+    """What a network and its snapshots take of training, beside the network alone."""
+    return 1.0 if cycles is None else 1 + cycles.count * cycles.epochs / recipe.epochs
+
+
+def _table(
+    title: str,
+    rows: Mapping[str, Sequence[Mapping[str, float]]],
+    passes: Mapping[str, int],
+    trainings: Mapping[str, float],
+) -> Table:
     columns = {
         "error %": ("error", 2, 1.0), "NLL": ("nll", 4, 1.0), "calibrated NLL": ("calibrated_nll", 4, 1.0),
         "ECE %": ("ece", 2, 100.0), "best T": ("temperature", 2, 1.0), "AUROC": ("auroc", 4, 1.0),
@@ -283,10 +345,10 @@ def _table(title: str, rows: Mapping[str, Sequence[Mapping[str, float]]], passes
         return "more" if mean == float("inf") else f"{mean:.{digits}f}"
 
     body = [
-        [name, str(passes[name]), *(cell(found, *column) for column in columns.values())]
+        [name, str(passes[name]), f"{trainings[name]:g}", *(cell(found, *column) for column in columns.values())]
         for name, found in rows.items()
     ]
-    return Table(title, ["drawn", "passes", *columns], body)
+    return Table(title, ["drawn", "passes", "trainings", *columns], body)
 
 
 def _added_table(added: Mapping[int, Mapping[str, float]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,7 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    others = iter(("#d62728", "#ff7f0e", "#e6a800", "#2ca02c", "#006d2c", "#9467bd", "#8c564b"))
+    others = itertools.cycle(("#d62728", "#ff7f0e", "#e6a800", "#2ca02c", "#006d2c", "#9467bd", "#8c564b", "#e377c2"))
     for name, points in curves.items():
         ensemble = name.startswith("ensemble")
         color = COLORS["Deep Ensembles"] if ensemble else "0.4" if name == "plain" else next(others)

@@ -46,8 +46,29 @@ class Cycles:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < float("inf") or min(self.count, self.epochs) < 1:
+            raise ValueError(
+                "expected a positive learning rate and at least one epoch and one cycle, got "
+                f"{self.learning_rate}, {self.epochs} and {self.count}"
+            )
+
+    @classmethod
+    def of(cls, count: int, description: str) -> Cycles:
+        """So many cycles of a description, ``OPTIMIZER:RATE:EPOCHS``.
+
+        Raises:
+            ValueError: it is none.
+
+        >>> Cycles.of(3, "sgd:0.05:2")
+        Cycles(count=3, epochs=2, optimizer='sgd', learning_rate=0.05)
+        """
+        try:
+            optimizer, rate, epochs = description.split(":")
+            return cls(count, int(epochs), optimizer, float(rate))
+        except ValueError as error:
+            raise ValueError(
+                f"a cycle is OPTIMIZER:RATE:EPOCHS, such as adam:0.001:2, got {description!r:.40}"
+            ) from error
 
     @property
     def name(self) -> str:
