@@ -53,6 +53,24 @@ def test_each_cycle_is_adam_along_a_cosine_from_where_the_one_before_ended() -> 
     assert not last.model.training
 
 
+def test_within_autocast_every_step_goes_by_the_weights_as_they_are() -> None:
+    model, data = settled(mlp(), 4), batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        ensemble = stochbn.snapshots(model, data, cross_entropy, count=1, epochs=1)
+    slow = copy.deepcopy(model).train()
+    optimiser = torch.optim.Adam(slow.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 6, 1e-5)
+    for x, labels in data:
+        optimiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(slow(x), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+    wanted = torch.cat([p.detach().flatten() for p in slow.parameters()])
+    torch.testing.assert_close(weights(ensemble)[0], wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_the_optimizer_and_the_predictives_can_be_chosen() -> None:
     model, data = settled(mlp(), 4), batches()
     sgd = functools.partial(torch.optim.SGD, lr=0.0)

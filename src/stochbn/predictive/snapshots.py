@@ -182,6 +182,7 @@ class _Cycle:
             optimiser.zero_grad()
             torch.autograd.backward(value)
             optimiser.step()
+            torch.clear_autocast_cache()  # within autocast, else the next step would go by the weights before this one
 
 
 def _labels(batch: Batch, device: torch.device) -> Any:
