@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stochbn
-from stochbn import metrics
+from stochbn import augment, metrics
 from stochbn.files import read_tensors
 from stochbn.paper import checkpoints
 from stochbn.paper.comparison import COMPARISON, METHODS, Settings, compare, tabulate
@@ -52,6 +52,30 @@ def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(fi
         predictive = stochbn.Predictive(model, wanted, 3)
         torch.testing.assert_close(tensors["known"].exp(), predict_all(predictive, parts["known"], generator).probs)
         assert len(tensors["unknown"]) == 20
+
+
+def test_with_an_augmentation_every_draw_changes_its_input(finished: Path) -> None:
+    settings = replace(SETTINGS, augment="shift:1")
+    tables = compare(finished, settings)
+    parts = load_parts(RECIPE)
+    model = checkpoints.load(finished / "plain-0" / "network.safetensors").model
+    seed = next(RECIPE.schedule(member).seed for member in RECIPE.all_members() if member.name == "plain-0")
+    shift = augment.shift(1)
+    train = parts["train"].shuffled(seed).take(torch.arange(128))
+    posterior = fit_posterior(model, train, 16, seed, kind="joint", augment=shift)
+    held_out = parts["held-out"].take(torch.arange(30)).batches(250)
+    posterior = stochbn.calibrate(model, posterior, held_out, augment=shift, seed=seed)
+    file = finished / "plain-0" / "comparison-augmented" / "joint-calibrated.safetensors"
+    tensors, about = read_tensors(file, COMPARISON)
+    assert about["batch_size"] == posterior.batch_size
+    predictive = stochbn.Predictive(model, posterior, 3, tolerance=0, augment=shift)
+    probs = predict_all(predictive, parts["known"], torch.Generator().manual_seed(seed)).probs
+    torch.testing.assert_close(tensors["known"].exp(), probs)
+    assert not (finished / "plain-0" / "comparison-augmented" / "exact.safetensors").exists()
+    assert "input drawn too (shift:1)" in tables[0].title
+    assert (finished / "comparison-augmented.md").exists()
+    with pytest.raises(ValueError, match="unknown augmentation"):
+        replace(SETTINGS, augment="turn")
 
 
 def test_tables_are_of_the_stored_predictions(finished: Path) -> None:

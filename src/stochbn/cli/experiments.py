@@ -169,6 +169,12 @@ def compare(
     held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
     unknown: Annotated[int, typer.Option(min=1, help="Images of unknown classes to predict, at most.")] = 2000,
     exact: Annotated[int, typer.Option(min=10, help="Test images for exact inference.")] = 1000,
+    augment: Annotated[
+        str,
+        typer.Option(
+            help="Draw the input too: flip, shift:PIXELS, or both; without exact inference.", show_default=False
+        ),
+    ] = "",
     jobs: Jobs = 0,
 ) -> None:
     """Compare kinds of posteriors with each other, exact inference and ensembles, on the networks of a run.
@@ -179,12 +185,13 @@ def compare(
     from stochbn.paper.comparison import Settings
     from stochbn.paper.comparison import compare as compare_run
 
-    settings = Settings(members, draws, fit_images, held_out, unknown, exact)
+    settings = Settings(members, draws, fit_images, held_out, unknown, exact, augment)
     with progress_bars() as bars:
         move = follow(bars, "predicting", "predictions")
         shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
     show(shown)
-    say(f"Everything is in {folder}: comparison.json, comparison.md and comparison.png.", folder)
+    name = settings.name
+    say(f"Everything is in {folder}: {name}.json, {name}.md and {name}.png.", folder)
 
 
 def ablate(

@@ -22,13 +22,13 @@ import stochbn
 from stochbn import augment, metrics
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import checkpoints, figures
-from stochbn.paper.comparison import finite, mixture, score_all
 from stochbn.paper.data import Images
 from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
+from stochbn.paper.scores import finite, mixture, score_all
 from stochbn.paper.snapshotting import Cycles, take_snapshots
 from stochbn.paper.tables import Table
 

@@ -3,7 +3,7 @@
 For some of its plain networks, posteriors of every kind are fitted to the training images, as they come out and with
 their noise calibrated on the images that the run held out. Each, and exact inference on a part of the objects, leaves
 its predictions in the member's folder, under ``comparison``; `tabulate` reads these alone. Networks trained in bfloat16
-predict in it too.
+predict in it too. With an augmentation, every draw changes its input too, and the folder is ``comparison-augmented``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import stochbn
-from stochbn import metrics
+from stochbn import augment
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images
@@ -33,12 +33,12 @@ from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts, packed, unpacked
+from stochbn.paper.scores import divergence, finite, mixture, score_all
 from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
-from stochbn.predictions import entropy
 from stochbn.predictive import Predictor
 
-__all__ = ["METHODS", "Settings", "compare", "finite", "mixture", "score_all", "tabulate"]
+__all__ = ["METHODS", "Settings", "compare", "tabulate"]
 
 COMPARISON = "stochbn.comparison/1"
 METHODS = (
@@ -58,7 +58,9 @@ class Settings:
         fit_images: training images to fit posteriors to, at most.
         held_out: held-out images to calibrate on, at most.
         unknown: unknown objects to predict, at most.
-        exact: known objects for exact inference.
+        exact: known objects for exact inference, which is made where inputs are not augmented.
+        augment: the augmentation of fits, calibration and predictions, as `stochbn.augment.named` takes it; empty for
+            none.
     """
 
     members: int = 3
@@ -67,11 +69,24 @@ class Settings:
     held_out: int = 2000
     unknown: int = 2000
     exact: int = 1000
+    augment: str = ""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if name != "augment" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.augment:
+            augment.named(self.augment)  # refuses what cannot be
+
+    @property
+    def name(self) -> str:
+        """Of the folders and files that a comparison has."""
+        return "comparison-augmented" if self.augment else "comparison"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What is compared."""
+        return METHODS if self.augment else (*METHODS, "exact")
 
 
 def compare(
@@ -91,7 +106,7 @@ def compare(
         ExperimentError: a process failed.
         OSError: the folder cannot be written.
     """
-    check_folder(folder, "comparison.json", "comparison.md", "comparison.png", "comparison.svg")
+    check_folder(folder, *(f"{settings.name}.{ending}" for ending in ("json", "md", "png", "svg")))
     recipe = read_recipe(folder)
     if not recipe.held_out:
         raise ValueError(
@@ -110,8 +125,8 @@ def compare(
         read_tensors(folder / name / "predictions.safetensors", PREDICTIONS)
     names = plain[: settings.members]
     for name in names:
-        check_folder(folder / name / "comparison")
-    tasks = [(name, method) for name in names for method in (*METHODS, "exact")]
+        check_folder(folder / name / settings.name)
+    tasks = [(name, method) for name in names for method in settings.methods]
     waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
     progress(len(tasks) - len(waiting), len(tasks))
     if waiting:
@@ -148,22 +163,23 @@ def _start(threads: int, data: dict[str, Any]) -> None:
     _parts.update(unpacked(data))
 
 
-def _file(folder: Path, member: str, method: str) -> Path:
-    return folder / member / "comparison" / f"{method.replace(', ', '-')}.safetensors"
+def _file(folder: Path, member: str, method: str, settings: Settings) -> Path:
+    return folder / member / settings.name / f"{method.replace(', ', '-')}.safetensors"
 
 
 def _stored(
     folder: Path, member: str, method: str, settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """A method's log-probabilities and what is noted beside them, if they are there."""
-    file = _file(folder, member, method)
+    file = _file(folder, member, method, settings)
     if not file.exists():
         return None
     tensors, about = read_tensors(file, COMPARISON)
-    if {**about["settings"], "members": settings.members} != asdict(settings):  # others do not matter to this one
+    stored = {"augment": "", **about["settings"], "members": settings.members}  # others do not matter to this one
+    if stored != asdict(settings):
         raise ValueError(
             f"{str(file)!r} is of a comparison with other settings ({about['settings']}); delete the folders "
-            "'comparison' in the run folder, or use these settings"
+            f"{settings.name!r} in the run folder, or use these settings"
         )
     return tensors, about
 
@@ -185,22 +201,25 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
             parts["unknown"] = _first(_parts["unknown"], min(settings.exact, settings.unknown))
     else:
         kind, *changes = method.split(", ")
-        posterior = fit_posterior(model, train, recipe.statistics_batch, seed, kind=kind)
+        views = augment.named(settings.augment) if settings.augment else None
+        posterior = fit_posterior(model, train, recipe.statistics_batch, seed, kind=kind, augment=views)
         if "recentred" in changes:
             posterior = posterior.recentre(model)
         if "calibrated" in changes:
             held_out = _first(_parts["held-out"], settings.held_out)
             with arithmetic:
-                posterior = stochbn.calibrate(model, posterior, held_out.batches(PREDICT_BATCH), seed=seed)
+                posterior = stochbn.calibrate(
+                    model, posterior, held_out.batches(PREDICT_BATCH), augment=views, seed=seed
+                )
         about["batch_size"] = posterior.batch_size
-        predictor = stochbn.Predictive(model, posterior, settings.draws, tolerance=0)
+        predictor = stochbn.Predictive(model, posterior, settings.draws, tolerance=0, augment=views)
         parts = {"known": known}
         if "unknown" in _parts:
             parts["unknown"] = _first(_parts["unknown"], settings.unknown)
     generator = torch.Generator().manual_seed(seed)
     with arithmetic:
         tensors = {part: predict_all(predictor, images, generator).probs.log().cpu() for part, images in parts.items()}
-    file = _file(folder, member, method)
+    file = _file(folder, member, method, settings)
     file.parent.mkdir(exist_ok=True)
     write_tensors(file, COMPARISON, tensors, about)
 
@@ -213,7 +232,7 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     """Write the tables and the figure of a comparison into its run folder, from its stored predictions.
 
     ``comparison.json`` has every number, ``comparison.md`` the tables, ``comparison.png`` and ``.svg`` the methods'
-    calibrated NLL between those of ensembles.
+    calibrated NLL between those of ensembles. With an augmentation they are called ``comparison-augmented``.
 
     Raises:
         FileNotFoundError, ValueError: predictions are missing, or of other settings.
@@ -233,12 +252,12 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     chosen = range(settings.members)
     methods: dict[str, list[dict[str, Tensor]]] = {"plain": plain[: settings.members]}
     sizes: dict[str, list[float]] = {}
-    for method in (*METHODS, "exact"):
+    for method in settings.methods:
         found = [_read(folder, names[i], method, settings) for i in chosen]
         methods[method] = [probs for probs, _ in found]
         if method != "exact":
             sizes[method] = [about["batch_size"] for _, about in found]
-    exact = methods.pop("exact")
+    exact = methods.pop("exact", [])
     # Ensembles begin with the networks that are compared, so that one of them is what an ensemble of 1 is.
     ensembles = {
         f"ensemble of {size}": [mixture([plain[(first + i) % len(plain)] for i in range(size)]) for first in chosen]
@@ -248,32 +267,38 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     for method, found_sizes in sizes.items():
         for row, size in zip(rows[method], found_sizes, strict=True):
             row["batch_size"] = size
-    part = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in methods.items()}
-    few = {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in found] for name, found in ensembles.items()}
-    near, _ = score_all(part | {"exact": exact}, few, labels[: len(exact[0]["known"])])
-    for name, probs in (part | {"exact": exact}).items():
-        for row, p, e in zip(near[name], probs, exact, strict=True):
-            row["kl"] = _divergence(e["known"], p["known"])
-    data = f"{recipe.network} on {recipe.data}, {len(labels)} objects"
+    near = _beside(exact, methods, ensembles, labels) if exact else {}
+    drawn = f", input drawn too ({settings.augment})" if settings.augment else ""
+    data = f"{recipe.network} on {recipe.data}, {len(labels)} objects{drawn}"
     several = settings.members > 1
     title = f"{data}: {f'mean and standard deviation over {settings.members} networks' if several else 'one network'}"
-    objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too"
+    objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too" if exact else ""
     written, shown = (_tables(title, objects, rows, near, spread) for spread in (True, False))
     about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
-    write_json(folder / "comparison.json", finite(about))
-    write_bytes(folder / "comparison.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
+    write_json(folder / f"{settings.name}.json", finite(about))
+    write_bytes(folder / f"{settings.name}.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
     means = {name: statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in methods}
-    figures.save_equivalents(folder / "comparison", means, reached, title=data)
+    figures.save_equivalents(folder / settings.name, means, reached, title=data)
     return shown
 
 
-def finite(value: Any) -> Any:
-    """The same with None for what JSON lacks: infinity (more than any at hand, or no noise) and NaN (not known)."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _beside(
+    exact: Sequence[Mapping[str, Tensor]],
+    methods: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    ensembles: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    labels: Tensor,
+) -> dict[str, list[dict[str, float]]]:
+    """The scores on the objects on which inference was exact too, and how far predictions are from it."""
+
+    def first(every: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[str, list[dict[str, Tensor]]]:
+        return {name: [{k: p[k][: len(e)] for k, e in exact[0].items()} for p in one] for name, one in every.items()}
+
+    few = {**first(methods), "exact": [dict(probs) for probs in exact]}
+    near, _ = score_all(few, first(ensembles), labels[: len(exact[0]["known"])])
+    for name, each in few.items():
+        for row, probs, e in zip(near[name], each, exact, strict=True):
+            row["kl"] = divergence(e["known"], probs["known"])
+    return near
 
 
 def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -283,44 +308,6 @@ def _read(folder: Path, member: str, method: str, settings: Settings) -> tuple[d
         raise FileNotFoundError(f"the comparison in {str(folder)!r} lacks {method!r} of {member}; run it to its end")
     tensors, about = stored
     return {part: logs.exp() for part, logs in tensors.items()}, about
-
-
-def mixture(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean probabilities of several networks, of known and unknown objects."""
-    return {part: torch.stack([p[part] for p in predictions]).mean(0) for part in predictions[0]}
-
-
-def score_all(
-    methods: Mapping[str, Sequence[Mapping[str, Tensor]]],
-    ensembles: Mapping[str, Sequence[Mapping[str, Tensor]]],
-    labels: Tensor,
-) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
-    """The scores of methods and ensembles with every network, and the calibrated NLL of ensembles of 1, 2, ..."""
-    rows = {name: [_score(p, labels) for p in found] for name, found in {**methods, **ensembles}.items()}
-    reached = [statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in ensembles]
-    for found in rows.values():
-        nll = statistics.mean(row["calibrated_nll"] for row in found)
-        for row in found:
-            row["dee"] = metrics.deep_ensemble_equivalent(nll, reached)
-    return rows, reached
-
-
-def _score(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    found = metrics.evaluate(probs["known"], labels)
-    best = metrics.calibrated_nll(probs["known"], labels)
-    found |= {"calibrated_nll": best["nll"], "temperature": best["temperature"]}
-    wrong = probs["known"].argmax(1) != labels
-    found["aurc"] = metrics.risk_coverage(entropy(probs["known"]), wrong)["aurc"]
-    if "unknown" in probs:
-        found |= metrics.ood(entropy(probs["known"]), entropy(probs["unknown"]))
-    return found
-
-
-def _divergence(exact: Tensor, probs: Tensor) -> float:
-    """The mean Kullback-Leibler divergence of predictions from exact ones, in nats."""
-    tiny = torch.finfo(probs.dtype).tiny
-    terms = exact.double() * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())
-    return max(terms.sum(1).mean().item(), 0.0)
 
 
 def _tables(
@@ -361,7 +348,7 @@ def _tables(
     few = ("NLL", "ECE %", "best T", "AUROC")  # so few objects say little about the rest
     beside = {"KL to exact": ("kl", 5, 1.0)} | {name: columns[name] for name in few}
     shown = [table(title, rows, {name: columns[name] for name in names}) for title, names in parts.items()]
-    return [*shown, table(f"{objects[0].upper()}{objects[1:]}", near, beside)]
+    return [*shown, *([table(f"{objects[0].upper()}{objects[1:]}", near, beside)] if near else [])]
 
 
 def _cell(rows: Sequence[Mapping[str, float]], key: str, digits: int, factor: float, spread: bool) -> str:

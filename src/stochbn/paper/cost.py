@@ -21,9 +21,9 @@ from stochbn import metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
-from stochbn.paper.comparison import finite
 from stochbn.paper.memory import peak_of_draws, plain_prediction
 from stochbn.paper.networks import build
+from stochbn.paper.scores import finite
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Posterior
 
