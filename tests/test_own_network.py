@@ -469,6 +469,24 @@ def test_draws_over_the_input_are_an_option_of_every_command(module: str, weight
     assert Path("p.csv").read_text() != Path("q.csv").read_text()
 
 
+def test_augmentations_are_chosen_by_held_out_data(module: str, weights: Path) -> None:
+    own = "--model", f"{module}:network", "--weights", weights
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6)
+    among = "--augment", "flip|shift:1|flip,shift:2"
+    text = stochbn_("calibrate", *own, "--held-out", "pets", *among, "--choose", 4, "--out", "c.sbn.safetensors")
+    built = build(f"{module}:network", {})
+    load_weights(built.model, weights)
+    data = open_objects("pets", classes=built.classes).shuffled(0)
+    several = [stochbn.augment.named(one) for one in among[1].split("|")]
+    posterior = stochbn.load("w.sbn.safetensors")
+    turns = stochbn.choose_augmentation(built.model, posterior, data.batches(100), several, draws=4)
+    assert f"--augment '{turns}'" in " ".join(text.split())
+    wanted = stochbn.calibrate(built.model, posterior, data.batches(100), temperature=True, augment=turns)
+    assert stochbn.load("c.sbn.safetensors").temperature == pytest.approx(wanted.temperature, rel=1e-4)
+    shown = "--augment", str(turns), "--posterior", "c.sbn.safetensors", "--draws", 4
+    stochbn_("predict", *own, *shown, "--data", "pets", "--out", "p.csv")
+
+
 def test_augmentations_and_scores_that_there_are_not_are_told(
     module: str, weights: Path, told: Callable[..., str]
 ) -> None:
@@ -481,6 +499,8 @@ def test_augmentations_and_scores_that_there_are_not_are_told(
         ["predict", *own, "--data", "pets", "--out", "p.csv"],
     ):
         assert "unknown augmentation 'rotate:9'" in told(*command, "--augment", "rotate:9")
+    one = told("calibrate", *own, "--held-out", "pets", "--augment", "flip", "--choose", 3)
+    assert "--choose needs several augmentations" in one
     assert "--score must be nll or brier" in told("calibrate", *own, "--held-out", "pets", "--score", "auroc")
 
 

@@ -140,6 +140,9 @@ class flip(_Ready):  # noqa: N801 - it is used as a function: flip()
     def __repr__(self) -> str:
         return "flip()"
 
+    def __str__(self) -> str:
+        return "flip"
+
 
 class shift(_Ready):  # noqa: N801
     """Shifts of images ``[N, C, H, W]`` by up to some pixels along both axes, filled by reflection.
@@ -164,6 +167,9 @@ class shift(_Ready):  # noqa: N801
 
     def __repr__(self) -> str:
         return f"shift({self.pixels})"
+
+    def __str__(self) -> str:
+        return f"shift:{self.pixels}"
 
 
 class chain(_Ready):  # noqa: N801
@@ -190,6 +196,9 @@ class chain(_Ready):  # noqa: N801
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.augmentations))})"
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.augmentations))
 
 
 class turns(_Ready):  # noqa: N801
@@ -221,9 +230,14 @@ class turns(_Ready):  # noqa: N801
     def __repr__(self) -> str:
         return f"turns({', '.join(map(repr, self.augmentations))})"
 
+    def __str__(self) -> str:
+        return "|".join(map(str, self.augmentations))
+
 
 def named(text: str) -> Augment:
     """The augmentation of a description, such as ``"flip,shift:4"``, or of several with bars between: `turns`.
+
+    ``str`` gives the description of those of this module.
 
     Raises:
         ValueError: it names another one.

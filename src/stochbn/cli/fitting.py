@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Iterator
@@ -81,17 +82,30 @@ def calibrate(
         Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
     ] = None,
     augment: Augmentation = None,
+    choose: Annotated[
+        int,
+        typer.Option(
+            "--choose",
+            min=0,
+            help="First choose so many draws' augmentations among those of --augment, with bars between.",
+        ),
+    ] = 0,
     score: Annotated[str, typer.Option(help="What is to be lowest: nll or brier.")] = "nll",
     seed: Seed = 0,
 ) -> None:
     """Choose the noise of a posterior, and a temperature, by the NLL of held-out data; write the new posterior.
 
-    With --augment it is for predictions with the same option.
+    With --augment it is for predictions with the same option. With --choose 8 --augment 'flip|shift:2|flip,shift:4'
+    each of 8 draws gets the augmentation that lowers the calibrated NLL most, and the option to predict with is shown.
     """
     import stochbn
-    from stochbn.augment import named
+    from stochbn.augment import named, turns
 
     changes = named(augment) if augment is not None else None
+    if choose and not isinstance(changes, turns):
+        raise ValueError(
+            "--choose needs several augmentations with bars between: --augment 'flip|shift:2|flip,shift:4'"
+        )
     if score not in ("nll", "brier"):
         raise ValueError(f"--score must be nll or brier, got {score!r}")
 
@@ -105,6 +119,16 @@ def calibrate(
         raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
     old = subject.need_posterior(posterior)
     data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
+    if choose and isinstance(changes, turns):
+        several = list(dict.fromkeys(changes.augmentations))
+        with progress_bars() as bars:
+            move = follow(bars, "choosing")
+            changes = stochbn.choose_augmentation(
+                subject.model, old, itertools.starmap(_held_out, data.batches(CALIBRATE_BATCH)), several, draws=choose,
+                passes=max(48, len(several) + 1), progress=lambda done: move(done, len(data)), seed=seed,
+                **subject.settings,
+            )  # fmt: skip
+        say(f"The best in turn: --augment '{changes}'")
     with progress_bars() as bars:
         move, done = follow(bars, "calibrating"), 0
 
