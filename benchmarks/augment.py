@@ -1,0 +1,129 @@
+"""Augmented draws: what they cost in plain passes, and what it saves to spread them evenly.
+
+For a network of a finished run that held images out, draws over the input alone are calibrated on these and timed
+beside plain passes of the same test images, in one process and interleaved; medians count. Then the same images are
+predicted again and again with draws that are spread evenly, as `stochbn.augment` does, and with independent ones: the
+ratio of the variances of their means, at equal numbers of draws, is what spreading saves. Run it as
+``python benchmarks/augment.py RUN --augment flip,shift:4``; it takes minutes a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+import stochbn
+from stochbn import Posterior, Predictive, augment, metrics
+from stochbn.files import write_bytes, write_json
+from stochbn.paper import checkpoints
+from stochbn.paper.fitting import fit_posterior
+from stochbn.paper.predicting import PREDICT_BATCH
+from stochbn.paper.report import read_recipe
+from stochbn.paper.runner import load_parts
+from stochbn.paper.tables import Table
+
+COUNTS = (2, 4, 8, 16, 32)
+REPETITIONS = 7
+
+
+def variances(predictive: Predictive, x: Tensor, repetitions: int) -> dict[int, float]:
+    """The variance of the mean over the first draws, averaged over objects and classes, by the number of draws."""
+    generator = torch.Generator().manual_seed(0)
+    means: dict[int, list[Tensor]] = {count: [] for count in COUNTS}
+    for _ in track(range(repetitions), description="predicting"):
+        probs = predictive(x, generator=generator).log_probs.double().exp()
+        for count, rows in means.items():
+            rows.append(probs[:count].mean(0))
+    return {count: torch.stack(rows).var(0).mean().item() for count, rows in means.items()}
+
+
+def costs(model: nn.Module, posterior: Posterior, changes: augment.Augment, x: Tensor, labels: Tensor) -> Table:
+    """What calls cost in units, the time of a plain pass, and the NLL of what they predict (in batches of 100)."""
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda batch: model(batch).softmax(1)}
+    for draws in (8, 16, 32):
+        for name, tolerance in (("defaults", None), ("all draws", 0.0)):
+            predictive = Predictive(model, posterior, draws, augment=changes, tolerance=tolerance)
+            calls[f"{draws}, {name}"] = lambda batch, predictive=predictive: predictive(batch, generator=seeded()).probs  # type: ignore[misc]
+    batches = torch.split(x, 100)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        probs = {name: torch.cat([call(batch) for batch in batches]) for name, call in calls.items()}
+        for _ in track(range(REPETITIONS), description="timing"):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call(batches[0])
+                times[name].append(time.perf_counter() - begun)
+    unit = statistics.median(times["plain"])
+    body = [
+        [name, f"{statistics.median(times[name]) / unit:.1f}", f"{metrics.evaluate(probs[name], labels)['nll']:.4f}"]
+        for name in calls
+    ]
+    return Table(
+        f"Cost of a call for 100 images, in plain passes of {1e3 * unit:.1f} ms", ["draws", "units", "NLL"], body
+    )
+
+
+def seeded() -> torch.Generator:
+    """The same random numbers for every call."""
+    return torch.Generator().manual_seed(0)
+
+
+def main() -> None:
+    """Measure, print, and write augment-NETWORK.json and .md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("--augment", default="flip,shift:4", help="flip, shift:PIXELS, or both (default: both, by 4)")
+    parser.add_argument("--images", type=int, default=100, help="test images (default: 100)")
+    parser.add_argument("--repetitions", type=int, default=50, help="means of each sort (default: 50)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the files")
+    options = parser.parse_args()
+    recipe = read_recipe(options.run)
+    model = checkpoints.load(options.run / "plain-0" / "network.safetensors").model
+    parts = load_parts(recipe)
+    spread = augment.named(options.augment)
+    (every, labels), *_ = parts["known"].take(torch.arange(1000)).batches(1000)
+    train = parts["train"].take(torch.arange(min(2048, len(parts["train"]))))
+    posterior = fit_posterior(model, train, recipe.statistics_batch, kind="joint").recentre(model)
+    held_out = parts["held-out"].take(torch.arange(min(1000, len(parts["held-out"])))).batches(PREDICT_BATCH)
+    posterior = stochbn.calibrate(model, posterior, held_out, batch_sizes=[math.inf], temperature=True, augment=spread)
+    cost = costs(model, posterior, spread, every, labels)
+    x = every[: options.images]
+
+    def independent(images: Tensor, generator: torch.Generator) -> Tensor:
+        return spread(images, generator)
+
+    measured = {
+        name: variances(
+            Predictive(model, draws=COUNTS[-1], augment=fn, clean=False, keep_draws=True), x, options.repetitions
+        )
+        for name, fn in (("spread", spread), ("independent", independent))
+    }
+    gains = {count: measured["independent"][count] / measured["spread"][count] for count in COUNTS}
+    about = {"recipe": recipe.as_dict(), "augment": options.augment, "images": options.images,
+             "repetitions": options.repetitions, "variances": measured, "gains": gains,
+             "machine": platform.machine(), "torch": torch.__version__, "cost": cost.rows}  # fmt: skip
+    title = (
+        f"Variance of mean probabilities, {options.augment}: {recipe.network} on {options.images} images of "
+        f"{recipe.data}, {options.repetitions} means of each sort"
+    )
+    body = [
+        [str(count), f"{measured['independent'][count]:.2e}", f"{measured['spread'][count]:.2e}", f"{gains[count]:.2f}"]
+        for count in COUNTS
+    ]
+    table = Table(title, ["draws", "independent", "spread evenly", "ratio"], body)
+    write_json(options.out / f"augment-{recipe.network}.json", about)
+    write_bytes(options.out / f"augment-{recipe.network}.md", f"{cost.markdown()}\n\n{table.markdown()}\n".encode())
+    print(cost.markdown(), table.markdown(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
