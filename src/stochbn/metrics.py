@@ -57,7 +57,7 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     >>> {name: round(value, 4) for name, value in found.items()}
     {'error': 0.0, 'nll': 0.1438, 'brier': 0.0625, 'ece': 0.125}
     """
-    probs, labels = _check_predictions(probs, labels)
+    probs, labels = checked_predictions(probs, labels)
     classification = _torchmetrics()
     confidence, predicted = probs.max(1)
     right = predicted == labels
@@ -84,7 +84,7 @@ def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Te
         TypeError, ValueError: as `evaluate`.
     """
     if temperature is None:
-        return _nll(*_check_predictions(probs, labels))
+        return _nll(*checked_predictions(probs, labels))
     if not 0 < temperature < math.inf:
         raise ValueError(f"expected a positive, finite temperature, got {temperature}; None is no temperature")
     return tempered(*_log_probabilities(probs, labels), 1 / temperature)
@@ -246,7 +246,7 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
     return values, counts.cumsum(0).double() / counts.sum()
 
 
-def _check_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+def checked_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes."""
     probs, labels = _numbers(probs, "probabilities"), _tensor(labels, "labels")
     if probs.ndim < 2 or probs.shape[1] < 2 or probs.dtype not in FLOATS:
@@ -266,7 +266,7 @@ def _check_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     classes = probs.shape[1]
     probs = probs.movedim(1, -1).reshape(-1, classes)
     labels = labels.reshape(-1).to(probs.device, torch.int64)
-    _check_probabilities(probs)
+    checked_probabilities(probs)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"labels must lie between 0 and {classes - 1} for {classes} classes, "
@@ -275,7 +275,7 @@ def _check_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     return probs, labels
 
 
-def _check_probabilities(probs: Tensor) -> None:
+def checked_probabilities(probs: Tensor) -> None:
     if not probs.isfinite().all():
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
@@ -305,7 +305,7 @@ def _brier(probs: Tensor, labels: Tensor) -> float:
 
 def _log_probabilities(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Logarithms of probabilities, and labels."""
-    probs, labels = _check_predictions(probs, labels)
+    probs, labels = checked_predictions(probs, labels)
     return _logarithms(probs), labels
 
 

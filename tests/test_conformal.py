@@ -1,0 +1,188 @@
+"""Prediction sets and intervals: the coverage that was asked for, and MAPIE's sets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import normal, seeded
+from stochbn import conformal
+
+METHODS: dict[str, Any] = {
+    "lac": conformal.lac,
+    "aps": conformal.aps,
+    "raps": lambda *a, **k: conformal.raps(*a, penalty=0.05, free=2, **k),
+}
+
+
+def predictions(count: int, classes: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Probabilities that are too sure, and labels of the true ones."""
+    logits = 1.5 * normal(count, classes, seed=seed, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=seeded(seed))[:, 0]
+    return (2 * logits).softmax(1), labels
+
+
+def slow_scores(method: str, probs: Tensor, u: float = 0.0) -> Tensor:
+    """The score of each class of one object, by its definition."""
+    scores = torch.zeros_like(probs)
+    for k in range(len(probs)):
+        above = sum(p for p in probs.tolist() if p > probs[k])
+        rank = 1 + sum(p > probs[k] for p in probs.tolist())
+        scores[k] = 1 - probs[k] if method == "lac" else above + (1 - u) * probs[k]
+        scores[k] += 0.05 * max(rank - 2, 0) if method == "raps" else 0
+    return scores
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(n=st.integers(10, 40), seed=st.integers(0, 99), coverage=st.sampled_from([0.3, 0.5, 0.8, 0.9]))
+def test_sets_are_those_of_a_slow_loop(method: str, n: int, seed: int, coverage: float) -> None:
+    probs, labels = predictions(n, seed=seed)
+    scores = sorted(slow_scores(method, p)[k].item() for p, k in zip(probs, labels, strict=True))
+    threshold = next(q for q in scores if sum(s <= q for s in scores) >= (n + 1) * coverage - 1e-9)
+    sets = METHODS[method](probs, labels, coverage)
+    assert sets.threshold == pytest.approx(threshold, abs=1e-12)
+    new, _ = predictions(9, seed=seed + 1)
+    for row, p in zip(sets(new), new, strict=True):
+        distance = (slow_scores(method, p) - threshold).abs()
+        assert ((row == (slow_scores(method, p) <= threshold)) | (distance < 1e-9)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("randomised", [False, True])
+def test_new_objects_are_covered_as_often_as_asked_for(method: str, randomised: bool) -> None:
+    if randomised and method == "lac":
+        pytest.skip("it has no random parts")
+    held, n, coverage = 0.0, 19, 0.8
+    repetitions = 2000
+    generator = seeded(5)
+    for seed in range(repetitions):
+        probs, labels = predictions(n + 1, seed=seed)
+        options = {"generator": generator} if randomised else {}
+        sets = METHODS[method](probs[:n], labels[:n], coverage, **options)
+        held += bool(sets(probs[n:])[0, labels[n]])
+    error = math.sqrt(coverage * (1 - coverage) / repetitions)
+    assert held / repetitions > coverage - 4 * error
+    assert held / repetitions < coverage + 1 / (n + 1) + 4 * error
+
+
+class Given:
+    """What MAPIE takes for a classifier of scikit-learn: its inputs are the probabilities."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes_, self.n_features_in_ = np.arange(classes), classes
+
+    def fit(self, x: Any, y: Any) -> Any:
+        return self
+
+    def predict(self, x: Any) -> Any:
+        return x.argmax(1)
+
+    def predict_proba(self, x: Any) -> Any:
+        return x
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+def mapies(method: str, probs: Tensor, labels: Tensor, new: Tensor, **options: Any) -> tuple[Any, Tensor]:
+    """MAPIE's threshold, and its sets."""
+    mapie = pytest.importorskip("mapie.classification")
+    theirs = mapie.SplitConformalClassifier(Given(6), 0.85, conformity_score=method, prefit=True, random_state=0)
+    theirs.conformalize(probs.numpy(), labels.numpy())
+    _, sets = theirs.predict_set(new.numpy(), **options)
+    (threshold,) = theirs._mapie_classifier.conformity_score_function_.quantiles_
+    return float(threshold), torch.from_numpy(sets[:, :, 0]).bool()
+
+
+def test_least_ambiguous_sets_are_those_of_mapie() -> None:
+    (probs, labels), (new, _) = predictions(200), predictions(300, seed=1)
+    own = conformal.lac(probs, labels, 0.85)
+    threshold, sets = mapies("lac", probs, labels, new)
+    assert own.threshold == pytest.approx(threshold)
+    assert torch.equal(own(new), sets)
+
+
+def test_adaptive_sets_are_those_of_mapie() -> None:
+    """MAPIE's scores of held-out objects are always randomised: at its threshold sets are the same, and as large."""
+    (probs, labels), (new, truth) = predictions(3000), predictions(3000, seed=1)
+    threshold, sets = mapies("aps", probs, labels, new, conformity_score_params={"include_last_label": False})
+    own = conformal.Sets("aps", threshold, 6, 0.85)(new)
+    empty = ~own.any(1)  # MAPIE leaves no set empty
+    own[empty] = torch.nn.functional.one_hot(new[empty].argmax(1), 6).bool()
+    assert torch.equal(own, sets)
+    _, sets = mapies("aps", probs, labels, new, conformity_score_params={"include_last_label": "randomized"})
+    drawn = conformal.aps(probs, labels, 0.85, generator=seeded())(new)
+    ours, theirs = conformal.evaluate(drawn, truth), conformal.evaluate(sets, truth)
+    assert ours["coverage"] == pytest.approx(theirs["coverage"], abs=0.02)
+    assert ours["size"] == pytest.approx(theirs["size"], abs=0.1)
+
+
+def test_difficult_objects_have_larger_sets_and_a_penalty_keeps_them_small() -> None:
+    probs, labels = predictions(2000, classes=50)
+    plain, penalised = conformal.aps(probs, labels), conformal.raps(probs, labels, penalty=0.02)
+    sizes = plain(probs).sum(1)
+    sure = probs.amax(1) > probs.amax(1).median()
+    assert sizes[sure].double().mean() < sizes[~sure].double().mean()
+    few, many = (conformal.evaluate(sets(probs), labels) for sets in (penalised, plain))
+    assert few["size"] < many["size"]
+    assert min(few["coverage"], many["coverage"]) >= 0.9
+
+
+def test_intervals_cover_as_often_as_asked_for() -> None:
+    held, repetitions, n = 0.0, 2000, 9
+    for seed in range(repetitions):
+        mean, std = normal(n + 1, seed=seed), normal(n + 1, seed=seed + 1).exp()
+        truth = mean + 3 * std * normal(n + 1, seed=seed + 2)
+        found = conformal.intervals(mean[:n], std[:n], truth[:n], 0.9)
+        low, high = found(mean[n:], std[n:])
+        held += bool((low <= truth[n:]) & (truth[n:] <= high))
+    assert abs(held / repetitions - 0.9) < 4 * math.sqrt(0.09 / repetitions)
+
+
+def test_the_scores_of_sets_are_counted_by_hand() -> None:
+    sets = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    assert conformal.evaluate(sets, [0, 0, 1, 1]) == {
+        "coverage": 0.75, "worst_class_coverage": 0.5, "size": 1.5, "empty": 0.25,
+    }  # fmt: skip
+
+
+PROBS, LABELS = predictions(20)
+ZERO = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: conformal.lac(PROBS, LABELS, 0.99), ValueError, "needs at least 99 held-out objects, got 20"),
+        (lambda: conformal.lac(PROBS[:8], LABELS[:8], 0.9), ValueError, "needs at least 9 held-out objects, got 8"),
+        (lambda: conformal.lac(PROBS, LABELS, 1.0), ValueError, "coverage must lie between 0 and 1"),
+        (lambda: conformal.aps(PROBS.log(), LABELS), ValueError, "negative"),
+        (lambda: conformal.aps(PROBS * math.nan, LABELS), ValueError, "NaN"),
+        (lambda: conformal.aps(PROBS[:, :, None], LABELS[:, None]), ValueError, r"probabilities \[N, K\]"),
+        (lambda: conformal.aps(PROBS, LABELS[:5]), ValueError, "labels of shape"),
+        (lambda: conformal.aps(PROBS, LABELS + 6), ValueError, "labels must lie between 0 and 5"),
+        (lambda: conformal.raps(PROBS, LABELS, penalty=-1), ValueError, "of at least 0"),
+        (lambda: conformal.lac(PROBS, LABELS)(predictions(3, 4)[0]), ValueError, "of 6 classes, as fitted"),
+        (lambda: conformal.evaluate(PROBS, LABELS), TypeError, "truth values"),
+        (lambda: conformal.intervals([0.0], [1.0, 2.0], [0.0]), ValueError, "of one shape"),
+        (lambda: conformal.intervals([0.0] * 9, [0.0] * 9, [0.0] * 9), ValueError, "must be positive"),
+        (lambda: conformal.intervals([math.nan] * 9, [1.0] * 9, [0.0] * 9), ValueError, "mean has NaN"),
+        (lambda: conformal.intervals([0.0] * 9, [1.0] * 9, [0.0] * 9)(ZERO, ZERO - 1), ValueError, "at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_ten_objects_are_enough_for_nine_tenths_but_for_rounding() -> None:
+    probs, labels = predictions(9)
+    scores = 1 - probs.gather(1, labels[:, None])
+    assert conformal.lac(probs, labels, 0.9).threshold == scores.max().item()
