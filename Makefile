@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long test-networks networks interop lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time this takes some minutes."
@@ -19,6 +19,33 @@ test: $(VENV)/.installed  ## run the tests
 
 test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
 	$(BIN)/pytest -m long
+
+# pytorchcv asks for torchvision, which few of its modules need and which does not import beside every torch.
+$(VENV)/.networks: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[networks]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pytorchcv
+	@touch $@
+
+test-networks: $(VENV)/.networks  ## try networks of Transformers, pytorchcv, MONAI, PyTorch Geometric and TabNet
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m networks tests/interop
+
+networks: $(VENV)/.networks  ## the same, and docs/networks.md of what came out
+	HF_HUB_OFFLINE=1 STOCHBN_NETWORKS_OUT=results/networks/main.json $(BIN)/pytest -m networks tests/interop
+	$(BIN)/python benchmarks/networks.py
+
+# torchvision needs another torch, of some gigabytes: an environment of its own.
+OTHER := .venv-interop
+
+$(OTHER)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm \
+		segmentation-models-pytorch pytest pytest-timeout hypothesis
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check -e '.[paper]'
+	@touch $@
+
+interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, timm and segmentation-models-pytorch
+	HF_HUB_OFFLINE=1 STOCHBN_NETWORKS_OUT=results/networks/torchvision.json $(OTHER)/bin/pytest -m networks tests/interop
+	$(BIN)/python benchmarks/networks.py
 
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check .
@@ -38,4 +65,4 @@ bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the p
 	$(BIN)/stochbn bench $(RUNS)/resnet18/plain-0/network.safetensors --batch 32 --out results/resnet18-cost
 
 clean:  ## remove the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OTHER)

@@ -116,6 +116,9 @@ MIXING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a branch on values": lambda m, h: h * 2 if h.sum() > 0 else h,
     "a branch on one value": lambda m, h: h * 2 if float(h[0, 0].detach()) > 0 else h,
     "neighbours": lambda m, h: h + F.avg_pool1d(h.T[None], 3, 1, 1)[0].T,
+    "the number in a list": lambda m, h: h / torch.FloatTensor([h.shape[0]]),
+    "sampled at the places of another": lambda m, h: _sampled(h, h.roll(1, 0)),
+    "sampled over objects": lambda m, h: h + F.grid_sample(h.T[None, :, :, None], m.table[None, None, :4, :2]).sum(),
     "convolved": lambda m, h: h + F.conv1d(h.T[None], torch.ones(6, 6, 3) / 3, padding=1)[0].T,
 }  # fmt: skip
 """What brings objects together."""
@@ -161,8 +164,18 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "instance norm": lambda m, h: F.instance_norm(h.view(h.shape[0], 2, 3)).flatten(1),
     "a hidden layer": lambda m, h: m.unregistered[0](h),
     "remembered": _remembered,
+    "unfolded": lambda m, h: F.unfold(h.view(h.shape[0], 1, 2, 3), 2).amax(1).repeat(1, 3),
+    "folded back": lambda m, h: F.fold(h[:, :, None], (2, 3), (2, 3)).flatten(1),
+    "sampled elsewhere": lambda m, h: _sampled(h, h),
+    "a number in a list": lambda m, h: h * torch.FloatTensor([0.5]),
 }  # fmt: skip
 """What treats objects one by one."""
+
+
+def _sampled(h: Tensor, places: Tensor) -> Tensor:
+    """An object's numbers as a picture of 2 x 3, at places that are given by others."""
+    grid = places.view(places.shape[0], 1, 3, 2).tanh().repeat(1, 2, 1, 1)
+    return F.grid_sample(h.view(h.shape[0], 1, 2, 3), grid, align_corners=False).flatten(1)
 
 
 def _attended(h: Tensor) -> Tensor:

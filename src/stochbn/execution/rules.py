@@ -323,6 +323,13 @@ def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
     return [next(iter(places)) if out.ndim >= 3 else None for out in made]
 
 
+def _grid_sampler(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
+    places = {_only(bound["input"], flow), _only(bound["grid"], flow)}
+    if len(places) != 1 or next(iter(places))[0] != 0:
+        raise MixedError("samples of one object at the places of another")
+    return [next(iter(places))]
+
+
 _POINTWISE = {
     "clone", "copy", "detach", "alias", "lift_fresh", "_to_copy", "to", "contiguous", "hardswish", "native_dropout",
     "dropout", "masked_fill", "fill", "zero", "zeros_like", "ones_like", "full_like", "empty_like",
@@ -334,7 +341,7 @@ _MOVES = {
     "select", "slice", "split", "split_with_sizes", "unbind", "narrow", "cat", "stack", "repeat", "flip", "roll",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "unfold", "constant_pad_nd",
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-    "replication_pad3d", "diagonal", "movedim", "index_select", "repeat_interleave", "unflatten", "im2col", "view_as",
+    "replication_pad3d", "diagonal", "movedim", "index_select", "repeat_interleave", "unflatten", "view_as",
 }  # fmt: skip
 _REDUCTIONS = {
     "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean", "std_mean",
@@ -363,6 +370,8 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
     "embedding": _embedding,
     "index": _index,
     "gather": _gather,
+    "grid_sampler_2d": _grid_sampler,
+    "grid_sampler_3d": _grid_sampler,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,
@@ -376,7 +385,7 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
     },
     **{f"{end}upsample_{kind}2d{tail}": _leading(2)
        for kind in ("bilinear", "bicubic") for end, tail in (("", ""), ("_", "_aa"))},
-    "upsample_trilinear3d": _leading(3), "upsample_linear1d": _leading(1),
+    "upsample_trilinear3d": _leading(3), "upsample_linear1d": _leading(1), "im2col": _leading(3), "col2im": _leading(2),
 }  # fmt: skip
 
 

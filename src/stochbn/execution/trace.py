@@ -85,7 +85,8 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if self.called is False:
+        # What Python lists become tensors by is not seen to be called, but what is in the lists is: symbols of sizes.
+        if self.called is False and func is not torch.ops.aten.lift_fresh.default:
             self.reasons.append("operations that Python does not call hide what depends on the number of objects")
         if any(memory_of(t) in self.foreign for t in tensors):
             raise OfTheOriginal

@@ -22,6 +22,10 @@ _ATOMS = {
 }  # fmt: skip
 
 
+_UNCHANGING = {"typing", "inspect", "re", "pathlib", "datetime", "decimal", "fractions", "uuid"}
+"""Modules of the standard library whose objects do not change: annotations and signatures, say."""
+
+
 class Snapshot(NamedTuple):
     """All that a network consists of, down to numbers, tensors and functions, in a fixed order.
 
@@ -147,6 +151,8 @@ class Surroundings:
 def _sort(kind: type) -> str:
     """How a snapshot looks at values of a type."""
     if kind in _ATOMS or getattr(kind, "ABOUT_A_NETWORK", False) or issubclass(kind, np.generic):
+        return "atom"
+    if kind.__module__ in _UNCHANGING:
         return "atom"
     if issubclass(kind, Tensor):
         return "tensor"
