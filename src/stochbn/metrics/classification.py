@@ -1,4 +1,4 @@
-"""Errors, calibration and out-of-distribution scores, from probabilities, labels and entropies alone."""
+"""Errors, calibration and out-of-distribution scores of class probabilities, from these, labels and entropies alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BINS = 15
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def evaluate(probs: Any, labels: Any) -> dict[str, float]:
+def evaluate(probs: Any, labels: Any, *, ignore_index: int | None = None) -> dict[str, float]:
     """Error, negative log-likelihood, Brier score and calibration error of predicted probabilities.
 
     All sums are in float64, whatever type the probabilities have.
@@ -38,6 +38,7 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     Args:
         probs: ``[N, K]``, or ``[N, K, H, W]`` for dense predictions: a tensor, an array or nested lists (float64).
         labels: ``[N]`` or ``[N, H, W]``: whole numbers from 0 to K - 1.
+        ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
 
     Returns:
         ``error``: percent of objects (or pixels) whose most probable class is wrong.
@@ -57,8 +58,8 @@ def evaluate(probs: Any, labels: Any) -> dict[str, float]:
     >>> {name: round(value, 4) for name, value in found.items()}
     {'error': 0.0, 'nll': 0.1438, 'brier': 0.0625, 'ece': 0.125}
     """
-    probs, labels = checked_predictions(probs, labels)
-    classification = _torchmetrics()
+    probs, labels = checked_predictions(probs, labels, ignore_index)
+    classification = torchmetrics_classification()
     confidence, predicted = probs.max(1)
     right = predicted == labels
     # torchmetrics puts a confidence of exactly 1 into a bin of its own, and takes one above 1, which rounding may
@@ -109,7 +110,7 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
         ValueError: an argument is empty, not finite or not a vector.
     """
     known, unknown = _scores(entropy_known, "entropy_known"), _scores(entropy_unknown, "entropy_unknown")
-    classification = _torchmetrics()
+    classification = torchmetrics_classification()
     target = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).long()
     # Ranks keep the order and the ties and lie in [0, 1], where torchmetrics takes scores as they are.
     ranks = torch.unique(torch.cat([known, unknown]), return_inverse=True)[1].double()
@@ -185,8 +186,8 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
     >>> deep_ensemble_equivalent(0.75, [1.0, 0.5, 0.25])
     1.5
     """
-    reached = _numbers(nll, "nll").double()
-    sizes = _numbers(ensembles, "ensembles").double()
+    reached = as_numbers(nll, "nll").double()
+    sizes = as_numbers(ensembles, "ensembles").double()
     numbers = reached.numel() == 1 and sizes.ndim == 1 and len(sizes) > 0
     if not numbers or not torch.cat([reached.view(1), sizes]).isfinite().all():
         raise ValueError(f"expected finite NLLs of at least one ensemble, got {_given(nll)} and {_given(ensembles)}")
@@ -246,9 +247,13 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
     return values, counts.cumsum(0).double() / counts.sum()
 
 
-def checked_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes."""
-    probs, labels = _numbers(probs, "probabilities"), _tensor(labels, "labels")
+def checked_predictions(probs: Any, labels: Any, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`.
+    """
+    probs, labels = as_numbers(probs, "probabilities"), _tensor(labels, "labels")
     if probs.ndim < 2 or probs.shape[1] < 2 or probs.dtype not in FLOATS:
         raise ValueError(
             "expected floating-point probabilities [N, K, ...] with at least 2 classes, "
@@ -266,6 +271,11 @@ def checked_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
     classes = probs.shape[1]
     probs = probs.movedim(1, -1).reshape(-1, classes)
     labels = labels.reshape(-1).to(probs.device, torch.int64)
+    if ignore_index is not None:
+        counted = labels != ignore_index
+        if not counted.any():
+            raise ValueError(f"there is nothing to evaluate: all labels are {ignore_index}, which is ignored")
+        probs, labels = probs[counted], labels[counted]
     checked_probabilities(probs)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
@@ -276,6 +286,7 @@ def checked_predictions(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def checked_probabilities(probs: Tensor) -> None:
+    """Refuse rows ``[N, K]`` that are no probabilities."""
     if not probs.isfinite().all():
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
@@ -316,7 +327,7 @@ def _logarithms(probs: Tensor) -> Tensor:
 
 def _scores(values: Any, name: str) -> Tensor:
     """A vector of finite numbers in float64 on the CPU."""
-    scores = _numbers(values, name)
+    scores = as_numbers(values, name)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must be a vector of at least one number, got shape {list(scores.shape)}")
     scores = scores.double().cpu()
@@ -342,7 +353,7 @@ def _tensor(values: Any, name: str) -> Tensor:
     return found
 
 
-def _numbers(values: Any, name: str) -> Tensor:
+def as_numbers(values: Any, name: str) -> Tensor:
     """The same, but Python's own numbers, which have the digits of float64, keep them."""
     found = _tensor(values, name)
     if found.is_floating_point() and not isinstance(values, (Tensor, np.ndarray, np.generic)):
@@ -356,7 +367,8 @@ def _given(value: Any) -> str:
     return f"{text} of shape {list(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else text
 
 
-def _torchmetrics() -> Any:
+def torchmetrics_classification() -> Any:
+    """The functions of torchmetrics, which this package needs and `import stochbn` does not."""
     try:
         from torchmetrics.functional import classification
     except ModuleNotFoundError as error:

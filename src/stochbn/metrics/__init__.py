@@ -1,0 +1,33 @@
+"""Scores of predictions: of class probabilities (`classification`), and of other tasks' (`others`)."""
+
+from stochbn.metrics.classification import (
+    calibrated_nll,
+    calibrated_nll_of_each,
+    checked_predictions,
+    checked_probabilities,
+    deep_ensemble_equivalent,
+    entropy_cdf,
+    evaluate,
+    nll_of_each,
+    ood,
+    risk_coverage,
+)
+from stochbn.metrics.others import class_ece, gaussian_nll_of_each, multilabel, pinball, regression
+
+__all__ = [
+    "calibrated_nll",
+    "calibrated_nll_of_each",
+    "checked_predictions",
+    "checked_probabilities",
+    "class_ece",
+    "deep_ensemble_equivalent",
+    "entropy_cdf",
+    "evaluate",
+    "gaussian_nll_of_each",
+    "multilabel",
+    "nll_of_each",
+    "ood",
+    "pinball",
+    "regression",
+    "risk_coverage",
+]
