@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochbn.dense_masks import write_masks
 from stochbn.files import check_file, write, write_json
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Predictor
@@ -56,6 +57,7 @@ def score(
     part: int = 4000,
     seed: int = 0,
     strict: bool = False,
+    masks: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
     """Predict all objects of a stream into a CSV or Parquet file, and give its rows once it is written.
@@ -74,6 +76,7 @@ def score(
         part: rows in a part; brought to a multiple of `batch`.
         seed: where draws come from.
         strict: whether an object that cannot be read is an error.
+        masks: a folder for pictures of dense predictions, see `stochbn.dense_masks`; None for other predictions.
         progress: called with the number of objects done and of all.
 
     Raises:
@@ -88,7 +91,7 @@ def score(
     parts = parts_folder(path)
     _claim(parts, about)
     try:
-        _make_parts(predictor, stream, parts, classes, top, batch, part, seed, strict, progress)
+        _make_parts(predictor, stream, parts, classes, top, batch, part, seed, strict, masks, progress)
     except BaseException:
         if not any(parts.glob("part-*")):  # nothing to continue
             shutil.rmtree(parts)
@@ -113,6 +116,7 @@ def _make_parts(
     part: int,
     seed: int,
     strict: bool,
+    masks: Path | None,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write the parts that are missing."""
@@ -129,7 +133,7 @@ def _make_parts(
                     key, error = next((k, e) for k, e in zip(chunk.keys, chunk.errors, strict=True) if e)
                     raise ValueError(f"{key} {error}; without --strict it becomes a row with an error")
                 prediction = None if chunk.inputs is None else predictor(chunk.inputs, generator=generator)
-                rows += rows_of(chunk, prediction, stream.key_name, classes, top)
+                rows += rows_of(chunk, prediction, stream.key_name, classes, top, masks)
                 done += len(chunk.keys)
                 progress(done, total)
                 if len(rows) >= part:
@@ -145,14 +149,18 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
-def rows_of(chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int) -> list[Row]:
+def rows_of(
+    chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int, masks: Path | None = None
+) -> list[Row]:
     """A row for each object of a chunk.
 
     Raises:
-        ValueError: the prediction is dense, or not of as many objects as the chunk has.
+        ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has.
     """
-    readable = chunk.errors.count(None)
-    predicted: list[Row] = [] if prediction is None else _predicted(prediction, classes, top)
+    keys = [key for key, error in zip(chunk.keys, chunk.errors, strict=True) if error is None]
+    readable, predicted = len(keys), list[Row]()
+    if prediction is not None:
+        predicted = _predicted(prediction, classes, top) if masks is None else write_masks(prediction, keys, masks)
     if len(predicted) != readable:
         raise ValueError(f"the network gave predictions for {len(predicted)} objects of a batch of {readable}")
     if predicted and key_name in (*predicted[0], "error"):
@@ -169,7 +177,7 @@ def _predicted(prediction: Any, classes: Sequence[str], top: int) -> list[Row]:
         return _estimated(prediction)
     if not isinstance(prediction, Prediction) or prediction.probs.ndim != 2:
         shape = list(prediction.probs.shape) if isinstance(prediction, Prediction) else type(prediction).__name__
-        raise ValueError(f"expected one prediction for each object, got {shape}: a dense output is no table")
+        raise ValueError(f"expected one prediction for each object, got {shape}: dense outputs need --masks FOLDER")
     k = prediction.probs.shape[1]
     if classes and len(classes) != k:
         raise ValueError(f"there are {len(classes)} names of classes, and the network has {k} classes")
@@ -272,7 +280,7 @@ def _write_parquet(path: Path, columns: Sequence[str], written: Sequence[Path]) 
     def kind(column: str) -> Any:
         if column == columns[0] and numbered:
             return pyarrow.int64()
-        text = column == columns[0] or column.startswith("class") or column == "error"
+        text = column in (columns[0], "error", "mask") or column.startswith("class")
         return pyarrow.string() if text else pyarrow.float32()
 
     numbered = isinstance(_read_part(written[0])[0][columns[0]], int)

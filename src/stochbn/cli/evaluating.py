@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,13 @@ def evaluate(
     ] = None,
     draws: Draws = 50,
     augment: Augmentation = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="The network gives a class for each place, and labels are [N, H, W].")
+    ] = False,
+    ignore: Annotated[
+        int | None,
+        typer.Option("--ignore", help="A label of places that do not count, such as 255.", show_default=False),
+    ] = None,
     seed: Seed = 0,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
@@ -45,7 +53,8 @@ def evaluate(
 
     Of networks that 'stochbn train' saved, those with dropout keep it on (MC Dropout), and several are also evaluated
     as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for that with
-    'stochbn calibrate --augment'.
+    'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores of their
+    own; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.paper import report
@@ -60,8 +69,12 @@ def evaluate(
     if len(named) != len(paths):
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     subjects = Subject.all_of(given)
-    if any(subject.settings.get("task", "classification") not in ("classification", "binary") for subject in subjects):
-        raise ValueError("evaluate scores classes: it takes --task classification or binary; use predict for others")
+    if dense or any(subject.settings.get("task") in ("regression", "multilabel", "embedding") for subject in subjects):
+        if len(subjects) > 1 or ood is not None:
+            raise ValueError("several networks, and --ood, are for networks that give one class for each object")
+        fitted_one = subjects[0].find_posterior(named[0])
+        _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
+        return
     fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
     data = data or subjects[0].data
     known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
@@ -103,6 +116,44 @@ def evaluate(
         say("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
     if folder is not None:
         say(f"Results are in {folder}.", folder)
+
+
+def _evaluate_task(
+    subject: Subject,
+    posterior: Posterior | None,
+    data: str | None,
+    draws: int,
+    changes: Any,
+    seed: int,
+    ignore: int | None,
+    folder: Path | None,
+) -> None:
+    """Evaluate a network that gives more or less than one class for each object."""
+    from stochbn.cli.tasks import score_tasks, tabulate
+    from stochbn.files import write_bytes, write_json
+
+    task = subject.settings.get("task", "classification")
+    if task == "embedding":
+        raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
+                         "regression")  # fmt: skip
+    known = subject.load(data, "test")
+    with progress_bars() as bars:
+        scored = score_tasks(
+            subject, posterior, known, draws=draws, seed=seed, augment=changes, ignore=ignore,
+            progress=follow(bars, "predicting"),
+        )  # fmt: skip
+    shown = tabulate(scored, known.name)
+    show(shown)
+    if posterior is None:
+        say("The network has no posterior, so it was evaluated without SBN only: run 'stochbn fit' on it first.")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
+             "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
+    write_json(folder / "results.json", {**about, **asdict(scored)})
+    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    say(f"Results are in {folder}.", folder)
 
 
 def _described(posterior: Posterior) -> dict[str, Any]:

@@ -42,6 +42,10 @@ def predict(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an object that cannot be read, in place of a row with an error.")
     ] = False,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", help="Folder for PNG masks of class and entropy, if outputs are dense."),
+    ] = None,
 ) -> None:
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
@@ -49,12 +53,15 @@ def predict(
     in OUT.parts until all are there.
     """
     from stochbn.augment import named
+    from stochbn.files import check_folder
     from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
     from stochbn.scoring import check_table, score
 
     changes = named(augment) if augment is not None else None
     check_table(path)
+    if masks is not None:
+        check_folder(masks)
     subject = Subject.one(given)
     fitted = subject.need_posterior(posterior)
     predictive = Predictive(subject.model, fitted, draws, augment=changes, **subject.settings)
@@ -67,13 +74,21 @@ def predict(
             predictive,
             stream,
             path,
-            settings={**read, **files, "data": objects.name, "draws": draws, "augment": augment},
+            settings={
+                **read,
+                **files,
+                "data": objects.name,
+                "draws": draws,
+                "augment": augment,
+                "masks": masks and str(masks),
+            },
             classes=subject.classes,
             top=top,
             batch=batch,
             part=part,
             seed=seed,
             strict=strict,
+            masks=masks,
             progress=follow(bars, "predicting"),
         )
     count, failed, least = _summary(rows)

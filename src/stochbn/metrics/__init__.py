@@ -1,6 +1,7 @@
 """Scores of predictions: of class probabilities (`classification`), and of other tasks' (`others`)."""
 
 from stochbn.metrics.classification import (
+    BINS,
     calibrated_nll,
     calibrated_nll_of_each,
     checked_predictions,
@@ -15,6 +16,7 @@ from stochbn.metrics.classification import (
 from stochbn.metrics.others import class_ece, gaussian_nll_of_each, multilabel, pinball, regression
 
 __all__ = [
+    "BINS",
     "calibrated_nll",
     "calibrated_nll_of_each",
     "checked_predictions",

@@ -1,0 +1,193 @@
+"""Scores of networks that give more or less than one class for each object: numbers, labels, and dense outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stochbn.augment import Augment
+    from stochbn.cli.subject import Subject
+    from stochbn.paper.tables import Table
+    from stochbn.posteriors import Posterior
+
+__all__ = ["Scored", "score_tasks", "tabulate"]
+
+BATCH = 100
+COLUMNS = {
+    "regression": {
+        "RMSE": ("rmse", 4, 1), "MAE": ("mae", 4, 1), "NLL": ("nll", 4, 1), "CRPS": ("crps", 4, 1),
+        "in 90 % intervals, %": ("coverage", 1, 100), "their width": ("width", 4, 1),
+    },
+    "multilabel": {
+        "error %": ("error", 2, 1), "NLL": ("nll", 4, 1), "Brier": ("brier", 4, 1), "ECE %": ("ece", 2, 100),
+        "AUROC": ("auroc", 4, 1),
+    },
+    "dense": {
+        "error %": ("error", 2, 1), "NLL": ("nll", 4, 1), "Brier": ("brier", 4, 1), "ECE %": ("ece", 2, 100),
+    },
+}  # fmt: skip
+"""The columns of each sort's table: the score, its digits, and a factor."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores without and with SBN.
+
+    Attributes:
+        sort: ``regression``, ``multilabel`` or ``dense``.
+        scores: of each method, by its name.
+        change: what SBN changes in the mean loss of an object; None without a posterior.
+        change_se: its standard error, paired over objects.
+        loss: what the loss is: the NLL, or the squared error where a network says nothing of its uncertainty.
+    """
+
+    sort: str
+    scores: dict[str, dict[str, float]]
+    change: float | None
+    change_se: float | None
+    loss: str
+
+
+def score_tasks(
+    subject: Subject,
+    posterior: Posterior | None,
+    data: Any,
+    *,
+    draws: int,
+    seed: int,
+    augment: Augment | None,
+    ignore: int | None,
+    progress: Callable[[int, int], object],
+) -> Scored:
+    """Score a network without and, where there is a posterior, with SBN.
+
+    Raises:
+        ValueError: labels that do not fit the network's output.
+    """
+    import torch
+
+    from stochbn import Predictive
+
+    methods: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
+    if posterior is not None:
+        methods["SBN"] = Predictive(subject.model, posterior, draws, augment=augment, **subject.settings)
+    found, losses, sort, loss, done = {}, {}, "", "NLL", 0
+    for name, predictive in methods.items():
+        generator = torch.Generator().manual_seed(seed)
+
+        def predictions(predictive: Any = predictive, generator: Any = generator) -> Iterator[tuple[Any, Tensor]]:
+            nonlocal done
+            for inputs, labels in data.batches(BATCH):
+                yield predictive(inputs, generator=generator), labels
+                done += len(labels)
+                progress(done, len(methods) * len(data))
+
+        task = subject.settings.get("task", "classification")
+        if task == "regression":
+            sort, (found[name], losses[name]) = "regression", _regression(predictions())
+            if "nll" not in found["plain"]:
+                loss = "squared error"
+        elif task == "multilabel":
+            sort, (found[name], losses[name]) = "multilabel", _multilabel(predictions())
+        else:
+            sort, (found[name], losses[name]) = "dense", _dense(predictions(), ignore)
+    if posterior is None:
+        return Scored(sort, found, None, None, loss)
+    change = losses["SBN"] - losses["plain"]
+    error = (change.var() / len(change)).sqrt().item() if len(change) > 1 else math.nan
+    return Scored(sort, found, change.mean().item(), error, loss)
+
+
+def tabulate(scored: Scored, name: str) -> list[Table]:
+    """The scores of data of a name, and what SBN changes."""
+    from stochbn.paper.tables import Table
+
+    columns = COLUMNS[scored.sort]
+
+    def cell(scores: dict[str, float], key: str, digits: int, factor: float) -> str:
+        return f"{factor * scores[key]:.{digits}f}" if key in scores and math.isfinite(scores[key]) else "-"
+
+    rows = [
+        [method, *(cell(scores, *column) for column in columns.values())] for method, scores in scored.scores.items()
+    ]
+    tables = [Table(name, ["method", *columns], rows)]
+    if scored.change is not None:
+        title = f"What SBN changes in the mean {scored.loss}, with its standard error paired over objects"
+        tables.append(Table(title, ["method", "difference"], [["SBN", f"{scored.change:+.4f} ± {scored.change_se:.4f}"]]))
+    return tables
+
+
+def _regression(predictions: Iterator[tuple[Any, Tensor]]) -> tuple[dict[str, float], Tensor]:
+    """Scores, and the loss of each object: the squared error, or the NLL where the network gives variances."""
+    import torch
+
+    from stochbn import metrics
+
+    means, spreads, noises, truths = [], [], [], []
+    for prediction, labels in predictions:
+        if labels.numel() != prediction.mean.numel():
+            shapes = list(prediction.mean.shape), list(labels.shape)
+            raise ValueError(f"expected targets {shapes[0]}, as the network predicts, got {shapes[1]}")
+        truth = labels.to(prediction.mean).reshape(prediction.mean.shape)
+        means.append(prediction.mean.double().cpu())
+        spreads.append(prediction.total_std.double().cpu())
+        noises.append(prediction.noise_variance.double().cpu())
+        truths.append(truth.double().cpu())
+    mean, std, noise, truth = (torch.cat(parts) for parts in (means, spreads, noises, truths))
+    each = (truth - mean).square().reshape(len(mean), -1).mean(1)
+    if not (std > 0).all():
+        return {"rmse": each.mean().sqrt().item(), "mae": (truth - mean).abs().mean().item()}, each
+    scores = metrics.regression(mean, std, truth)
+    if (noise > 0).all():
+        each = metrics.gaussian_nll_of_each(mean, std, truth).reshape(len(mean), -1).mean(1)
+    return scores, each
+
+
+def _multilabel(predictions: Iterator[tuple[Any, Tensor]]) -> tuple[dict[str, float], Tensor]:
+    import torch
+
+    from stochbn import metrics
+
+    pairs = [(prediction.probs.cpu(), labels) for prediction, labels in predictions]
+    probs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    scores = metrics.multilabel(probs, labels)
+    right = torch.where(labels > 0, probs, 1 - probs).double().clamp(min=torch.finfo(probs.dtype).tiny)
+    return scores, -right.log().mean(1)
+
+
+def _dense(predictions: Iterator[tuple[Any, Tensor]], ignore: int | None) -> tuple[dict[str, float], Tensor]:
+    """Scores of all places together, which are added up batch by batch, and the mean NLL of each object."""
+    import torch
+
+    from stochbn import metrics
+
+    totals: dict[str, float] = {}
+    places, losses = 0, []
+    counts = torch.zeros(3, metrics.BINS, dtype=torch.float64)
+    for prediction, labels in predictions:
+        probs = prediction.probs.movedim(prediction.class_axis, 1).cpu()
+        counted = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+        for one, truth, mask in zip(probs, labels, counted, strict=True):
+            if not mask.any():
+                continue
+            scores = metrics.evaluate(one[None], truth[None], ignore_index=ignore)
+            number = int(mask.sum())
+            places += number
+            losses.append(scores["nll"])
+            for key in ("error", "nll", "brier"):
+                totals[key] = totals.get(key, 0.0) + number * scores[key]
+            confidence, predicted = (values[mask] for values in one.double().max(0))
+            bins = (confidence.clamp(max=1 - 2**-53) * metrics.BINS).long()
+            right = (predicted == truth[mask]).double()
+            for row, values in enumerate((torch.ones_like(right), confidence, right)):
+                counts[row].index_add_(0, bins, values)
+    if not places:
+        raise ValueError("there is nothing to evaluate: no place has a label that counts")
+    scores = {key: value / places for key, value in totals.items()}
+    scores["ece"] = ((counts[1] - counts[2]).abs().sum() / places).item()
+    return scores, torch.tensor(losses, dtype=torch.float64)

@@ -1,0 +1,195 @@
+"""Commands on networks of the user's own that give numbers, labels or a class for each place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import stochbn
+from stochbn import Predictive, metrics
+from stochbn.sources import build
+from test_own_network import NUMBER, settled, stochbn_, told  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of these networks, which have learnt nothing
+
+MODULE = """
+import torch
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.mean, self.spread = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.mean(hidden), self.spread(hidden)
+
+def one():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+def labels():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+def places():
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = labels()
+
+    def forward(self, x):
+        return {"hidden": x, "scores": self.body(x.flatten(0, 1)).view(*x.shape[:2], 3).softmax(-1)}
+"""
+X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+PLACES = np.random.default_rng(1).normal(size=(12, 2, 8, 10)).astype(np.float32)
+TRUTH = np.random.default_rng(2).integers(0, 3, (12, 8, 10))
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"own_tasks_{next(NUMBER)}"
+    Path(f"{name}.py").write_text(MODULE)
+    return name
+
+
+def options(module: str, function: str, x: Any) -> tuple[str, ...]:
+    """A network with weights, and its posterior beside it."""
+    torch.manual_seed(0)
+    model = settled(build(f"{module}:{function}", {}).model, torch.from_numpy(x))
+    save_file(model.state_dict(), "w.safetensors")
+    given = "--model", f"{module}:{function}", "--weights", "w.safetensors"
+    np.savez("data.npz", inputs=x)
+    stochbn_("fit", *given, "--data", "data.npz", "--batch-size", 4)
+    return given
+
+
+def network(given: tuple[str, ...]) -> Any:
+    from stochbn.sources import load_weights
+
+    model = build(given[1], {}).model
+    load_weights(model, Path(given[3]))
+    return model.eval()
+
+
+def scores(name: str = "r") -> Any:
+    return json.loads(Path(name, "results.json").read_text())
+
+
+@pytest.mark.parametrize("function", ["one", "Pair"])
+def test_a_regression_is_evaluated(module: str, function: str) -> None:
+    given = options(module, function, X)
+    targets = X[:, :1] * 2
+    np.savez("test.npz", inputs=X, labels=targets if function == "Pair" else targets[:, 0])
+    text = stochbn_("evaluate", *given, "--task", "regression", "--data", "test.npz", "--draws", 8, "--out", "r")
+    model, posterior = network(given), stochbn.load("w.sbn.safetensors")
+    predictive = Predictive(model, posterior, 8, task="regression")
+    prediction = predictive(torch.from_numpy(X), generator=torch.Generator().manual_seed(0))
+    plain = Predictive(model, task="regression")(torch.from_numpy(X))
+    truth = torch.from_numpy(targets)
+    assert scores()["scores"]["SBN"] == pytest.approx(
+        metrics.regression(prediction.mean.view(-1, 1), prediction.total_std.view(-1, 1), truth), rel=1e-4
+    )
+    assert scores()["scores"]["plain"]["rmse"] == pytest.approx((plain.mean.view(-1, 1) - truth).square().mean() ** 0.5)
+    assert ("nll" in scores()["scores"]["plain"]) == (function == "Pair")
+    loss = "NLL" if function == "Pair" else "squared error"
+    assert f"What SBN changes in the mean {loss}" in text
+    if function == "one":
+        change = ((prediction.mean.view(-1, 1) - truth) ** 2 - (plain.mean.view(-1, 1) - truth) ** 2)[:, 0]
+        assert scores()["change"] == pytest.approx(change.mean().item(), rel=1e-3, abs=1e-6)
+        assert scores()["change_se"] == pytest.approx((change.var() / 60).sqrt().item(), rel=1e-3)
+
+
+def test_labels_are_evaluated(module: str) -> None:
+    given = options(module, "labels", X)
+    truth = (X[:, :3] > 0).astype(np.int64)
+    np.savez("test.npz", inputs=X, labels=truth)
+    stochbn_("evaluate", *given, "--task", "multilabel", "--data", "test.npz", "--draws", 8, "--out", "r")
+    plain = Predictive(network(given), task="multilabel")(torch.from_numpy(X)).probs
+    assert scores()["scores"]["plain"] == pytest.approx(metrics.multilabel(plain, truth), rel=1e-4)
+    assert scores()["scores"]["SBN"].keys() == scores()["scores"]["plain"].keys()
+
+
+def test_places_are_evaluated_without_those_that_do_not_count(module: str) -> None:
+    given = options(module, "places", PLACES)
+    truth = np.where(np.random.default_rng(3).random(TRUTH.shape) < 0.2, 255, TRUTH)
+    truth[0] = 255
+    np.savez("test.npz", inputs=PLACES, labels=truth)
+    common = *given, "--dense", "--data", "test.npz", "--draws", 8, "--out", "r"
+    stochbn_("evaluate", *common, "--ignore", 255)
+    plain = Predictive(network(given))(torch.from_numpy(PLACES)).probs
+    wanted = metrics.evaluate(plain, truth, ignore_index=255)
+    assert scores()["scores"]["plain"] == pytest.approx(wanted, rel=1e-4)
+    each = [
+        metrics.evaluate(p[None], t[None], ignore_index=255)["nll"] for p, t in zip(plain[1:], truth[1:], strict=True)
+    ]
+    drawn = Predictive(network(given), stochbn.load("w.sbn.safetensors"), 8)(
+        torch.from_numpy(PLACES), generator=torch.Generator().manual_seed(0)
+    ).probs
+    others = [
+        metrics.evaluate(p[None], t[None], ignore_index=255)["nll"] for p, t in zip(drawn[1:], truth[1:], strict=True)
+    ]
+    assert scores()["change"] == pytest.approx(np.mean(np.subtract(others, each)), rel=1e-2, abs=1e-6)
+
+
+def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F811
+    given = options(module, "one", X)
+    np.savez("test.npz", inputs=X, labels=X[:, :2])
+    regression = *given, "--task", "regression", "--data", "test.npz"
+    assert "expected targets [60, 1], as the network predicts, got [60, 2]" in told("evaluate", *regression)
+    assert "are for networks that give one class" in told("evaluate", *regression, "--ood", "test.npz")
+    assert "an embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
+
+
+def test_outputs_are_read_where_the_options_say(module: str) -> None:
+    """Classes on the last axis of a mapping's entry, which has been through a softmax."""
+    x = np.random.default_rng(4).normal(size=(12, 5, 4)).astype(np.float32)
+    given = options(module, "Last", x)
+    np.savez("test.npz", inputs=x)
+    read = "--logits", "scores", "--class-axis", "-1", "--probs"
+    truth = np.random.default_rng(5).integers(0, 3, (12, 5))
+    np.savez("test.npz", inputs=x, labels=truth)
+    stochbn_("evaluate", *given, *read, "--dense", "--data", "test.npz", "--draws", 8, "--out", "r")
+    with torch.no_grad():
+        probs: Tensor = network(given)(torch.from_numpy(x))["scores"]
+    wanted = metrics.evaluate(probs.movedim(-1, 1), truth)
+    assert scores()["scores"]["plain"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_masks_of_class_and_entropy_are_written(module: str, told: Any) -> None:  # noqa: F811
+    given = options(module, "places", PLACES)
+    keys = np.array(["a/one", "../../outside", "/abs", *(f"k{i}" for i in range(9))])
+    np.savez("test.npz", inputs=PLACES, keys=keys)
+    where = "--data", "test.npz", "--key", "keys", "--draws", 8, "--batch", 5, "--part", 5
+    stochbn_("predict", *given, *where, "--out", "p.parquet", "--masks", "masks")
+    prediction = Predictive(network(given), stochbn.load("w.sbn.safetensors"), 8)
+    generator = torch.Generator().manual_seed(0)
+    first = prediction(torch.from_numpy(PLACES[:5]), generator=generator)
+    classes, entropies = (np.asarray(Image.open(f"masks/a/one.{kind}.png")) for kind in ("class", "entropy"))
+    assert (classes == first.probs[0].argmax(0).numpy()).all()
+    wanted = 255 * first.entropy[0].numpy() / np.log(3)
+    assert np.abs(entropies - wanted).max() <= 0.51
+    assert {path.name for path in Path("masks").iterdir()} == {
+        "a", *(f"{name}.{kind}.png" for name in ("outside", "abs", *(f"k{i}" for i in range(9)))
+               for kind in ("class", "entropy")),
+    }  # fmt: skip
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table("p.parquet").to_pylist()
+    assert rows[1]["mask"] == "outside"
+    assert rows[0]["entropy"] == pytest.approx(first.entropy[0].mean().item(), rel=1e-4)
+    assert not Path("../outside.class.png").exists()
+    assert "dense outputs need --masks" in told("predict", *given, *where, "--out", "q.csv")
