@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -77,3 +78,12 @@ def test_readme_names_only_commands_that_exist() -> None:
     used = set(re.findall(r"^    stochbn (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     assert used
     assert used <= names
+
+
+def test_the_page_of_other_networks_is_that_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("networks", ROOT / "benchmarks" / "networks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "networks.md").read_text() == module.document()

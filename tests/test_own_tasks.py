@@ -193,3 +193,19 @@ def test_masks_of_class_and_entropy_are_written(module: str, told: Any) -> None:
     assert rows[0]["entropy"] == pytest.approx(first.entropy[0].mean().item(), rel=1e-4)
     assert not Path("../outside.class.png").exists()
     assert "dense outputs need --masks" in told("predict", *given, *where, "--out", "q.csv")
+
+
+def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:  # noqa: F811
+    given = options(module, "labels", X)
+    np.savez("test.npz", inputs=X, labels=X[:, :3].argmax(1))
+    sizes = "--batch", 8, "--batch", 20, "--reference", 20, "--repetitions", 3
+    text = stochbn_("bench", *given, "--data", "test.npz", *sizes, "--out", "cost")
+    assert "batch 20" in text
+    first, second = json.loads(Path("cost/cost.json").read_text())["measured"]
+    assert (first["batch"], second["batch"]) == (8, 20)
+    for one in (first, second):
+        assert 0 < one["call"] < one["textbook"]
+        assert one["worth"] > 1
+    assert "fewer than a batch of 500" in told("bench", *given, "--data", "test.npz", "--batch", 500)
+    regression = *given, "--task", "regression", "--data", "test.npz"
+    assert "bench measures how accurate probabilities are" in told("bench", *regression)

@@ -40,13 +40,13 @@ def timm(name: str, size: int = 64, **settings: Any) -> Case:
     return Case("timm", name, build, images(size), objects=3)
 
 
-def segmentation(network: str, encoder: str = "resnet18") -> Case:
+def segmentation(network: str, encoder: str = "resnet18", size: int = 64) -> Case:
     def build() -> nn.Module:
         library = importlib.import_module("segmentation_models_pytorch")
         model: nn.Module = getattr(library, network)(encoder, encoder_weights=None, classes=3)
         return model
 
-    return Case("segmentation_models_pytorch", f"{network}, {encoder}", build, images(64), objects=2)
+    return Case("segmentation_models_pytorch", f"{network}, {encoder}", build, images(size), objects=2)
 
 
 class Detector(nn.Module):
@@ -84,7 +84,7 @@ CASES = [
                 "fbnetc_100", "spnasnet_100", "mixnet_s", "densenet121", "dla34", "dpn48b", "res2net50_14w_8s",
                 "resnest14d", "skresnet18", "vovnet39a", "ese_vovnet19b_dw", "repvgg_a0", "hrnet_w18_small",
                 "cspresnet50", "selecsls42", "xception41", "rexnet_100", "gernet_s")),
-    *map(segmentation, ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus",
-                        "PAN")),
+    *map(segmentation, ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus")),
+    segmentation("PAN", size=128),
     segmentation("Unet", "timm-efficientnet-b0"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +12,18 @@ from rich.text import Text
 
 from stochbn.cli.console import follow, progress_bars, readable, say, show, status
 from stochbn.cli.inputs import check_images, load_images
-from stochbn.cli.options import Data, DataFromNetwork, Seed
+from stochbn.cli.options import Data, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_folder, write_bytes
 
 __all__ = ["bench", "diagnose"]
 
 
+@about_networks(several=True)
 def bench(
-    networks: Annotated[
-        list[Path], typer.Argument(metavar="NETWORK...", help="Networks that 'train' wrote.", show_default=False)
-    ],
+    given: Given,
     batch: Annotated[list[int], typer.Option(min=1, help="Objects in a batch; give it again for more sizes.")] = [100],  # noqa: B006
-    data: DataFromNetwork = None,
+    data: Data = None,
     reference: Annotated[int, typer.Option(min=2, help="Independent draws whose mean counts as the truth.")] = 4096,
     repetitions: Annotated[int, typer.Option(min=3, help="Of every timing; medians are reported.")] = 9,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for cost.json, cost.md and cost.png.")] = None,
@@ -32,12 +32,70 @@ def bench(
     """Measure what uncertainty costs with a network: time and memory, in forward passes of the plain network.
 
     Each network is measured at each batch size, with a joint posterior that is fitted for it. Leave the machine alone
-    meanwhile.
+    meanwhile. Networks that 'stochbn paper train' wrote are also compared with dropout, an ensemble and MC-BN.
     """
-    from stochbn.paper import checkpoints, cost
-
     if folder is not None:
         check_folder(folder, "cost.json", "cost.md", "cost.png", "cost.svg")
+    if given.networks:
+        _bench_trained(given.networks, batch, data, reference, repetitions, folder, seed)
+    else:
+        _bench_own(Subject.one(given), batch, data, reference, repetitions, folder, seed)
+
+
+def _bench_own(
+    subject: Subject,
+    batch: Sequence[int],
+    data: str | None,
+    reference: int,
+    repetitions: int,
+    folder: Path | None,
+    seed: int,
+) -> None:
+    """Measure a user's own network."""
+    from stochbn.files import write_json
+    from stochbn.paper import own_cost
+
+    if subject.settings.get("task", "classification") not in ("classification", "binary", "multilabel"):
+        raise ValueError("bench measures how accurate probabilities are: it takes --task classification, binary or "
+                         "multilabel")  # fmt: skip
+    objects = subject.load(data, "train").shuffled(seed)
+    if len(objects) < max(16, *batch):
+        raise ValueError(f"{objects.name} has {len(objects)} objects, fewer than a batch of {max(16, *batch)}")
+    measured = []
+    with status("measuring") as line:
+        for size in batch:
+
+            def tell(what: str, size: int = size) -> None:
+                line.update(Text(readable(f"batch {size}: {what}")))
+
+            (x, _), *_ = objects.first(size).batches(size)
+            measured.append(
+                own_cost.measure(
+                    subject.model, objects.first(own_cost.FITTED), x, name=subject.name, settings=subject.settings,
+                    reference=reference, repetitions=repetitions, seed=seed, progress=tell,
+                )
+            )  # fmt: skip
+    table = own_cost.tabulate(measured)
+    show([table])
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "cost.json", {"measured": measured})
+        write_bytes(folder / "cost.md", f"{table.markdown()}\n".encode())
+        say(f"Everything is in {folder}: cost.json and cost.md.", folder)
+
+
+def _bench_trained(
+    networks: Sequence[Path],
+    batch: Sequence[int],
+    data: str | None,
+    reference: int,
+    repetitions: int,
+    folder: Path | None,
+    seed: int,
+) -> None:
+    """Measure networks of the experiments."""
+    from stochbn.paper import checkpoints, cost
+
     for network in networks:
         checkpoint = checkpoints.load(network)
         images = load_images(data or checkpoint.data, "test")

@@ -12,7 +12,6 @@ __all__ = [
     "DATA_HELP",
     "Augmentation",
     "Data",
-    "DataFromNetwork",
     "Draws",
     "Jobs",
     "Override",
@@ -25,10 +24,6 @@ DATA_HELP = (
     "digits, mnist, notmnist, a data set on the Hugging Face Hub, or a local folder; "
     "NAME:0-4 selects classes. The folder in the environment variable STOCHBN_DATA is searched first."
 )
-DataFromNetwork = Annotated[
-    str | None,
-    typer.Option("--data", help=f"{DATA_HELP} (default: what the network was trained on)", show_default=False),
-]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -118,7 +118,9 @@ def tabulate(scored: Scored, name: str) -> list[Table]:
     tables = [Table(name, ["method", *columns], rows)]
     if scored.change is not None:
         title = f"What SBN changes in the mean {scored.loss}, with its standard error paired over objects"
-        tables.append(Table(title, ["method", "difference"], [["SBN", f"{scored.change:+.4f} ± {scored.change_se:.4f}"]]))
+        tables.append(
+            Table(title, ["method", "difference"], [["SBN", f"{scored.change:+.4f} ± {scored.change_se:.4f}"]])
+        )
     return tables
 
 
