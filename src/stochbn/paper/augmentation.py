@@ -224,8 +224,8 @@ def _predict(
 
 
 def _counts(method: str, settings: Settings) -> tuple[int, ...]:
-    """How many draws are averaged: of each snapshot, also one, which is a plain pass where its input is drawn."""
-    return (1, *settings.counts) if method in SNAPSHOT_METHODS else settings.counts
+    """How many draws are averaged: of each snapshot few, and one, which is a plain pass where its input is drawn."""
+    return (1, *settings.counts[:2]) if method in SNAPSHOT_METHODS else settings.counts
 
 
 def _first(images: Images, most: int) -> Images:
