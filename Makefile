@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-networks networks interop lint bench clean
+.PHONY: demo test test-long test-networks networks interop docs lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time this takes some minutes."
@@ -47,7 +47,16 @@ interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, tim
 	HF_HUB_OFFLINE=1 STOCHBN_NETWORKS_OUT=results/networks/torchvision.json $(OTHER)/bin/pytest -m networks tests/interop
 	$(BIN)/python benchmarks/networks.py
 
-lint: $(VENV)/.installed  ## style and types
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## the site, in build/site; its pictures are drawn anew
+	$(BIN)/sphinx-build -q -W --keep-going -c docs/site . build/site
+	@echo "Open build/site/index.html"
+
+lint: $(VENV)/.installed  ## style, spelling and types
+	$(BIN)/codespell src tests docs benchmarks examples *.md results/README.md
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,4 +74,4 @@ bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the p
 	$(BIN)/stochbn bench $(RUNS)/resnet18/plain-0/network.safetensors --batch 32 --out results/resnet18-cost
 
 clean:  ## remove the environment
-	rm -rf $(VENV) $(OTHER)
+	rm -rf $(VENV) $(OTHER) build docs/gallery

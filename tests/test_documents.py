@@ -87,3 +87,13 @@ def test_the_page_of_other_networks_is_that_of_the_committed_results() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "networks.md").read_text() == module.document()
+
+
+PAGES = [path for path in ROOT.rglob("*.md") if not {".venv", ".venv-interop", "build", "gallery"} & set(path.parts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"[a-z]+:|#", link) and "gallery/" not in link:  # whose pictures are drawn with the site
+            assert (page.parent / link.partition("#")[0]).exists(), link
