@@ -394,6 +394,10 @@ def test_data_that_cannot_be_used_is_told(module: str, tabular: tuple[object, ..
     np.savez("two.npz", a=np.ones(3), b=np.ones(3))
     np.savez("uneven.npz", x=np.ones((3, 4)), y=np.ones(2))
     np.save("words.npy", np.array(["a"]))
+    np.savez("torn.npz", x=np.ones((30, 4)))
+    torn = bytearray(Path("torn.npz").read_bytes())
+    torn[len(torn) // 2] ^= 1
+    Path("torn.npz").write_bytes(torn)
     for data, part in (
         ("nowhere", "there is no data 'nowhere'; expected a folder of images"),
         ("notes.txt", "ends in '.txt'; expected"),
@@ -402,6 +406,7 @@ def test_data_that_cannot_be_used_is_told(module: str, tabular: tuple[object, ..
         ("two.npz", "say with --input which are the inputs"),
         ("uneven.npz", "there are 3 inputs and 2 labels"),
         ("words.npy", "expected an array of numbers"),
+        ("torn.npz", "the array 'x' of 'torn.npz' cannot be read: Bad CRC-32"),
         (f"{module}:nothing", "has no 'nothing'"),
         (f"{module}:broken", "failed: RuntimeError: no such size"),
         (f"{module}:number", "expected an iterable of batches"),

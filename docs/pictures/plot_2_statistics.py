@@ -25,7 +25,8 @@ seen = stochbn.fit(model, batches, kind="empirical").draw(500)
 drawn = stochbn.fit(model, batches, kind="factorized").draw(5000)
 
 # %%
-# One channel of the first layer: what mini-batches had, and what is drawn.
+# One channel of the first layer: what mini-batches had, and what is drawn. And two channels together: those of
+# mini-batches are correlated, which the factorised distribution leaves out.
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
 for axis, name, label in zip(axes, ("running_mean", "running_var"), ("mean", "variance"), strict=False):
@@ -33,10 +34,6 @@ for axis, name, label in zip(axes, ("running_mean", "running_var"), ("mean", "va
     axis.hist(drawn[f"1.{name}"][:, 0], bins=60, density=True, histtype="step", color="k", label="fitted")
     axis.set(xlabel=f"{label} of channel 1", yticks=[])
 axes[0].legend(fontsize=8)
-
-# %%
-# Two channels together: those of mini-batches are correlated, which the factorised distribution leaves out.
-
 joint = stochbn.fit(model, batches, kind="joint").draw(500)
 for statistics, label, color in (
     (seen, "mini-batches", "tab:blue"),

@@ -133,7 +133,10 @@ def _arrays(path: Path, columns: Columns) -> ArrayRows:
             if wanted is not None and wanted not in names:
                 raise DataError(f"{str(path)!r} has no array {wanted!r}; it has {', '.join(names)}")
             name = wanted or next((name for name in usual if name in names), None)
-            return None if name is None else loaded[name]
+            try:
+                return None if name is None else loaded[name]
+            except Exception as error:  # of a damaged archive, or what would need pickle
+                raise DataError(f"the array {name!r} of {str(path)!r} cannot be read: {error}") from error
 
         if len(columns.inputs) > 1:
             raise DataError(f"name one array of {str(path)!r} with --input, not {len(columns.inputs)}")
