@@ -8,6 +8,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -93,7 +94,8 @@ def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn
     assert styles["Deep Ensembles"] == styles["Dropout"] == styles["SBN"] == "-"
     lines = {str(line.get_label()): line for line in drawn[0].axes[0].get_lines()}
     assert lines["Dropout"].get_color() == lines["Dropout + SBN"].get_color() != lines["SBN"].get_color()
-    assert lines["plain"].get_color() == "0.5", "grey"
+    red, green, blue = to_rgb(lines["plain"].get_color())
+    assert red == green == blue, "grey"
     assert {line.get_drawstyle() for line in lines.values()} == {"steps-post"}
 
 

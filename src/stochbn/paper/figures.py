@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,12 @@ import numpy as np
 from scipy.stats import norm
 from torch import Tensor
 
-from stochbn.files import write
-from stochbn.metrics import entropy_cdf
 from stochbn.paper.goodness import Diagnosis, distances, layer_parameters
 from stochbn.posteriors import Factorized, FactorizedLog
+from stochbn.report import curves
+from stochbn.report.style import COLORS, SEQUENCE, save
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from stochbn.paper.training import Epoch
 
 __all__ = [
@@ -33,16 +30,11 @@ __all__ = [
     "save_training",
 ]
 
-COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
-
 
 def save_entropy_cdf(
     path: Path, entropies: Mapping[tuple[str, bool], Tensor], *, classes: int, title: str
 ) -> list[Path]:
     """Draw the empirical distribution functions of entropies as the paper's figure does: PNG and SVG.
-
-    The curves are SBN, Dropout and Deep Ensembles, the latter two solid without and dashed with SBN, and in grey the
-    plain network, which shows what SBN adds.
 
     Args:
         path: where to, without an ending.
@@ -53,32 +45,11 @@ def save_entropy_cdf(
     Returns:
         The files written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for (method, sbn), values in entropies.items():
-        x, y = entropy_cdf(values)
-        if method == "plain":
-            label, style, color = ("SBN", "-", COLORS["SBN"]) if sbn else ("plain", "-", "0.5")
-        else:
-            label, style, color = (f"{method} + SBN", "--", COLORS[method]) if sbn else (method, "-", COLORS[method])
-        axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=color, lw=1.8)
-    limit = math.log(classes)
-    axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
-    axes.set(ylabel="fraction of unknown objects at or below", title=title)
-    axes.title.set_fontsize(10)
-    ticks = [tick for tick in axes.get_xticks() if tick < 0.93 * limit]
-    axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=9, title="lower and further right is better", title_fontsize=8)
-    return _save(figure, path)
+    return save(curves.entropies_of_unknown(entropies, classes=classes, title=title), path)
 
 
 def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]:
     """Draw the loss and the accuracy of every epoch, for each network: PNG and SVG.
-
-    Thin lines are of training images while the weights change, thick ones of held-out images, where there are some.
 
     Args:
         path: where to, without an ending.
@@ -87,24 +58,7 @@ def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]
     Returns:
         The files written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, key, label in zip(panels, ("loss", "accuracy"), ("loss (nats)", "accuracy"), strict=True):
-        for i, (name, epochs) in enumerate(logs.items()):
-            numbers = [one.epoch for one in epochs]
-            axes.plot(numbers, [getattr(one, key) for one in epochs], ".-", color=f"C{i}", lw=0.8, ms=3, label=name)
-            held_out = [getattr(one, f"held_out_{key}") for one in epochs]
-            if None not in held_out:
-                axes.plot(numbers, held_out, ".-", color=f"C{i}", lw=1.8, ms=3)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylim(bottom=0)
-    panels[0].legend(fontsize=7, title="thin: in training; thick: held-out", title_fontsize=7)
-    return _save(figure, path)
+    return save(curves.training(logs), path)
 
 
 def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[float], *, title: str) -> list[Path]:
@@ -134,7 +88,7 @@ def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[
     axes.grid(axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> list[Path]:
@@ -153,10 +107,10 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    others = itertools.cycle(("#d62728", "#ff7f0e", "#e6a800", "#2ca02c", "#006d2c", "#9467bd", "#8c564b", "#e377c2"))
+    others = itertools.cycle(color for color in SEQUENCE if color != COLORS["Deep Ensembles"])
     for name, points in curves.items():
         ensemble = name.startswith("ensemble")
-        color = COLORS["Deep Ensembles"] if ensemble else "0.4" if name == "plain" else next(others)
+        color = COLORS["Deep Ensembles"] if ensemble else COLORS["plain"] if name == "plain" else next(others)
         style = "-" if name == "ensembles" else "--" if ensemble or "calibrated" in name else "-"
         axes.plot(*zip(*sorted(points), strict=True), marker="s" if ensemble else "o", ms=4, ls=style, color=color,
                   label=name, lw=1.6)  # fmt: skip
@@ -169,7 +123,7 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, title="drawn", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -194,7 +148,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
             counts * units["textbook"],
             np.sqrt(variance / counts),
             "-",
-            color="#7f7f7f",
+            color=COLORS["plain"],
             label="independent draws, textbook",
         )
         for word, label, color in (
@@ -219,7 +173,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         axes.xaxis.label.set_fontsize(8)
     panels[0].set_ylabel("RMS error of mean probabilities", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path]:
@@ -238,7 +192,7 @@ def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path
     names = list(diagnosis.distances)
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     fit, correlation, variance = figure.subplots(1, 3)
-    for key, color in (("mean", "#1f77b4"), ("variance", "#ff7f0e")):
+    for key, color in (("mean", SEQUENCE[1]), ("variance", SEQUENCE[0])):
         fit.plot(range(len(names)), [diagnosis.distances[n][key] for n in names], "o-", color=color, label=key, ms=4)
     fit.set(ylim=(0, None), ylabel="Kolmogorov-Smirnov distance", title="marginal fit: lower is better")
     fit.legend(fontsize=8)
@@ -258,7 +212,7 @@ def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path
     for axes in (fit, correlation, variance):
         axes.title.set_fontsize(9)
     figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def save_statistics(
@@ -300,8 +254,8 @@ def save_statistics(
         for i, channel in enumerate(varying):
             means, variances = observations[layer][:, :, channel].unbind(1)
             for axes, values, location, scale, name, color in (
-                (row[2 * i], means, m, s, "mean", "#1f77b4"),
-                (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", "#ff7f0e"),
+                (row[2 * i], means, m, s, "mean", SEQUENCE[1]),
+                (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", SEQUENCE[0]),
             ):
                 axes.hist(values.tolist(), bins="auto", density=True, color=color, alpha=0.45)
                 low, high = axes.get_xlim()
@@ -315,15 +269,4 @@ def save_statistics(
         row[0].set_ylabel(f"layer {layer}\nKS mean {d['mean']:.3f}\nKS variance {d['variance']:.3f}", fontsize=8)
     size = f"mini-batches of {posterior.batch_size}" if posterior.batch_size else "mini-batches"
     figure.suptitle(f"Statistics of {size} (bars) and the fitted Normal and LogNormal (lines)", fontsize=10)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> list[Path]:
-    import matplotlib as mpl
-
-    files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
-    with mpl.rc_context({"svg.hashsalt": "stochbn"}):  # the same figure is the same file
-        for file in files:
-            metadata = {"Date": None} if file.suffix == ".svg" else None
-            write(file, functools.partial(figure.savefig, dpi=160, metadata=metadata))
-    return files
+    return save(figure, path)
