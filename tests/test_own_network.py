@@ -160,7 +160,7 @@ def test_a_network_goes_from_weights_and_a_folder_to_calibrated_predictions(modu
     results = json.loads(Path("r/results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False), ("plain", True)]
     assert (
-        "Use kind" in (text := stochbn_("diagnose", *own, "--data", "pets", "--batch-size", 3))
+        "Use --kind" in (text := stochbn_("diagnose", *own, "--data", "pets", "--batch-size", 3))
         or "loses little" in text
     )
     stochbn_("predict", *own, "--data", "pets", "--out", "p.csv", "--draws", 8)

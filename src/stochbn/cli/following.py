@@ -1,0 +1,94 @@
+"""What to run next: commands that can be copied, with the options that were given."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stochbn.cli.subject import SHARED, Given
+
+if TYPE_CHECKING:
+    from stochbn.posteriors import Posterior
+
+__all__ = ["after_evaluating", "after_fitting", "command"]
+
+ANEW = ("split", "label", "key")
+"""Options about data: the next command is about other data."""
+
+
+def command(name: str, given: Given, *, network: Path | None = None, **options: object) -> str:
+    """A command about the same network, as it is typed.
+
+    Args:
+        name: of the command.
+        given: the options about the network.
+        network: one of several.
+        options: others, with underscores for dashes; None are left out, words in capitals are to be filled in.
+    """
+    networks = [network] if network is not None else given.networks or []
+    words = ["stochbn", name, *map(str, networks)]
+    shared = {} if networks else {field: getattr(given, field) for field in SHARED if field not in ANEW}
+    for field, value in {**shared, **options}.items():
+        option = f"--{field.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value not in (None, False):
+            for one in value if isinstance(value, list) else [value]:
+                words += [option, str(one)]
+    return shlex.join(words)
+
+
+def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
+    """What to run on a posterior that was fitted.
+
+    Args:
+        given: the options about the network.
+        beside: where its posterior is looked for if none is named.
+        path: where it is.
+        augment: the augmentation that it was fitted with.
+    """
+    posterior = None if path == beside else path
+    data = None if given.networks else "TEST-DATA"
+    again = command("evaluate", given, data=data, posterior=posterior, augment=augment)
+    chosen = command("calibrate", given, held_out="HELD-OUT-DATA", posterior=posterior, augment=augment)
+    return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\nNext: {again}"
+
+
+def after_evaluating(
+    given: Given,
+    scores: Sequence[Mapping[str, Any]],
+    fitted: Sequence[Posterior | None],
+    posteriors: Sequence[Path | None],
+    augment: str | None,
+) -> str:
+    """What to run after an evaluation: what mends a posterior that made probabilities worse, where one did.
+
+    Args:
+        given: the options about the networks.
+        scores: of every method.
+        fitted: the posterior of each network.
+        posteriors: their files, where they were named.
+        augment: the augmentation that was drawn.
+    """
+    from stochbn.report.words import made_worse
+
+    networks: list[Path | None] = list(given.networks) if given.networks else [None]
+    missing = [network for network, posterior in zip(networks, fitted, strict=True) if posterior is None]
+    worse = made_worse(scores)
+    if missing:
+        data = None if given.networks else "TRAINING-DATA"
+        said = "Networks without a posterior were evaluated without SBN only. Next:"
+        lines = [command("fit", given, network=network, data=data) for network in missing]
+    elif worse:
+        said = " ".join([*worse, "Choose the noise by data that the networks were not trained on, and evaluate again:"])
+        lines = [
+            command("calibrate", given, network=network, held_out="HELD-OUT-DATA", posterior=path, augment=augment)
+            for network, path in zip(networks, posteriors, strict=True)
+        ]
+    else:
+        out = "predictions.csv"
+        options = {"data": "NEW-DATA", "out": out, "posterior": posteriors[0], "augment": augment}
+        return f"Next: {command('predict', given, network=networks[0], **options)}"
+    return "\n".join([said, *(f"    {line}" for line in lines)])
