@@ -40,14 +40,13 @@ def scores(change: float) -> list[dict[str, Any]]:
     return [plain, {**plain, "sbn": True, "nll_change": change, "nll_change_se": 0.001}]
 
 
-def test_a_command_has_the_options_that_were_given_and_none_about_other_data() -> None:
+def test_a_command_has_the_options_that_were_given_but_the_split() -> None:
     (words,) = commands(command("evaluate", OWN, data="TEST-DATA", posterior=None))
     found = parsed(words)
-    for field in ("model", "model_arg", "weights", "size", "probs"):
+    for field in ("model", "model_arg", "weights", "size", "label", "probs"):
         assert found[field] == getattr(OWN, field), field
     assert found["data"] == "TEST-DATA"
     assert "--split" not in words
-    assert "--label" not in words
 
 
 @pytest.mark.parametrize("given", [OWN, Given(networks=[Path("b c.safetensors")])])

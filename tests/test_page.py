@@ -177,6 +177,15 @@ def test_a_page_about_one_network_without_posterior_or_unknown_data(tmp_path: Pa
     assert "unknown" not in Read(tmp_path / "p.html").text.split("Least certain")[0]
 
 
+def test_dense_predictions_are_scored_and_have_no_page() -> None:
+    labels = torch.arange(6)[:, None, None].expand(6, 4, 4) % 3
+    method = report.Method("plain", False, 1, normal(6, 3, 4, 4).softmax(1), labels)
+    scores = report.score([method])
+    assert "error_se" not in scores[0]
+    with pytest.raises(ValueError, match=r"one prediction for each object, got probabilities \[6, 3, 4, 4\]"):
+        page_of("n", [method], scores, [], ("d", None), Source(str, lambda i: None), (), {})
+
+
 def test_a_run_whose_data_is_gone_has_a_page_without_pictures(tmp_path: Path) -> None:
     folder = Path(__file__).parent.parent / "results" / "demo-digits"
     about, found = report.read_run(folder)
@@ -283,3 +292,18 @@ def test_the_page_prints_in_light_colours_whatever_the_screen_has(opened: Any) -
     opened.emulate_media(media="print", color_scheme="dark")
     assert opened.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
     assert opened.locator("nav").is_hidden()
+
+
+# ---------------------------------------------------------------- installing
+
+
+def test_every_file_that_is_no_module_is_installed() -> None:
+    toml = pytest.importorskip("tomllib")
+    root = Path(__file__).parent.parent
+    named = toml.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {path for package, patterns in named.items() for pattern in patterns
+                 for path in (root / "src" / package.replace(".", "/")).glob(pattern)}  # fmt: skip
+    files = {
+        path for path in (root / "src" / "stochbn").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert files == installed

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["after_evaluating", "after_fitting", "command"]
 
-ANEW = ("split", "label", "key")
-"""Options about data: the next command is about other data."""
+ANEW = ("split",)
+"""Options that are left out: the next command is about other data, of which columns may be called alike."""
 
 
 def command(name: str, given: Given, *, network: Path | None = None, **options: object) -> str:

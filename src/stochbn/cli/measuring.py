@@ -121,4 +121,4 @@ def diagnose(
         write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
         figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
         say(f"Tables and figure are in {folder}.", folder)
-    say(f"Next: {command('fit', given, kind=diagnosis.kind, data=data, batch_size=batch_size, label=given.label)}")
+    say(f"Next: {command('fit', given, kind=diagnosis.kind, data=data, batch_size=batch_size)}")

@@ -29,13 +29,13 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
     Returns:
         ``error_se`` (percentage points), which is not 0 where no object was classified wrongly, ``nll_se`` (nats),
         ``ece_se`` (by the bootstrap, of up to 10,000 objects), and with unknown objects ``auroc_se``; nothing for a
-        single object.
+        single object, or for dense predictions, whose places are not independent.
 
     Source: of a share, Agresti and Coull, The American Statistician 52 (1998), 119-126: two more right and two more
     wrong; for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
     """
     count = len(labels)
-    if count < 2:
+    if count < 2 or labels.ndim > 1:
         return {}
     confidence, predicted = known.max(1)
     right = predicted == labels

@@ -99,7 +99,12 @@ def page_of(
         classes: the names of the classes; none are numbers.
         facts: whatever the numbers depend on, what they cost, and how they were made.
         logs: the logs of trainings, by the names of the networks.
+
+    Raises:
+        ValueError: the predictions are dense.
     """
+    if found[0].known.ndim != 2:
+        raise ValueError(f"a page shows one prediction for each object, got probabilities {list(found[0].known.shape)}")
     shown = next((method for method in found if method.sbn), found[0])
     least, most = extremes(shown.known, shown.labels, shown.expected_entropy, source, classes)
     name = line_of(shown.name, shown.sbn).label
