@@ -16,7 +16,7 @@ from stochbn.posteriors import Posterior
 
 OWN = Given(
     model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
-    label="kind", probs=True,
+    label="kind", class_axis=0, probs=True,
 )  # fmt: skip
 TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
 A_POSTERIOR: Any = object()
@@ -43,7 +43,7 @@ def scores(change: float) -> list[dict[str, Any]]:
 def test_a_command_has_the_options_that_were_given_but_the_split() -> None:
     (words,) = commands(command("evaluate", OWN, data="TEST-DATA", posterior=None))
     found = parsed(words)
-    for field in ("model", "model_arg", "weights", "size", "label", "probs"):
+    for field in ("model", "model_arg", "weights", "size", "label", "class_axis", "probs"):
         assert found[field] == getattr(OWN, field), field
     assert found["data"] == "TEST-DATA"
     assert "--split" not in words
@@ -80,3 +80,7 @@ def test_networks_without_a_posterior_are_to_be_fitted() -> None:
     text = after_evaluating(TRAINED, scores(0.01)[:1], [A_POSTERIOR, None], [None, None], None)
     (words,) = commands(text)
     assert words == ["fit", "b c.safetensors"]
+    both = after_evaluating(TRAINED, scores(0.01), [A_POSTERIOR, None], [None, None], None)
+    assert [(name, network) for name, network, *_ in commands(both)] == [
+        ("fit", "b c.safetensors"), ("calibrate", "a.safetensors"),
+    ]  # fmt: skip

@@ -177,6 +177,10 @@ def test_a_page_about_one_network_without_posterior_or_unknown_data(tmp_path: Pa
     assert "unknown" not in Read(tmp_path / "p.html").text.split("Least certain")[0]
 
 
+def test_names_of_files_that_are_no_unicode_are_shown_escaped(tmp_path: Path) -> None:
+    assert "row-\\udcff" in _html(a_page(Source(lambda i: "row-\udcff", lambda i: None)), tmp_path)
+
+
 def test_dense_predictions_are_scored_and_have_no_page() -> None:
     labels = torch.arange(6)[:, None, None].expand(6, 4, 4) % 3
     method = report.Method("plain", False, 1, normal(6, 3, 4, 4).softmax(1), labels)

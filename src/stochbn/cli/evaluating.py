@@ -113,7 +113,7 @@ def evaluate(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
-        shown = report.write(folder, about, found, *names, title)
+        shown = report.write(folder, about, found, *names, title, scores=scores)
     show(shown)
     if page is not None:
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"

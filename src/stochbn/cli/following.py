@@ -34,7 +34,7 @@ def command(name: str, given: Given, *, network: Path | None = None, **options: 
         option = f"--{field.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             for one in value if isinstance(value, list) else [value]:
                 words += [option, str(one)]
     return shlex.join(words)
@@ -75,20 +75,21 @@ def after_evaluating(
     from stochbn.report.words import made_worse
 
     networks: list[Path | None] = list(given.networks) if given.networks else [None]
-    missing = [network for network, posterior in zip(networks, fitted, strict=True) if posterior is None]
+    lines, data = [], None if given.networks else "TRAINING-DATA"
+    if None in fitted:
+        lines.append("Networks without a posterior were evaluated without SBN only. Next:")
+    for network, posterior in zip(networks, fitted, strict=True):
+        if posterior is None:
+            lines.append(f"    {command('fit', given, network=network, data=data)}")
     worse = made_worse(scores)
-    if missing:
-        data = None if given.networks else "TRAINING-DATA"
-        said = "Networks without a posterior were evaluated without SBN only. Next:"
-        lines = [command("fit", given, network=network, data=data) for network in missing]
-    elif worse:
-        said = " ".join([*worse, "Choose the noise by data that the networks were not trained on, and evaluate again:"])
-        lines = [
-            command("calibrate", given, network=network, held_out="HELD-OUT-DATA", posterior=path, augment=augment)
-            for network, path in zip(networks, posteriors, strict=True)
-        ]
-    else:
-        out = "predictions.csv"
-        options = {"data": "NEW-DATA", "out": out, "posterior": posteriors[0], "augment": augment}
-        return f"Next: {command('predict', given, network=networks[0], **options)}"
-    return "\n".join([said, *(f"    {line}" for line in lines)])
+    if worse:
+        advice = "Choose the noise by data that the networks were not trained on, and evaluate again:"
+        lines.append(" ".join([*worse, advice]))
+        for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
+            if posterior is not None:
+                options = {"held_out": "HELD-OUT-DATA", "posterior": path, "augment": augment}
+                lines.append(f"    {command('calibrate', given, network=network, **options)}")
+    if not lines:
+        options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
+        lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
+    return "\n".join(lines)

@@ -188,6 +188,7 @@ def write(
     unknown: str | None,
     title: str,
     published: str | None = None,
+    scores: Sequence[dict[str, Any]] | None = None,
 ) -> list[Table]:
     """Write tables and entropy figure into a folder, and return the tables.
 
@@ -202,11 +203,12 @@ def write(
         unknown: name of the data of unknown classes, if any.
         title: the figure's title.
         published: as for `tabulate`.
+        scores: of the methods, where they are known already.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    scores = score(found)
+    scores = score(found) if scores is None else scores
     shown = _write_tables(folder, {**about, "scores": scores}, tabulate(scores, known, unknown, published))
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
@@ -277,8 +279,9 @@ def write_run(folder: Path) -> list[Table]:
     recipe = about["recipe"]
     known, unknown = _names(about)
     title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
-    shown = write(folder, about, found, known, unknown, title, _published(recipe))
-    write_page(folder / "report.html", page_of_run(folder, about, found, score(found), shown, logs))
+    scores = score(found)
+    shown = write(folder, about, found, known, unknown, title, _published(recipe), scores)
+    write_page(folder / "report.html", page_of_run(folder, about, found, scores, shown, logs))
     return shown
 
 

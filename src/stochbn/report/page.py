@@ -148,7 +148,7 @@ def write_page(path: Path, page: Page) -> None:
     text = environment.get_template("page.html").render(
         page=page, style=Markup(style), script=Markup(script), digest=digest, svg=Markup
     )
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no Unicode
 
 
 def _curves(found: Sequence[Method], logs: Mapping[str, Sequence[Epoch]] | None) -> list[Curve]:

@@ -89,7 +89,8 @@ def _reachable(address: str) -> bool:
     """
     target = urllib.parse.urlsplit(address)
     if not urllib.request.proxy_bypass(target.hostname or ""):
-        proxy = urllib.request.getproxies().get(target.scheme)
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(target.scheme) or proxies.get("all")
         target = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else target
     place = target.hostname or "", target.port or (80 if target.scheme == "http" else 443)
     answered: list[bool] = []
