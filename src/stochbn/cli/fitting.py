@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say
-from stochbn.cli.following import after_fitting
+from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
@@ -145,7 +145,8 @@ def calibrate(
         )  # fmt: skip
     new.save(target)
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
-    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
+    again = after_calibrating(given, beside and default_posterior(beside), target, augment)
+    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.\n{again}", target)
 
 
 def _held_out(inputs: object, labels: object) -> object:

@@ -12,7 +12,7 @@ from stochbn.cli.subject import SHARED, Given
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
 
-__all__ = ["after_evaluating", "after_fitting", "command"]
+__all__ = ["after_calibrating", "after_evaluating", "after_fitting", "command"]
 
 ANEW = ("split",)
 """Options that are left out: the next command is about other data, of which columns may be called alike."""
@@ -50,10 +50,16 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         augment: the augmentation that it was fitted with.
     """
     posterior = None if path == beside else path
-    data = None if given.networks else "TEST-DATA"
-    again = command("evaluate", given, data=data, posterior=posterior, augment=augment)
     chosen = command("calibrate", given, held_out="HELD-OUT-DATA", posterior=posterior, augment=augment)
-    return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\nNext: {again}"
+    again = after_calibrating(given, beside, path, augment)
+    return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\n{again}"
+
+
+def after_calibrating(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
+    """What to run on a posterior whose noise is chosen; arguments are as of `after_fitting`."""
+    data = None if given.networks else "TEST-DATA"
+    posterior = None if path == beside else path
+    return f"Next: {command('evaluate', given, data=data, posterior=posterior, augment=augment)}"
 
 
 def after_evaluating(

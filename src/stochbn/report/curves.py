@@ -92,7 +92,7 @@ def reliability(predictions: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
         bars = [[max(value, 0) for value in side] for side in (below, above)]
         axes.errorbar(x, y, bars, fmt="o", color=color, label=label, ms=4, elinewidth=1, capsize=2)
     axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="probability of the predicted class", ylabel="share that is right")
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     return figure
 
 
@@ -109,7 +109,7 @@ def risk_coverage(uncertain: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
         axes.plot(100 * curve["coverage"], 100 * curve["risk"], ls=style, color=color, label=label, lw=1.6)
     axes.set(xlim=(0, 100), xlabel="answered, most certain first (%)", ylabel="wrong among these (%)")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     return figure
 
 
