@@ -76,6 +76,13 @@ def test_an_evaluation_that_found_it_better_or_cannot_tell_goes_on_to_predict(ch
     assert parsed(words)["path"] == Path("predictions.csv")
 
 
+def test_a_binary_network_whose_nll_is_worse_is_to_be_fitted_with_less_noise() -> None:
+    given = Given(model="m:f", task="binary")
+    (words,) = commands(after_evaluating(given, scores(0.01), [A_POSTERIOR], [Path("p.safetensors")], None))
+    found = parsed(words)
+    assert (words[0], found["batch_size"], found["path"]) == ("fit", 64, Path("p.safetensors"))
+
+
 def test_networks_without_a_posterior_are_to_be_fitted() -> None:
     text = after_evaluating(TRAINED, scores(0.01)[:1], [A_POSTERIOR, None], [None, None], None)
     (words,) = commands(text)

@@ -156,9 +156,9 @@ def test_a_network_goes_from_weights_and_a_folder_to_calibrated_predictions(modu
     assert calibrated.temperature != 1
     assert stochbn.load("w.sbn.safetensors").temperature == 1
     text = stochbn_("evaluate", *own, "--posterior", "c.sbn.safetensors", "--data", "pets", "--draws", 8, "--out", "r",
-                    "--report", "r.html")  # fmt: skip
+                    "--report", "r/page.html")  # fmt: skip
     assert "SBN" in text
-    page = Path("r.html").read_text()
+    page = Path("r/page.html").read_text()
     assert page.count("data:image/png;base64") == 48
     assert "bird/00.png" in page
     assert "aleatoric" in page

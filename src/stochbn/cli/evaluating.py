@@ -68,7 +68,9 @@ def evaluate(
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *RESULTS)
-    if page is not None:
+    if page is not None and page.parent == folder:  # which may yet have to be made
+        check_folder(folder, page.name)
+    elif page is not None:
         check_file(page)
     paths: list[Path | None] = list(given.networks) if given.networks else [None]
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)

@@ -89,12 +89,16 @@ def after_evaluating(
             lines.append(f"    {command('fit', given, network=network, data=data)}")
     worse = made_worse(scores)
     if worse:
-        advice = "Choose the noise by data that the networks were not trained on, and evaluate again:"
-        lines.append(" ".join([*worse, advice]))
+        scored = given.task in (None, "classification")  # calibrate takes no other task
+        advice = "Choose the noise by data that the networks were not trained on" if scored else "Fit less noise"
+        lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
         for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
-            if posterior is not None:
+            if posterior is not None and scored:
                 options = {"held_out": "HELD-OUT-DATA", "posterior": path, "augment": augment}
                 lines.append(f"    {command('calibrate', given, network=network, **options)}")
+            elif posterior is not None:
+                again = command("fit", given, network=network, data=data, batch_size=64, out=path, augment=augment)
+                lines.append(f"    {again}")
     if not lines:
         options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
         lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
