@@ -50,7 +50,7 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         augment: the augmentation that it was fitted with.
     """
     posterior = None if path == beside else path
-    chosen = command("calibrate", given, held_out="HELD-OUT-DATA", posterior=posterior, augment=augment)
+    chosen = _calibrate(given, None, posterior, augment)
     again = after_calibrating(given, beside, path, augment)
     return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\n{again}"
 
@@ -94,8 +94,7 @@ def after_evaluating(
         lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
         for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
             if posterior is not None and scored:
-                options = {"held_out": "HELD-OUT-DATA", "posterior": path, "augment": augment}
-                lines.append(f"    {command('calibrate', given, network=network, **options)}")
+                lines.append(f"    {_calibrate(given, network, path, augment)}")
             elif posterior is not None:
                 again = command("fit", given, network=network, data=data, batch_size=64, out=path, augment=augment)
                 lines.append(f"    {again}")
@@ -103,3 +102,17 @@ def after_evaluating(
         options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
         lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
     return "\n".join(lines)
+
+
+def _calibrate(given: Given, network: Path | None, posterior: Path | None, augment: str | None) -> str:
+    """The command that chooses the noise; named data sets have no split that is called held out, so one is named."""
+    split = "SPLIT" if given.networks else None
+    return command(
+        "calibrate",
+        given,
+        network=network,
+        held_out="HELD-OUT-DATA",
+        split=split,
+        posterior=posterior,
+        augment=augment,
+    )
