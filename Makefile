@@ -3,15 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# pip shows what it downloads and installs; warnings about places that are not there are not for readers of this.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e
+
 .PHONY: demo test test-long test-networks networks interop docs lint bench clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV); the first time this takes some minutes."
+# What the command line needs, without tools for development.
+$(VENV)/.runs: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV); the first time this takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) '.[paper]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## train, fit and compare on data that ships with scikit-learn
+$(VENV)/.installed: $(VENV)/.runs
+	@echo "Adding the tools for development."
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.runs  ## train, fit and compare on data that ships with scikit-learn
 	$(BIN)/stochbn demo
 
 test: $(VENV)/.installed  ## run the tests

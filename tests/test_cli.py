@@ -160,7 +160,9 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
     assert all(row["entropy_unknown"] > row["entropy_known"] for row in scores)
     for i, label in enumerate(("plain", "Deep Ensembles (2)", "Dropout")):
         plain, sbn = scores[2 * i : 2 * i + 2]
-        cells = [f"{s['error']:.2f}" for s in (plain, sbn)] + [f"{s['nll']:.4f}" for s in (plain, sbn)]
+        cells = [
+            f"{plain[key]:.{n}f} ± {plain[f'{key}_se']:.{n}f} {sbn[key]:.{n}f}" for key, n in (("error", 2), ("nll", 4))
+        ]
         assert f"{label} {' '.join(cells)}" in words(text)
         drawn = "SBN" if label == "plain" else f"{label} + SBN"
         assert f"{drawn} {sbn['entropy_known']:.3f}" in words(text)
@@ -198,7 +200,7 @@ def test_a_network_without_a_posterior_is_evaluated_without_sbn_and_that_is_said
     text = stochbn_("evaluate", alone, "--ood", "digits:5-9", "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False)]
-    assert "run 'stochbn fit' on them first" in words(text)
+    assert f"without SBN only. Next: stochbn fit {alone}" in words(text)
 
 
 def test_posteriors_can_be_named_in_the_order_of_the_networks(trained: Trained, alone: Path) -> None:
@@ -427,7 +429,7 @@ def test_the_help_names_every_option_in_any_terminal(
 def test_the_experiments_are_under_paper_and_under_their_old_names() -> None:
     under = COMMANDS["paper"].commands
     old = {"train", "fit", "evaluate", "predict", "reproduce", "report", "compare"}
-    assert set(under) == old | {"ablate", "augment"}
+    assert set(under) == old | {"ablate", "augment", "redraw"}
     for name in sorted(old):
         found = under[name]
         assert found.callback.__wrapped__ is COMMANDS[name].callback.__wrapped__
@@ -805,7 +807,7 @@ def test_a_posterior_of_any_kind_is_fitted_and_used(kind: str, alone: Path, main
 
 def test_a_diagnosis_says_what_to_use_and_draws_it(alone: Path, tmp_path: Path, main: Callable[..., Ended]) -> None:
     text = words(stochbn_("diagnose", alone, "--rescaled", 8, "--out", tmp_path / "diagnosis"))
-    assert re.search(r"Use kind='(joint|empirical)'|kind='factorized' loses little", text)
+    assert re.search(r"Use --kind (joint|empirical)|--kind factorized loses little", text)
     assert "Mini-batches of 8: observed over rescaled" in text
     written = tmp_path / "diagnosis" / "diagnosis.md"
     assert len([line for line in written.read_text().splitlines() if line.startswith("| 10 |")]) == 2

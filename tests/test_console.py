@@ -133,3 +133,20 @@ def test_a_sentence_is_left_to_the_terminal_to_break(make_terminal: Callable[[st
     command = "stochbn fit " + 30 * "long/" + "network.safetensors"
     console.say(f"Next: {command}", command)
     assert terminal.text == f"Next: {command}\n"
+
+
+@pytest.mark.parametrize("columns", [50, 200])
+@pytest.mark.parametrize(("seconds", "shown"), [(0.25, "took 0.2 s"), (59.9, "took 59.9 s"), (3725.0, "took 1:02:05")])
+def test_a_bar_ends_with_the_time_taken(
+    seconds: float, shown: str, columns: int, make_terminal: Callable[[str, int], Terminal]
+) -> None:
+    terminal = make_terminal("utf-8", columns)
+    now = 0.0
+    with console.progress_bars() as bars:
+        bars.get_time = lambda: now
+        move = console.follow(bars, "work")
+        bars.tasks[0].start_time = 0.0
+        move(1, 2)
+        now = seconds
+        move(2, 2)
+    assert shown in terminal.text

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sklearn.datasets import load_digits
 
 from conftest import seeded
 from stochbn.paper.data import HUB, DataError, Images, as_input, augment, load
+from stochbn.sources import hub as hub_module
 
+REACHABLE = hub_module._reachable
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -40,6 +43,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(datasets, "load_dataset", local_only)
+    monkeypatch.setattr(hub_module, "_reachable", lambda address: True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.delenv("STOCHBN_DATA", raising=False)
     return locations
@@ -699,3 +703,50 @@ def test_a_selection_without_images_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x", "test", {"image": pictures(2, 20, 20), "label": [0, 1]}, labelled())
     with pytest.raises(DataError, match=r":2 \(test\) holds no images"):
         load(f"{tmp_path / 'x'}:2", "test")
+
+
+# ---------------------------------------------------------------- whether there is a connection
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A port at which something answers; there is no proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def test_what_answers_is_reachable_and_what_does_not_is_not(server: int) -> None:
+
+    assert REACHABLE(f"http://127.0.0.1:{server}/api")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        closed = other.getsockname()[1]
+    assert not REACHABLE(f"http://127.0.0.1:{closed}")
+    assert not REACHABLE("https://no-such-host.invalid")
+
+
+def test_through_a_proxy_it_is_the_proxy_that_must_answer(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server}")
+    assert REACHABLE("https://no-such-host.invalid")
+    monkeypatch.setenv("https_proxy", "127.0.0.1:1")
+    assert not REACHABLE("https://no-such-host.invalid")
+
+
+def test_without_a_connection_only_what_is_here_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    seen: list[tuple[bool, bool]] = []
+
+    def look(location: str, *_: Any, **__: Any) -> Any:
+        seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+        return no_connection(location)
+
+    monkeypatch.setattr(datasets, "load_dataset", look)
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    for answers in (False, True):
+        monkeypatch.setattr(hub_module, "_reachable", lambda address, answers=answers: answers)
+        with pytest.raises(DataError, match="cannot reach"):
+            load("mnist", "train")
+    assert seen == [(True, True), before]
+    assert before == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conftest import normal
 from stochbn import metrics
-from stochbn.paper.differences import paired
+from stochbn.paper.differences import paired, standard_errors
 from stochbn.predictions import entropy
 
 
@@ -103,3 +103,28 @@ def test_too_few_objects_leave_changes_out() -> None:
     assert "auroc_change" not in paired(probs, labels)
     assert "auroc_change" not in paired(probs, labels, (probs[0][:1], probs[1][:1]))
     assert paired((probs[0][:1], probs[1][:1]), labels[:1]) == {}
+
+
+def test_standard_errors_are_the_spread_of_scores_over_samples_of_objects() -> None:
+    labels = torch.arange(4000) % 4
+    known = (predictions(4000, 0).log() + 1.5 * torch.eye(4)[labels]).softmax(1)
+    unknown = predictions(3000, 2)
+    spread: dict[str, list[float]] = {"error": [], "nll": [], "ece": [], "auroc": []}
+    for i in range(40):
+        part, others = slice(100 * i, 100 * i + 100), slice(75 * i, 75 * i + 75)
+        scores = metrics.evaluate(known[part], labels[part])
+        scores |= metrics.ood(entropy(known[part]), entropy(unknown[others]))
+        for name, values in spread.items():
+            values.append(scores[name])
+    found = standard_errors(known[:100], labels[:100], unknown[:75])
+    for name, values in spread.items():
+        assert found[f"{name}_se"] == pytest.approx(torch.tensor(values).std().item(), rel=0.4), name
+
+
+def test_an_error_of_none_has_a_standard_error_and_a_single_object_has_none() -> None:
+    labels = torch.arange(271) % 4
+    found = standard_errors(torch.eye(4)[labels], labels)
+    assert found["error_se"] == pytest.approx(0.51, abs=0.01)
+    assert found["nll_se"] == found["ece_se"] == 0
+    assert "auroc_se" not in found
+    assert standard_errors(torch.eye(4)[labels[:1]], labels[:1]) == {}

@@ -8,13 +8,23 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from torch import Tensor
 
 import stochbn
 from conftest import seeded
-from stochbn.paper.figures import save_entropy_cdf, save_statistics, save_training
+from stochbn.paper.figures import (
+    save_costs,
+    save_entropy_cdf,
+    save_equivalents,
+    save_passes,
+    save_statistics,
+    save_training,
+)
+from stochbn.paper.redrawing import redraw
 from stochbn.paper.training import Epoch
+from stochbn.report.style import COLORS
 from stochbn.statistics import Moments
 
 METHODS = [(name, sbn) for name in ("plain", "Deep Ensembles", "Dropout") for sbn in (False, True)]
@@ -93,7 +103,8 @@ def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn
     assert styles["Deep Ensembles"] == styles["Dropout"] == styles["SBN"] == "-"
     lines = {str(line.get_label()): line for line in drawn[0].axes[0].get_lines()}
     assert lines["Dropout"].get_color() == lines["Dropout + SBN"].get_color() != lines["SBN"].get_color()
-    assert lines["plain"].get_color() == "0.5", "grey"
+    red, green, blue = to_rgb(lines["plain"].get_color())
+    assert red == green == blue, "grey"
     assert {line.get_drawstyle() for line in lines.values()} == {"steps-post"}
 
 
@@ -225,3 +236,81 @@ def test_the_log_of_training_is_drawn_for_every_network(tmp_path: Path, drawn: l
     np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     np.testing.assert_allclose(accuracy.get_lines()[1].get_ydata(), [0.8] * 4)
     assert "nats" in loss.get_ylabel()
+
+
+# ---------------------------------------------------------------- cost, calibrated NLL, and drawing them again
+
+
+def cost_of(units: dict[str, float], worth: dict[str, float]) -> dict[str, Any]:
+    return {"units": {"textbook": 1.0, **units}, "variance": 0.01, "worth": worth}
+
+
+def test_every_dot_of_the_cost_says_how_many_draws_it_is_and_lines_never_fold_back(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    units = {"quasi 4": 4.6, "quasi 8": 4.5, "quasi 16": 7.0, "draws 8": 3.2, "draws 16": 2.8, "draws 100": 6.0}
+    worth = {"quasi 4": 10.0, "quasi 8": 20.0, "quasi 16": 50.0, "draws 8": 19.0, "draws 16": 19.0, "draws 100": 90.0}
+    save_costs(tmp_path / "cost", {"network": cost_of(units, worth)})
+    (axes,) = drawn[0].axes
+    texts = {text.get_text() for text in axes.texts}
+    assert {"4", "8", "16", "8, 16", "100"} <= texts
+    for line in axes.get_lines():
+        if len(line.get_xdata()) > 2 and line.get_linestyle() != "None":
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            assert (np.diff(x) > 0).all()
+            assert (np.diff(y) < 0).all()
+    dots = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+    assert sorted(x for line in dots for x in line.get_xdata()) == sorted(units.values())
+
+
+def test_a_calibrated_nll_has_the_error_of_its_difference_and_is_filled_if_that_can_be_told(
+    tmp_path: Path, drawn: list[Any]
+) -> None:
+    nlls = {"plain": [0.2, 0.3, 0.25], "better": [0.1, 0.21, 0.149], "level": [0.1, 0.45, 0.2]}
+    save_equivalents(tmp_path / "f", nlls, [0.25, 0.2], title="t")
+    (axes,) = drawn[0].axes
+    fills = {
+        str(line.get_ydata()[0]): line.get_markerfacecolor() for line in axes.get_lines() if line.get_marker() == "o"
+    }
+    assert fills["level"] == "white"
+    assert fills["better"] == COLORS["SBN"] != fills["plain"] == COLORS["plain"]
+    bars = axes.containers[1].get_children()[-1].get_segments()[0][:, 0]
+    differences = np.array(nlls["better"]) - nlls["plain"]
+    assert bars[1] - bars[0] == pytest.approx(2 * differences.std(ddof=1) / np.sqrt(3))
+
+
+def test_with_one_network_no_difference_is_told(tmp_path: Path, drawn: list[Any]) -> None:
+    save_passes(tmp_path / "f", {"plain": [(1, [0.3])], "input": [(4, [0.1]), (2, [0.2])]}, title="t")
+    (axes,) = drawn[0].axes
+    assert any("one network" in text.get_text() for text in drawn[0].texts)
+    line = next(line for line in axes.get_lines() if len(line.get_xdata()) == 2)
+    assert list(line.get_xdata()) == [2, 4]
+    assert line.get_markerfacecolor() == "white"
+
+
+@pytest.mark.parametrize("name", ["lenet5-cost", "lenet5-posteriors", "vgg11-inputs"])
+def test_figures_of_stored_results_are_drawn_again_from_their_numbers(tmp_path: Path, name: str) -> None:
+    stored = Path(__file__).parent.parent / "results" / name
+    for file in stored.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    png, _ = redraw(tmp_path)
+    ours, committed = imread(png), imread(stored / png.name)
+    assert ours.shape == committed.shape
+    assert np.abs(ours - committed).mean() < 0.02, "the committed figure is another one"
+
+
+def test_folders_without_numbers_or_with_damaged_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none of cost\.json"):
+        redraw(tmp_path)
+    (tmp_path / "cost.json").write_text('{"found": [{}]}')
+    with pytest.raises(ValueError, match="damaged or of another version"):
+        redraw(tmp_path)
+
+
+def test_a_method_has_the_same_colour_in_every_figure(tmp_path: Path, drawn: list[Any]) -> None:
+    save_entropy_cdf(tmp_path / "e", entropies(), classes=5, title="x")
+    save_equivalents(tmp_path / "f", {"plain": [0.2, 0.3]}, [0.25, 0.2], title="t")
+    first, second = (figure.axes[0] for figure in drawn)
+    colors = {line.get_label(): line.get_color() for line in first.get_lines()}
+    assert colors["plain"] == COLORS["plain"] == next(c for c in second.containers)[0].get_color()
+    assert colors["Deep Ensembles"] == COLORS["Deep Ensembles"] == second.get_lines()[0].get_color()

@@ -155,12 +155,17 @@ def test_a_network_goes_from_weights_and_a_folder_to_calibrated_predictions(modu
     calibrated = stochbn.load("c.sbn.safetensors")
     assert calibrated.temperature != 1
     assert stochbn.load("w.sbn.safetensors").temperature == 1
-    text = stochbn_("evaluate", *own, "--posterior", "c.sbn.safetensors", "--data", "pets", "--draws", 8, "--out", "r")
+    text = stochbn_("evaluate", *own, "--posterior", "c.sbn.safetensors", "--data", "pets", "--draws", 8, "--out", "r",
+                    "--report", "r/page.html")  # fmt: skip
     assert "SBN" in text
+    page = Path("r/page.html").read_text()
+    assert page.count("data:image/png;base64") == 48
+    assert "bird/00.png" in page
+    assert "aleatoric" in page
     results = json.loads(Path("r/results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False), ("plain", True)]
     assert (
-        "Use kind" in (text := stochbn_("diagnose", *own, "--data", "pets", "--batch-size", 3))
+        "Use --kind" in (text := stochbn_("diagnose", *own, "--data", "pets", "--batch-size", 3))
         or "loses little" in text
     )
     stochbn_("predict", *own, "--data", "pets", "--out", "p.csv", "--draws", 8)
@@ -193,7 +198,8 @@ def test_all_kinds_of_tables_are_fitted_and_evaluated(data: str, module: str, ta
     keyed = ("--key", "id") if data.startswith("t.") else ()
     stochbn_("fit", *tabular, "--data", data, *keyed, "--out", "p.sbn.safetensors")
     assert stochbn.load("p.sbn.safetensors").layers == {"1": 6}
-    assert "NLL" in stochbn_("evaluate", *tabular, *more, *keyed, "--draws", 4)
+    assert "NLL" in stochbn_("evaluate", *tabular, *more, *keyed, "--draws", 4, "--report", "page.html")
+    assert ("r1" if keyed else "row 1") in Path("page.html").read_text()
     stochbn_("calibrate", *tabular, "--posterior", "p.sbn.safetensors", "--held-out", data, *keyed, "--no-temperature")
     assert stochbn.load("p.sbn.safetensors").temperature == 1
 

@@ -10,7 +10,7 @@ import typer
 from stochbn.cli import project
 from stochbn.cli.console import complain, err, never_fail_to_encode, out
 from stochbn.cli.evaluating import evaluate
-from stochbn.cli.experiments import ablate, augment, compare, demo, report, reproduce
+from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
 from stochbn.cli.exporting import export
 from stochbn.cli.fitting import calibrate, fit
 from stochbn.cli.measuring import bench, diagnose
@@ -36,7 +36,7 @@ paper = typer.Typer(
 for command in (demo, fit, calibrate, diagnose, evaluate, predict, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
-for command in (train, fit, evaluate, predict, reproduce, report, compare, ablate, augment):
+for command in (train, fit, evaluate, predict, reproduce, report, redraw, compare, ablate, augment):
     paper.command()(command)
 for command in (train, reproduce, report, compare):  # their names from before there was 'paper'
     app.command(hidden=True)(command)

@@ -159,12 +159,24 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
+class _TimeColumn(TimeRemainingColumn):
+    """The time left and, at the end, the time taken."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished_time is None:
+            return super().render(task)
+        taken = task.finished_time
+        hours, seconds = divmod(round(taken), 3600)
+        shown = f"{taken:.1f} s" if taken < 60 else f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+        return Text(f"took {shown}", style="progress.elapsed")
+
+
 def progress_bars() -> Progress:
-    """Progress bars with rate and time left; their tasks name a unit."""
+    """Progress bars with rate and time left or, at the end, taken; their tasks name a unit."""
     description = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
     if out.width < 80:
-        return Progress(description, TaskProgressColumn(), console=out)
-    return Progress(description, BarColumn(), TaskProgressColumn(), _RateColumn(), TimeRemainingColumn(), console=out)
+        return Progress(description, TaskProgressColumn(), _TimeColumn(), console=out)
+    return Progress(description, BarColumn(), TaskProgressColumn(), _RateColumn(), _TimeColumn(), console=out)
 
 
 def follow(bars: Progress, description: str, unit: str = "img") -> Callable[[int, int], None]:

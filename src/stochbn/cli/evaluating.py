@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
+from stochbn.cli.following import after_evaluating
 from stochbn.cli.options import Augmentation, Data, Draws, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
-from stochbn.files import check_folder
+from stochbn.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
@@ -48,6 +52,12 @@ def evaluate(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="File for a page about all of it: HTML that needs no other file.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
 
@@ -60,18 +70,27 @@ def evaluate(
     from stochbn.paper import report
     from stochbn.paper.folders import RESULTS
     from stochbn.paper.predicting import has_dropout, predict_member
+    from stochbn.report.facts import facts
+    from stochbn.report.objects import source_of
+    from stochbn.report.page import page_of, write_page
 
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *RESULTS)
+    if page is not None and page.parent == folder:  # which may yet have to be made
+        check_folder(folder, page.name)
+    elif page is not None:
+        check_file(page)
     paths: list[Path | None] = list(given.networks) if given.networks else [None]
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)
     if len(named) != len(paths):
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     subjects = Subject.all_of(given)
     if dense or any(subject.settings.get("task") in ("regression", "multilabel", "embedding") for subject in subjects):
-        if len(subjects) > 1 or ood is not None:
-            raise ValueError("several networks, and --ood, are for networks that give one class for each object")
+        if len(subjects) > 1 or ood is not None or page is not None:
+            raise ValueError(
+                "several networks, --ood and --report are for networks that give one class for each object"
+            )
         fitted_one = subjects[0].find_posterior(named[0])
         _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
         return
@@ -80,6 +99,7 @@ def evaluate(
     known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
     unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
     predictions: dict[bool, list[Any]] = {False: [], True: []}
+    started = time.perf_counter()
     with progress_bars() as bars:
         for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
             move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
@@ -100,22 +120,27 @@ def evaluate(
             )
     found = report.methods(predictions[False], predictions[True])
     names = known.name, unknown.name if unknown is not None else None
+    seconds = time.perf_counter() - started
+    networks = list(map(str, given.networks)) if given.networks else [given.model]
+    about: dict[str, Any] = {"networks": networks, "posteriors": [p and _described(p) for p in fitted]}
+    about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed, "augment": augment}
+    scores = report.score(found)
     if folder is None:
-        shown = report.tabulate(report.score(found), *names)
+        shown = report.tabulate(scores, *names)
     else:
-        described = [p and _described(p) for p in fitted]
-        networks = list(map(str, given.networks)) if given.networks else [given.model]
-        about: dict[str, Any] = {"networks": networks, "posteriors": described}
-        about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed}
-        about |= {"augment": augment}
         folder.mkdir(parents=True, exist_ok=True)
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
-        shown = report.write(folder, about, found, *names, title)
+        shown = report.write(folder, about, found, *names, title, scores=scores)
     show(shown)
-    if None in fitted:
-        say("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
+    if page is not None:
+        title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
+        described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]))
+        classes = subjects[0].classes or known.classes
+        write_page(page, page_of(title, found, scores, shown, names, source_of(known), classes, described))
+        say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
+    say(after_evaluating(given, scores, fitted, named, augment))
 
 
 def _evaluate_task(

@@ -16,7 +16,7 @@ from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
     from stochbn.paper.recipes import Recipe
 
-__all__ = ["ablate", "augment", "compare", "demo", "report", "reproduce"]
+__all__ = ["ablate", "augment", "compare", "demo", "redraw", "report", "reproduce"]
 
 
 def demo(
@@ -143,7 +143,7 @@ def report(
         typer.Option("--out", help="Folder for the tables of several runs. (default: seeds)", show_default=False),
     ] = None,
 ) -> None:
-    """Make a run's tables and figures again, from its stored predictions alone.
+    """Make a run's tables, figures and page (report.html) again, from its stored predictions alone.
 
     Several runs that differ in their seeds give one table, of means and standard deviations.
     """
@@ -157,6 +157,20 @@ def report(
         folder = folder or Path("seeds")
         shown = write_seeds(folders, folder)
     show(shown)
+
+
+def redraw(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="Folders with cost.json, comparison.json, ...", show_default=False),
+    ],
+) -> None:
+    """Draw the figures of stored results again, from their numbers alone: of bench, compare and augment."""
+    from stochbn.paper.redrawing import redraw as redraw_folder
+
+    for folder in folders:
+        for path in redraw_folder(folder):
+            say(str(path), path)
 
 
 def compare(
@@ -284,7 +298,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
     show(report.write_run(folder))
     say(
         "Lower NLL is better; unknown objects should have more entropy than known ones. "
-        f"Everything is in {folder}: results.json, results.md, entropy-cdf.png, and a folder for each network with its "
-        "posterior.",
+        f"Everything is in {folder}: report.html (for a browser), results.json, results.md, entropy-cdf.png, and a "
+        "folder for each network with its posterior.",
         folder,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say
+from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
@@ -58,11 +58,10 @@ def fit(
         move = follow(bars, "fitting")
         posterior = fit_posterior(subject.model, objects, batch_size, seed, move, kind=kind, augment=changes)
     posterior.save(target)
-    network = shlex.quote(str(given.networks[0])) if given.networks else "with the same options on test data"
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
-        f"Next: stochbn evaluate {network}",
+        f"{after_fitting(given, beside and default_posterior(beside), target, augment)}",
         target,
     )
 
@@ -146,7 +145,8 @@ def calibrate(
         )  # fmt: skip
     new.save(target)
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
-    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
+    again = after_calibrating(given, beside and default_posterior(beside), target, augment)
+    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.\n{again}", target)
 
 
 def _held_out(inputs: object, labels: object) -> object:

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from stochbn.cli.console import follow, progress_bars, readable, say, show, status
+from stochbn.cli.following import command
 from stochbn.cli.inputs import check_images, load_images
 from stochbn.cli.options import Data, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
@@ -178,3 +179,4 @@ def diagnose(
         write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
         figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
         say(f"Tables and figure are in {folder}.", folder)
+    say(f"Next: {command('fit', given, kind=diagnosis.kind, data=data, batch_size=batch_size)}")

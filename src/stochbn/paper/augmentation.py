@@ -32,7 +32,7 @@ from stochbn.paper.scores import finite, mixture, score_all
 from stochbn.paper.snapshotting import Cycles, take_snapshots
 from stochbn.paper.tables import Table
 
-__all__ = ["CHOSEN", "METHODS", "SNAPSHOT_METHODS", "Settings", "draw_over_inputs", "tabulate"]
+__all__ = ["CHOSEN", "METHODS", "SNAPSHOT_METHODS", "Settings", "draw", "draw_over_inputs", "tabulate"]
 
 AUGMENTATION = "stochbn.augmentation/1"
 STATISTICS = "statistics"
@@ -298,14 +298,21 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     }  # fmt: skip
     write_json(folder / "augmentation.json", finite(about))
     write_bytes(folder / "augmentation.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for name, found in rows.items():
+    draw(folder, about)
+    return shown
+
+
+def draw(folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Draw the figure of what ``augmentation.json`` holds into a folder."""
+    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    for name, found in about["methods"].items():
         method = "ensembles" if name.startswith("ensemble") and INPUT not in name else name.rpartition(", ")[0] or name
         if name.startswith("ensemble") and INPUT in name:
             method = f"ensembles, {INPUT}"
-        curves.setdefault(method, []).append((passes[name], statistics.mean(row["calibrated_nll"] for row in found)))
-    figures.save_passes(folder / "augmentation", curves, title=title)
-    return shown
+        curves.setdefault(method, []).append((about["passes"][name], [row["calibrated_nll"] for row in found]))
+    recipe, settings = about["recipe"], about["settings"]
+    title = f"{recipe['network']} on {recipe['data']}, at most {settings['images']} objects, {settings['augment']}"
+    return figures.save_passes(folder / "augmentation", curves, title=title)
 
 
 def _added(methods: Mapping[str, Sequence[Mapping[str, Tensor]]], count: int, labels: Tensor) -> dict[str, float]:

@@ -38,7 +38,7 @@ from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor
 
-__all__ = ["METHODS", "Settings", "compare", "tabulate"]
+__all__ = ["METHODS", "Settings", "compare", "draw", "tabulate"]
 
 COMPARISON = "stochbn.comparison/1"
 METHODS = (
@@ -263,7 +263,7 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
         f"ensemble of {size}": [mixture([plain[(first + i) % len(plain)] for i in range(size)]) for first in chosen]
         for size in range(1, len(plain) + 1)
     }
-    rows, reached = score_all(methods, ensembles, labels)
+    rows, _ = score_all(methods, ensembles, labels)
     for method, found_sizes in sizes.items():
         for row, size in zip(rows[method], found_sizes, strict=True):
             row["batch_size"] = size
@@ -277,9 +277,24 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
     write_json(folder / f"{settings.name}.json", finite(about))
     write_bytes(folder / f"{settings.name}.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
-    means = {name: statistics.mean(row["calibrated_nll"] for row in rows[name]) for name in methods}
-    figures.save_equivalents(folder / settings.name, means, reached, title=data)
+    draw(folder, settings.name, about)
     return shown
+
+
+def draw(folder: Path, name: str, about: Mapping[str, Any]) -> list[Path]:
+    """Draw the figure of what the JSON file of a comparison holds into a folder.
+
+    Args:
+        folder: where to.
+        name: of the files, without an ending.
+        about: what it holds.
+    """
+    nlls = {method: [row["calibrated_nll"] for row in rows] for method, rows in about["methods"].items()}
+    reached = [statistics.mean(values) for method, values in nlls.items() if method.startswith("ensemble")]
+    methods = {method: values for method, values in nlls.items() if not method.startswith("ensemble")}
+    recipe, drawn = about["recipe"], about["settings"].get("augment")
+    title = f"{recipe['network']} on {recipe['data']}{f', input drawn too ({drawn})' if drawn else ''}"
+    return figures.save_equivalents(folder / name, methods, reached, title=title)
 
 
 def _beside(

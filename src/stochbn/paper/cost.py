@@ -27,7 +27,7 @@ from stochbn.paper.scores import finite
 from stochbn.paper.tables import Table
 from stochbn.posteriors import Posterior
 
-__all__ = ["check_batch", "measure", "tables", "write"]
+__all__ = ["check_batch", "draw", "measure", "tables", "write"]
 
 BUDGETS = (8, 16, 25, 35, 50, 100, 200)
 """The values of ``draws`` whose error and time are measured."""
@@ -240,7 +240,12 @@ def write(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """
     write_json(folder / "cost.json", finite({"found": list(found)}))
     write_bytes(folder / "cost.md", "\n\n".join(table.markdown() for table in tables(found)).encode() + b"\n")
-    figures.save_costs(folder / "cost", {_title(one): one for one in found})
+    draw(folder, {"found": found})
+
+
+def draw(folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Draw the figure of what ``cost.json`` holds into a folder."""
+    return figures.save_costs(folder / "cost", {_title(one): one for one in about["found"]})
 
 
 def _title(one: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What drawing the statistics changes in a method's scores, with standard errors paired over the test objects."""
+"""Standard errors: of scores, and of what drawing the statistics changes in them, paired over the test objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,54 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.predictions import entropy
 
-__all__ = ["paired"]
+__all__ = ["paired", "standard_errors"]
+
+RESAMPLED = 200
+"""Bootstrap samples for the standard error of a calibration error."""
+MOST_RESAMPLED = 10_000
+"""Objects up to which there is one: it is small for more, and takes memory."""
+
+
+def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None) -> dict[str, float]:
+    """The standard errors of a method's scores, for other objects of the same kind.
+
+    Args:
+        known: probabilities ``[N, K]`` for objects of known classes.
+        labels: their labels ``[N]``.
+        unknown: likewise ``[M, K]``, for objects of other classes.
+
+    Returns:
+        ``error_se`` (percentage points), which is not 0 where no object was classified wrongly, ``nll_se`` (nats),
+        ``ece_se`` (by the bootstrap, of up to 10,000 objects), and with unknown objects ``auroc_se``; nothing for a
+        single object, or for dense predictions, whose places are not independent.
+
+    Source: of a share, Agresti and Coull, The American Statistician 52 (1998), 119-126: two more right and two more
+    wrong; for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
+    """
+    count = len(labels)
+    if count < 2 or labels.ndim > 1:
+        return {}
+    confidence, predicted = known.max(1)
+    right = predicted == labels
+    share = ((~right).sum().item() + 2) / (count + 4)
+    found = {"error_se": 100 * math.sqrt(share * (1 - share) / (count + 4))}
+    found["nll_se"] = math.sqrt(_variance_of_mean(metrics.nll_of_each(known, labels)))
+    if count <= MOST_RESAMPLED:
+        found["ece_se"] = _spread_of_ece(confidence.double(), right.double())
+    if unknown is not None and len(unknown) > 1:
+        places = _placements(entropy(known), entropy(unknown))
+        found["auroc_se"] = math.sqrt(sum(map(_variance_of_mean, places)))
+    return found
+
+
+def _spread_of_ece(confidence: Tensor, right: Tensor) -> float:
+    """The standard deviation of the calibration error over bootstrap samples."""
+    count, bins = len(right), metrics.BINS
+    draws = torch.randint(count, (RESAMPLED, count), generator=torch.Generator().manual_seed(0))
+    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    gaps = torch.zeros(RESAMPLED, bins, dtype=torch.float64)
+    gaps.scatter_add_(1, place[draws], (confidence - right)[draws])
+    return (gaps.abs().sum(1) / count).std().item()
 
 
 def paired(

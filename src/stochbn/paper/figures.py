@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,12 @@ import numpy as np
 from scipy.stats import norm
 from torch import Tensor
 
-from stochbn.files import write
-from stochbn.metrics import entropy_cdf
 from stochbn.paper.goodness import Diagnosis, distances, layer_parameters
 from stochbn.posteriors import Factorized, FactorizedLog
+from stochbn.report import curves
+from stochbn.report.style import COLORS, SEQUENCE, save
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from stochbn.paper.training import Epoch
 
 __all__ = [
@@ -33,16 +31,14 @@ __all__ = [
     "save_training",
 ]
 
-COLORS = {"SBN": "#d62728", "Deep Ensembles": "#1f77b4", "Dropout": "#2ca02c"}
+NEAR = 0.15
+"""Dots whose logarithms differ by less share a label."""
 
 
 def save_entropy_cdf(
     path: Path, entropies: Mapping[tuple[str, bool], Tensor], *, classes: int, title: str
 ) -> list[Path]:
     """Draw the empirical distribution functions of entropies as the paper's figure does: PNG and SVG.
-
-    The curves are SBN, Dropout and Deep Ensembles, the latter two solid without and dashed with SBN, and in grey the
-    plain network, which shows what SBN adds.
 
     Args:
         path: where to, without an ending.
@@ -53,32 +49,11 @@ def save_entropy_cdf(
     Returns:
         The files written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for (method, sbn), values in entropies.items():
-        x, y = entropy_cdf(values)
-        if method == "plain":
-            label, style, color = ("SBN", "-", COLORS["SBN"]) if sbn else ("plain", "-", "0.5")
-        else:
-            label, style, color = (f"{method} + SBN", "--", COLORS[method]) if sbn else (method, "-", COLORS[method])
-        axes.step([0, *x.tolist()], [0, *y.tolist()], where="post", label=label, ls=style, color=color, lw=1.8)
-    limit = math.log(classes)
-    axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
-    axes.set(ylabel="fraction of unknown objects at or below", title=title)
-    axes.title.set_fontsize(10)
-    ticks = [tick for tick in axes.get_xticks() if tick < 0.93 * limit]
-    axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=9, title="lower and further right is better", title_fontsize=8)
-    return _save(figure, path)
+    return save(curves.entropies_of_unknown(entropies, classes=classes, title=title), path)
 
 
 def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]:
     """Draw the loss and the accuracy of every epoch, for each network: PNG and SVG.
-
-    Thin lines are of training images while the weights change, thick ones of held-out images, where there are some.
 
     Args:
         path: where to, without an ending.
@@ -87,33 +62,21 @@ def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]
     Returns:
         The files written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, key, label in zip(panels, ("loss", "accuracy"), ("loss (nats)", "accuracy"), strict=True):
-        for i, (name, epochs) in enumerate(logs.items()):
-            numbers = [one.epoch for one in epochs]
-            axes.plot(numbers, [getattr(one, key) for one in epochs], ".-", color=f"C{i}", lw=0.8, ms=3, label=name)
-            held_out = [getattr(one, f"held_out_{key}") for one in epochs]
-            if None not in held_out:
-                axes.plot(numbers, held_out, ".-", color=f"C{i}", lw=1.8, ms=3)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylim(bottom=0)
-    panels[0].legend(fontsize=7, title="thin: in training; thick: held-out", title_fontsize=7)
-    return _save(figure, path)
+    return save(curves.training(logs), path)
 
 
-def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[float], *, title: str) -> list[Path]:
+def save_equivalents(
+    path: Path, nlls: Mapping[str, Sequence[float]], ensembles: Sequence[float], *, title: str
+) -> list[Path]:
     """Draw methods' calibrated NLL as points between lines at those of ensembles of 1, 2, ... networks: PNG and SVG.
+
+    Bars are standard errors over networks of the difference from the plain network; a point is filled where that is
+    more than twice its standard error.
 
     Args:
         path: where to, without an ending.
-        nlls: calibrated NLL (nats) of every method.
-        ensembles: likewise of ensembles of 1, 2, ... networks.
+        nlls: calibrated NLL (nats) of every method with each network; one is ``plain``.
+        ensembles: the mean of ensembles of 1, 2, ... networks.
         title: the figure's title.
 
     Returns:
@@ -121,28 +84,36 @@ def save_equivalents(path: Path, nlls: Mapping[str, float], ensembles: Sequence[
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(nlls)), layout="constrained")
+    figure = Figure(figsize=(7, 1.1 + 0.32 * len(nlls)), layout="constrained")
     axes = figure.subplots()
     for size, nll in enumerate(ensembles, start=1):
         axes.axvline(nll, color=COLORS["Deep Ensembles"], lw=1, alpha=0.7)
         axes.annotate(f"{size}", (nll, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", fontsize=8,
                       color=COLORS["Deep Ensembles"])  # fmt: skip
-    axes.plot(list(nlls.values()), list(nlls), "o", color=COLORS["SBN"], ms=6)
+    for name, values in nlls.items():
+        error, told = _from_plain(values, nlls["plain"])
+        color = COLORS["plain"] if name == "plain" else COLORS["SBN"]
+        axes.errorbar(statistics.mean(values), name, xerr=error, fmt="o", color=color, ms=6, capsize=3, elinewidth=1,
+                      mfc=color if told or name == "plain" else "white")  # fmt: skip
     axes.invert_yaxis()
     axes.set(xlabel="calibrated NLL (nats); lines: Deep Ensembles of 1, 2, ... networks; further left is better")
     axes.set_title(title, fontsize=10, pad=16)
     axes.grid(axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
-    return _save(figure, path)
+    figure.supxlabel(_bars(nlls), fontsize=7)
+    return save(figure, path)
 
 
-def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> list[Path]:
+def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], *, title: str) -> list[Path]:
     """Draw calibrated NLL against cost in plain passes, a curve for each method: PNG and SVG.
+
+    Bars and filled points are as in `save_equivalents`.
 
     Args:
         path: where to, without an ending.
-        curves: numbers of passes and calibrated NLL (nats), by method; ensembles are the yardstick.
+        curves: numbers of passes and calibrated NLL (nats) with each network, by method; ``plain`` is one of them, and
+            ensembles are the yardstick.
         title: the figure's title.
 
     Returns:
@@ -151,15 +122,23 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    others = itertools.cycle(("#d62728", "#ff7f0e", "#e6a800", "#2ca02c", "#006d2c", "#9467bd", "#8c564b", "#e377c2"))
+    ((_, plain),) = curves["plain"]
+    others = itertools.cycle(color for color in SEQUENCE if color != COLORS["Deep Ensembles"])
     for name, points in curves.items():
         ensemble = name.startswith("ensemble")
-        color = COLORS["Deep Ensembles"] if ensemble else "0.4" if name == "plain" else next(others)
+        color = COLORS["Deep Ensembles"] if ensemble else COLORS["plain"] if name == "plain" else next(others)
         style = "-" if name == "ensembles" else "--" if ensemble or "calibrated" in name else "-"
-        axes.plot(*zip(*sorted(points), strict=True), marker="s" if ensemble else "o", ms=4, ls=style, color=color,
-                  label=name, lw=1.6)  # fmt: skip
+        passes = [count for count, _ in sorted(points)]
+        found = [values for _, values in sorted(points)]
+        means = [statistics.mean(values) for values in found]
+        bars, told = zip(*(_from_plain(values, plain) for values in found), strict=True)
+        marker = "D" if name == "plain" else "s" if ensemble else "o"
+        axes.errorbar(passes, means, bars, marker=marker, ms=5, ls=style, color=color, lw=1.6, label=name, mfc="white",
+                      elinewidth=0.8, capsize=2, zorder=3 if name == "plain" else 2)  # fmt: skip
+        filled = [(x, y) for x, y, is_told in zip(passes, means, told, strict=True) if is_told or name == "plain"]
+        axes.plot(*zip(*filled, strict=True) if filled else ([], []), marker, ms=5, color=color, zorder=4)
     ticks = sorted({passes for points in curves.values() for passes, _ in points})
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -169,11 +148,30 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, title="drawn", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, path)
+    figure.supxlabel(_bars({"plain": plain}), fontsize=7)
+    return save(figure, path)
+
+
+def _from_plain(values: Sequence[float], plain: Sequence[float]) -> tuple[float, bool]:
+    """The standard error over networks of a difference, and whether it is less than half of the difference."""
+    differences = [value - other for value, other in zip(values, plain, strict=True)]
+    if len(differences) < 2:
+        return 0.0, False
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return error, abs(statistics.mean(differences)) > 2 * error > 0
+
+
+def _bars(nlls: Mapping[str, Sequence[float]]) -> str:
+    count = len(nlls["plain"])
+    if count < 2:
+        return "one network: no difference from plain can be told from chance"
+    return f"bars: standard error of the difference from plain, over {count} networks; filled: more than twice that"
 
 
 def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """Draw the error of mean probabilities against cost, log-log, one panel for each network: PNG and SVG.
+
+    Each dot says how many draws it is. Lines join those of which no other one is as accurate at less cost.
 
     Args:
         path: where to, without an ending.
@@ -185,31 +183,38 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(max(4, 3.4 * len(found)), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(5, 4.4 * len(found)), 4.4), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (title, one) in zip(panels, found.items(), strict=True):
         units, variance = one["units"], one["variance"]
         counts = np.array([4, 16, 50, 200])
-        axes.plot(
-            counts * units["textbook"],
-            np.sqrt(variance / counts),
-            "-",
-            color="#7f7f7f",
-            label="independent draws, textbook",
-        )
-        for word, label, color in (
-            ("quasi", "all quasi-random draws", COLORS["Deep Ensembles"]),
-            ("draws", "default: easy objects get fewer", COLORS["SBN"]),
+        errors = np.sqrt(variance / counts)
+        axes.plot(counts * units["textbook"], errors, "-", color=COLORS["plain"], label="independent draws, textbook")
+        for word, label, color, beside in (
+            ("quasi", "as many quasi-random draws as written, for every object", SEQUENCE[1], (6, 1)),
+            ("draws", "draws= as written, by default: easy objects get fewer", SEQUENCE[0], (-7, -3)),
         ):
-            names = [name for name in one["worth"] if name.startswith(word)]
-            errors = [math.sqrt(variance / one["worth"][name]) for name in names]
-            axes.plot([units[name] for name in names], errors, "o-", ms=4, color=color, label=label)
+            dots = [
+                (units[name], math.sqrt(variance / worth), name.split()[1])
+                for name, worth in one["worth"].items()
+                if name.startswith(word)
+            ]
+            best = [dot for dot in dots if not any(x < dot[0] and y <= dot[1] for x, y, _ in dots)]
+            axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), "-", color=color, lw=1.4)
+            axes.plot([x for x, _, _ in dots], [y for _, y, _ in dots], "o", ms=4, color=color, label=label)
+            for x, y, text in _merged(dots):
+                axes.annotate(text, (x, y), beside, textcoords="offset points", fontsize=7, color=color, zorder=4,
+                              bbox={"fc": "white", "ec": "none", "pad": 0.6, "alpha": 0.8},
+                              ha="left" if beside[0] > 0 else "right")  # fmt: skip
         wanted = math.sqrt(variance / 50)
         axes.axhline(wanted, color="black", lw=0.8, ls=":")
-        axes.annotate("50 draws", (0.98, wanted), (0, 3), ("axes fraction", "data"), "offset points",
-                      ha="right", fontsize=7)  # fmt: skip
+        axes.annotate("as accurate as 50 independent draws", (0.98, wanted), (0, 3), ("axes fraction", "data"),
+                      "offset points", ha="right", fontsize=7)  # fmt: skip
         axes.axvline(5, color="black", lw=0.8, ls=":")
-        axes.set(xscale="log", yscale="log", xlabel="cost, plain forward passes", title=title)
+        axes.annotate("5 passes", (5, 0.02), (3, 0), ("data", "axes fraction"), "offset points", fontsize=7)
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xlabel("cost, plain forward passes")
+        axes.set_xlim(left=0.42 * min(units[name] for name in one["worth"]))
         axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -218,8 +223,19 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         axes.tick_params(labelsize=7)
         axes.xaxis.label.set_fontsize(8)
     panels[0].set_ylabel("RMS error of mean probabilities", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=7)
-    return _save(figure, path)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+    return save(figure, path)
+
+
+def _merged(dots: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Dots with their labels, of which those so near to each other that labels would overlap share one."""
+    found: list[tuple[float, float, str]] = []
+    for x, y, text in dots:
+        if found and abs(math.log(x / found[-1][0])) < NEAR and abs(math.log(y / found[-1][1])) < NEAR:
+            found[-1] = min(x, found[-1][0]), (y + found[-1][1]) / 2, f"{found[-1][2]}, {text}"
+        else:
+            found.append((x, y, text))
+    return found
 
 
 def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path]:
@@ -238,9 +254,10 @@ def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path
     names = list(diagnosis.distances)
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     fit, correlation, variance = figure.subplots(1, 3)
-    for key, color in (("mean", "#1f77b4"), ("variance", "#ff7f0e")):
+    for key, color in (("mean", SEQUENCE[1]), ("variance", SEQUENCE[0])):
         fit.plot(range(len(names)), [diagnosis.distances[n][key] for n in names], "o-", color=color, label=key, ms=4)
-    fit.set(ylim=(0, None), ylabel="Kolmogorov-Smirnov distance", title="marginal fit: lower is better")
+    fit.axhline(diagnosis.distance_by_chance, color=COLORS["plain"], lw=1, ls=":", label="by chance")
+    fit.set(ylim=(0, None), ylabel="Kolmogorov-Smirnov (KS) distance", title="largest gap between observed and fitted")
     fit.legend(fontsize=8)
     shown = correlation.imshow(diagnosis.correlations.numpy(), vmin=0, cmap="viridis")
     figure.colorbar(shown, ax=correlation, shrink=0.85)
@@ -258,7 +275,7 @@ def save_diagnosis(path: Path, diagnosis: Diagnosis, *, title: str) -> list[Path
     for axes in (fit, correlation, variance):
         axes.title.set_fontsize(9)
     figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def save_statistics(
@@ -300,8 +317,8 @@ def save_statistics(
         for i, channel in enumerate(varying):
             means, variances = observations[layer][:, :, channel].unbind(1)
             for axes, values, location, scale, name, color in (
-                (row[2 * i], means, m, s, "mean", "#1f77b4"),
-                (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", "#ff7f0e"),
+                (row[2 * i], means, m, s, "mean", SEQUENCE[1]),
+                (row[2 * i + 1], variances.log(), m_log, s_log, "log-variance", SEQUENCE[0]),
             ):
                 axes.hist(values.tolist(), bins="auto", density=True, color=color, alpha=0.45)
                 low, high = axes.get_xlim()
@@ -314,16 +331,9 @@ def save_statistics(
         d = distance[layer]
         row[0].set_ylabel(f"layer {layer}\nKS mean {d['mean']:.3f}\nKS variance {d['variance']:.3f}", fontsize=8)
     size = f"mini-batches of {posterior.batch_size}" if posterior.batch_size else "mini-batches"
-    figure.suptitle(f"Statistics of {size} (bars) and the fitted Normal and LogNormal (lines)", fontsize=10)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> list[Path]:
-    import matplotlib as mpl
-
-    files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
-    with mpl.rc_context({"svg.hashsalt": "stochbn"}):  # the same figure is the same file
-        for file in files:
-            metadata = {"Date": None} if file.suffix == ".svg" else None
-            write(file, functools.partial(figure.savefig, dpi=160, metadata=metadata))
-    return files
+    figure.suptitle(
+        f"Statistics of {size} (bars) and the fitted Normal and LogNormal (lines)\n"
+        "KS: the Kolmogorov-Smirnov distance, the largest gap between observed and fitted distribution (0 to 1)",
+        fontsize=9,
+    )
+    return save(figure, path)

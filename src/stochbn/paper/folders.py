@@ -15,11 +15,12 @@ from stochbn.files import check_folder, write_json
 from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
 
-__all__ = ["RESULTS", "check", "claim"]
+__all__ = ["RESULTS", "check", "claim", "surroundings"]
 
 RESULTS = (
     "results.json",
     "results.md",
+    "report.html",
     *(f"{name}.{kind}" for name in ("entropy-cdf", "statistics", "training") for kind in ("png", "svg")),
 )
 """The files that `stochbn.paper.report` writes into a folder."""
@@ -79,9 +80,13 @@ def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
             write_json(file, {**about, **ours})
         return
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**ours, **surroundings()})
+
+
+def surroundings() -> dict[str, dict[str, Any]]:
+    """What a result was made with: ``versions`` and ``machine``."""
     versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
-    write_json(file, {**ours, "versions": versions, "machine": machine})
+    return {"versions": versions, "machine": {"platform": platform.platform(), "cores": os.cpu_count()}}
 
 
 def _growth(theirs: dict[str, Any], ours: dict[str, Any]) -> set[str]:

@@ -106,38 +106,59 @@ class Diagnosis:
     shares: Tensor
 
     @property
+    def worst(self) -> tuple[str, float]:
+        """The layer that is fitted worst, and the larger of its two distances."""
+        found = {layer: max(distance.values()) for layer, distance in self.distances.items()}
+        layer = max(found, key=lambda name: found[name])
+        return layer, found[layer]
+
+    @property
+    def distance_by_chance(self) -> float:
+        """The Kolmogorov-Smirnov distance of so few mini-batches from the distribution fitted to them."""
+        return 0.75 * self.chance
+
+    @property
+    def dependence(self) -> tuple[float, float | None]:
+        """The mean absolute correlation within layers, and between layers if there are several."""
+        layers = len(self.correlations)
+        apart = self.correlations[~torch.eye(layers, dtype=torch.bool)]
+        return self.correlations.diagonal().mean().item(), apart.mean().item() if layers > 1 else None
+
+    @property
+    def kind(self) -> str:
+        """The kind of posterior to use."""
+        if self.worst[1] > POOR_FIT + self.distance_by_chance:
+            return "empirical"
+        within, across = self.dependence
+        return "joint" if max(within, across or 0.0) > 1.5 * self.chance else "factorized"
+
+    @property
     def advice(self) -> list[str]:
         """What it means, and which posterior to use, in sentences."""
-        worst = max(self.distances, key=lambda layer: max(self.distances[layer].values()))
-        distance = max(self.distances[worst].values())
-        poor = distance > POOR_FIT + 0.75 * self.chance  # a fitted distribution's distance is about that by chance
+        worst, distance = self.worst
         marginal = (
-            f"Normal and LogNormal fit every layer well: the largest distance is {distance:.3f} ({worst})."
-            if not poor
-            else f"Normal and LogNormal fit some layers poorly: the distance is {distance:.3f} in {worst}."
+            f"Normal and LogNormal fit some layers poorly: the distance is {distance:.3f} in {worst}."
+            if self.kind == "empirical"
+            else f"Normal and LogNormal fit every layer well: the largest distance is {distance:.3f} ({worst})."
         )
-        layers = len(self.correlations)
-        within = self.correlations.diagonal().mean().item()
-        apart = self.correlations[~torch.eye(layers, dtype=torch.bool)]
-        across = f"{apart.mean().item():.2f} between layers, " if layers > 1 else ""
+        within, apart = self.dependence
+        across = f"{apart:.2f} between layers, " if apart is not None else ""
         share = self.shares[:16].sum().item()
         dependence = (
             f"The mean absolute correlation is {within:.2f} within layers, {across}{self.chance:.2f} would be chance; "
             f"one direction carries {100 * self.shares[0].item():.0f} % of the variance, {min(16, len(self.shares))} "
             f"carry {100 * share:.0f} %."
         )
-        dependent = max(within, apart.mean().item() if layers > 1 else 0) > 1.5 * self.chance
-        if poor:
-            verdict = "Use kind='empirical', which replays what was observed and assumes no form."
-        elif dependent:
-            verdict = (
-                "The statistics of a mini-batch move together, which the factorised form leaves out: it has too little "
-                "noise in what the channels add up to. Use kind='joint'."
-            )
-        else:
-            verdict = "They are next to independent: kind='factorized' loses little."
-        return [marginal, dependence, verdict]
+        return [marginal, dependence, VERDICTS[self.kind]]
 
+
+VERDICTS = {
+    "empirical": "Use --kind empirical, which replays what was observed and assumes no form.",
+    "joint": "The statistics of a mini-batch move together, which the factorised form leaves out: it has too little "
+    "noise in what the channels add up to. Use --kind joint.",
+    "factorized": "They are next to independent: --kind factorized loses little.",
+}
+"""Which posterior to use, and why."""
 
 POOR_FIT = 0.1
 """A mean Kolmogorov-Smirnov distance that shows in a histogram."""

@@ -44,8 +44,10 @@ def predict_member(
     Returns:
         ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
         ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior of the kind factorized-log also
-        ``median.known`` and ``median.unknown``, with every statistic at its median. With `keep_draws` also those of
-        every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout has one.
+        ``median.known`` and ``median.unknown``, with every statistic at its median. Those of known objects also have
+        ``.expected_entropy`` ``[N]`` in nats, the mean over draws, as ``sbn.known.expected_entropy``. With `keep_draws`
+        also those of every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout
+        has one.
     """
     # Every draw is made, so that all methods take as many.
     dropout = has_dropout(model) if dropout is None else dropout
@@ -70,6 +72,8 @@ def predict_member(
             )
             before += len(images)
             tensors[f"{method}.{part}"] = prediction.probs.log().cpu()
+            if part == "known":
+                tensors[f"{method}.{part}.expected_entropy"] = prediction.expected_entropy.cpu()
             if prediction.log_probs is not None:
                 tensors[f"{method}.{part}.draws"] = prediction.log_probs.half().cpu()
     return tensors

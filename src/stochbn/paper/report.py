@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
-from stochbn.paper.differences import paired
+from stochbn.paper.differences import paired, standard_errors
 from stochbn.paper.folders import RESULTS
 from stochbn.paper.goodness import distances
+from stochbn.paper.page import page_of_run
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
 from stochbn.paper.tables import Table
 from stochbn.paper.training import read_log
 from stochbn.posteriors import Factorized, FactorizedLog, load
 from stochbn.predictions import entropy
+from stochbn.report.page import write_page
 
 __all__ = [
     "Method",
@@ -56,6 +58,8 @@ class Method:
         known: probabilities ``[N, K]`` for test objects of the known classes.
         labels: their labels ``[N]``.
         unknown: probabilities ``[M, K]`` for objects of other classes, if there are any.
+        expected_entropy: ``[N]``, nats: the mean of the entropies over draws and networks for the known objects,
+            which is their aleatoric uncertainty; None in runs of earlier versions.
         median: with SBN, the same method with every statistic at its median in place of draws, which is what the
             published experiments call "no SBN"; where that was predicted.
     """
@@ -66,6 +70,7 @@ class Method:
     known: Tensor
     labels: Tensor
     unknown: Tensor | None = None
+    expected_entropy: Tensor | None = None
     median: Method | None = None
 
     @functools.cached_property
@@ -80,6 +85,7 @@ class Method:
     def scores(self) -> dict[str, Any]:
         """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
 
+        The number of known ``objects``, and the standard errors of `standard_errors`, are with them.
         With at least 10 known objects that are classified wrongly also ``calibrated_nll`` (nats) and the best
         ``temperature``.
         """
@@ -92,7 +98,7 @@ class Method:
         if self.unknown is not None:
             found["entropy_unknown"] = entropy(self.unknown).mean().item()
             found |= metrics.ood(entropy(self.known), entropy(self.unknown))
-        return found
+        return found | {"objects": len(self.labels)} | standard_errors(self.known, self.labels, self.unknown)
 
 
 def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str, Tensor]]) -> list[Method]:
@@ -105,15 +111,19 @@ def methods(plain: Sequence[Mapping[str, Tensor]], dropout: Sequence[Mapping[str
     """
     groups = {"plain": plain[:1], "Deep Ensembles": plain if len(plain) > 1 else [], "Dropout": dropout}
 
-    def mean(members: Sequence[Mapping[str, Tensor]], key: str) -> Tensor | None:
-        return torch.stack([m[key].exp() for m in members]).mean(0) if all(key in m for m in members) else None
+    def mean(
+        members: Sequence[Mapping[str, Tensor]], key: str, of: Callable[[Tensor], Tensor] = Tensor.exp
+    ) -> Tensor | None:
+        there = members and all(key in m for m in members)
+        return torch.stack([of(m[key]) for m in members]).mean(0) if there else None
 
     def method(name: str, members: Sequence[Mapping[str, Tensor]], kind: str, **others: Any) -> Method | None:
-        known = mean(members, f"{kind}.known") if members else None
+        known = mean(members, f"{kind}.known")
         if known is None:
             return None
         unknown = mean(members, f"{kind}.unknown")
-        return Method(name, kind == "sbn", len(members), known, members[0]["labels"], unknown, **others)
+        expected = mean(members, f"{kind}.known.expected_entropy", Tensor.double)
+        return Method(name, kind == "sbn", len(members), known, members[0]["labels"], unknown, expected, **others)
 
     found = []
     for name, members in groups.items():
@@ -178,6 +188,7 @@ def write(
     unknown: str | None,
     title: str,
     published: str | None = None,
+    scores: Sequence[dict[str, Any]] | None = None,
 ) -> list[Table]:
     """Write tables and entropy figure into a folder, and return the tables.
 
@@ -192,11 +203,12 @@ def write(
         unknown: name of the data of unknown classes, if any.
         title: the figure's title.
         published: as for `tabulate`.
+        scores: of the methods, where they are known already.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    scores = score(found)
+    scores = score(found) if scores is None else scores
     shown = _write_tables(folder, {**about, "scores": scores}, tabulate(scores, known, unknown, published))
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
@@ -245,7 +257,7 @@ def write_run(folder: Path) -> list[Table]:
     Beside what `write` makes, ``statistics.png`` and ``.svg`` show observed and fitted statistics, and
     ``results.json`` has their distances for every layer, unless the file of the statistics, the largest of a run, is
     gone; ``training.png`` and ``.svg`` show every member's log of
-    loss and accuracy, where there are logs.
+    loss and accuracy, where there are logs; and ``report.html`` has all of this on one page, with pictures of objects.
 
     Raises:
         FileNotFoundError, ValueError: as `read_run`.
@@ -267,7 +279,10 @@ def write_run(folder: Path) -> list[Table]:
     recipe = about["recipe"]
     known, unknown = _names(about)
     title = f"{recipe['network']} trained on {recipe['data']}, tested on {recipe['unknown']}"
-    return write(folder, about, found, known, unknown, title, _published(recipe))
+    scores = score(found)
+    shown = write(folder, about, found, known, unknown, title, _published(recipe), scores)
+    write_page(folder / "report.html", page_of_run(folder, about, found, scores, shown, logs))
+    return shown
 
 
 def read_statistics(folder: Path) -> tuple[dict[str, Tensor], Factorized | FactorizedLog]:

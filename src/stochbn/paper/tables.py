@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ class Table:
         line = f"|{' --- |' + ' ---: |' * (len(self.columns) - 1)}"
         return "\n".join([f"**{self.title}**", "", head, line, *body])
 
+
+FEW_OBJECTS = 1000
+"""So many test objects or fewer, and scores are shown with their standard errors."""
 
 PUBLISHED: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
     "lenet5": {
@@ -83,7 +87,8 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
             paper = PUBLISHED.get(published or "", {}).get(method, {}).get(key, (None, None))
             printed = PRINTED.get(published or "", {}).get(method, (None, None)) if key == "nll" else (None, None)
             for found, theirs, also in zip((plain, sbn), paper, printed, strict=True):
-                cell = _number(found[key], digits, 100 if key == "ece" else 1) if found else "-"
+                show = _score if found is plain else _number_of  # with SBN the error is alike, and the table is wide
+                cell = show(found, key, digits, 100 if key == "ece" else 1) if found else "-"
                 brackets = [] if theirs is None else [f"{theirs:.{2 if key == 'error' else 3}f}"]
                 brackets += [] if also is None else [f"{also:.4f}"]
                 row.append(f"{cell} ({'; '.join(brackets)})" if brackets else cell)
@@ -95,6 +100,7 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
     words = ", published in brackets" if published else ""
     if published in PRINTED:
         words += " (table 1; notebook)"
+    words += _objects(scores)
     return Table(f"{data}: test error and calibration{words}", columns, rows)
 
 
@@ -159,7 +165,7 @@ def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
             _method(s),
             _number(s["entropy_known"], 3),
             _number(s["entropy_unknown"], 3),
-            _number(s["auroc"], 4),
+            _score(s, "auroc", 4),
             _number(s["fpr95"], 1, 100),
         ]
         for s in scores
@@ -176,7 +182,12 @@ def diagnosis(title: str, found: Diagnosis) -> Table:
         [layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{correlation:.3f}"]
         for (layer, distance), correlation in zip(found.distances.items(), within, strict=True)
     ]
-    return Table(title, ["layer", "KS of means", "KS of variances", "mean abs. correlation within"], rows)
+    meaning = (
+        "KS is the Kolmogorov-Smirnov distance, the largest gap between the observed and the fitted distribution "
+        f"function (0 to 1; about {found.distance_by_chance:.3f} by chance)"
+    )
+    columns = ["layer", "KS of means", "KS of variances", "mean abs. correlation within"]
+    return Table(f"{title}; {meaning}", columns, rows)
 
 
 def rescaling(title: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
@@ -202,6 +213,25 @@ def _number(value: float | tuple[float, float], digits: int, factor: float = 1) 
     if isinstance(value, tuple):
         return f"{factor * value[0]:.{digits}f} ± {factor * value[1]:.{digits}f}"
     return f"{factor * value:.{digits}f}"
+
+
+def _score(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
+    """A score; where it is of few objects, ± its standard error."""
+    error = scores.get(f"{key}_se")
+    if isinstance(error, float) and scores["objects"] <= FEW_OBJECTS:
+        return f"{_number(scores[key], digits, factor)} ± {_number(error, digits, factor)}"
+    return _number_of(scores, key, digits, factor)
+
+
+def _number_of(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
+    return _number(scores[key], digits, factor)
+
+
+def _objects(scores: Sequence[Mapping[str, Any]]) -> str:
+    """How many objects scores are of, where these are few."""
+    count = scores[0].get("objects", math.inf)
+    few = count <= FEW_OBJECTS and isinstance(scores[0].get("error_se"), float)
+    return f"; {count} objects, ± standard error (alike with SBN)" if few else ""
 
 
 def _change(scores: Mapping[str, Any], key: str, digits: int) -> str:

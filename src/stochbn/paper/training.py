@@ -13,15 +13,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stochbn.files import read_tensors, write_bytes, write_tensors
 from stochbn.paper.data import Images, as_input, augment
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = [
     "Epoch",
@@ -152,6 +154,8 @@ def train(
             "use more data or a smaller batch size"
         )
     strategy = "auto" if schedule.processes == 1 else "ddp_spawn"
+    from lightning_fabric import Fabric  # takes seconds: not for those who only read what was trained
+
     fabric = Fabric(devices=schedule.processes, strategy=strategy, precision=schedule.precision)  # type: ignore[arg-type]
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         model = build()

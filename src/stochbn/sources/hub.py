@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,9 @@ HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": 
 
 FOLDER_VARIABLE = "STOCHBN_DATA"
 """The environment variable that names a folder with local copies, one subfolder for each data set."""
+
+PATIENCE = 2.0
+"""Seconds in which the Hub must answer."""
 
 
 class DataError(ValueError):
@@ -53,7 +62,8 @@ def load_splits(name: str) -> tuple[Any, str]:
         if local:
             datasets.disable_progress_bars()
         huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
-        loaded = datasets.load_dataset(location)
+        with contextlib.nullcontext() if local or _reachable(huggingface_hub.constants.ENDPOINT) else _offline():
+            loaded = datasets.load_dataset(location)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
     except (ConnectionError, OSError) as error:
@@ -70,6 +80,46 @@ def load_splits(name: str) -> tuple[Any, str]:
         if shown:
             datasets.enable_progress_bars()
     return loaded, location
+
+
+def _reachable(address: str) -> bool:
+    """Whether something answers at an address, or at the proxy for it, within `PATIENCE` seconds.
+
+    Without a connection `datasets` tries again for half a minute before it says so.
+    """
+    target = urllib.parse.urlsplit(address)
+    if not urllib.request.proxy_bypass(target.hostname or ""):
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(target.scheme) or proxies.get("all")
+        target = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else target
+    place = target.hostname or "", target.port or (80 if target.scheme == "http" else 443)
+    answered: list[bool] = []
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection(place, timeout=PATIENCE):
+            answered.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)  # asking for the address of a name has no time limit
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answered)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` use what it downloaded before, and not look for a connection."""
+    import datasets
+    import huggingface_hub
+
+    places: tuple[Any, ...] = datasets.config, huggingface_hub.constants
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _local_copy(name: str) -> str | None:

@@ -1,0 +1,118 @@
+"""What to run next: commands that can be copied, with the options that were given."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stochbn.cli.subject import SHARED, Given
+
+if TYPE_CHECKING:
+    from stochbn.posteriors import Posterior
+
+__all__ = ["after_calibrating", "after_evaluating", "after_fitting", "command"]
+
+ANEW = ("split",)
+"""Options that are left out: the next command is about other data, of which columns may be called alike."""
+
+
+def command(name: str, given: Given, *, network: Path | None = None, **options: object) -> str:
+    """A command about the same network, as it is typed.
+
+    Args:
+        name: of the command.
+        given: the options about the network.
+        network: one of several.
+        options: others, with underscores for dashes; None are left out, words in capitals are to be filled in.
+    """
+    networks = [network] if network is not None else given.networks or []
+    words = ["stochbn", name, *map(str, networks)]
+    shared = {} if networks else {field: getattr(given, field) for field in SHARED if field not in ANEW}
+    for field, value in {**shared, **options}.items():
+        option = f"--{field.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                words += [option, str(one)]
+    return shlex.join(words)
+
+
+def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
+    """What to run on a posterior that was fitted.
+
+    Args:
+        given: the options about the network.
+        beside: where its posterior is looked for if none is named.
+        path: where it is.
+        augment: the augmentation that it was fitted with.
+    """
+    posterior = None if path == beside else path
+    chosen = _calibrate(given, None, posterior, augment)
+    again = after_calibrating(given, beside, path, augment)
+    return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\n{again}"
+
+
+def after_calibrating(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
+    """What to run on a posterior whose noise is chosen; arguments are as of `after_fitting`."""
+    data = None if given.networks else "TEST-DATA"
+    posterior = None if path == beside else path
+    return f"Next: {command('evaluate', given, data=data, posterior=posterior, augment=augment)}"
+
+
+def after_evaluating(
+    given: Given,
+    scores: Sequence[Mapping[str, Any]],
+    fitted: Sequence[Posterior | None],
+    posteriors: Sequence[Path | None],
+    augment: str | None,
+) -> str:
+    """What to run after an evaluation: what mends a posterior that made probabilities worse, where one did.
+
+    Args:
+        given: the options about the networks.
+        scores: of every method.
+        fitted: the posterior of each network.
+        posteriors: their files, where they were named.
+        augment: the augmentation that was drawn.
+    """
+    from stochbn.report.words import made_worse
+
+    networks: list[Path | None] = list(given.networks) if given.networks else [None]
+    lines, data = [], None if given.networks else "TRAINING-DATA"
+    if None in fitted:
+        lines.append("Networks without a posterior were evaluated without SBN only. Next:")
+    for network, posterior in zip(networks, fitted, strict=True):
+        if posterior is None:
+            lines.append(f"    {command('fit', given, network=network, data=data)}")
+    worse = made_worse(scores)
+    if worse:
+        scored = given.task in (None, "classification")  # calibrate takes no other task
+        advice = "Choose the noise by data that the networks were not trained on" if scored else "Fit less noise"
+        lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
+        for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
+            if posterior is not None and scored:
+                lines.append(f"    {_calibrate(given, network, path, augment)}")
+            elif posterior is not None:
+                again = command("fit", given, network=network, data=data, batch_size=64, out=path, augment=augment)
+                lines.append(f"    {again}")
+    if not lines:
+        options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
+        lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
+    return "\n".join(lines)
+
+
+def _calibrate(given: Given, network: Path | None, posterior: Path | None, augment: str | None) -> str:
+    """The command that chooses the noise; named data sets have no split that is called held out, so one is named."""
+    split = "SPLIT" if given.networks else None
+    return command(
+        "calibrate",
+        given,
+        network=network,
+        held_out="HELD-OUT-DATA",
+        split=split,
+        posterior=posterior,
+        augment=augment,
+    )

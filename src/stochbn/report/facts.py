@@ -1,0 +1,48 @@
+"""What the numbers of an evaluation depend on, what they cost, and how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stochbn.paper.folders import surroundings
+
+__all__ = ["facts", "made_with"]
+
+
+def facts(about: Mapping[str, Any], seconds: float, command: str) -> dict[str, str]:
+    """The facts of an evaluation, by their names.
+
+    Args:
+        about: its settings: ``networks``, ``posteriors`` (None, or ``kind``, ``batch_size`` and ``temperature``),
+            ``data``, ``ood``, ``draws``, ``seed`` and ``augment``.
+        seconds: what predicting took.
+        command: how it is made again.
+    """
+    draws = about["draws"]
+    passes = f"An object takes one pass of a network as it is ({draws} if dropout stays on), and {draws} with SBN."
+    return {
+        "Networks": ", ".join(about["networks"]),
+        "Posteriors": "; ".join(map(_posterior, about["posteriors"])),
+        "Known objects": about["data"],
+        "Unknown objects": about["ood"] or "none",
+        "Augmentation": about["augment"] or "none",
+        "Seed": str(about["seed"]),
+        "Cost": f"Predicting took {seconds:.1f} s. {passes}",
+        **made_with(surroundings()),
+        "Command": command,
+    }
+
+
+def made_with(about: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Versions and machine, as `stochbn.paper.folders.surroundings` gives them, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return {"Versions": versions, "Machine": f"{about['machine']['platform']}, {about['machine']['cores']} cores"}
+
+
+def _posterior(described: Mapping[str, Any] | None) -> str:
+    if described is None:
+        return "none"
+    size = described["batch_size"]
+    noise = "of its mini-batches" if size is None else f"of mini-batches of {size}"
+    return f"{described['kind']}, noise {noise}, temperature {described['temperature']:.3g}"

@@ -1,0 +1,93 @@
+"""The commands that are named as the next ones can be typed as they are."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from stochbn import cli
+from stochbn.cli.following import after_evaluating, after_fitting, command
+from stochbn.cli.subject import Given
+from stochbn.posteriors import Posterior
+
+OWN = Given(
+    model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
+    label="kind", class_axis=0, probs=True,
+)  # fmt: skip
+TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
+A_POSTERIOR: Any = object()
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands in what was said, each on a line of its own or after a colon."""
+    return [shlex.split(line[line.index("stochbn ") :])[1:] for line in text.splitlines() if "stochbn " in line]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The parameters of a command as the command line reads them; there is an error where it cannot."""
+    program: Any = typer.main.get_command(cli.app)
+    name, *arguments = words
+    found: dict[str, Any] = program.commands[name].make_context(name, arguments).params
+    return found
+
+
+def scores(change: float) -> list[dict[str, Any]]:
+    plain = {"method": "plain", "sbn": False, "members": 1}
+    return [plain, {**plain, "sbn": True, "nll_change": change, "nll_change_se": 0.001}]
+
+
+def test_a_command_has_the_options_that_were_given_but_the_split() -> None:
+    (words,) = commands(command("evaluate", OWN, data="TEST-DATA", posterior=None))
+    found = parsed(words)
+    for field in ("model", "model_arg", "weights", "size", "label", "class_axis", "probs"):
+        assert found[field] == getattr(OWN, field), field
+    assert found["data"] == "TEST-DATA"
+    assert "--split" not in words
+
+
+@pytest.mark.parametrize("given", [OWN, Given(networks=[Path("b c.safetensors")])])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_follows_a_fit_can_be_typed(given: Given, named: bool) -> None:
+    path = Path("p q.safetensors")
+    for words in commands(after_fitting(given, None if named else path, path, "flip,shift:4")):
+        assert parsed(words)["augment"] == "flip,shift:4"
+        assert ("--posterior" in words) == named
+
+
+def test_an_evaluation_that_found_the_nll_worse_says_what_mends_it() -> None:
+    posteriors: list[Posterior | None] = [A_POSTERIOR, A_POSTERIOR]
+    text = after_evaluating(TRAINED, scores(0.01), posteriors, [None, Path("p.safetensors")], None)
+    assert "SBN made the NLL of a single network worse on this data, by 0.0100 ± 0.0010 nats" in text
+    first, second = commands(text)
+    assert parsed(first)["networks"] == Path("a.safetensors")
+    assert parsed(second)["networks"] == Path("b c.safetensors")
+    assert first[0] == second[0] == "calibrate"
+    assert parsed(second)["posterior"] == Path("p.safetensors")
+
+
+@pytest.mark.parametrize("change", [-0.01, 0.0015])
+def test_an_evaluation_that_found_it_better_or_cannot_tell_goes_on_to_predict(change: float) -> None:
+    (words,) = commands(after_evaluating(OWN, scores(change), [A_POSTERIOR], [None], None))
+    assert words[0] == "predict"
+    assert parsed(words)["path"] == Path("predictions.csv")
+
+
+def test_a_binary_network_whose_nll_is_worse_is_to_be_fitted_with_less_noise() -> None:
+    given = Given(model="m:f", task="binary")
+    (words,) = commands(after_evaluating(given, scores(0.01), [A_POSTERIOR], [Path("p.safetensors")], None))
+    found = parsed(words)
+    assert (words[0], found["batch_size"], found["path"]) == ("fit", 64, Path("p.safetensors"))
+
+
+def test_networks_without_a_posterior_are_to_be_fitted() -> None:
+    text = after_evaluating(TRAINED, scores(0.01)[:1], [A_POSTERIOR, None], [None, None], None)
+    (words,) = commands(text)
+    assert words == ["fit", "b c.safetensors"]
+    both = after_evaluating(TRAINED, scores(0.01), [A_POSTERIOR, None], [None, None], None)
+    assert [(name, network) for name, network, *_ in commands(both)] == [
+        ("fit", "b c.safetensors"), ("calibrate", "a.safetensors"),
+    ]  # fmt: skip
