@@ -440,7 +440,7 @@ def test_options_that_make_no_sense_are_told(module: str, weights: Path, told: C
     assert "unknown task 'guess'" in told(
         "predict", *own, "--task", "guess", "--posterior", _fitted(own[:4]), "--out", "p.csv"
     )
-    assert "it takes --task classification or binary" in told("evaluate", *own, "--task", "regression")
+    assert "expected targets [36, 3], as the network predicts" in told("evaluate", *own, "--task", "regression")
     assert "name data with --held-out" in told("calibrate", *own[:4], "--posterior", "f.safetensors")
     assert "run 'stochbn fit' on the network first" in told("predict", *own, "--out", "p.csv")
 
