@@ -7,6 +7,7 @@ is too wide for the terminal is shown as a list, so that no number is cut.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import sys
 import unicodedata
@@ -165,9 +166,10 @@ class _TimeColumn(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
         if task.finished_time is None:
             return super().render(task)
-        taken = task.finished_time
-        hours, seconds = divmod(round(taken), 3600)
-        shown = f"{taken:.1f} s" if taken < 60 else f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+        # In whole seconds: a piped output has no numbers with decimals but those of its results.
+        taken = math.ceil(task.finished_time)
+        hours, seconds = divmod(taken, 3600)
+        shown = f"{taken} s" if taken < 60 else f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
         return Text(f"took {shown}", style="progress.elapsed")
 
 
