@@ -8,7 +8,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import augment, export, metrics
+from stochbn import augment, deploy, export, metrics
 from stochbn.calibration import calibrate
 from stochbn.execution import Settings
 from stochbn.fitting import fit
@@ -33,6 +33,7 @@ __all__ = [
     "Settings",
     "augment",
     "calibrate",
+    "deploy",
     "export",
     "fit",
     "from_pretrained",
