@@ -208,11 +208,11 @@ def test_engines_and_files_that_do_not_go_together_are_told(home: Path) -> None:
     assert "--workers 2 needs --engine ray" in told("--workers", 2)
 
 
-needs_ray = [
+needs_ray = (
     pytest.mark.long,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray: pip install 'stochbn[ray]'"),
-]
+)
 
 
 class TestRay:

@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.accumulators import Accumulator
 
 __all__ = ["Ranks", "RanksError", "refuse_sharded"]
+
+TOLD = "stochbn_told_to_ranks"
+"""The attribute of an error that the other ranks know of, so that blocks around the one that it left do not wait."""
 
 A = TypeVar("A", bound=Accumulator[Any])
 
@@ -42,7 +45,7 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+    def of(cls, group: dist.ProcessGroup | None, done: str = "fitted") -> Ranks:
         """The ranks of a group that a user passed.
 
         In a job of several processes without a group, a warning says that this process's data alone is used.
@@ -54,8 +57,8 @@ class Ranks:
         if group is None:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 warnings.warn(
-                    f"this is rank {dist.get_rank()} of {dist.get_world_size()}, and the posterior is fitted to its "
-                    "own data alone; pass group=torch.distributed.group.WORLD to fit to the data of all ranks",
+                    f"this is rank {dist.get_rank()} of {dist.get_world_size()}, and the posterior is {done} to its "
+                    "own data alone; pass group=torch.distributed.group.WORLD to use the data of all ranks",
                     stacklevel=3,
                 )
             return cls(None)
@@ -80,8 +83,11 @@ class Ranks:
         """
         try:
             yield
+        except RanksError:  # the others know
+            raise
         except BaseException as error:
-            if self.count > 1:
+            if self.count > 1 and not getattr(error, TOLD, False):
+                setattr(error, TOLD, True)
                 self._gather(json.dumps(f"{type(error).__name__}: {error}").encode())
             raise
         if self.count == 1:
@@ -107,6 +113,21 @@ class Ranks:
         for other in found[1:]:
             merged = merged.merge(other)
         return merged
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, the same on every rank to the last bit."""
+        if self.count == 1:
+            return values
+        texts = self._gather(safetensors.torch.save({"": values.contiguous()}))
+        return torch.stack([safetensors.torch.load(text)[""] for text in texts]).sum(0)
+
+    def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors ``[n, ...]`` of every rank behind each other, in the order of the ranks."""
+        if self.count == 1:
+            return tensors
+        own = {name: values.contiguous() for name, values in tensors.items()}
+        shards = [safetensors.torch.load(text) for text in self._gather(safetensors.torch.save(own))]
+        return {name: torch.cat([shard[name] for shard in shards]) for name in tensors}
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any rank has."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
+from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_folder
 
 if TYPE_CHECKING:
+    from stochbn.distributed import Ranks
     from stochbn.posteriors import Posterior
 
 __all__ = ["evaluate"]
@@ -59,32 +61,43 @@ def evaluate(
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)
     if len(named) != len(paths):
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
-    subjects = Subject.all_of(given)
-    if any(subject.settings.get("task", "classification") not in ("classification", "binary") for subject in subjects):
-        raise ValueError("evaluate scores classes: it takes --task classification or binary; use predict for others")
-    fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
-    data = data or subjects[0].data
-    known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
-    unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
-    predictions: dict[bool, list[Any]] = {False: [], True: []}
-    with progress_bars() as bars:
-        for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
-            move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
-            dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
-            predictions[dropout].append(
-                predict_member(
-                    subject.model,
-                    posterior,
-                    known,
-                    unknown,
-                    draws,
-                    seed,
-                    move,
-                    dropout=dropout,
-                    augment=changes,
-                    **subject.settings,
-                )
+    with job() as ranks, ranks.failing_together():
+        subjects = Subject.all_of(given)
+        if any(
+            subject.settings.get("task", "classification") not in ("classification", "binary") for subject in subjects
+        ):
+            raise ValueError(
+                "evaluate scores classes: it takes --task classification or binary; use predict for others"
             )
+        fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
+        data = data or subjects[0].data
+        known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
+        unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
+        if ranks.count > 1:
+            known, unknown = (objects and _shard(objects, ranks) for objects in (known, unknown))
+        predictions: dict[bool, list[Any]] = {False: [], True: []}
+        with progress_bars() as bars:
+            for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
+                move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
+                dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
+                predictions[dropout].append(
+                    ranks.joined(
+                        predict_member(
+                            subject.model,
+                            posterior,
+                            known,
+                            unknown,
+                            draws,
+                            seed,
+                            move,
+                            dropout=dropout,
+                            augment=changes,
+                            **subject.settings,
+                        )
+                    )
+                )
+    if ranks.rank:
+        return
     found = report.methods(predictions[False], predictions[True])
     names = known.name, unknown.name if unknown is not None else None
     if folder is None:
@@ -103,6 +116,19 @@ def evaluate(
         say("Networks without a posterior were evaluated without SBN only: run 'stochbn fit' on them first.")
     if folder is not None:
         say(f"Results are in {folder}.", folder)
+
+
+def _shard(objects: Any, ranks: Ranks) -> Any:
+    """The share of objects that is this rank's.
+
+    Raises:
+        ValueError: there is not one for each rank.
+    """
+    from stochbn.paper.predicting import PREDICT_BATCH
+
+    if len(objects) < ranks.count:
+        raise ValueError(f"{objects.name} has {len(objects)} objects for {ranks.count} ranks; start fewer")
+    return objects.shard(ranks.rank, ranks.count, min(PREDICT_BATCH, len(objects) // ranks.count))
 
 
 def _described(posterior: Posterior) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import typer
 
 from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.inputs import default_posterior
+from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
@@ -51,12 +52,17 @@ def fit(
     target = path or default_posterior(beside or Path())
     if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
         check_file(target)
-    subject = Subject.one(given)
-    objects = subject.load(data, "train")
-    with progress_bars() as bars:
-        move = follow(bars, "fitting")
-        posterior = fit_posterior(subject.model, objects, batch_size, seed, move, kind=kind, augment=changes)
-    posterior.save(target)
+    with job() as ranks, ranks.failing_together():
+        subject = Subject.one(given)
+        objects = subject.load(data, "train")
+        with progress_bars() as bars:
+            move = follow(bars, "fitting")
+            posterior = fit_posterior(
+                subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks
+            )
+        if ranks.rank:
+            return
+        posterior.save(target)
     network = shlex.quote(str(given.networks[0])) if given.networks else "with the same options on test data"
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
@@ -100,27 +106,31 @@ def calibrate(
     if target is None:
         raise ValueError(needs("--out"))
     check_file(target)
-    subject = Subject.one(given)
-    if subject.settings.pop("task", "classification") != "classification":
-        raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
-    old = subject.need_posterior(posterior)
-    data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
-    with progress_bars() as bars:
-        move, done = follow(bars, "calibrating"), 0
+    with job() as ranks, ranks.failing_together():
+        subject = Subject.one(given)
+        if subject.settings.pop("task", "classification") != "classification":
+            raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
+        old = subject.need_posterior(posterior)
+        data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
+        data = data.shard(ranks.rank, ranks.count, CALIBRATE_BATCH) if ranks.count > 1 else data
+        with progress_bars() as bars:
+            move, done = follow(bars, "calibrating"), 0
 
-        def batches() -> Iterator[Any]:
-            nonlocal done
-            for inputs, labels in data.batches(CALIBRATE_BATCH):
-                yield _held_out(inputs, labels)
-                done += len(labels)
-                move(done, len(data))
+            def batches() -> Iterator[Any]:
+                nonlocal done
+                for inputs, labels in data.batches(CALIBRATE_BATCH):
+                    yield _held_out(inputs, labels)
+                    done += len(labels)
+                    move(done, len(data))
 
-        new = stochbn.calibrate(
-            subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
-            score=score,  # type: ignore[arg-type]
-            **subject.settings,
-        )  # fmt: skip
-    new.save(target)
+            new = stochbn.calibrate(
+                subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
+                score=score,  # type: ignore[arg-type]
+                group=ranks.group, **subject.settings,
+            )  # fmt: skip
+        if ranks.rank:
+            return
+        new.save(target)
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
 

@@ -94,12 +94,16 @@ def about_networks(*, several: bool = False) -> Callable[[Callable[..., None]], 
 
         @functools.wraps(command)
         def wrapper(**arguments: Any) -> None:
+            from stochbn.distributed import RanksError
+
             networks = arguments.pop("networks")
             shared = {name: arguments.pop(name) for name in SHARED}
             given = Given(networks=[networks] if isinstance(networks, Path) else networks, **shared)
             _check_one_way(given, arguments.pop("context"))
             try:
                 command(given, **arguments)
+            except RanksError:
+                raise
             except (RuntimeError, TypeError) as error:  # a user's network may not take the data
                 if given.networks:
                     raise

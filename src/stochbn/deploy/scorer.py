@@ -119,6 +119,18 @@ class Scorer:
         """
         return scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
 
+    def answer(self, objects: Sequence[Any]) -> list[Row]:
+        """A row of predictions for each of the objects that a service was asked for: images, or (lists of) numbers.
+
+        Raises:
+            RuntimeError, ValueError: the network does not take them.
+        """
+        columns = _Columns({"input": objects}, None)
+        rows: list[Row] = []
+        for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
+            rows += self.rows(chunk, _Columns.key_name)
+        return [{name: value for name, value in row.items() if name != _Columns.key_name} for row in rows]
+
     def __call__(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
         """The batch with the columns of predictions, and ``error``: why a row could not be read, or None.
 
@@ -144,7 +156,7 @@ class _Columns:
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
 
-    def __init__(self, batch: Batch, inputs: Sequence[str] | None) -> None:
+    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None) -> None:
         names = list(inputs or batch)
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -152,7 +153,13 @@ def train(
             "use more data or a smaller batch size"
         )
     strategy = "auto" if schedule.processes == 1 else "ddp_spawn"
-    fabric = Fabric(devices=schedule.processes, strategy=strategy, precision=schedule.precision)  # type: ignore[arg-type]
+    # Of its own processes: in those that torchrun started, each trains a network of its own.
+    fabric = Fabric(
+        devices=schedule.processes,
+        strategy=strategy,
+        precision=schedule.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()] if schedule.processes == 1 else None,
+    )
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         model = build()
         result = Path(folder) / "weights.safetensors"  # several processes cannot return as much through a pipe
