@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo scale test test-long lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time this takes some minutes."
@@ -19,6 +19,12 @@ test: $(VENV)/.installed  ## run the tests
 
 test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
 	$(BIN)/pytest -m long
+
+$(VENV)/.scale: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[scale]'
+	@touch $@
+
+scale: $(VENV)/.scale  ## install Ray, FastAPI and a local object store, for the tests of many machines (400 MB)
 
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, HTTPException
 
@@ -21,7 +21,7 @@ pool = ThreadPoolExecutor(os.cpu_count())
 
 
 @web.post("/predict")
-async def predict(inputs: list[Any] = Body(embed=True)) -> list[dict[str, Any]]:
+async def predict(inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
     """Class, probability and uncertainties of every object."""
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, score.answer, inputs)

@@ -5,7 +5,7 @@ curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [
 """
 
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, HTTPException
 from ray import serve
@@ -25,7 +25,7 @@ class Service:
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
     async def together(self, requests: list[list[Any]]) -> list[Any]:
-        """The rows of each request, or the error of one that the network does not take."""
+        """The rows of each request, or what is wrong with it."""
         try:
             rows = self.score.answer([one for inputs in requests for one in inputs])
             ends = accumulate(map(len, requests))
@@ -33,17 +33,20 @@ class Service:
         except (RuntimeError, TypeError, ValueError):  # one spoils the batch: each for itself
             return [self.alone(inputs) for inputs in requests]
 
-    def alone(self, inputs: list[Any]) -> Any:
-        """The rows of one request, or its error, which Ray Serve raises for it."""
+    def alone(self, inputs: list[Any]) -> list[Any] | str:
+        """The rows of one request, or what is wrong with it."""
         try:
             return self.score.answer(inputs)
         except (RuntimeError, TypeError, ValueError) as error:
-            return HTTPException(422, str(error))
+            return str(error)
 
     @web.post("/predict")
-    async def predict(self, inputs: list[Any] = Body(embed=True)) -> list[dict[str, Any]]:
+    async def predict(self, inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
         """Class, probability and uncertainties of every object."""
-        return await self.together(inputs)
+        answer = await self.together(inputs)
+        if isinstance(answer, str):
+            raise HTTPException(422, answer)
+        return answer
 
     @web.get("/healthz")
     def healthz(self) -> dict[str, str]:

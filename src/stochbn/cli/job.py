@@ -44,6 +44,8 @@ def job() -> Iterator[Ranks]:
     Each rank sees the GPU of its local number alone, if there are any.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     from stochbn.distributed import Ranks
 
@@ -54,7 +56,10 @@ def job() -> Iterator[Ranks]:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(local)] if devices is None else devices.split(",")[local : local + 1]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    store, rank, count = next(rendezvous("env://"))
+    # torchrun keeps the store when it starts the ranks again, with the addresses of those that are gone.
+    store = PrefixStore(f"stochbn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
     out.quiet = dist.get_rank() > 0
     try:
         yield Ranks(dist.group.WORLD)
