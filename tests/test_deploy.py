@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -208,15 +208,15 @@ def test_engines_and_files_that_do_not_go_together_are_told(home: Path) -> None:
     assert "--workers 2 needs --engine ray" in told("--workers", 2)
 
 
-needs_ray = (
+needs_ray = [
     pytest.mark.long,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray: pip install 'stochbn[ray]'"),
-)
+]
 
 
 class TestRay:
-    pytestmark = needs_ray
+    pytestmark: ClassVar = needs_ray
 
     @pytest.mark.parametrize("options", [("--tolerance", 0), ("--key", "name"), ()])
     def test_rays_table_is_the_local_one(self, home: Path, options: tuple[object, ...]) -> None:
@@ -266,7 +266,7 @@ class TestRay:
     def test_a_scorer_in_map_batches(self, home: Path) -> None:
         script = f"""
 import ray, stochbn
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)  # two for actors, one to read
 scored = ray.data.read_parquet("data").repartition(5).map_batches(
     stochbn.deploy.Scorer,
     fn_constructor_kwargs=dict(model={network()!r}, weights={str(home / "w.safetensors")!r}, draws=16, seed=3,

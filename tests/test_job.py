@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -106,7 +106,7 @@ def test_commands_that_share_no_work_are_refused_in_a_job(monkeypatch: pytest.Mo
 
 
 class TestTorchrun:
-    pytestmark = (pytest.mark.long, pytest.mark.timeout(2 * TIMEOUT))
+    pytestmark: ClassVar = [pytest.mark.long, pytest.mark.timeout(2 * TIMEOUT)]
 
     @pytest.mark.parametrize("kind", ["factorized", "joint"])
     def test_fit_is_that_of_one_process(self, home: Path, kind: str) -> None:
