@@ -28,10 +28,12 @@ class Service:
         """The rows of each request, or what is wrong with it."""
         try:
             rows = self.score.answer([one for inputs in requests for one in inputs])
-            ends = accumulate(map(len, requests))
-            return [rows[end - len(inputs) : end] for inputs, end in zip(requests, ends, strict=True)]
-        except (RuntimeError, TypeError, ValueError):  # one spoils the batch: each for itself
+        except (RuntimeError, TypeError, ValueError):
+            rows = []
+        if not rows or any(row["error"] for row in rows):  # one may spoil the batch: each for itself
             return [self.alone(inputs) for inputs in requests]
+        ends = accumulate(map(len, requests))
+        return [rows[end - len(inputs) : end] for inputs, end in zip(requests, ends, strict=True)]
 
     def alone(self, inputs: list[Any]) -> list[Any] | str:
         """The rows of one request, or what is wrong with it."""

@@ -1,7 +1,7 @@
 """What several processes of a job observed, brought together over torch.distributed.
 
 Each process (rank) observes its own mini-batches into an accumulator. `Ranks.merged` sends every accumulator to every
-rank and merges them in the order of the ranks, so that all have the same; nothing is pickled.
+rank, one after another, and merges them in the order of the ranks, so that all have the same; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -105,13 +105,12 @@ class Ranks:
         if self.count == 1:
             return accumulator
         tensors, about = accumulator.state()
-        others = zip(
-            self._gather(safetensors.torch.save(tensors)), self._gather(json.dumps(about).encode()), strict=True
-        )
-        found = [accumulator.with_state(safetensors.torch.load(data), json.loads(text)) for data, text in others]
-        merged = found[0]
-        for other in found[1:]:
-            merged = merged.merge(other)
+        texts = self._gather(json.dumps(about).encode())
+        merged: A | None = None
+        for data, text in zip(self._each(safetensors.torch.save(tensors)), texts, strict=True):
+            other = accumulator.with_state(safetensors.torch.load(data), json.loads(text))
+            merged = other if merged is None else merged.merge(other)
+        assert merged is not None
         return merged
 
     def total(self, values: Tensor) -> Tensor:
@@ -150,6 +149,19 @@ class Ranks:
                     f"rank {rank} has a network with other weights than rank {self.rank} ({difference} differ); load "
                     "the same weights on every rank"
                 )
+
+    def _each(self, data: bytes) -> Iterator[bytes]:
+        """The bytes of one rank after another, on every rank; memory does not grow with their number."""
+        sizes = [int(size) for size in self._gather(str(len(data)).encode())]
+        device = self._device()
+        for rank, size in enumerate(sizes):
+            mine = rank == self.rank
+            shared = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(size, dtype=torch.uint8)
+            )
+            shared = shared.to(device)
+            dist.broadcast(shared, group=self.group, group_src=rank)
+            yield shared.cpu().numpy().tobytes()
 
     def _gather(self, data: bytes) -> list[bytes]:
         """The bytes of every rank, on every rank."""
