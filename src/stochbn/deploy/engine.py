@@ -1,7 +1,7 @@
 """The parts of a table predicted by Ray: each is made by one actor from the rows that it reads itself.
 
 A part is the unit: it is scored batch by batch as in one process, so that the table does not depend on how many actors
-there are. An actor that dies is started again, and its part is made anew; a part reaches the table once.
+there are. Ray starts an actor that dies again, and its part is made anew; a part reaches the table once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from stochbn.scoring import Row
 from stochbn.sources import ParquetObjects
 
 __all__ = ["PartScorer", "check_ray", "ray_engine"]
-
-RESTARTS = 8
-"""How often an actor is started again, and a part tried."""
 
 
 class PartScorer:
@@ -88,6 +85,7 @@ def ray_engine(
 
         if not numbers:
             return
+        next(stream.chunks(1))  # columns that are not there are told before Ray is started
         started = not ray.is_initialized()
         if started:
             address = os.environ.get("RAY_ADDRESS")
@@ -109,8 +107,6 @@ def ray_engine(
                 compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers))),
                 batch_size=1,
                 num_cpus=1,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
             )
             for row in rows.iter_rows():
                 yield int(row["id"]), json.loads(row["rows"])
