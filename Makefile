@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # pip shows what it downloads and installs; warnings about places that are not there are not for readers of this.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e
 
-.PHONY: demo test test-long test-networks networks interop docs lint bench clean
+.PHONY: demo scale test test-long test-networks networks interop docs lint bench clean
 
 # What the command line needs, without tools for development.
 $(VENV)/.runs: pyproject.toml constraints.txt
@@ -63,6 +63,13 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs  ## the site, in build/site; its pictures are drawn anew
 	$(BIN)/sphinx-build -q -W --keep-going -c docs/site . build/site
 	@echo "Open build/site/index.html"
+
+	$(BIN)/codespell src tests docs benchmarks examples *.md results/README.md
+$(VENV)/.scale: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[scale]'
+	@touch $@
+
+scale: $(VENV)/.scale  ## install Ray, FastAPI and a local object store, for the tests of many machines (400 MB)
 
 lint: $(VENV)/.installed  ## style, spelling and types
 	$(BIN)/codespell src tests docs benchmarks examples *.md results/README.md

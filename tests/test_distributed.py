@@ -83,7 +83,13 @@ def fit_shards(rank: int, folder: Path, sizes: tuple[int, ...], kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [*((kind, (60, 6, 30)) for kind in KINDS), ("joint", (0, 96)), ("factorized", (96, 0))]
+    ("kind", "sizes"),
+    [
+        ("joint", (60, 36)),
+        *(pytest.param(kind, (60, 6, 30), marks=pytest.mark.long) for kind in KINDS),
+        pytest.param("joint", (0, 96), marks=pytest.mark.long),
+        pytest.param("factorized", (96, 0), marks=pytest.mark.long),
+    ],
 )
 def test_every_rank_gets_what_one_process_fits_to_all_mini_batches(
     kind: str, sizes: tuple[int, ...], folder: Path
@@ -126,7 +132,13 @@ def fit_or_fail(rank: int, folder: Path, failing: str) -> None:
     stochbn.fit(model, batches(), 6, group=dist.group.WORLD)
 
 
-@pytest.mark.parametrize("failing", ["raises", "is interrupted", "is killed", "has other weights"])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "raises",
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("is interrupted", "is killed", "has other weights")),
+    ],
+)
 def test_no_rank_waits_for_one_that(failing: str, folder: Path) -> None:
     first, second = run(2, folder, fit_or_fail, failing)
     wanted = {
@@ -139,10 +151,33 @@ def test_no_rank_waits_for_one_that(failing: str, folder: Path) -> None:
     assert wanted[1] in second
 
 
+def calibrate_shards(rank: int, folder: Path) -> None:
+    x = data(96)
+    batches = [(x[i : i + 24], torch.arange(24) % 3) for i in range(0, 96, 24)]
+    posterior = _without_ranks(data())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mine = batches[rank::2]
+        stochbn.calibrate(network(), posterior, mine, temperature=True, group=dist.group.WORLD).save(folder / f"{rank}")
+
+
+def test_ranks_calibrate_to_what_one_process_does(folder: Path) -> None:
+    assert not any(run(2, folder, calibrate_shards))
+    x = data(96)
+    batches = [(x[i : i + 24], torch.arange(24) % 3) for i in range(0, 96, 24)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = stochbn.calibrate(network(), _without_ranks(data()), batches, temperature=True)
+    first, second = stochbn.load(folder / "0"), stochbn.load(folder / "1")
+    assert first.temperature == second.temperature == pytest.approx(alone.temperature, rel=1e-9)
+    assert first.batch_size == second.batch_size == alone.batch_size
+
+
 def fit_nothing(rank: int, folder: Path) -> None:
     stochbn.fit(network(), [data(0)], 6, group=dist.group.WORLD)
 
 
+@pytest.mark.long
 def test_ranks_without_any_data_are_told(folder: Path) -> None:
     for error in run(2, folder, fit_nothing):
         assert "NoBatchesError: there were no batches to observe" in error
@@ -154,6 +189,7 @@ def fit_wrapped(rank: int, folder: Path) -> None:
     posterior.save(folder / f"posterior-{rank}")
 
 
+@pytest.mark.long
 def test_a_network_in_ddp_is_fitted_as_itself(folder: Path) -> None:
     assert not any(run(2, folder, fit_wrapped))
     nearly_same(stochbn.load(folder / "posterior-1"), stochbn.fit(network(), [data()], 6, "factorized"))
@@ -185,6 +221,7 @@ def fit_synchronised(rank: int, folder: Path) -> None:
     posterior.save(folder / f"posterior-{rank}")
 
 
+@pytest.mark.long
 def test_synchronised_batch_norms_observe_mini_batches_of_one_rank(folder: Path) -> None:
     """Which need no GPU then, and no rank has to wait for another at each of them."""
     assert not any(run(2, folder, fit_synchronised))

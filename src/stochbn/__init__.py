@@ -8,7 +8,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import augment, conformal, export, metrics
+from stochbn import augment, conformal, deploy, export, metrics
 from stochbn.calibration import calibrate
 from stochbn.execution import Settings
 from stochbn.fitting import fit
@@ -36,6 +36,7 @@ __all__ = [
     "calibrate",
     "choose_augmentation",
     "conformal",
+    "deploy",
     "export",
     "fit",
     "from_pretrained",

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from stochbn.augment import Augment
+from stochbn.distributed import Ranks
 from stochbn.execution import Call, NetworkChangedError, passes
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
@@ -49,6 +51,7 @@ def calibrate(
     score: Literal["nll", "brier"] = "nll",
     progress: Callable[[int], None] = lambda objects: None,
     seed: int = 0,
+    group: ProcessGroup | None = None,
 ) -> Posterior:
     """Choose the noise level of a posterior, and if wanted a temperature, by the NLL of held-out data.
 
@@ -85,6 +88,9 @@ def calibrate(
         score: what is to be lowest, ``"nll"`` or the ``"brier"`` score.
         progress: called with the number of objects that are done.
         seed: where the draws come from.
+        group: in a job of several processes (ranks), the process group whose ranks calibrate together: each passes its
+            own held-out data, and every one gets the posterior that all of it likes best. If one fails, all raise. None
+            is this process's data alone.
 
     Returns:
         The posterior with that noise and temperature; it saves, loads and predicts with both.
@@ -94,6 +100,7 @@ def calibrate(
             the network's output, a posterior of another network or of unknown `batch_size`, or an output that is not
             finite.
     """
+    ranks = Ranks.of(group, "calibrated")
     if not isinstance(posterior, Posterior):
         raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
     posterior.check(model, weights=checks_weights(check))
@@ -124,21 +131,24 @@ def calibrate(
         augment=augment,
         clean=clean,
     )
-    for number, batch in enumerate(held_out):
-        objects_in, labels = network_input(model, batch, inputs), labels_of(batch, task)
-        if not objects_in.divisible or not len(objects_in):
-            continue
-        network.look()
-        sizes = [
-            (posterior.rescale(size), 1 if size == math.inf and augment is None else draws) for size in batch_sizes
-        ]
-        asked = replace(call, seed=seed + number)
-        try:
-            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
-        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-            losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
-        objects += labels.numel() if ignore_index is None else int((labels != ignore_index).sum())
-        progress(objects)
+    with ranks.failing_together():
+        for number, batch in enumerate(held_out):
+            objects_in, labels = network_input(model, batch, inputs), labels_of(batch, task)
+            if not objects_in.divisible or not len(objects_in):
+                continue
+            network.look()
+            sizes = [
+                (posterior.rescale(size), 1 if size == math.inf and augment is None else draws) for size in batch_sizes
+            ]
+            asked = replace(call, seed=seed + number * ranks.count + ranks.rank)
+            try:
+                losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+            except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
+                losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+            objects += labels.numel() if ignore_index is None else int((labels != ignore_index).sum())
+            progress(objects)
+    losses = ranks.total(losses)
+    objects = int(ranks.total(torch.tensor(objects)))
     if not objects:
         raise ValueError("there are no held-out objects: the iterable is empty or already used up")
     if not losses.isfinite().all():

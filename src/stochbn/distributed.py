@@ -1,7 +1,7 @@
 """What several processes of a job observed, brought together over torch.distributed.
 
 Each process (rank) observes its own mini-batches into an accumulator. `Ranks.merged` sends every accumulator to every
-rank and merges them in the order of the ranks, so that all have the same; nothing is pickled.
+rank, one after another, and merges them in the order of the ranks, so that all have the same; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.accumulators import Accumulator
 
 __all__ = ["Ranks", "RanksError", "refuse_sharded"]
+
+TOLD = "stochbn_told_to_ranks"
+"""The attribute of an error that the other ranks know of, so that blocks around the one that it left do not wait."""
 
 A = TypeVar("A", bound=Accumulator[Any])
 
@@ -42,7 +45,7 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+    def of(cls, group: dist.ProcessGroup | None, done: str = "fitted") -> Ranks:
         """The ranks of a group that a user passed.
 
         In a job of several processes without a group, a warning says that this process's data alone is used.
@@ -54,8 +57,8 @@ class Ranks:
         if group is None:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 warnings.warn(
-                    f"this is rank {dist.get_rank()} of {dist.get_world_size()}, and the posterior is fitted to its "
-                    "own data alone; pass group=torch.distributed.group.WORLD to fit to the data of all ranks",
+                    f"this is rank {dist.get_rank()} of {dist.get_world_size()}, and the posterior is {done} to its "
+                    "own data alone; pass group=torch.distributed.group.WORLD to use the data of all ranks",
                     stacklevel=3,
                 )
             return cls(None)
@@ -80,8 +83,11 @@ class Ranks:
         """
         try:
             yield
+        except RanksError:  # the others know
+            raise
         except BaseException as error:
-            if self.count > 1:
+            if self.count > 1 and not getattr(error, TOLD, False):
+                setattr(error, TOLD, True)
                 self._gather(json.dumps(f"{type(error).__name__}: {error}").encode())
             raise
         if self.count == 1:
@@ -99,14 +105,28 @@ class Ranks:
         if self.count == 1:
             return accumulator
         tensors, about = accumulator.state()
-        others = zip(
-            self._gather(safetensors.torch.save(tensors)), self._gather(json.dumps(about).encode()), strict=True
-        )
-        found = [accumulator.with_state(safetensors.torch.load(data), json.loads(text)) for data, text in others]
-        merged = found[0]
-        for other in found[1:]:
-            merged = merged.merge(other)
+        texts = self._gather(json.dumps(about).encode())
+        merged: A | None = None
+        for data, text in zip(self._each(safetensors.torch.save(tensors)), texts, strict=True):
+            other = accumulator.with_state(safetensors.torch.load(data), json.loads(text))
+            merged = other if merged is None else merged.merge(other)
+        assert merged is not None
         return merged
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, the same on every rank to the last bit."""
+        if self.count == 1:
+            return values
+        texts = self._gather(safetensors.torch.save({"": values.contiguous()}))
+        return torch.stack([safetensors.torch.load(text)[""] for text in texts]).sum(0)
+
+    def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors ``[n, ...]`` of every rank behind each other, in the order of the ranks."""
+        if self.count == 1:
+            return tensors
+        own = {name: values.contiguous() for name, values in tensors.items()}
+        shards = [safetensors.torch.load(text) for text in self._gather(safetensors.torch.save(own))]
+        return {name: torch.cat([shard[name] for shard in shards]) for name in tensors}
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any rank has."""
@@ -129,6 +149,19 @@ class Ranks:
                     f"rank {rank} has a network with other weights than rank {self.rank} ({difference} differ); load "
                     "the same weights on every rank"
                 )
+
+    def _each(self, data: bytes) -> Iterator[bytes]:
+        """The bytes of one rank after another, on every rank; memory does not grow with their number."""
+        sizes = [int(size) for size in self._gather(str(len(data)).encode())]
+        device = self._device()
+        for rank, size in enumerate(sizes):
+            mine = rank == self.rank
+            shared = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(size, dtype=torch.uint8)
+            )
+            shared = shared.to(device)
+            dist.broadcast(shared, group=self.group, group_src=rank)
+            yield shared.cpu().numpy().tobytes()
 
     def _gather(self, data: bytes) -> list[bytes]:
         """The bytes of every rank, on every rank."""

@@ -1,8 +1,8 @@
 """Predicting a stream of any length into a table, in parts that outlive a process that is killed.
 
 Rows are written in parts of a fixed number, each whole or not at all, in a folder beside the table; a run that is begun
-again makes those that are missing, and the table is put together when all are there. Random numbers of a part depend on
-the seed and its number alone, so that a table is the same however often its making was interrupted.
+again makes those that are missing, and the table is put together when all are there. Every batch sees the draws of the
+seed, so that a table is the same however often its making was interrupted, and whoever made which part of it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
 
-__all__ = ["Row", "check_table", "parts_folder", "rows_of", "score"]
+__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored"]
 
 Row = dict[str, Any]
 """A line of the table; None where there is nothing to say."""
+Engine = Callable[[Sequence[int]], Iterable[tuple[int, Sequence[Row]]]]
+"""Given the numbers of parts, gives each with its rows, in any order."""
 
 ENDINGS = (".csv", ".parquet")
 
@@ -46,7 +50,7 @@ def check_table(path: Path) -> None:
 
 
 def score(
-    predictor: Predictor,
+    predictor: Predictor | None,
     stream: Stream,
     path: Path,
     *,
@@ -59,6 +63,7 @@ def score(
     strict: bool = False,
     masks: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    engine: Engine | None = None,
 ) -> Iterator[Row]:
     """Predict all objects of a stream into a CSV or Parquet file, and give its rows once it is written.
 
@@ -66,7 +71,7 @@ def score(
     key, what is predicted, and under ``error`` why it could not be read.
 
     Args:
-        predictor: what predicts.
+        predictor: what predicts; None where an engine does.
         stream: the objects.
         path: the file, of which the ending says the format.
         settings: whatever else the result depends on, as JSON; parts of other settings are not continued.
@@ -78,6 +83,7 @@ def score(
         strict: whether an object that cannot be read is an error.
         masks: a folder for pictures of dense predictions, see `stochbn.dense_masks`; None for other predictions.
         progress: called with the number of objects done and of all.
+        engine: what predicts the parts elsewhere; None predicts them here.
 
     Raises:
         OSError: the file cannot be written.
@@ -85,13 +91,17 @@ def score(
             table, or, with `strict`, an object cannot be read.
     """
     check_table(path)
-    part = max(1, part // batch) * batch
+    part = part_size(part, batch)
     total = len(stream)
     about = {**settings, "total": total, "top": top, "batch": batch, "part": part, "seed": seed}
     parts = parts_folder(path)
     _claim(parts, about)
     try:
-        _make_parts(predictor, stream, parts, classes, top, batch, part, seed, strict, masks, progress)
+        if engine is not None:
+            _take_parts(engine, parts, total, part, strict, progress)
+        else:
+            assert predictor is not None
+            _make_parts(predictor, stream, parts, classes, top, batch, part, seed, strict, masks, progress)
     except BaseException:
         if not any(parts.glob("part-*")):  # nothing to continue
             shutil.rmtree(parts)
@@ -104,6 +114,11 @@ def score(
         write(path, lambda temporary: _write_parquet(temporary, columns, written))
     shutil.rmtree(parts)
     return _read_table(path)
+
+
+def part_size(part: int, batch: int) -> int:
+    """The rows in a part that is to have about so many: whole batches."""
+    return max(1, part // batch) * batch
 
 
 def _make_parts(
@@ -121,27 +136,71 @@ def _make_parts(
 ) -> None:
     """Write the parts that are missing."""
     total = len(stream)
-    existing = sorted(parts.glob("part-*.jsonl"))
-    done, number = sum(map(_length, existing)), len(existing)
+    number = next(i for i in itertools.count() if not _part(parts, i).exists())  # an engine may have left gaps
+    done = sum(_length(_part(parts, i)) for i in range(number))
     progress(done, total)
     if done < total:
         rows: list[Row] = []
-        generator = _generator(seed, number)
         with contextlib.closing(ahead(iter(stream.chunks(batch, done)))) as chunks:
             for chunk in chunks:
-                if strict and any(chunk.errors):
-                    key, error = next((k, e) for k, e in zip(chunk.keys, chunk.errors, strict=True) if e)
-                    raise ValueError(f"{key} {error}; without --strict it becomes a row with an error")
-                prediction = None if chunk.inputs is None else predictor(chunk.inputs, generator=generator)
-                rows += rows_of(chunk, prediction, stream.key_name, classes, top, masks)
+                rows += scored(predictor, chunk, stream.key_name, classes, top, seed, masks)
+                if strict:
+                    _refuse_errors(rows[-len(chunk.keys) :])
                 done += len(chunk.keys)
                 progress(done, total)
                 if len(rows) >= part:
                     _write_part(parts, number, rows)
                     rows, number = [], number + 1
-                    generator = _generator(seed, number)
         if rows:
             _write_part(parts, number, rows)
+
+
+def _take_parts(
+    engine: Engine, parts: Path, total: int, part: int, strict: bool, progress: Callable[[int, int], None]
+) -> None:
+    """Write the parts that are missing, as an engine makes them."""
+    missing = [number for number in range(math.ceil(total / part)) if not _part(parts, number).exists()]
+    done = sum(map(_length, parts.glob("part-*.jsonl")))
+    progress(done, total)
+    for number, rows in engine(missing):
+        if strict:
+            _refuse_errors(rows)
+        _write_part(parts, number, rows)
+        done += len(rows)
+        progress(done, total)
+    if done != total:
+        raise RuntimeError(f"the engine gave {done} rows for {total} objects")
+
+
+def _refuse_errors(rows: Sequence[Row]) -> None:
+    """Refuse rows of objects that could not be read.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for row in rows:
+        if row["error"]:
+            key = next(iter(row.values()))
+            raise ValueError(f"{key} {row['error']}; without --strict it becomes a row with an error")
+
+
+def scored(
+    predictor: Predictor,
+    chunk: Chunk,
+    key_name: str,
+    classes: Sequence[str],
+    top: int,
+    seed: int,
+    masks: Path | None = None,
+) -> list[Row]:
+    """The rows of a chunk, predicted with the draws of a seed.
+
+    Raises:
+        ValueError: as `rows_of`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prediction = None if chunk.inputs is None else predictor(chunk.inputs, generator=generator)
+    return rows_of(chunk, prediction, key_name, classes, top, masks)
 
 
 def parts_folder(path: Path) -> Path:
@@ -227,12 +286,6 @@ def _claim(parts: Path, about: dict[str, Any]) -> None:
 
 def _part(parts: Path, number: int) -> Path:
     return parts / f"part-{number:08d}.jsonl"
-
-
-def _generator(seed: int, part: int) -> torch.Generator:
-    """Random numbers of a part; the first one's are those of the seed."""
-    mixed = seed if part == 0 else int.from_bytes(hashlib.sha256(f"{seed} {part}".encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(mixed)
 
 
 def _write_part(parts: Path, number: int, rows: Sequence[Row]) -> None:

@@ -13,6 +13,7 @@ from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
 from stochbn.cli.exporting import export
 from stochbn.cli.fitting import calibrate, fit
+from stochbn.cli.job import check_command
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import predict
 from stochbn.cli.training import train
@@ -29,10 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-paper = typer.Typer(
-    help="The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures.",
-    no_args_is_help=True,
-)
+paper = typer.Typer(no_args_is_help=True)
 for command in (demo, fit, calibrate, diagnose, evaluate, predict, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
@@ -45,7 +43,14 @@ for command in (train, reproduce, report, compare):  # their names from before t
 @app.callback()
 def options(context: typer.Context) -> None:
     """Take what options are not given from stochbn.toml, if there is such a file in the current folder."""
+    check_command(context.invoked_subcommand)
     context.default_map = project.defaults(context.command, Path(project.FILE))
+
+
+@paper.callback()
+def paper_options(context: typer.Context) -> None:
+    """The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures."""
+    check_command(context.invoked_subcommand)
 
 
 FRAMED = 100
@@ -54,13 +59,14 @@ FRAMED = 100
 
 def main() -> None:
     """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
+    from stochbn.distributed import RanksError
     from stochbn.paper import ExperimentError
 
     never_fail_to_encode()
     app.rich_markup_mode = "rich" if out.width >= FRAMED else None
     try:
         app()
-    except (ExperimentError, OSError, ValueError) as error:
+    except (ExperimentError, OSError, RanksError, ValueError) as error:
         complain(str(error))
         sys.exit(1)
     except SystemExit as end:

@@ -14,11 +14,13 @@ import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.following import after_evaluating
+from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_file, check_folder
 
 if TYPE_CHECKING:
+    from stochbn.distributed import Ranks
     from stochbn.posteriors import Posterior
 
 __all__ = ["evaluate"]
@@ -85,39 +87,48 @@ def evaluate(
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)
     if len(named) != len(paths):
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
-    subjects = Subject.all_of(given)
-    if dense or any(subject.settings.get("task") in ("regression", "multilabel", "embedding") for subject in subjects):
-        if len(subjects) > 1 or ood is not None or page is not None:
-            raise ValueError(
-                "several networks, --ood and --report are for networks that give one class for each object"
-            )
-        fitted_one = subjects[0].find_posterior(named[0])
-        _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
-        return
-    fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
-    data = data or subjects[0].data
-    known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
-    unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
-    predictions: dict[bool, list[Any]] = {False: [], True: []}
-    started = time.perf_counter()
-    with progress_bars() as bars:
-        for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
-            move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
-            dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
-            predictions[dropout].append(
-                predict_member(
-                    subject.model,
-                    posterior,
-                    known,
-                    unknown,
-                    draws,
-                    seed,
-                    move,
-                    dropout=dropout,
-                    augment=changes,
-                    **subject.settings,
+    with job() as ranks, ranks.failing_together():
+        subjects = Subject.all_of(given)
+        if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
+            if len(subjects) > 1 or ood is not None or page is not None or ranks.count > 1:
+                raise ValueError(
+                    "several networks, --ood and --report are for networks that give one class for each object, and so "
+                    "is torchrun"
                 )
-            )
+            fitted_one = subjects[0].find_posterior(named[0])
+            _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
+            return
+        started = time.perf_counter()
+        fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
+        data = data or subjects[0].data
+        known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
+        unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
+        shown_objects = source_of(known)
+        if ranks.count > 1:
+            known, unknown = (objects and _shard(objects, ranks) for objects in (known, unknown))
+        predictions: dict[bool, list[Any]] = {False: [], True: []}
+        with progress_bars() as bars:
+            for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
+                move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
+                dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
+                predictions[dropout].append(
+                    ranks.joined(
+                        predict_member(
+                            subject.model,
+                            posterior,
+                            known,
+                            unknown,
+                            draws,
+                            seed,
+                            move,
+                            dropout=dropout,
+                            augment=changes,
+                            **subject.settings,
+                        )
+                    )
+                )
+    if ranks.rank:
+        return
     found = report.methods(predictions[False], predictions[True])
     names = known.name, unknown.name if unknown is not None else None
     seconds = time.perf_counter() - started
@@ -136,7 +147,7 @@ def evaluate(
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]))
         classes = subjects[0].classes or known.classes
-        write_page(page, page_of(title, found, scores, shown, names, source_of(known), classes, described))
+        write_page(page, page_of(title, found, scores, shown, names, shown_objects, classes, described))
         say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
@@ -179,6 +190,19 @@ def _evaluate_task(
     write_json(folder / "results.json", {**about, **asdict(scored)})
     write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
     say(f"Results are in {folder}.", folder)
+
+
+def _shard(objects: Any, ranks: Ranks) -> Any:
+    """The share of objects that is this rank's.
+
+    Raises:
+        ValueError: there is not one for each rank.
+    """
+    from stochbn.paper.predicting import PREDICT_BATCH
+
+    if len(objects) < ranks.count:
+        raise ValueError(f"{objects.name} has {len(objects)} objects for {ranks.count} ranks; start fewer")
+    return objects.shard(ranks.rank, ranks.count, min(PREDICT_BATCH, len(objects) // ranks.count))
 
 
 def _described(posterior: Posterior) -> dict[str, Any]:

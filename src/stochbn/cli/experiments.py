@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, readable, say, show, side_by_side
+from stochbn.cli.job import job
 from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override
 
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
@@ -271,11 +272,6 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
     """Run a recipe with progress bars, and show what came out."""
     from stochbn.paper import report, runner
 
-    dropout = " and one with dropout" if recipe.dropout else ""
-    say(
-        f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
-        f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
-    )
     stages = {
         "load": "loading",
         "train": "training",
@@ -283,7 +279,12 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
         "observe": "observing",
         "predict": "predicting",
     }
-    with progress_bars() as bars:
+    with job() as ranks, progress_bars() as bars:
+        dropout = " and one with dropout" if recipe.dropout else ""
+        say(
+            f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
+            f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
+        )
         tasks: dict[tuple[str, str], Any] = {}
 
         def advance(name: str, stage: str, done: int, total: int) -> None:
@@ -293,8 +294,11 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
                 tasks[key] = bars.add_task(readable(f"{name}: {stages[stage]}"), total=total, unit=unit)
             bars.update(tasks[key], completed=done)
 
-        jobs = jobs or (1 if recipe.processes > 1 else side_by_side(len(recipe.all_members())))
-        runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=advance)
+        alone = recipe.processes > 1 or ranks.count > 1
+        jobs = jobs or (1 if alone else side_by_side(len(recipe.all_members())))
+        runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=advance, ranks=ranks)
+    if ranks.rank:
+        return
     show(report.write_run(folder))
     say(
         "Lower NLL is better; unknown objects should have more entropy than known ones. "

@@ -13,6 +13,7 @@ import typer
 from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
+from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
@@ -52,12 +53,17 @@ def fit(
     target = path or default_posterior(beside or Path())
     if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
         check_file(target)
-    subject = Subject.one(given)
-    objects = subject.load(data, "train")
-    with progress_bars() as bars:
-        move = follow(bars, "fitting")
-        posterior = fit_posterior(subject.model, objects, batch_size, seed, move, kind=kind, augment=changes)
-    posterior.save(target)
+    with job() as ranks, ranks.failing_together():
+        subject = Subject.one(given)
+        objects = subject.load(data, "train")
+        with progress_bars() as bars:
+            move = follow(bars, "fitting")
+            posterior = fit_posterior(
+                subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks
+            )
+        if ranks.rank:
+            return
+        posterior.save(target)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
@@ -113,37 +119,43 @@ def calibrate(
     if target is None:
         raise ValueError(needs("--out"))
     check_file(target)
-    subject = Subject.one(given)
-    if subject.settings.pop("task", "classification") != "classification":
-        raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
-    old = subject.need_posterior(posterior)
-    data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
-    if choose and isinstance(changes, turns):
-        several = list(dict.fromkeys(changes.augmentations))
+    with job() as ranks, ranks.failing_together():
+        subject = Subject.one(given)
+        if subject.settings.pop("task", "classification") != "classification":
+            raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
+        old = subject.need_posterior(posterior)
+        data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
+        if choose and isinstance(changes, turns):
+            if ranks.count > 1:
+                raise ValueError("--choose looks at all data at once: run it in one process")
+            several = list(dict.fromkeys(changes.augmentations))
+            with progress_bars() as bars:
+                move = follow(bars, "choosing")
+                held = itertools.starmap(_held_out, data.batches(CALIBRATE_BATCH))
+                changes = stochbn.choose_augmentation(
+                    subject.model, old, held, several, draws=choose, passes=max(48, len(several) + 1),
+                    progress=lambda done: move(done, len(data)), seed=seed, **subject.settings,
+                )  # fmt: skip
+            say(f"The best in turn: --augment '{changes}'")
+        data = data.shard(ranks.rank, ranks.count, CALIBRATE_BATCH) if ranks.count > 1 else data
         with progress_bars() as bars:
-            move = follow(bars, "choosing")
-            changes = stochbn.choose_augmentation(
-                subject.model, old, itertools.starmap(_held_out, data.batches(CALIBRATE_BATCH)), several, draws=choose,
-                passes=max(48, len(several) + 1), progress=lambda done: move(done, len(data)), seed=seed,
-                **subject.settings,
+            move, done = follow(bars, "calibrating"), 0
+
+            def batches() -> Iterator[Any]:
+                nonlocal done
+                for inputs, labels in data.batches(CALIBRATE_BATCH):
+                    yield _held_out(inputs, labels)
+                    done += len(labels)
+                    move(done, len(data))
+
+            new = stochbn.calibrate(
+                subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
+                score=score,  # type: ignore[arg-type]
+                group=ranks.group, **subject.settings,
             )  # fmt: skip
-        say(f"The best in turn: --augment '{changes}'")
-    with progress_bars() as bars:
-        move, done = follow(bars, "calibrating"), 0
-
-        def batches() -> Iterator[Any]:
-            nonlocal done
-            for inputs, labels in data.batches(CALIBRATE_BATCH):
-                yield _held_out(inputs, labels)
-                done += len(labels)
-                move(done, len(data))
-
-        new = stochbn.calibrate(
-            subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
-            score=score,  # type: ignore[arg-type]
-            **subject.settings,
-        )  # fmt: skip
-    new.save(target)
+        if ranks.rank:
+            return
+        new.save(target)
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     again = after_calibrating(given, beside and default_posterior(beside), target, augment)
     say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.\n{again}", target)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.options import Augmentation, Data, Draws, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks
+from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
+from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, settings_of, size_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from stochbn.paper.data import Images
-    from stochbn.sources import Chunk
+    from stochbn.sources import Chunk, Stream
 
 __all__ = ["predict"]
 
@@ -30,10 +30,23 @@ SHOWN = 5
 @about_networks()
 def predict(
     given: Given,
-    path: Annotated[Path, typer.Option("--out", help="CSV or Parquet file, by its ending: one row for each object.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", help="CSV or Parquet file, by its ending: one row for each object; or a URL, as s3://bucket/p.csv."
+        ),
+    ],
     data: Data = None,
     posterior: PosteriorFile = None,
     draws: Draws = 50,
+    tolerance: Annotated[
+        float | None,
+        Override(
+            "--tolerance",
+            help="The standard error of probabilities at which an object is done; 0 makes all draws. "
+            "(default: 0.42 / sqrt(draws))",
+        ),
+    ] = None,
     augment: Augmentation = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
@@ -46,59 +59,117 @@ def predict(
         Path | None,
         typer.Option("--masks", help="Folder for PNG masks of class and entropy, if outputs are dense."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: Parquet files on the workers of a Ray cluster, or here.")
+    ] = "local",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers of --engine ray.")] = 1,
 ) -> None:
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
     Regression gives mean and standard deviation. Run it again to go on after it was stopped, killed even: rows are kept
-    in OUT.parts until all are there.
+    in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
+    are then in the current folder.
     """
     from stochbn.augment import named
+    from stochbn.deploy.engine import check_ray, ray_engine
     from stochbn.files import check_folder
     from stochbn.paper.tables import Table
     from stochbn.predictive import Predictive
-    from stochbn.scoring import check_table, score
+    from stochbn.scoring import check_table, part_size, score
+    from stochbn.sources import ParquetObjects, stored
 
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray, got {engine!r}")
+    if workers > 1 and engine != "ray":
+        raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
-    check_table(path)
-    if masks is not None:
-        check_folder(masks)
-    subject = Subject.one(given)
-    fitted = subject.need_posterior(posterior)
-    predictive = Predictive(subject.model, fitted, draws, augment=changes, **subject.settings)
-    objects = subject.load(data, "test")
-    stream = objects if hasattr(objects, "chunks") else _Images(objects)
-    read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
-    files = {"weights": _digest(subject.model), "posterior": _digest(posterior or subject.posterior)}
-    with progress_bars() as bars:
-        rows = score(
-            predictive,
-            stream,
-            path,
-            settings={
-                **read,
-                **files,
-                "data": objects.name,
-                "draws": draws,
-                "augment": augment,
-                "masks": masks and str(masks),
-            },
-            classes=subject.classes,
-            top=top,
-            batch=batch,
-            part=part,
-            seed=seed,
-            strict=strict,
-            masks=masks,
-            progress=follow(bars, "predicting"),
-        )
-    count, failed, least = _summary(rows)
+    with stored(out) as path:
+        check_table(path)
+        if masks is not None:
+            check_folder(masks)
+            if engine == "ray":
+                raise ValueError("--masks are written by --engine local")
+        if engine == "ray":
+            check_ray()
+        subject = Subject.one(given)
+        fitted = subject.need_posterior(posterior)
+        predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
+        stream = _stream(subject, data, engine)
+        chosen: dict[str, Any] = {
+            "draws": draws,
+            "tolerance": tolerance,
+            "augment": augment,
+            "masks": masks and str(masks),
+        }
+        read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
+        fitted_in = posterior or subject.posterior
+        files = {"weights": _digest(subject.model), "posterior": _digest(fitted_in)}
+        elsewhere = None
+        if engine == "ray":
+            assert isinstance(stream, ParquetObjects)
+            assert fitted_in is not None
+            scorer = {**_scorer(given, fitted_in), **chosen, "top": top, "seed": seed}
+            elsewhere = ray_engine(stream, scorer, batch, part_size(part, batch), workers)
+        with progress_bars() as bars:
+            rows = score(
+                predictive,
+                stream,
+                path,
+                settings={**read, **files, **chosen, "data": getattr(stream, "name", data)},
+                classes=subject.classes,
+                top=top,
+                batch=batch,
+                part=part,
+                seed=seed,
+                strict=strict,
+                masks=masks,
+                progress=follow(bars, "predicting"),
+                engine=elsewhere,
+            )
+        count, failed, least = _summary(rows)
     if least:
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
-    say(f"Saved {count} predictions as {path}; entropies are in nats.", path)
+    say(f"Saved {count} predictions as {out}; entropies are in nats.", out)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
+
+
+def _stream(subject: Subject, data: str | None, engine: str) -> Stream:
+    """The objects; Parquet files as what other processes can share.
+
+    Raises:
+        ValueError: the engine, or a URL, needs Parquet files and a network of the user's own.
+    """
+    from stochbn.sources import holds_parquet, is_url
+
+    source = data or subject.data
+    parquet = source is not None and holds_parquet(source)
+    if subject.open_parquet is not None and source is not None and parquet:
+        return subject.open_parquet(source, "test")
+    if engine == "ray" or (data is not None and is_url(data)):
+        asked = "--engine ray" if engine == "ray" else data
+        raise ValueError(f"{asked} takes Parquet files, and a network of --model; got --data {source}")
+    objects = subject.load(data, "test")
+    stream: Stream = objects if hasattr(objects, "chunks") else _Images(objects)
+    return stream
+
+
+def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
+    """The arguments of a `stochbn.deploy.Scorer` for the network that is given."""
+    from stochbn.sources import parse_arguments
+
+    return {
+        "model": given.model,
+        "weights": None if given.weights is None else str(given.weights.absolute()),
+        "posterior": str(posterior.absolute()),
+        "arguments": parse_arguments(given.model_arg or ()),
+        "size": size_of(given.size),
+        "mean": numbers_of("--mean", given.mean),
+        "std": numbers_of("--std", given.std),
+        "settings": settings_of(given),
+    }
 
 
 def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:

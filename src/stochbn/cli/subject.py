@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from stochbn.paper.data import Images
     from stochbn.posteriors import Posterior
-    from stochbn.sources import LoaderObjects, RowObjects
+    from stochbn.sources import LoaderObjects, ParquetObjects, RowObjects
 
-__all__ = ["Given", "Subject", "about_networks", "needs"]
+__all__ = ["Given", "Subject", "about_networks", "needs", "numbers_of", "settings_of", "size_of"]
 
 PREFERRED = {
     "train": ("train",),
@@ -94,12 +94,16 @@ def about_networks(*, several: bool = False) -> Callable[[Callable[..., None]], 
 
         @functools.wraps(command)
         def wrapper(**arguments: Any) -> None:
+            from stochbn.distributed import RanksError
+
             networks = arguments.pop("networks")
             shared = {name: arguments.pop(name) for name in SHARED}
             given = Given(networks=[networks] if isinstance(networks, Path) else networks, **shared)
             _check_one_way(given, arguments.pop("context"))
             try:
                 command(given, **arguments)
+            except RanksError:
+                raise
             except (RuntimeError, TypeError) as error:  # a user's network may not take the data
                 if given.networks:
                     raise
@@ -124,6 +128,7 @@ class Subject:
         settings: arguments of predictives: ``task``, ``logits``, ``class_axis`` and ``output``.
         dropout: whether dropout stays on; None: if there is any.
         open: opens data, of a split.
+        open_parquet: opens Parquet files as a stream that other processes can share; None: it takes none.
         posterior: where its posterior is if nothing else is said.
     """
 
@@ -134,6 +139,7 @@ class Subject:
     settings: dict[str, Any]
     dropout: bool | None
     open: Callable[..., Images | RowObjects | LoaderObjects]
+    open_parquet: Callable[[str, str], ParquetObjects] | None
     posterior: Path | None
 
     @classmethod
@@ -168,9 +174,10 @@ class Subject:
             name=checkpoint.network,
             data=checkpoint.data,
             classes=checkpoint.classes,
-            settings=_settings(given),
+            settings=settings_of(given),
             dropout=None,
             open=opened,
+            open_parquet=None,
             posterior=default_posterior(network),
         )
 
@@ -178,28 +185,23 @@ class Subject:
     def _own(cls, given: Given) -> Subject:
         from stochbn.sources import (
             Columns,
-            Preprocessing,
+            ParquetObjects,
             build,
-            channels_of,
             load_weights,
             open_objects,
             parse_arguments,
+            prepared,
         )
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
         if given.weights is not None:
             load_weights(built.model, given.weights)
-        sized = {"size": _size(given.size), "mean": _numbers("--mean", given.mean), "std": _numbers("--std", given.std)}
-        preprocess = built.preprocess
-        if any(value is not None for value in sized.values()):
-            preprocess = Preprocessing(**sized, channels=channels_of(built.model))  # type: ignore[arg-type]
-        elif preprocess is None:
-            preprocess = _pictures_only(Preprocessing(channels=channels_of(built.model)))
+        built = prepared(built, size_of(given.size), numbers_of("--mean", given.mean), numbers_of("--std", given.std))
         columns = Columns(tuple(given.input or ()), given.label, given.key)
 
         def opened(source: str, need: str, labelled: bool = False) -> RowObjects | LoaderObjects:
-            found = open_objects(source, given.split, PREFERRED[need], columns, preprocess, built.classes)
+            found = open_objects(source, given.split, PREFERRED[need], columns, built.preprocess, built.classes)
             if labelled:
                 labels = found.labels
                 if labels.is_floating_point() or labels.min() < 0:
@@ -207,14 +209,18 @@ class Subject:
                     raise ValueError(f"{source} has labels that are no classes of the network; {told}")
             return found
 
+        def streamed(source: str, need: str) -> ParquetObjects:
+            return ParquetObjects.open(source, given.split, PREFERRED[need], columns, built.preprocess)
+
         return cls(
             model=built.model,
             name=given.model,
             data=None,
             classes=built.classes or (),
-            settings=_settings(given),
+            settings=settings_of(given),
             dropout=False,
             open=opened,
+            open_parquet=streamed,
             posterior=default_posterior(given.weights) if given.weights is not None else None,
         )
 
@@ -273,7 +279,8 @@ def _check_one_way(given: Given, context: typer.Context) -> None:
         raise typer.BadParameter("name a network: --model package.module:function, or a file of 'stochbn train'")
 
 
-def _settings(given: Given) -> dict[str, Any]:
+def settings_of(given: Given) -> dict[str, Any]:
+    """The arguments of predictives that are given."""
     place: Any = given.logits
     if place is not None and place.lstrip("-").isdigit():
         place = int(place)
@@ -286,14 +293,12 @@ def _settings(given: Given) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _pictures_only(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What images need, while tensors stay as they are."""
-    import torch
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """Height and width.
 
-    return lambda given: given if isinstance(given, torch.Tensor) else preprocess(given)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
+    Raises:
+        ValueError: the text is none.
+    """
     if text is None:
         return None
     sides = text.lower().split("x")
@@ -302,7 +307,12 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+def numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
+    """The numbers that are given with an option.
+
+    Raises:
+        ValueError: the text is none.
+    """
     if text is None:
         return None
     try:

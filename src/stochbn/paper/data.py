@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stochbn.augment import reflected
 from stochbn.sources.hub import HUB, DataError, load_splits
+from stochbn.sources.objects import shard_index
 
 __all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
 
@@ -80,6 +81,10 @@ class Images:
     def first(self, count: int) -> Images:
         """The first of the objects, at most so many."""
         return self.take(torch.arange(min(count, len(self))))
+
+    def shard(self, rank: int, count: int, size: int) -> Images:
+        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
+        return self.take(shard_index(len(self), rank, count, size))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
         """Two random parts, the second with this fraction of the objects: to train on, and to make choices on."""

@@ -10,6 +10,7 @@ from torch import nn
 
 import stochbn
 from stochbn.augment import Augment
+from stochbn.distributed import Ranks
 from stochbn.posteriors import Posterior
 from stochbn.sources.objects import Objects
 
@@ -26,6 +27,7 @@ def fit_posterior(
     kind: str = "factorized",
     deterministic: Collection[str] = (),
     augment: Augment | None = None,
+    ranks: Ranks | None = None,
 ) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
 
@@ -38,15 +40,22 @@ def fit_posterior(
         kind: as for `stochbn.fit`; the paper's by default.
         deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
         augment: how mini-batches are changed at random, likewise.
+        ranks: those that fit together, each to its share of the images.
     """
+    ranks = ranks or Ranks(None)
+    mixed = images.shuffled(seed)
+    if ranks.count > 1:
+        mixed = mixed.shard(ranks.rank, ranks.count, batch_size)
 
     def batches() -> Any:
         done = 0
-        for inputs, labels in images.shuffled(seed).batches(32 * batch_size):
+        for inputs, labels in mixed.batches(32 * batch_size):
             yield inputs
             done += len(labels)
-            report(done, len(images))
+            report(done, len(mixed))
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return stochbn.fit(model, batches(), batch_size, kind, deterministic=deterministic, augment=augment)
+        return stochbn.fit(
+            model, batches(), batch_size, kind, deterministic=deterministic, augment=augment, group=ranks.group
+        )

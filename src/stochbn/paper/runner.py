@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import stochbn
+from stochbn.distributed import Ranks
 from stochbn.files import write_tensors
 from stochbn.paper import ExperimentError, checkpoints, data, folders, networks, together
 from stochbn.paper.checkpoints import Checkpoint
@@ -70,6 +71,7 @@ def run(
     jobs: int = 1,
     keep_draws: bool | None = None,
     progress: Progress = lambda *_: None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train, fit and evaluate every member of a recipe in a run folder, continuing what is there.
 
@@ -80,6 +82,7 @@ def run(
         keep_draws: whether every draw's log-probabilities are kept, in ``draws.safetensors`` of each member: for each
             method and part, as ``sbn.known``, ``[S, N, K]`` in float16. None keeps them up to 256 MiB for a member.
         progress: called with a member's name, its stage, and how much of how much is done.
+        ranks: the processes of a job, which share the members and the folder; all return when the last is done.
 
     Raises:
         ValueError: the folder holds another run, or something else.
@@ -91,6 +94,19 @@ def run(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and recipe.processes > 1:
         raise ValueError(f"members that take {recipe.processes} processes each are trained one by one: use jobs=1")
+    ranks = ranks or Ranks(None)
+    if ranks.count > 1 and recipe.processes > 1:
+        raise ValueError(
+            f"members that take {recipe.processes} processes each are trained by one rank: use no torchrun"
+        )
+    with ranks.failing_together():
+        parts = _prepare(recipe, folder, progress, ranks.rank == 0)
+    with ranks.failing_together():
+        _run_members(recipe, recipe.all_members()[ranks.rank :: ranks.count], folder, parts, jobs, keep_draws, progress)
+
+
+def _prepare(recipe: Recipe, folder: Path, progress: Progress, claims: bool) -> dict[str, Images]:
+    """The data of a recipe that can be run, in a folder that is the run's."""
     folders.check(recipe, folder)
     parts = load_parts(recipe, progress)
     if recipe.statistics_batch > len(parts["train"]):
@@ -100,8 +116,22 @@ def run(
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
             networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
-    folders.claim(recipe, folder, parts)
-    waiting = [m for m in recipe.all_members() if not all(path.exists() for path in _outputs(folder, m))]
+    if claims:
+        folders.claim(recipe, folder, parts)
+    return parts
+
+
+def _run_members(
+    recipe: Recipe,
+    members: Sequence[Member],
+    folder: Path,
+    parts: dict[str, Images],
+    jobs: int,
+    keep_draws: bool | None,
+    progress: Progress,
+) -> None:
+    """Run some members of a recipe."""
+    waiting = [m for m in members if not all(path.exists() for path in _outputs(folder, m))]
     device = torch.accelerator.current_accelerator(check_available=True)
     if (
         device is not None

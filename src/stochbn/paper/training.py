@@ -154,9 +154,17 @@ def train(
             "use more data or a smaller batch size"
         )
     strategy = "auto" if schedule.processes == 1 else "ddp_spawn"
-    from lightning_fabric import Fabric  # takes seconds: not for those who only read what was trained
+    # They take seconds to import: not for those who only read what was trained.
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
-    fabric = Fabric(devices=schedule.processes, strategy=strategy, precision=schedule.precision)  # type: ignore[arg-type]
+    # Of its own processes: in those that torchrun started, each trains a network of its own.
+    fabric = Fabric(
+        devices=schedule.processes,
+        strategy=strategy,
+        precision=schedule.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()] if schedule.processes == 1 else None,
+    )
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         model = build()
         result = Path(folder) / "weights.safetensors"  # several processes cannot return as much through a pipe

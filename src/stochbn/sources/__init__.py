@@ -5,10 +5,12 @@ The paper's experiments have networks and data of their own; nothing here knows 
 
 from stochbn.sources.hub import DataError
 from stochbn.sources.loaders import LoaderObjects
-from stochbn.sources.networks import Built, build, load_weights, parse_arguments
+from stochbn.sources.networks import Built, build, load_weights, parse_arguments, prepared
 from stochbn.sources.objects import Chunk, Objects, RowObjects, Stream
 from stochbn.sources.opening import Columns, open_objects
+from stochbn.sources.parquet import ParquetObjects, holds_parquet
 from stochbn.sources.pictures import Preprocessing, channels_of
+from stochbn.sources.stores import is_url, stored
 
 __all__ = [
     "Built",
@@ -17,12 +19,17 @@ __all__ = [
     "DataError",
     "LoaderObjects",
     "Objects",
+    "ParquetObjects",
     "Preprocessing",
     "RowObjects",
     "Stream",
     "build",
     "channels_of",
+    "holds_parquet",
+    "is_url",
     "load_weights",
     "open_objects",
     "parse_arguments",
+    "prepared",
+    "stored",
 ]

@@ -23,15 +23,18 @@ class LoaderObjects:
         loader: an iterable that begins again every time, such as a DataLoader: of tensors, ``(input, label)`` tuples,
             or mappings with ``labels``.
         limit: at most so many objects.
+        rank, ranks: every `ranks`-th of its batches alone, from number `rank` on.
     """
 
     key_name = "row"
     classes: tuple[str, ...] = ()
 
-    def __init__(self, name: str, loader: Iterable[Any], limit: int | None = None) -> None:
+    def __init__(
+        self, name: str, loader: Iterable[Any], limit: int | None = None, rank: int = 0, ranks: int = 1
+    ) -> None:
         if isinstance(loader, Iterator):
             raise ValueError(f"{name!r} gives an iterator, used up after one pass; return a list or a DataLoader")
-        self.name, self.loader, self.limit = name, loader, limit
+        self.name, self.loader, self.limit, self.rank, self.ranks = name, loader, limit, rank, ranks
 
     def __len__(self) -> int:
         return self._count
@@ -40,7 +43,8 @@ class LoaderObjects:
     def _count(self) -> int:
         try:
             count = len(self.loader.dataset)  # type: ignore[attr-defined]
-            if not getattr(self.loader, "drop_last", False) and getattr(self.loader, "sampler", None) is not None:
+            whole = self.ranks == 1 and not getattr(self.loader, "drop_last", False)
+            if whole and getattr(self.loader, "sampler", None) is not None:
                 count = min(count, len(self.loader.sampler))  # type: ignore[attr-defined]
                 return count if self.limit is None else min(count, self.limit)
         except (AttributeError, TypeError):
@@ -67,7 +71,11 @@ class LoaderObjects:
 
     def first(self, count: int) -> LoaderObjects:
         """The first of the objects, in whole batches."""
-        return LoaderObjects(self.name, self.loader, count)
+        return LoaderObjects(self.name, self.loader, count, self.rank, self.ranks)
+
+    def shard(self, rank: int, count: int, size: int) -> LoaderObjects:
+        """Every `count`-th of the loader's batches, from number `rank` on; the loader itself makes all of them."""
+        return LoaderObjects(self.name, self.loader, self.limit, self.rank + self.ranks * rank, self.ranks * count)
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """The loader's batches, read ahead, and their labels."""
@@ -84,9 +92,10 @@ class LoaderObjects:
 
     def _batches(self) -> Iterator[tuple[Any, Tensor]]:
         done = 0
-        for batch in self.loader:
+        for number, batch in enumerate(self.loader):
             inputs, labels = _parts(batch, self.name)
-            yield inputs, labels
+            if number % self.ranks == self.rank:
+                yield inputs, labels
             done += len(labels)
             if self.limit is not None and done >= self.limit:
                 return

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stochbn.sources.pictures import Preprocessing, channels_of
 
-__all__ = ["Built", "build", "find", "load_weights", "parse_arguments"]
+__all__ = ["Built", "build", "find", "load_weights", "parse_arguments", "prepared"]
 
 HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
 
@@ -98,6 +98,26 @@ def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool 
     if preprocess is not None and not callable(preprocess):
         raise ValueError(f"'preprocess' of {module.__name__!r} must be a function of an image")
     return Built(model.eval(), preprocess, None if classes is None else tuple(classes))
+
+
+def prepared(
+    built: Built,
+    size: tuple[int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Built:
+    """The same with a preprocess: by these numbers where any are given, else its own, else what images need alone.
+
+    Raises:
+        ValueError: as `Preprocessing`.
+    """
+    channels = channels_of(built.model)
+    if size is not None or mean is not None or std is not None:
+        return replace(built, preprocess=Preprocessing(size, mean, std, channels))
+    if built.preprocess is not None:
+        return built
+    plain = Preprocessing(channels=channels)
+    return replace(built, preprocess=lambda given: given if isinstance(given, Tensor) else plain(given))
 
 
 def find(reference: str, what: str) -> tuple[ModuleType, Any]:

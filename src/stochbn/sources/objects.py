@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead"]
+__all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
 
 T = TypeVar("T")
 
@@ -46,6 +46,10 @@ class Objects(Protocol):
 
     def first(self, count: int) -> Objects:
         """The first of the objects, at most so many."""
+        ...
+
+    def shard(self, rank: int, count: int, size: int) -> Objects:
+        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
         ...
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
@@ -161,6 +165,11 @@ class RowObjects:
         order = torch.arange(len(self)) if self.order is None else self.order
         return replace(self, order=order[:count])
 
+    def shard(self, rank: int, count: int, size: int) -> RowObjects:
+        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
+        order = torch.arange(len(self)) if self.order is None else self.order
+        return replace(self, order=order[shard_index(len(order), rank, count, size)])
+
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Consecutive batches of inputs and labels, read ahead.
 
@@ -214,6 +223,16 @@ class RowObjects:
         if shape is not None and found.shape != shape:
             return f"is {list(found.shape)}, others are {list(shape)}: bring them to one size, with --size"
         return found
+
+
+def shard_index(length: int, rank: int, count: int, size: int) -> Tensor:
+    """The positions in every `count`-th of the batches of `size` that `length` objects make, from number `rank` on.
+
+    >>> shard_index(7, rank=1, count=2, size=2)
+    tensor([2, 3, 6])
+    """
+    positions = torch.arange(length)
+    return positions[positions // size % count == rank]
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

@@ -1,0 +1,35 @@
+"""Predictions with uncertainty by FastAPI: one predictive serves the threads of a pool.
+
+export STOCHBN_SCORER='{"model": "mynet:build", "weights": "w.pt", "posterior": "w.sbn.safetensors"}'
+uvicorn examples.fastapi_service:web
+curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'
+"""
+
+import asyncio
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, HTTPException
+
+from stochbn.deploy import Scorer
+
+web = FastAPI()
+score = Scorer(**json.loads(os.environ["STOCHBN_SCORER"]), threads=1)
+pool = ThreadPoolExecutor(os.cpu_count())
+
+
+@web.post("/predict")
+async def predict(inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
+    """Class, probability and uncertainties of every object."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, score.answer, inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise HTTPException(422, str(error)) from error
+
+
+@web.get("/healthz")
+def healthz() -> dict[str, str]:
+    """Whether the network is loaded."""
+    return {"status": "ok"}

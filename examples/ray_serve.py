@@ -1,0 +1,61 @@
+"""Predictions with uncertainty as a Ray Serve deployment: requests that come together go through the network together.
+
+serve run examples.ray_serve:app model=mynet:build weights=/data/w.pt posterior=/data/w.sbn.safetensors
+curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'
+"""
+
+from itertools import accumulate
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, HTTPException
+from ray import serve
+
+from stochbn.deploy import Scorer
+
+web = FastAPI()
+
+
+@serve.deployment(max_ongoing_requests=64)
+@serve.ingress(web)
+class Service:
+    """A network and its posterior; each replica loads both once."""
+
+    def __init__(self, scorer: dict[str, Any]) -> None:
+        self.score = Scorer(**scorer, threads=1)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
+    async def together(self, requests: list[list[Any]]) -> list[Any]:
+        """The rows of each request, or what is wrong with it."""
+        try:
+            rows = self.score.answer([one for inputs in requests for one in inputs])
+        except (RuntimeError, TypeError, ValueError):
+            rows = []
+        if not rows or any(row["error"] for row in rows):  # one may spoil the batch: each for itself
+            return [self.alone(inputs) for inputs in requests]
+        ends = accumulate(map(len, requests))
+        return [rows[end - len(inputs) : end] for inputs, end in zip(requests, ends, strict=True)]
+
+    def alone(self, inputs: list[Any]) -> list[Any] | str:
+        """The rows of one request, or what is wrong with it."""
+        try:
+            return self.score.answer(inputs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return str(error)
+
+    @web.post("/predict")
+    async def predict(self, inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
+        """Class, probability and uncertainties of every object."""
+        answer = await self.together(inputs)
+        if isinstance(answer, str):
+            raise HTTPException(422, answer)
+        return answer
+
+    @web.get("/healthz")
+    def healthz(self) -> dict[str, str]:
+        """Whether the network is loaded."""
+        return {"status": "ok"}
+
+
+def app(arguments: dict[str, Any]) -> serve.Application:
+    """The application, from the arguments of `stochbn.deploy.Scorer`."""
+    return Service.bind(arguments)

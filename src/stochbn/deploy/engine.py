@@ -1,0 +1,120 @@
+"""The parts of a table predicted by Ray: each is made by one actor from the rows that it reads itself.
+
+A part is the unit: it is scored batch by batch as in one process, so that the table does not depend on how many actors
+there are. Ray starts an actor that dies again, and its part is made anew; a part reaches the table once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stochbn.deploy.scorer import Scorer
+from stochbn.scoring import Row
+from stochbn.sources import ParquetObjects
+
+__all__ = ["PartScorer", "check_ray", "ray_engine"]
+
+
+class PartScorer:
+    """Scores parts of a stream by their numbers: what actors run.
+
+    Args:
+        stream: the objects.
+        scorer: arguments of `Scorer`.
+        batch: objects in a forward pass.
+        part: objects in a part, a multiple of `batch`.
+        folder: the current folder of the process that asks, where there is one of that name here.
+    """
+
+    def __init__(self, stream: ParquetObjects, scorer: Mapping[str, Any], batch: int, part: int, folder: str) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        self.scorer = Scorer(**scorer)
+        self.stream = replace(stream, preprocess=self.scorer.preprocess)
+        self.batch, self.part = batch, part
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The rows of the parts with these numbers, as JSON."""
+        texts = [json.dumps(self._rows(int(number))) for number in batch["id"]]
+        return {"id": batch["id"], "rows": np.array(texts, dtype=object)}
+
+    def _rows(self, number: int) -> list[Row]:
+        start = number * self.part
+        chunks = self.stream.chunks(self.batch, start, start + self.part)
+        return [row for chunk in chunks for row in self.scorer.rows(chunk, self.stream.key_name)]
+
+
+def check_ray() -> None:
+    """Refuse to go on without Ray Data.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--engine ray needs Ray ({error}): pip install 'stochbn[ray]'") from error
+
+
+def ray_engine(
+    stream: ParquetObjects, scorer: Mapping[str, Any], batch: int, part: int, workers: int
+) -> Callable[[Sequence[int]], Iterator[tuple[int, list[Row]]]]:
+    """An engine for `stochbn.scoring.score`: parts are made by `workers` actors of the Ray cluster.
+
+    Without a running cluster (``RAY_ADDRESS``), Ray is started on this machine, and ended with the last part.
+
+    Args:
+        stream: the objects, which every actor must be able to read under the same names.
+        scorer: arguments of `Scorer`, likewise.
+        batch: objects in a forward pass.
+        part: objects in a part, a multiple of `batch`.
+        workers: how many actors.
+    """
+
+    def engine(numbers: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
+        import ray
+        import ray.data
+
+        if not numbers:
+            return
+        next(stream.chunks(1))  # columns that are not there are told before Ray is started
+        started = not ray.is_initialized()
+        if started:
+            address = os.environ.get("RAY_ADDRESS")
+            local: dict[str, Any] = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        try:
+            parts = ray.data.from_items([{"id": number} for number in numbers], override_num_blocks=len(numbers))
+            rows = parts.map_batches(
+                PartScorer,
+                fn_constructor_kwargs={
+                    "stream": replace(stream, preprocess=None),
+                    "scorer": scorer,
+                    "batch": batch,
+                    "part": part,
+                    "folder": str(Path.cwd()),
+                },
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers))),
+                batch_size=1,
+                num_cpus=1,
+            )
+            for row in rows.iter_rows():
+                yield int(row["id"]), json.loads(row["rows"])
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ValueError(f"a worker of Ray failed: {cause}") from error
+        finally:
+            if started:
+                ray.shutdown()
+
+    return engine

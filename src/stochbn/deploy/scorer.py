@@ -1,0 +1,217 @@
+"""A network and its posterior as a callable class that loads both once: for actors of Ray Data, and for services."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochbn.posteriors import load
+from stochbn.predictive import Predictive
+from stochbn.scoring import Row, scored
+from stochbn.sources import Chunk, RowObjects, build, load_weights, prepared
+from stochbn.sources.pictures import decode
+
+__all__ = ["Scorer"]
+
+Batch = Mapping[str, np.ndarray[Any, Any]]
+"""Columns of numpy arrays, as Ray Data passes them."""
+
+
+class Scorer:
+    """Adds to batches of rows the columns that ``stochbn predict`` writes.
+
+    All arguments are texts, numbers and lists and mappings of them, so that they travel to other machines; network and
+    posterior are loaded by each process from files that it can read, once::
+
+        dataset.map_batches(
+            stochbn.deploy.Scorer,
+            fn_constructor_kwargs={"model": "mynet:build", "weights": "w.pt", "posterior": "w.sbn.safetensors"},
+            compute=ray.data.ActorPoolStrategy(size=8),
+            batch_size=250,
+        )
+
+    Every batch sees the draws of the seed: with ``tolerance=0`` a row's prediction depends, to rounding, on the row and
+    the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
+    object's changes depend on its place in the batch too.
+
+    Args:
+        model: where the network is built: ``package.module:function``, ``timm:NAME`` or ``hf:PATH``.
+        weights: a file with its state dict; None takes the weights that it is built with.
+        posterior: a file that ``stochbn fit`` or ``Posterior.save`` wrote; None predicts without SBN.
+        arguments: arguments of the function that builds it.
+        inputs: the column of images (encoded, or arrays) or arrays, or the columns of numbers, that the network takes.
+            None is the only column that there is.
+        size: images are resized and cropped to this height and width; with `mean` and `std`, in place of the
+            preprocessing of the network's module.
+        mean: subtracted from images in [0, 1].
+        std: what they are then divided by.
+        settings: arguments of `stochbn.Predictive`: ``task``, ``logits``, ``class_axis``, ``output``.
+        draws: as for `stochbn.Predictive`.
+        tolerance: likewise.
+        augment: changes of images in every draw, as text: ``"flip,shift:4"``.
+        top: how many of the most probable classes to add.
+        seed: where draws come from.
+        threads: threads of this process's PyTorch; None leaves them as they are.
+
+    Raises:
+        ValueError, OSError: the network or a file cannot be had; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        weights: str | os.PathLike[str] | None = None,
+        posterior: str | os.PathLike[str] | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        inputs: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        draws: int = 50,
+        tolerance: float | None = None,
+        augment: str | None = None,
+        top: int = 1,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        from stochbn.augment import named
+
+        if not isinstance(model, str):
+            raise TypeError(
+                f"name the network by where it is built, as 'package.module:function', got {type(model).__name__}: "
+                "an object would have to be pickled"
+            )
+        if isinstance(inputs, str):
+            raise TypeError(f"inputs must be a list of columns, such as [{inputs!r}], got {inputs!r}")
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        built = build(model, dict(arguments or {}), weights_follow=weights is not None)
+        if weights is not None:
+            load_weights(built.model, weights)
+        built = prepared(built, size, mean, std)
+        self.preprocess, self.classes = built.preprocess, built.classes or ()
+        self.inputs, self.top, self.seed = inputs, top, seed
+        device = torch.accelerator.current_accelerator(check_available=True)
+        self.predictive = Predictive(
+            built.model if device is None else built.model.to(device),
+            None if posterior is None else load(Path(posterior)),
+            draws,
+            tolerance=tolerance,
+            augment=None if augment is None else named(augment),
+            **(settings or {}),
+        )
+
+    def rows(self, chunk: Chunk, key_name: str) -> list[Row]:
+        """A row of the table of ``stochbn predict`` for each object of a chunk.
+
+        Raises:
+            ValueError: the prediction is none of so many objects.
+        """
+        return scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+
+    def answer(self, objects: Sequence[Any]) -> list[Row]:
+        """A row of predictions for each of the objects that a service was asked for: images, or (lists of) numbers.
+
+        Raises:
+            RuntimeError, ValueError: the network does not take them.
+        """
+        columns = _Columns({"input": objects}, None)
+        rows: list[Row] = []
+        for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
+            rows += self.rows(chunk, _Columns.key_name)
+        return [{name: value for name, value in row.items() if name != _Columns.key_name} for row in rows]
+
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
+        """The batch with the columns of predictions, and ``error``: why a row could not be read, or None.
+
+        Texts that are missing are None, numbers NaN.
+
+        Raises:
+            ValueError: the batch lacks a column, or has one that is called like a prediction's.
+        """
+        columns = _Columns(batch, self.inputs)
+        if not len(columns):
+            return dict(batch)
+        (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
+        rows = self.rows(chunk, _Columns.key_name)
+        names = list(dict.fromkeys(name for row in rows for name in row if name != _Columns.key_name))
+        if taken := [name for name in names if name in batch]:
+            raise ValueError(f"the batch has a column {taken[0]!r}, as one of the predictions is called; rename it")
+        return {**batch, **{name: _column([row.get(name) for row in rows], name) for name in names}}
+
+
+class _Columns:
+    """The rows of a batch of columns, as objects."""
+
+    key_name = " row"  # no column's name
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None) -> None:
+        names = list(inputs or batch)
+        missing = [name for name in names if name not in batch]
+        if missing or (inputs is None and len(names) != 1):
+            told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
+            raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
+        self.columns = [batch[name] for name in names]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def key(self, position: int) -> int:
+        """The position."""
+        return position
+
+    def read(self, position: int) -> Any:
+        """An image, or a tensor.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        values = [column[position] for column in self.columns]
+        if len(values) > 1:
+            return _numbers(values)
+        value = values[0]
+        if isinstance(value, Mapping):  # an image as `datasets` stores it
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if value is None:
+            raise ValueError("is empty")
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            import io
+
+            return decode(io.BytesIO(value))
+        if isinstance(value, str):
+            return decode(value)
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+            from PIL import Image
+
+            return Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
+        return _numbers(value) if not hasattr(value, "convert") else value
+
+    def labels(self) -> Tensor | None:
+        """None: a batch to predict has none that count."""
+        return None
+
+
+def _numbers(values: Any) -> Tensor:
+    try:
+        tensor = torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"holds what is no number: {error}") from error
+    return tensor if tensor.ndim else tensor[None]
+
+
+def _column(values: list[Any], name: str) -> np.ndarray[Any, Any]:
+    """Values as a column: texts as objects, numbers as float32 with NaN where there is none."""
+    if name == "error" or name.startswith("class"):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float32)

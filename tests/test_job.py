@@ -1,0 +1,189 @@
+"""The command line under torchrun: what one process writes, by rank 0 alone, and no rank that waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import stochbn
+from posterior_contract import nearly_same
+from stochbn.cli.job import check_command
+from stochbn.paper.data import Images
+from stochbn.sources import LoaderObjects, build, open_objects
+
+MODULE = """
+import os, torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+def broken():
+    if os.environ.get("RANK") == "1":
+        raise OSError("the disk is gone")
+    return network()
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TIMEOUT = 200
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("ranked.py").write_text(MODULE)
+    sys.modules.pop("ranked", None)
+    save_file(build("ranked:network", {}).model.state_dict(), "w.safetensors")
+    x = np.random.default_rng(0).normal(size=(620, 4)).astype("float32")
+    np.savez("data.npz", x=x, y=(x[:, 0] > 0).astype("int64") + (x[:, 1] > 1))
+    return tmp_path
+
+
+def run(
+    *arguments: object, ranks: bool = False, options: tuple[str, ...] = (), fails: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    start = [*TORCHRUN, *options, "-m", "stochbn"] if ranks else [sys.executable, "-m", "stochbn"]
+    done = subprocess.run(
+        [*start, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr if fails else done.stdout
+
+
+def own(model: str = "network") -> list[str]:
+    return ["--model", f"ranked:{model}", "--weights", "w.safetensors"]
+
+
+def test_shards_have_every_object_once_in_whole_batches() -> None:
+    images = Images(torch.arange(23).view(-1, 1, 1, 1).byte(), torch.arange(23), ("a",), "numbers")
+    loader = LoaderObjects("loader", [torch.arange(i, i + 3).float()[:, None] for i in range(0, 21, 3)])
+    for count in (1, 2, 5):
+        shards = [images.shard(rank, count, 4) for rank in range(count)]
+        assert sorted(torch.cat([shard.labels for shard in shards]).tolist()) == list(range(23))
+        starts = [labels[0].item() for shard in shards for _, labels in shard.batches(4)]
+        assert all(start % 4 == 0 for start in starts)
+        seen = [inputs[0].item() for r in range(count) for inputs, _ in loader.shard(r, count, 4).batches(4)]
+        assert sorted(seen) == list(range(0, 21, 3))
+        assert sum(len(loader.shard(rank, count, 4)) for rank in range(count)) == 21
+
+
+def test_rows_are_sharded_in_their_order(home: Path) -> None:
+    rows = open_objects("data.npz").shuffled(1)
+    assert not isinstance(rows, LoaderObjects)
+    whole = list(rows.batches(16))
+    first, second = (list(rows.shard(rank, 2, 16).batches(16)) for rank in (0, 1))
+    for i, (inputs, _) in enumerate(whole):
+        assert torch.equal((first, second)[i % 2][i // 2][0], inputs)
+
+
+def test_commands_that_share_no_work_are_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_command("predict")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_command("predict")  # of another kind of job
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_command("fit")
+    with pytest.raises(ValueError, match="'stochbn predict' under torchrun would do all its work 2 times; predict"):
+        check_command("predict")
+
+
+class TestTorchrun:
+    pytestmark: ClassVar = [pytest.mark.long, pytest.mark.timeout(2 * TIMEOUT)]
+
+    @pytest.mark.parametrize("kind", ["factorized", "joint"])
+    def test_fit_is_that_of_one_process(self, home: Path, kind: str) -> None:
+        arguments = ["fit", *own(), "--data", "data.npz", "--kind", kind, "--out"]
+        run(*arguments, "one")
+        told = run(*arguments, "two", ranks=True)
+        assert told.count("Saved the posterior") == 1
+        one, two = stochbn.load("one"), stochbn.load("two")
+        assert one.mini_batches == two.mini_batches == 620 // 16
+        torch.testing.assert_close(one.expected, two.expected, rtol=1e-6, atol=1e-6)
+        if kind == "factorized":
+            nearly_same(one, two)
+
+    def test_calibrate_and_evaluate_give_what_one_process_gives(self, home: Path) -> None:
+        run("fit", *own(), "--data", "data.npz")
+        arguments = ["calibrate", *own(), "--held-out", "data.npz", "--out"]
+        run(*arguments, "one")
+        told = run(*arguments, "two", ranks=True)
+        assert told.count("Saved the posterior") == 1
+        one, two = stochbn.load("one"), stochbn.load("two")
+        assert one.batch_size == two.batch_size
+        assert one.temperature == pytest.approx(two.temperature, rel=1e-6)
+        arguments = ["evaluate", *own(), "--data", "data.npz", "--draws", "8", "--out"]
+        run(*arguments, "results-1")
+        run(*arguments, "results-2", ranks=True)
+        scores = [json.loads(Path(f"results-{n}/results.json").read_text()) for n in (1, 2)]
+        first, second = (_numbers(one) for one in scores)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            if name.startswith(".scores.0."):  # the plain network's; ranks do not share a generator of draws
+                assert second[name] == pytest.approx(value, rel=1e-5), name
+            elif name.endswith(".nll"):
+                assert second[name] == pytest.approx(value, rel=0.02), name
+
+    @pytest.mark.parametrize("command", ["fit", "evaluate"])
+    def test_an_error_of_one_rank_ends_all_with_it(self, home: Path, command: str) -> None:
+        started = time.monotonic()
+        told = run(command, *own("broken"), "--data", "data.npz", ranks=True, fails=True)
+        assert "the disk is gone" in told
+        assert time.monotonic() - started < TIMEOUT / 2
+        assert not Path("w.sbn.safetensors").exists()
+
+    def test_members_are_trained_by_ranks_and_go_on_after_a_kill(self, home: Path) -> None:
+        arguments = ["paper", "reproduce", "lenet5", "--preset", "smoke", "--data", "digits:0-4", "--unknown"]
+        arguments += ["digits:5-9", "--epochs", "6", "--members", "3", "--dropout", "0", "--draws", "4", "--out"]
+        run(*arguments, "one", "--jobs", 1)
+        command = [*TORCHRUN, "--max-restarts", "3", "-m", "stochbn", *arguments, "two"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            end = time.monotonic() + TIMEOUT
+            while not (state := list(Path("two").glob("plain-1/training.safetensors"))) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert state
+            os.kill(_rank_of(process.pid, 1), signal.SIGKILL)
+            told, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, told
+        assert told.count("Everything is in") == 1
+        one, two = (_numbers(json.loads(Path(f"{name}/results.json").read_text())) for name in ("one", "two"))
+        assert one == two
+
+
+def _numbers(value: Any, name: str = "") -> dict[str, float]:
+    """All numbers in nested JSON, by where they are, but for times."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in _numbers(inner, f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in _numbers(inner, f"{name}.{i}").items()}
+    timed = "seconds" in name
+    return {name: float(value)} if isinstance(value, (int, float)) and not timed else {}
+
+
+def _rank_of(parent: int, rank: int) -> int:
+    """The process of a rank that torchrun started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in children:
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no process of rank {rank}")

@@ -1,0 +1,220 @@
+"""The services in examples/, asked by real requests; and object stores."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import stochbn
+from conftest import normal
+from stochbn.sources import build
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TIMEOUT = 120
+MODULE = """
+import torch
+from torch import nn
+
+classes = ["bird", "cat", "dog"]
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+"""
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install 'stochbn[scale]'")
+
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * TIMEOUT)]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("served.py").write_text(MODULE)
+    sys.modules.pop("served", None)
+    model = build("served:network", {}).model
+    save_file(model.state_dict(), "w.safetensors")
+    stochbn.fit(model, [normal(96, 4)], 16).save("w.sbn.safetensors")
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], health: str, environment: Mapping[str, str]) -> Iterator[None]:
+    """A service, until the block ends; entered when it answers."""
+    log = Path("service.log")
+    with log.open("wb") as file, subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=file, stderr=file
+    ) as process:  # fmt: skip
+        try:
+            end = time.monotonic() + TIMEOUT
+            while True:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < end, log.read_text()
+                try:
+                    with urllib.request.urlopen(health, timeout=5):
+                        break
+                except OSError:
+                    time.sleep(0.2)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def ask(url: str, inputs: Any) -> Any:
+    content = json.dumps({"inputs": inputs}).encode()
+    request = urllib.request.Request(url, content, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def check_service(url: str) -> None:
+    """Requests side by side get what a scorer gives for each, also beside one that is wrong."""
+    x = normal(40, 4)
+    scorer = stochbn.deploy.Scorer(
+        "served:network", "w.safetensors", "w.sbn.safetensors", draws=16, settings={}, tolerance=0
+    )
+    requests = [x[:1], x[1:4], x[4:40]] * 4
+    with ThreadPoolExecutor(8) as pool:
+        wrong = pool.submit(ask, f"{url}/predict", [[1.0, 2.0]])
+        answers = list(pool.map(lambda inputs: ask(f"{url}/predict", inputs.tolist()), requests))
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            wrong.result()
+    for inputs, rows in zip(requests, answers, strict=True):
+        expected = scorer.answer(inputs.tolist())
+        assert len(rows) == len(inputs)
+        for row, other in zip(rows, expected, strict=True):
+            assert row["class"] == other["class"]
+            assert row["error"] is None
+            assert row["entropy"] == pytest.approx(other["entropy"], abs=1e-5)
+    assert ask(f"{url}/predict", []) == []
+    with urllib.request.urlopen(f"{url}/healthz", timeout=5) as answer:
+        assert json.loads(answer.read()) == {"status": "ok"}
+
+
+def arguments(home: Path) -> dict[str, Any]:
+    files = {"weights": str(home / "w.safetensors"), "posterior": str(home / "w.sbn.safetensors")}
+    return {"model": "served:network", **files, "draws": 16, "tolerance": 0}
+
+
+@needs("fastapi", "uvicorn")
+def test_fastapi(home: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "fastapi_service:web", "--port", str(port)]
+    environment = {
+        "PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}",
+        "STOCHBN_SCORER": json.dumps(arguments(home)),
+    }
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/healthz", environment):
+        check_service(url)
+
+
+@needs("ray", "fastapi")
+def test_ray_serve(home: Path) -> None:
+    port = free_port()
+    script = f"""
+import time, ray
+from ray import serve
+from ray_serve import app
+ray.init(num_cpus=2, include_dashboard=False)
+serve.start(http_options={{"host": "127.0.0.1", "port": {port}}})
+serve.run(app({arguments(home)!r}))
+while True:
+    time.sleep(1)
+"""
+    environment = {"PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}"}
+    url = f"http://127.0.0.1:{port}"
+    with running([sys.executable, "-c", script], f"{url}/healthz", environment):
+        check_service(url)
+
+
+@needs("moto", "s3fs", "flask")
+class TestStore:
+    @pytest.fixture
+    def store(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        """An object store with a bucket, and files in it."""
+        import s3fs
+
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-c", f"import moto.server; moto.server.main(['-H', '127.0.0.1', '-p', '{port}'])"]
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        with running(command, f"{url}/moto-api/", {}):
+            s3fs.S3FileSystem.clear_instance_cache()
+            fs = s3fs.S3FileSystem()
+            fs.mkdir("bucket")
+            x = torch.randn(90, 4, generator=torch.Generator().manual_seed(1))
+            table = pyarrow.table({f"x{i}": x[:, i].numpy() for i in range(4)})
+            Path("data").mkdir()
+            for number, start in enumerate((0, 50)):
+                pyarrow.parquet.write_table(table.slice(start, 50 - 10 * number), f"data/{number}.parquet")
+            fs.put("data", "bucket/data", recursive=True)
+            yield fs
+
+    def predict(self, data: str, out: str, *options: str) -> str:
+        command = ["predict", "--model", "served:network", "--weights", "w.safetensors", "--data", data, "--out", out]
+        done = subprocess.run(
+            [sys.executable, "-m", "stochbn", *command, "--draws", "8", "--part", "20", "--batch", "20", *options],
+            capture_output=True, text=True, timeout=2 * TIMEOUT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return " ".join(done.stdout.split())
+
+    @pytest.mark.parametrize("ending", ["csv", "parquet"])
+    def test_from_a_store_to_a_store(self, store: Any, ending: str) -> None:
+        self.predict("data", f"local.{ending}")
+        told = self.predict("s3://bucket/data", f"s3://bucket/out.{ending}")
+        assert f"Saved 90 predictions as s3://bucket/out.{ending}" in told
+        assert store.cat(f"bucket/out.{ending}") == Path(f"local.{ending}").read_bytes()
+        assert not Path(f"out.{ending}").exists()
+
+    @needs("ray")
+    def test_rays_workers_read_from_it_too(self, store: Any) -> None:
+        self.predict("data", "local.csv")
+        self.predict("s3://bucket/data/", "s3://bucket/out.csv", "--engine", "ray", "--workers", "2")
+        assert store.cat("bucket/out.csv") == Path("local.csv").read_bytes()
+
+    def test_what_is_not_there_is_told(self, store: Any) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "stochbn", "predict", "--model", "served:network", "--weights", "w.safetensors",
+             "--data", "s3://bucket/nothing", "--out", "p.csv"],
+            capture_output=True, text=True, timeout=TIMEOUT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "'s3://bucket/nothing' is no Parquet file and no folder that holds any" in " ".join(done.stderr.split())
