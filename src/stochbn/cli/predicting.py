@@ -30,7 +30,7 @@ SHOWN = 5
 @about_networks()
 def predict(
     given: Given,
-    out: Annotated[
+    path: Annotated[
         str,
         typer.Option(
             "--out", help="CSV or Parquet file, by its ending: one row for each object; or a URL, as s3://bucket/p.csv."
@@ -78,8 +78,8 @@ def predict(
     if workers > 1 and engine != "ray":
         raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
-    with stored(out) as path:
-        check_table(path)
+    with stored(path) as table:
+        check_table(table)
         if engine == "ray":
             check_ray()
         subject = Subject.one(given)
@@ -100,7 +100,7 @@ def predict(
             rows = score(
                 predictive,
                 stream,
-                path,
+                table,
                 settings={**read, **files, **chosen, "data": getattr(stream, "name", data)},
                 classes=subject.classes,
                 top=top,
@@ -116,7 +116,7 @@ def predict(
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
-    say(f"Saved {count} predictions as {out}; entropies are in nats.", out)
+    say(f"Saved {count} predictions as {path}; entropies are in nats.", path)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
 
