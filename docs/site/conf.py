@@ -21,7 +21,7 @@ extensions = [
 ]
 include_patterns = [
     "docs/*.md", "docs/howto/*.md", "docs/gallery/**", "results/**/*.md", "results/README.md", "benchmarks/*.md",
-    "CONTRIBUTING.md", "CHANGELOG.md",
+    "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
 ]  # fmt: skip
 exclude_patterns = ["docs/gallery/**/*.ipynb", "docs/gallery/**/*.py", "docs/gallery/**/*.json"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}

@@ -30,7 +30,7 @@ SHOWN = 5
 @about_networks()
 def predict(
     given: Given,
-    out: Annotated[
+    path: Annotated[
         str,
         typer.Option(
             "--out", help="CSV or Parquet file, by its ending: one row for each object; or a URL, as s3://bucket/p.csv."
@@ -83,8 +83,8 @@ def predict(
     if workers > 1 and engine != "ray":
         raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
-    with stored(out) as path:
-        check_table(path)
+    with stored(path) as table:
+        check_table(table)
         if masks is not None:
             check_folder(masks)
             if engine == "ray":
@@ -95,13 +95,8 @@ def predict(
         fitted = subject.need_posterior(posterior)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
         stream = _stream(subject, data, engine)
-        chosen: dict[str, Any] = {
-            "draws": draws,
-            "tolerance": tolerance,
-            "augment": augment,
-            "masks": masks and str(masks),
-        }
-        read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
+        chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
+        read = {field.name: str(getattr(given, field.name)) for field in fields(given)} | {"masks": str(masks)}
         fitted_in = posterior or subject.posterior
         files = {"weights": _digest(subject.model), "posterior": _digest(fitted_in)}
         elsewhere = None
@@ -114,7 +109,7 @@ def predict(
             rows = score(
                 predictive,
                 stream,
-                path,
+                table,
                 settings={**read, **files, **chosen, "data": getattr(stream, "name", data)},
                 classes=subject.classes,
                 top=top,
@@ -131,7 +126,7 @@ def predict(
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
-    say(f"Saved {count} predictions as {out}; entropies are in nats.", out)
+    say(f"Saved {count} predictions as {path}; entropies are in nats.", path)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
 
