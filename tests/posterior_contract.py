@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +114,9 @@ class PosteriorContract:
     """Whether draws are observed mini-batches without replacement, so that full cycles average exactly."""
 
     def accumulator(self, most: int = 512) -> Accumulator[Any]:
-        return KINDS[self.kind].accumulator(max_batches=most)
+        kind = KINDS[self.kind]
+        bounded = "max_batches" in inspect.signature(kind.accumulator).parameters
+        return kind.accumulator(**({"max_batches": most} if bounded else {}))
 
     def make(self, observed: Tensor, layers: Mapping[str, int] | None = None) -> Any:
         """The posterior of statistics ``[M, 2, D]``."""

@@ -73,7 +73,7 @@ def test_an_evaluation_that_found_the_nll_worse_says_what_mends_it() -> None:
 def test_an_evaluation_that_found_it_better_or_cannot_tell_goes_on_to_predict(change: float) -> None:
     (words,) = commands(after_evaluating(OWN, scores(change), [A_POSTERIOR], [None], None))
     assert words[0] == "predict"
-    assert parsed(words)["path"] == Path("predictions.csv")
+    assert Path(parsed(words)["path"]) == Path("predictions.csv")
 
 
 def test_a_binary_network_whose_nll_is_worse_is_to_be_fitted_with_less_noise() -> None:

@@ -112,6 +112,31 @@ def test_code_that_reads_something_else_than_before_is_looked_at_anew(
     assert "All objects go" in predictive.explain(x)
 
 
+LOG: dict[str, int] = {"calls": 0}
+
+
+class Logging(ByClass):
+    """Counts its calls in a global mapping."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOG["calls"] += 1
+        return super().forward(x)
+
+
+def test_what_passes_write_to_outside_of_the_network_does_not_have_it_looked_at_anew() -> None:
+    model = Logging()
+    settled(model, 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8)
+    predictive, x = Predictive(model, posterior, 9, tolerance=0), normal(40, 4, seed=8)
+    calls = []
+    for _ in range(4):
+        before = LOG["calls"]
+        predictive(x)
+        calls.append(LOG["calls"] - before)
+        LOG["calls"] = 0
+    assert calls[0] > calls[2] == calls[3]
+
+
 class ByArgument(nn.Module):
     """Takes what it does from an argument that is no tensor."""
 

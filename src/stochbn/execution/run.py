@@ -90,6 +90,7 @@ class Passes:
         """
         self._uninstall()
         known = self._network.known
+        known.settle()
         if not known.stateful and not known.in_place and self._replica.changed():
             known.stateful = True
             raise NetworkChangedError

@@ -187,6 +187,10 @@ class Knowledge:
         same = snapshot.same(self._snapshot) and snapshot.versions(without=self._buffers) == self._versions
         return same and self._surroundings.same()
 
+    def settle(self) -> None:
+        """Note that passes have been made, which may write outside of the network too."""
+        self._surroundings.settle()
+
     def get(self, key: Hashable, default: Any = None) -> Any:
         """What is kept under a key."""
         return self._kept.get(key, default)

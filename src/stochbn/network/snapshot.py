@@ -131,20 +131,55 @@ class Surroundings:
             places = [(function.__globals__, name) for name in _names(function.__code__)]
             self._places += places
             waiting += [space.get(name) for space, name in places]
+        self._written: set[int] = set()
         self._values, self._lengths = self._read(), [len(vars(cls)) for cls in self._classes]
 
     def same(self) -> bool:
-        """Whether everything is as it was."""
+        """Whether everything is as it was, but what passes write to."""
+        if [len(vars(cls)) for cls in self._classes] != self._lengths:
+            return False
         values = self._read()
-        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
-        return same and [len(vars(cls)) for cls in self._classes] == self._lengths
+        return _identical(values, self._values) or self._changed(values) <= self._written
+
+    def settle(self) -> None:
+        """Note what a call has changed: logs, counters and caches outside of the network do not count from now on."""
+        values = self._read()
+        if not _identical(values, self._values):
+            self._written |= self._changed(values)
+            self._values = values
 
     def _read(self) -> list[Any]:
+        """Everything that is named, and behind it what is in each mapping, list or set among it."""
         values: list[Any] = [space.get(name) for space, name in self._places]
         values += [_content(cell) for cell in self._cells]
-        for value in [v for v in values if type(v) in (dict, list, set) and len(v) <= LISTED]:
-            values += [*value, *value.values()] if type(value) is dict else value
-        return values
+        return values + [_entries(value) for value in values if type(value) in (dict, list, set)]
+
+    def _changed(self, values: list[Any]) -> set[int]:
+        """The places of what differs; the entries of a mapping count as at its own place."""
+        changed = set()
+        named = len(self._places) + len(self._cells)
+        old, new = (iter(each[named:]) for each in (self._values, values))
+        for place, (before, after) in enumerate(zip(self._values[:named], values[:named], strict=True)):
+            inside = [
+                next(each, []) for value, each in ((before, old), (after, new)) if type(value) in (dict, list, set)
+            ]
+            if before is not after or (len(inside) == 2 and not _identical(*inside)):
+                changed.add(place)
+        return changed
+
+
+def _identical(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists hold the same objects; entries of mappings are lists in them."""
+    return len(first) == len(second) and all(
+        a is b or (type(a) is list is type(b) and len(a) == len(b) and all(map(operator.is_, a, b)))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _entries(value: Any) -> list[Any]:
+    if len(value) > LISTED:
+        return []
+    return [*value, *value.values()] if type(value) is dict else [*value]
 
 
 @functools.lru_cache(maxsize=1024)
