@@ -160,10 +160,9 @@ class Surroundings:
         named = len(self._places) + len(self._cells)
         old, new = (iter(each[named:]) for each in (self._values, values))
         for place, (before, after) in enumerate(zip(self._values[:named], values[:named], strict=True)):
-            inside = [
-                next(each, []) for value, each in ((before, old), (after, new)) if type(value) in (dict, list, set)
-            ]
-            if before is not after or (len(inside) == 2 and not _identical(*inside)):
+            first = next(old) if type(before) in (dict, list, set) else []
+            second = next(new) if type(after) in (dict, list, set) else []
+            if before is not after or not _identical(first, second):
                 changed.add(place)
         return changed
 
