@@ -130,6 +130,7 @@ def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, Sequence[fl
         ensemble = name.startswith("ensemble")
         color = COLORS["Deep Ensembles"] if ensemble else COLORS["plain"] if name == "plain" else next(others)
         style = "-" if name == "ensembles" else "--" if ensemble or "calibrated" in name else "-"
+        style = ":" if name.startswith("snapshots") else style
         passes = [count for count, _ in sorted(points)]
         found = [values for _, values in sorted(points)]
         means = [statistics.mean(values) for values in found]
