@@ -210,3 +210,19 @@ def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:
     assert "fewer than a batch of 500" in told("bench", *given, "--data", "test.npz", "--batch", 500)
     regression = *given, "--task", "regression", "--data", "test.npz"
     assert "bench measures how accurate probabilities are" in told("bench", *regression)
+
+
+def test_unknown_objects_and_some_of_the_held_out_ones_are_options(module: str) -> None:
+    given = options(module, "labels", X)
+    np.savez("test.npz", inputs=X, labels=X[:, :3].argmax(1))
+    np.savez("unknown.npz", inputs=4 * X[:20])
+    text = stochbn_("evaluate", *given, "--data", "test.npz", "--ood", "unknown.npz", "--draws", 8, "--out", "r")
+    assert "detection of the unknown by it" in text
+    model = network(given)
+    entropies = [Predictive(model)(torch.from_numpy(x)).entropy for x in (X, 4 * X[:20])]
+    assert scores()["scores"][0]["auroc"] == pytest.approx(metrics.ood(*entropies)["auroc"], abs=1e-6)
+    held_out = "--held-out", "test.npz", "--seed", 0
+    stochbn_("calibrate", *given, *held_out, "--objects", 30, "--out", "some.sbn.safetensors")
+    stochbn_("calibrate", *given, *held_out, "--out", "all.sbn.safetensors")
+    some, every = stochbn.load("some.sbn.safetensors"), stochbn.load("all.sbn.safetensors")
+    assert some.temperature != every.temperature
