@@ -1,20 +1,20 @@
 """Augmented draws: what they cost in plain passes, and what it saves to spread them evenly.
 
-For a network of a finished run that held images out, draws over the input alone are calibrated on these and timed
-beside plain passes of the same test images, in one process and interleaved; medians count. Then the same images are
-predicted again and again with draws that are spread evenly, as `stochbn.augment` does, and with independent ones: the
-ratio of the variances of their means, at equal numbers of draws, is what spreading saves. Run it as
+For a network of a finished run that held images out, draws over statistics and input are calibrated on these and timed
+beside plain passes of the same test images, in one process and interleaved; medians count. Their DEE is by the plain
+ensembles of the run's networks on the same images. Then a few images are predicted again and again with draws over the
+input that are spread evenly, as `stochbn.augment` does, and with independent ones: the ratio of the variances of their
+means, at equal numbers of draws, is what spreading saves. Run it as
 ``python benchmarks/augment.py RUN --augment flip,shift:4``; it takes minutes a network.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,15 +23,17 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn import Posterior, Predictive, augment, metrics
-from stochbn.files import write_bytes, write_json
+from stochbn.files import read_tensors, write_bytes, write_json
 from stochbn.paper import checkpoints
 from stochbn.paper.fitting import fit_posterior
 from stochbn.paper.predicting import PREDICT_BATCH
+from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import load_parts
+from stochbn.paper.runner import PREDICTIONS, load_parts
 from stochbn.paper.tables import Table
 
 COUNTS = (2, 4, 8, 16, 32)
+CALLS = (8, 16, 48)
 REPETITIONS = 7
 
 
@@ -46,30 +48,55 @@ def variances(predictive: Predictive, x: Tensor, repetitions: int) -> dict[int, 
     return {count: torch.stack(rows).var(0).mean().item() for count, rows in means.items()}
 
 
-def costs(model: nn.Module, posterior: Posterior, changes: augment.Augment, x: Tensor, labels: Tensor) -> Table:
-    """What calls cost in units, the time of a plain pass, and the NLL of what they predict (in batches of 100)."""
+def costs(
+    model: nn.Module,
+    posterior: Posterior,
+    changes: augment.Augment,
+    x: Tensor,
+    labels: Tensor,
+    reached: Sequence[float],
+) -> Table:
+    """What calls cost in units, the time of a plain pass, and the scores of what they predict (in batches of 100)."""
     calls: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda batch: model(batch).softmax(1)}
-    for draws in (8, 16, 32):
+    for draws in CALLS:
         for name, tolerance in (("defaults", None), ("all draws", 0.0)):
             predictive = Predictive(model, posterior, draws, augment=changes, tolerance=tolerance)
             calls[f"{draws}, {name}"] = lambda batch, predictive=predictive: predictive(batch, generator=seeded()).probs  # type: ignore[misc]
     batches = torch.split(x, 100)
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        probs = {name: torch.cat([call(batch) for batch in batches]) for name, call in calls.items()}
         for _ in track(range(REPETITIONS), description="timing"):
             for name, call in calls.items():
                 begun = time.perf_counter()
                 call(batches[0])
                 times[name].append(time.perf_counter() - begun)
+        probs = {
+            name: torch.cat([call(batch) for batch in batches])
+            for name, call in track(calls.items(), description="predicting")
+        }
     unit = statistics.median(times["plain"])
-    body = [
-        [name, f"{statistics.median(times[name]) / unit:.1f}", f"{metrics.evaluate(probs[name], labels)['nll']:.4f}"]
-        for name in calls
+    body = []
+    for name in calls:
+        calibrated = metrics.calibrated_nll(probs[name], labels)["nll"]
+        scores = metrics.evaluate(probs[name], labels)["nll"], calibrated
+        dee = metrics.deep_ensemble_equivalent(calibrated, reached)
+        body.append([name, f"{statistics.median(times[name]) / unit:.1f}", *(f"{s:.4f}" for s in scores), f"{dee:.2f}"])
+    title = f"Cost of a call for 100 images, in plain passes of {1e3 * unit:.1f} ms, and scores on {len(x)} images"
+    return Table(title, ["draws", "units", "NLL", "calibrated NLL", "DEE"], body)
+
+
+def ensembles(run: Path, recipe: Recipe, labels: Tensor) -> list[float]:
+    """The calibrated NLL of plain ensembles of 1, 2, ... networks of a run, with each network as the first."""
+    files = [run / member.name / "predictions.safetensors" for member in recipe.all_members() if member.kind == "plain"]
+    probs = [read_tensors(file, PREDICTIONS)[0]["plain.known"][: len(labels)].exp() for file in files]
+    doubled = [*probs, *probs]
+    return [
+        statistics.mean(
+            metrics.calibrated_nll(torch.stack(doubled[first : first + size]).mean(0), labels)["nll"]
+            for first in range(len(probs))
+        )
+        for size in range(1, len(probs) + 1)
     ]
-    return Table(
-        f"Cost of a call for 100 images, in plain passes of {1e3 * unit:.1f} ms", ["draws", "units", "NLL"], body
-    )
 
 
 def seeded() -> torch.Generator:
@@ -82,7 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--augment", default="flip,shift:4", help="flip, shift:PIXELS, or both (default: both, by 4)")
-    parser.add_argument("--images", type=int, default=100, help="test images (default: 100)")
+    parser.add_argument("--scored", type=int, default=2000, help="test images to score calls on (default: 2000)")
+    parser.add_argument("--images", type=int, default=100, help="test images to spread draws on (default: 100)")
     parser.add_argument("--repetitions", type=int, default=50, help="means of each sort (default: 50)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the files")
     options = parser.parse_args()
@@ -90,12 +118,13 @@ def main() -> None:
     model = checkpoints.load(options.run / "plain-0" / "network.safetensors").model
     parts = load_parts(recipe)
     spread = augment.named(options.augment)
-    (every, labels), *_ = parts["known"].take(torch.arange(1000)).batches(1000)
+    scored = min(options.scored, len(parts["known"]))
+    (every, labels), *_ = parts["known"].take(torch.arange(scored)).batches(scored)
     train = parts["train"].take(torch.arange(min(2048, len(parts["train"]))))
-    posterior = fit_posterior(model, train, recipe.statistics_batch, kind="joint").recentre(model)
-    held_out = parts["held-out"].take(torch.arange(min(1000, len(parts["held-out"])))).batches(PREDICT_BATCH)
-    posterior = stochbn.calibrate(model, posterior, held_out, batch_sizes=[math.inf], temperature=True, augment=spread)
-    cost = costs(model, posterior, spread, every, labels)
+    posterior = fit_posterior(model, train, recipe.statistics_batch, kind="joint", augment=spread)
+    held_out = parts["held-out"].take(torch.arange(min(2000, len(parts["held-out"])))).batches(PREDICT_BATCH)
+    posterior = stochbn.calibrate(model, posterior, held_out, temperature=True, augment=spread)
+    cost = costs(model, posterior, spread, every, labels, ensembles(options.run, recipe, labels))
     x = every[: options.images]
 
     def independent(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -230,6 +230,20 @@ def test_objects_that_are_done_early_are_within_the_tolerance() -> None:
     assert errors.square().mean().sqrt() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["joint", "factorized"])
+def test_each_draw_over_the_input_counts_as_one(kind: str) -> None:
+    """Quasi-random statistics are worth more than independent ones; an augmentation's noise is not."""
+    model, x, seen = network(), images(), []
+
+    def counted(x: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(len(x))
+        return noisy(x, generator)
+
+    predictive = stochbn.Predictive(model, posterior(model, kind), 24, tolerance=1e-9, augment=counted, clean=False)
+    predictive(x, generator=seeded())
+    assert sum(seen) == 24 * len(x)
+
+
 def test_the_first_draw_is_of_the_clean_input() -> None:
     model, x = network(), images()
 

@@ -116,7 +116,8 @@ def take_snapshots(
         progress: called with the number of steps done and of all.
     """
     half = recipe.precision == "bf16-mixed"
-    arithmetic: Any = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    device = next(model.parameters()).device.type
+    arithmetic: Any = torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
     with arithmetic:
         ensemble = stochbn.snapshots(
             model,

@@ -62,7 +62,8 @@ class Predictive:
         model: the network.
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
             its running averages or, with `augment`, as many as there are draws.
-        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights.
+        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
+            but with `augment`, where each counts as one.
         task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
             predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
             each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.
@@ -332,7 +333,8 @@ class Predictive:
 
     def _enough(self, tolerance: float) -> int:
         """The number of quasi-random draws that are worth `draws` independent ones."""
-        gain = self.posterior.quasi_gain if self.posterior is not None else 1.0
+        # What draws over the input are worth depends on the augmentation: each counts as one.
+        gain = 1.0 if self.posterior is None or self.augment is not None else self.posterior.quasi_gain
         first = self.settings.first
         # The spread of the draws is known no better for being quasi-random.
         if not tolerance or self.task.spread or gain == 1 or self.draws < first:
