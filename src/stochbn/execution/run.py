@@ -22,6 +22,9 @@ from stochbn.network.replica import Network, Replica
 
 __all__ = ["NetworkChangedError", "Passes"]
 
+EARLY = 2
+"""Draws that tell whether rounding matters by far."""
+
 
 class NetworkChangedError(Exception):
     """Passes changed the network that they ran on, which was not known before: the call is to be made again."""
@@ -109,13 +112,7 @@ class Passes:
             RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
         """
         try:
-            values = self.attempt(draws)
-            if self._unchecked:
-                self._unchecked = False
-                if self.plan.exact is not None and self._rounding_matters(draws, values):
-                    self.rounds_too_much = True
-                    self._change(self.plan.exact)
-                    values = self.attempt(draws)
+            values = self._checked(draws) if self._unchecked else self.attempt(draws)
         except Exception:
             if self.plan.size is None:
                 raise
@@ -145,12 +142,17 @@ class Passes:
         if self._cache is not None:
             self._cache.take(mask)
 
-    def attempt(self, draws: Sequence[Draw]) -> Tensor:
-        """As a call, but whatever is raised by the plan's ways is raised, and nothing is checked."""
+    def attempt(self, draws: Sequence[Draw], made: int = 0) -> Tensor:
+        """As a call, but whatever is raised by the plan's ways is raised, and nothing is checked.
+
+        Args:
+            draws: of the statistics.
+            made: how many of the same call have been made.
+        """
         together = self.plan.draws(self._objects) if self.plan.rows else 1
         blocks = []
         for start in range(0, len(draws), together):
-            block, number = draws[start : start + together], self._made + start
+            block, number = draws[start : start + together], self._made + made + start
             if len(block) > 1 and len(block) * self._objects >= self.plan.least:
                 blocks.append(self._stacked(block, number))
             else:
@@ -229,16 +231,38 @@ class Passes:
         self._replica = fresh or self._replica
         self._begin()
 
-    def _rounding_matters(self, draws: Sequence[Draw], values: Tensor) -> bool:
-        probe = bfloat16.probe_objects(self._objects, len(draws))
-        if probe is None:
-            return True
-        task, temperature = self._call.task, self._call.temperature
+    def _checked(self, draws: Sequence[Draw]) -> Tensor:
+        """The first draws of a plan that rounds, or by its exact one where the rounding matters.
+
+        Two draws tell whether it matters by far; where passes are made one by one, that is asked first.
+        """
+        self._unchecked = False
+        exact, probe = self.plan.exact, bfloat16.probe_objects(self._objects, len(draws))
+        if exact is None:
+            return self.attempt(draws)
+        full: Tensor | None = None
+        values: list[Tensor] = []
+        alone = self.plan.draws(self._objects) == 1 if self.plan.rows else True
+        for made in (EARLY, len(draws)) if alone and len(draws) > EARLY else (len(draws),):
+            if probe is None:
+                break
+            begun = sum(map(len, values))
+            values.append(self.attempt(draws[begun:made], begun))
+            if full is None:
+                full = self._exactly(draws[0], probe)
+            low = self._call.task.values(torch.cat([v[:, probe] for v in values]), self._call.temperature)[0]
+            if bfloat16.matters(low[0], full, low, self._call.averaged, far=made < len(draws)):
+                break
+        else:
+            return torch.cat(values)
+        self.rounds_too_much = True
+        self._change(exact)
+        return self.attempt(draws)
+
+    def _exactly(self, draw: Draw, probe: Tensor) -> Tensor:
+        """What is averaged of some objects under a draw, in the network's own type."""
         self._renew()
         self._uninstall()
-        full = task.values(
-            reference(self._replica, draws[0], self._seen(self._made).take(probe), task)[None], temperature
-        )[0]
+        raw = reference(self._replica, draw, self._seen(self._made).take(probe), self._call.task)
         self._install(self._replica)
-        low = task.values(values[:, probe], temperature)[0]
-        return bfloat16.matters(low[0], full[0], low, self._call.averaged)
+        return self._call.task.values(raw[None], self._call.temperature)[0][0]

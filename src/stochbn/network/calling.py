@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class NetworkInput:
         """Whether its length is that of the first axis of all tensors that have one."""
         return len({t.shape[0] for t in self.tensors() if t.ndim}) == 1
 
-    @property
+    @functools.cached_property
     def divisible(self) -> bool:
         """Whether the objects can be predicted apart: all tensors are arguments, and have a first axis in common."""
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))

@@ -147,8 +147,8 @@ class Replica:
         """
         if any(p.shape != original.shape or not torch.equal(p, original) for p, original in self._owned):
             return True
-        state = Snapshot.of(self.model)
-        if self._state is None or not state.same(self._state):
+        state = self._state
+        if state is None or not state.of_this(self.model):
             return True
         return state.versions(without=self._observing()) != self._versions
 
@@ -182,9 +182,10 @@ class Knowledge:
         self._surroundings = Surroundings(model, snapshot)
         self._kept: dict[Hashable, Any] = {}
 
-    def is_of(self, snapshot: Snapshot) -> bool:
+    def is_of(self, model: nn.Module) -> bool:
         """Whether it is of a network in this state, with code that reads the same outside of it."""
-        same = snapshot.same(self._snapshot) and snapshot.versions(without=self._buffers) == self._versions
+        known = self._snapshot
+        same = known.of_this(model) and known.versions(without=self._buffers) == self._versions
         return same and self._surroundings.same()
 
     def settle(self) -> None:
@@ -218,7 +219,7 @@ class Network:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.known = Knowledge(Snapshot([], [], [], []))
+        self.known = Knowledge(Snapshot.of(nn.Module()))
         self._in_use = threading.RLock()
         self._local = threading.local()
 
@@ -259,9 +260,8 @@ class Network:
 
     def look(self) -> Knowledge:
         """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
-        snapshot = Snapshot.of(self.model)
-        if not self.known.is_of(snapshot):
-            self.known = Knowledge(snapshot, self.model)
+        if not self.known.is_of(self.model):
+            self.known = Knowledge(Snapshot.of(self.model), self.model)
         return self.known
 
     @contextmanager

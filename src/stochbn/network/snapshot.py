@@ -6,7 +6,7 @@ import functools
 import operator
 import types
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,12 +36,18 @@ class Snapshot(NamedTuple):
         parameters: the parameters among it.
         tensors: all other tensors.
         opaque: what cannot be looked into, such as arrays of NumPy and objects with slots.
+        contents: every mapping, list and the like among it, with the keys or entries, and the values, in it.
+        empty: those of them that were empty.
+        owners: every object that was looked into, with its attributes.
     """
 
     leaves: list[Any]
     parameters: list[nn.Parameter]
     tensors: list[Tensor]
     opaque: list[Any]
+    contents: list[tuple[Any, list[Any], list[Any]]]
+    empty: list[Any]
+    owners: list[tuple[Any, dict[str, Any]]]
 
     @classmethod
     def of(cls, root: nn.Module, *, inside: bool = True) -> Snapshot:
@@ -51,17 +57,18 @@ class Snapshot(NamedTuple):
             root: the network.
             inside: also what the modules in it consist of.
         """
-        leaves, parameters, tensors, opaque = snapshot = cls([], [], [], [])
+        leaves, parameters, tensors, opaque, contents, empty, owners = snapshot = cls([], [], [], [], [], [], [])
         seen = {id(root)}
+        owners.append((root, vars(root)))
         waiting: list[Any] = [vars(root)]
         while waiting:
             container = waiting.pop()
+            keys, values = [*container], []
             if isinstance(container, dict):
-                leaves.extend(container)
-                values: Iterable[Any] = container.values()
-            else:
-                values = container
-            for value in values:
+                leaves += keys
+                values = [*container.values()]
+            contents.append((container, keys, values))
+            for value in values or keys:
                 kind = type(value)
                 sort = _sort(kind)  # type: ignore[arg-type]
                 if sort == "atom":
@@ -76,7 +83,9 @@ class Snapshot(NamedTuple):
                             tensors.append(value)
                 elif sort == "container":
                     leaves.append(kind)
-                    if value and id(value) not in seen:
+                    if not value:
+                        empty.append(value)
+                    elif id(value) not in seen:
                         seen.add(id(value))
                         waiting.append(value)
                 else:
@@ -87,10 +96,29 @@ class Snapshot(NamedTuple):
                     if isinstance(value, functools.partial):
                         waiting.append((value.func, value.args, value.keywords))
                     elif hasattr(value, "__dict__"):
+                        owners.append((value, vars(value)))
                         waiting.append(vars(value))
                     else:
                         opaque.append(value)
         return snapshot
+
+    def of_this(self, root: nn.Module) -> bool:
+        """Whether a new snapshot of a network would be the same."""
+        return self._intact(root) or Snapshot.of(root).same(self)
+
+    def _intact(self, root: nn.Module) -> bool:
+        """Whether everything is in its place still: quicker to tell, and false where a list was made anew."""
+        return (
+            self.owners[0][0] is root
+            and not any(self.empty)
+            and all(vars(owner) is own for owner, own in self.owners)
+            and all(
+                len(container) == len(keys)
+                and all(map(operator.is_, container, keys))
+                and (not values or all(map(operator.is_, container.values(), values)))
+                for container, keys, values in self.contents
+            )
+        )
 
     def same(self, other: Snapshot) -> bool:
         """Whether both have the same objects in the same places."""
@@ -152,7 +180,9 @@ class Surroundings:
         """Everything that is named, and behind it what is in each mapping, list or set among it."""
         values: list[Any] = [space.get(name) for space, name in self._places]
         values += [_content(cell) for cell in self._cells]
-        return values + [_entries(value) for value in values if type(value) in (dict, list, set)]
+        return values + [
+            _entries(value) if len(value) <= LISTED else [] for value in values if type(value) in (dict, list, set)
+        ]
 
     def _changed(self, values: list[Any]) -> set[int]:
         """The places of what differs; the entries of a mapping count as at its own place."""
@@ -175,10 +205,9 @@ def _identical(first: list[Any], second: list[Any]) -> bool:
     )
 
 
-def _entries(value: Any) -> list[Any]:
-    if len(value) > LISTED:
-        return []
-    return [*value, *value.values()] if type(value) is dict else [*value]
+def _entries(container: Any) -> list[Any]:
+    """The keys and values of a mapping, or the entries of a list and the like."""
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
 @functools.lru_cache(maxsize=1024)

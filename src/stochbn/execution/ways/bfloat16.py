@@ -23,8 +23,9 @@ __all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounde
 
 SHARE = 20
 """The check may take one part in so many of the passes it is about."""
-ENOUGH = 64
-"""Objects that tell how large rounding is, and more need not be asked."""
+FEW, ENOUGH = 16, 64
+"""Beyond so few, the check takes a sixth of the objects: each costs it as much as up to four draws do. And these are
+enough."""
 
 
 def applies(
@@ -96,11 +97,11 @@ class Head:
 
 def probe_objects(objects: int, draws: int) -> Tensor | None:
     """Which objects to make one of so many draws of again: at most a twentieth of the passes; None if too few."""
-    count = min(objects * draws // SHARE, ENOUGH)
+    count = min(objects * draws // SHARE, max(objects // 6, FEW), ENOUGH)
     return torch.linspace(0, objects - 1, count).round().long() if count >= 4 else None
 
 
-def matters(low: Tensor, full: Tensor, values: Tensor, averaged: int) -> bool:
+def matters(low: Tensor, full: Tensor, values: Tensor, averaged: int, far: bool = False) -> bool:
     """Whether rounding changes averages by more than a quarter of the variance of a mean over draws.
 
     Args:
@@ -108,8 +109,9 @@ def matters(low: Tensor, full: Tensor, values: Tensor, averaged: int) -> bool:
         full: the same without.
         values: ``[S, n, ...]``: that of S draws of the same objects.
         averaged: how many independent draws the mean is over.
+        far: whether to ask for half as much again: a few draws tell their variance badly.
     """
-    error = (low - full).square().sum()
+    error = (low - full).square().sum() / (1.5 if far else 1)
     return not bool(error <= values.var(0).sum() / (4 * averaged))
 
 
