@@ -388,15 +388,15 @@ def test_where_bfloat16_matters_the_call_goes_on_without_and_later_ones_begin_so
 def test_two_draws_tell_that_rounding_matters_by_far() -> None:
     model, posterior = rounding_net()
     x, rounded = normal(40, 2, 6, 5, seed=4), []
-    model[3].register_forward_hook(lambda layer, args, out: rounded.append(out.dtype == torch.bfloat16))
+    model.get_submodule("3").register_forward_hook(lambda layer, args, out: rounded.append(out.dtype == torch.bfloat16))
     draws = list(posterior.iter_draws(8, seeded(1)))
     alone = replace(ROUNDED, ways=ROUNDED.ways - {"stacked"})
-    for averaged, passes in ((10**7, 2), (50, 8)):
+    for averaged, count in ((10**7, 2), (50, 8)):
         network = copy.deepcopy(model)
         with made(network, posterior, x, alone, exact=False, averaged=averaged) as some:
             rounded.clear()
             some(draws)
-        assert sum(rounded) == passes
+        assert sum(rounded) == count
 
 
 def test_no_bfloat16_where_it_is_not_wanted() -> None:
