@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from safetensors.torch import save_file
 
 import stochbn
 from posterior_contract import nearly_same
-from stochbn.cli.job import check_command
+from stochbn.cli.job import check_command, check_gpus, own_gpu
+from stochbn.distributed import Ranks
 from stochbn.paper.data import Images
 from stochbn.sources import LoaderObjects, build, open_objects
 
@@ -105,6 +107,36 @@ def test_commands_that_share_no_work_are_refused_in_a_job(monkeypatch: pytest.Mo
         check_command("predict")
 
 
+@pytest.mark.parametrize(
+    ("devices", "seen"),
+    [(None, ["0", "1", "2"]), ("4,6", ["4", "6", ""]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b", "GPU-c"]), ("", [""])],
+)
+def test_a_rank_sees_the_gpu_of_its_local_number(devices: str | None, seen: list[str]) -> None:
+    assert [own_gpu(local, devices) for local in range(len(seen))] == seen
+
+
+class Some(Ranks):
+    """Four ranks, of which some others see a GPU."""
+
+    def __init__(self, others: int) -> None:
+        super().__init__(None)
+        self.count, self._others = 4, others
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self._others
+
+
+def test_a_job_with_fewer_gpus_than_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_gpus(Some(0))
+    with pytest.raises(ValueError, match="3 of 4 ranks see a GPU, one each; give --nproc-per-node the number of GPUs"):
+        check_gpus(Some(3))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_gpus(Some(3))
+    with pytest.raises(ValueError, match="1 of 4 ranks see a GPU"):
+        check_gpus(Some(0))
+
+
 class TestTorchrun:
     pytestmark: ClassVar = [pytest.mark.long, pytest.mark.timeout(2 * TIMEOUT)]
 
@@ -154,21 +186,43 @@ class TestTorchrun:
         arguments = ["paper", "reproduce", "lenet5", "--preset", "smoke", "--data", "digits:0-4", "--unknown"]
         arguments += ["digits:5-9", "--epochs", "6", "--members", "3", "--dropout", "0", "--draws", "4", "--out"]
         run(*arguments, "one", "--jobs", 1)
-        command = [*TORCHRUN, "--max-restarts", "3", "-m", "stochbn", *arguments, "two"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            end = time.monotonic() + TIMEOUT
-            while not (state := list(Path("two").glob("plain-1/training.safetensors"))) and time.monotonic() < end:
-                time.sleep(0.01)
-            assert state
-            os.kill(_rank_of(process.pid, 1), signal.SIGKILL)
-            told, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, told
+        told = _killed(*arguments, "two", waits_for=Path("two/plain-1/training.safetensors"))
         assert told.count("Everything is in") == 1
         one, two = (_numbers(json.loads(Path(f"{name}/results.json").read_text())) for name in ("one", "two"))
         assert one == two
+
+    def test_snapshots_are_taken_by_ranks_and_go_on_after_a_kill(self, home: Path) -> None:
+        reproduce = ["paper", "reproduce", "lenet5", "--preset", "smoke", "--data", "digits:0-4", "--unknown", "none"]
+        reproduce += ["--epochs", "2", "--members", "2", "--dropout", "0", "--draws", "4", "--held-out", "0.2", "--out"]
+        run(*reproduce, "one", "--jobs", 1)
+        shutil.copytree("one", "two")
+        arguments = ["--augment", "shift:1", "--members", "2", "--count", "2", "--count", "4", "--images", "60"]
+        arguments += ["--snapshots", "3", "--cycle", "adam:0.001:4"]
+        run("paper", "augment", "one", *arguments)
+        place = Path("two/plain-1/snapshots/3x4-adam-0.001")
+        told = _killed("paper", "augment", "two", *arguments, waits_for=place / "snapshot-0.safetensors")
+        assert told.count("Everything is in") == 1
+        assert len(list(place.glob("*.sbn.safetensors"))) == 3
+        one, two = (_numbers(json.loads(Path(f"{name}/augmentation.json").read_text())) for name in ("one", "two"))
+        assert one == two
+
+
+def _killed(*arguments: str, waits_for: Path) -> str:
+    """What a command says whose rank 1 is killed once a file is there, and started again."""
+    command = [*TORCHRUN, "--max-restarts", "3", "-m", "stochbn", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        end = time.monotonic() + TIMEOUT
+        while not waits_for.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        if began := waits_for.exists():
+            os.kill(_rank_of(process.pid, 1), signal.SIGKILL)
+        told, _ = process.communicate(timeout=TIMEOUT)
+    assert began, told
+    assert process.returncode == 0, told
+    return told
 
 
 def _numbers(value: Any, name: str = "") -> dict[str, float]:

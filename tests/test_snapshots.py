@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,33 @@ def test_a_folder_is_gone_on_with_and_holds_the_same_snapshots(tmp_path: Path) -
     other = settled(mlp(), 4, seed=9)
     with pytest.raises(ValueError, match="another network"):
         stochbn.snapshots(other, data, cross_entropy, epochs=1, seed=4, folder=tmp_path / "new" / "run")
+
+
+class Turned:
+    """Batches in an order that the number of the pass decides."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.passes.append(epoch)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data, first = batches(), self.passes[-1] % 6
+        return iter(data[first:] + data[:first])
+
+
+def test_one_that_goes_on_goes_through_the_data_as_one_that_was_not_stopped(tmp_path: Path) -> None:
+    model, whole, rest = settled(mlp(), 4), Turned(), Turned()
+    wanted = stochbn.snapshots(model, whole, cross_entropy, count=2, epochs=2)
+    stochbn.snapshots(model, Turned(), cross_entropy, count=1, epochs=2, folder=tmp_path)
+    found = stochbn.snapshots(model, rest, cross_entropy, count=2, epochs=2, folder=tmp_path)
+    assert whole.passes == [0, 1, 2, 3, 4, 5]
+    assert rest.passes == [3, 4, 5]
+    assert all(torch.equal(*pair) for pair in zip(weights(found), weights(wanted), strict=True))
 
 
 class Frozen(nn.Sequential):

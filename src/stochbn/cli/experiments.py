@@ -255,15 +255,18 @@ def augment(
     """Say what draws over the input add to draws of the statistics, on the networks of a run, and what both cost.
 
     Each network predicts with its statistics drawn, with its input augmented anew in every pass, and with both;
-    ensembles of the run's networks are the yardstick. What was stopped continues where it was.
+    ensembles of the run's networks are the yardstick. What was stopped continues where it was. Under torchrun, ranks
+    share the networks.
     """
     from stochbn.paper.augmentation import Settings, draw_over_inputs
     from stochbn.paper.snapshotting import Cycles
 
     cycles = Cycles.of(snapshots, cycle) if snapshots else None
     settings = Settings(augmentation, members, tuple(count), fit_images, held_out, images, candidates, cycles)
-    with progress_bars() as bars:
-        shown = draw_over_inputs(folder, settings, progress=follow(bars, "predicting", "predictions"))
+    with job() as ranks, progress_bars() as bars:
+        shown = draw_over_inputs(folder, settings, progress=follow(bars, "predicting", "predictions"), ranks=ranks)
+    if ranks.rank:
+        return
     show(shown)
     say(f"Everything is in {folder}: augmentation.json, augmentation.md and augmentation.png.", folder)
 

@@ -13,9 +13,9 @@ from stochbn.cli.console import out
 if TYPE_CHECKING:
     from stochbn.distributed import Ranks
 
-__all__ = ["SHARED", "check_command", "job"]
+__all__ = ["SHARED", "check_command", "check_gpus", "job", "own_gpu"]
 
-SHARED = ("fit", "calibrate", "evaluate", "reproduce")
+SHARED = ("fit", "calibrate", "evaluate", "reproduce", "augment")
 """The commands that share their work among ranks."""
 PATIENCE = timedelta(days=30)
 """How long a rank waits for one that still works; one that has died is noticed at once."""
@@ -37,6 +37,32 @@ def check_command(name: str | None) -> None:
         raise ValueError(f"'stochbn {name}' under torchrun would do all its work {_count()} times{advice}")
 
 
+def own_gpu(local: int, devices: str | None) -> str:
+    """The GPU that a rank sees, as ``CUDA_VISIBLE_DEVICES`` names it; empty if there is none for it.
+
+    Args:
+        local: the rank's number on its machine.
+        devices: what ``CUDA_VISIBLE_DEVICES`` is for all ranks of the machine; None if it is not set.
+    """
+    return str(local) if devices is None else ",".join(devices.split(",")[local : local + 1])
+
+
+def check_gpus(ranks: Ranks) -> None:
+    """Refuse a job in which some ranks see a GPU and some do not: these would take many times as long.
+
+    Raises:
+        ValueError: it is one; on every rank.
+    """
+    import torch
+
+    seeing = int(ranks.total(torch.tensor([min(1, torch.cuda.device_count())])))
+    if 0 < seeing < ranks.count:
+        raise ValueError(
+            f"{seeing} of {ranks.count} ranks see a GPU, one each; give --nproc-per-node the number of GPUs of a "
+            "machine, or set CUDA_VISIBLE_DEVICES to nothing to use processors alone"
+        )
+
+
 @contextmanager
 def job() -> Iterator[Ranks]:
     """The ranks of the job that this process belongs to, or this process alone; only rank 0 prints.
@@ -52,17 +78,16 @@ def job() -> Iterator[Ranks]:
     if _count() == 1:
         yield Ranks(None)
         return
-    local = int(os.environ["LOCAL_RANK"])
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(local)] if devices is None else devices.split(",")[local : local + 1]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES"))
     store, rank, count = next(rendezvous("env://"))
     # torchrun keeps the store when it starts the ranks again, with the addresses of those that are gone.
     store = PrefixStore(f"stochbn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
     out.quiet = dist.get_rank() > 0
     try:
-        yield Ranks(dist.group.WORLD)
+        ranks = Ranks(dist.group.WORLD)
+        check_gpus(ranks)
+        yield ranks
     finally:
         out.quiet = False
         dist.destroy_process_group()

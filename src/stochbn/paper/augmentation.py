@@ -20,6 +20,7 @@ from torch import Tensor
 
 import stochbn
 from stochbn import augment, metrics
+from stochbn.distributed import Ranks
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import checkpoints, figures
 from stochbn.paper.data import Images
@@ -86,20 +87,35 @@ class Settings:
 
 
 def draw_over_inputs(
-    folder: Path, settings: Settings, *, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    settings: Settings,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks | None = None,
 ) -> list[Table]:
     """Make the predictions that are not there yet, and write and return the tables.
 
     Args:
         folder: a finished run whose recipe held images out.
         settings: how much to compare.
-        progress: called with the number of predictions made and of all.
+        progress: called with the number of predictions made and of all, of this rank.
+        ranks: the processes of a job, which share the networks and the folder. Each takes whole networks, as the
+            snapshots of one follow each other. All return when the last is done, and rank 0 alone has tables.
 
     Raises:
         FileNotFoundError: this is no run folder, or a network or its predictions are missing.
         ValueError: the run held nothing out, has fewer networks, or holds predictions with other settings.
         OSError: the folder cannot be written.
     """
+    ranks = ranks or Ranks(None)
+    with ranks.failing_together():
+        _make_predictions(folder, settings, progress, ranks)
+    with ranks.failing_together():
+        return tabulate(folder, settings) if ranks.rank == 0 else []
+
+
+def _make_predictions(folder: Path, settings: Settings, progress: Callable[[int, int], None], ranks: Ranks) -> None:
+    """Make the predictions that are not there yet, of the networks that are this rank's."""
     check_folder(folder, *(f"augmentation.{ending}" for ending in ("json", "md", "png", "svg")))
     recipe = read_recipe(folder)
     if not recipe.held_out:
@@ -109,14 +125,14 @@ def draw_over_inputs(
         )
     if recipe.members < settings.members:
         raise ValueError(f"{str(folder)!r} has {recipe.members} plain networks, {settings.members} were asked for")
-    tasks = [(member, method) for member in _plain(recipe) for method in _methods(member, settings)]
+    own = _plain(recipe)[ranks.rank :: ranks.count]
+    tasks = [(member, method) for member in own for method in _methods(member, settings)]
     waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
     progress(len(tasks) - len(waiting), len(tasks))
     parts = load_parts(recipe) if waiting else {}
     for done, (member, method) in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
         _predict(folder, recipe, settings, member, method, parts)
         progress(done, len(tasks))
-    return tabulate(folder, settings)
 
 
 def _plain(recipe: Recipe) -> list[Member]:

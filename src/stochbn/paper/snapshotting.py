@@ -77,17 +77,22 @@ class Cycles:
 
 
 class Shuffled:
-    """Images in mini-batches, in another random order each time."""
+    """Images in mini-batches, in another random order each time; `set_epoch` says which order comes next."""
 
     def __init__(self, images: Images, batch_size: int, seed: int) -> None:
         self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass over the images, counted from 0, is the next."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         return len(self._images) // self._batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._seed += 1
-        for inputs, labels in self._images.shuffled(self._seed).batches(self._batch_size):
+        self._epoch += 1
+        for inputs, labels in self._images.shuffled(self._seed + self._epoch).batches(self._batch_size):
             if len(labels) == self._batch_size:
                 yield inputs, labels
 

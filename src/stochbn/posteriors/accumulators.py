@@ -157,7 +157,12 @@ class Sample(Accumulator[P]):
         merged._layers = first.layers
         merged._rows = first._rows + second._rows
         merged._by_hash = first._by_hash or bool(second.seen)
+        joined = len(merged._rows)
         merged._drop()
+        if len(merged._rows) < joined:
+            # Rows are parts of larger tensors, which one kept row would keep whole: those of every merged accumulator.
+            rows = torch.stack([row for _, row in merged._rows])
+            merged._rows = list(zip([number for number, _ in merged._rows], rows, strict=True))
         return merged
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -58,7 +58,9 @@ def snapshots(
     Args:
         model: a trained network.
         batches: its training data, gone through once for each epoch, such as a DataLoader that shuffles: batches of
-            ``(input, labels, ...)`` or mappings with ``labels``.
+            ``(input, labels, ...)`` or mappings with ``labels``. If they, or their sampler, have ``set_epoch``, as a
+            `torch.utils.data.DistributedSampler` has, it is called with the number of each pass, so that a call that
+            goes on behind stored snapshots goes through the data as one that was not stopped.
         loss: what training minimises, as a function of the network's output and the labels, such as
             ``torch.nn.functional.cross_entropy``.
         count: how many snapshots.
@@ -118,7 +120,9 @@ def snapshots(
                 progress(done + step, count * epochs * steps)
 
             cycle = _Cycle(current, loss, inputs, augment, seed + number, epochs * steps, report)
-            cycle.train(batches, epochs, optimizer)
+            first = number * (epochs + 1)
+            cycle.train(batches, range(first, first + epochs), optimizer)
+            _set_pass(batches, first + epochs)
             posterior = fit(current, batches, batch_size, kind, inputs=inputs, augment=augment)
             if files is not None:
                 posterior.save(files[1])
@@ -145,14 +149,15 @@ class _Cycle:
         self._seed, self._steps, self._report = seed, steps, report
 
     def train(
-        self, batches: Iterable[Batch], epochs: int, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+        self, batches: Iterable[Batch], passes: Iterable[int], optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     ) -> None:
-        """Train the network for one cycle; it ends in evaluation mode."""
+        """Train the network for one cycle of these passes over the data; it ends in evaluation mode."""
         model, step = self._model, 0
         put_in_training(model)
         optimiser = optimizer([p for p in model.parameters() if p.requires_grad])
         highest = [group["lr"] for group in optimiser.param_groups]
-        for _ in range(epochs):
+        for number in passes:
+            _set_pass(batches, number)
             for batch in batches:
                 # A loader may give fewer batches than its length says, or more: the rate stays between its ends.
                 share = LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * min(step / self._steps, 1))) / 2
@@ -183,6 +188,14 @@ class _Cycle:
             torch.autograd.backward(value)
             optimiser.step()
             torch.clear_autocast_cache()  # within autocast, else the next step would go by the weights before this one
+
+
+def _set_pass(batches: Iterable[Batch], number: int) -> None:
+    """Tell batches, or their sampler, which pass over them comes next, if they take that."""
+    for one in (batches, getattr(batches, "sampler", None)):
+        if callable(set_epoch := getattr(one, "set_epoch", None)):
+            set_epoch(number)
+            return
 
 
 def _labels(batch: Batch, device: torch.device) -> Any:
