@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # pip shows what it downloads and installs; warnings about places that are not there are not for readers of this.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e
 
-.PHONY: demo scale test test-long test-networks networks interop docs lint bench clean
+.PHONY: demo scale test test-long coverage test-networks networks interop test-oldest docs lint bench clean
 
 # What the command line needs, without tools for development.
 $(VENV)/.runs: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ test: $(VENV)/.installed  ## run the tests
 
 test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
 	$(BIN)/pytest -m long
+
+coverage: $(VENV)/.installed  ## the same, and which lines and branches of src/ they run, in build/coverage/html
+	$(BIN)/pytest --cov --cov-report=term --cov-report=html
+	@echo "Open build/coverage/html/index.html"
 
 # pytorchcv asks for torchvision, which few of its modules need and which does not import beside every torch.
 $(VENV)/.networks: $(VENV)/.installed
@@ -56,6 +60,23 @@ interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, tim
 	HF_HUB_OFFLINE=1 STOCHBN_NETWORKS_OUT=results/networks/torchvision.json $(OTHER)/bin/pytest -m networks tests/interop
 	$(BIN)/python benchmarks/networks.py
 
+# The oldest versions that pyproject.toml allows, found by uv; of torch the one of constraints.txt, since older ones are
+# gigabytes. They are constraints and not a list to install: torch's builds for processors need none of the CUDA packages.
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	grep '^torch==' constraints.txt > $(OLDEST)/torch.txt
+	$(OLDEST)/bin/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct \
+		$(foreach extra,metrics paper export hub dev,--extra $(extra)) --constraint $(OLDEST)/torch.txt \
+		--output-file $(OLDEST)/versions.txt pyproject.toml
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/versions.txt -e '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## run the tests under the oldest versions that pyproject.toml allows, but for torch
+	$(OLDEST)/bin/pytest
+
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
@@ -64,7 +85,6 @@ docs: $(VENV)/.docs  ## the site, in build/site; its pictures are drawn anew
 	$(BIN)/sphinx-build -q -W --keep-going -c docs/site . build/site
 	@echo "Open build/site/index.html"
 
-	$(BIN)/codespell src tests docs benchmarks examples *.md results/README.md
 $(VENV)/.scale: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[scale]'
 	@touch $@
@@ -90,4 +110,4 @@ bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the p
 	$(BIN)/stochbn bench $(RUNS)/resnet18/plain-0/network.safetensors --batch 32 --out results/resnet18-cost
 
 clean:  ## remove the environment
-	rm -rf $(VENV) $(OTHER) build docs/gallery
+	rm -rf $(VENV) $(OTHER) $(OLDEST) build docs/gallery

@@ -3,12 +3,18 @@
 Files of every kind that stochbn reads are made, and their bytes changed at random: flipped, cut, repeated, overwritten.
 Each is loaded in a process with a limit on its memory and time. A file may load, or be refused by an error that says so
 (ValueError, OSError); anything else is a fault, as are a crash, a hang and memory beyond the limit.
+
+A checksum refuses every posterior that was damaged so. "posterior, signed again" are those of someone who changes the
+description or a tensor of one and writes the checksum that fits; where such a file loads, draws and predictions are
+made with it too, which must be refused or give probabilities that are finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
+import math
 import multiprocessing
 import random
 import resource
@@ -19,21 +25,26 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import stochbn
-from stochbn.files import write_bytes
+from stochbn.files import _checksum, read_tensors, write_bytes
 from stochbn.paper.tables import Table
+from stochbn.posteriors import KINDS
+from stochbn.posteriors.base import FORMAT
 from stochbn.sources import load_weights, open_objects
 
 MEMORY = 6 * 2**30
 """Bytes of address space beside what the libraries take; files are of some kilobytes."""
 SECONDS = 30
 REFUSALS = (ValueError, OSError)
+SIGNED = "posterior, signed again"
 
 
 def network() -> nn.Module:
@@ -45,13 +56,11 @@ def network() -> nn.Module:
 
 def originals(folder: Path) -> dict[str, Path]:
     """A sound file of every kind."""
-    from safetensors.torch import save_file
-
     model, x = network(), np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stochbn.fit(model, [torch.from_numpy(x)], 8).save(folder / "posterior.safetensors")
-    save_file(model.state_dict(), folder / "weights.safetensors")
+    safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
     torch.save(model.state_dict(), folder / "weights.pt")
     np.save(folder / "data.npy", x)
     np.savez(folder / "data.npz", inputs=x, labels=np.arange(40) % 3)
@@ -71,6 +80,28 @@ def originals(folder: Path) -> dict[str, Path]:
     }
 
 
+def of_every_kind(folder: Path) -> list[tuple[dict[str, Tensor], Any]]:
+    """The tensors and the description of a posterior of every kind."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
+    found = []
+    for kind in KINDS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stochbn.fit(network(), [x], 8, kind=kind).save(folder / "one")
+        found.append(read_tensors(folder / "one", FORMAT))
+    (folder / "one").unlink()
+    return found
+
+
+def predict(path: Path) -> None:
+    """Load a posterior, draw from it, and predict with it."""
+    posterior = stochbn.load(path)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32))
+    posterior.draw(3, torch.Generator().manual_seed(0))
+    if not stochbn.Predictive(network(), posterior, draws=4)(x).probs.isfinite().all():
+        raise AssertionError("probabilities that are not finite")
+
+
 def read_all(path: Path) -> None:
     """Go through all objects of data."""
     objects = open_objects(str(path))
@@ -82,6 +113,7 @@ def read_all(path: Path) -> None:
 
 LOADERS: dict[str, Callable[[Path], object]] = {
     "posterior.safetensors": stochbn.load,
+    SIGNED: predict,
     "weights.safetensors": lambda path: load_weights(network(), path),
     "weights.pt": lambda path: load_weights(network(), path),
     "data.npy": read_all,
@@ -114,6 +146,83 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 7, 1.5, -0.0, 1e-320, 1e308, math.nan, math.inf, 2**31, 2**64, 10**400, "", "\ud800",
+    "bn", "0", "1", "float64", "float8_e4m3fn", "joint", "empirical", "factorized", "x" * 10_000, [], {}, [[]],
+    [["1", 6]], [["1", 2**31 - 1]], {"1": "why"}, [[["1"]]],
+)  # fmt: skip
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.complex64)
+
+
+def changed_value(value: Any, chance: random.Random, whole: float = 0.02) -> Any:
+    """A JSON-able value with another value, or nothing, somewhere in it; of this chance, another value altogether."""
+    if not isinstance(value, (dict, list)) or not value or chance.random() < whole:
+        if isinstance(value, (int, float)) and chance.randrange(2):
+            return value * chance.choice((-1, 0.5, 2, 1e-200, 1e200))
+        return chance.choice(ODD)
+    changed = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key = chance.choice(list(changed))
+    what = chance.randrange(8)
+    if what == 0:
+        del changed[key]
+    elif what == 1:
+        changed[chance.choice(("new", "temperature", "mean", 99))] = chance.choice((*ODD, changed[key]))
+    elif what == 2:
+        other = chance.choice(list(changed))
+        changed[key], changed[other] = changed[other], changed[key]
+    else:
+        changed[key] = changed_value(changed[key], chance, 0.2)
+    return changed if isinstance(value, dict) else list(changed.values())
+
+
+def changed_tensor(tensor: Tensor, chance: random.Random) -> Tensor:
+    """A tensor with other numbers, or of another shape or type."""
+    what = chance.randrange(5)
+    if what == 0:
+        return tensor.to(chance.choice(DTYPES))
+    if what == 1:
+        return tensor[: chance.randrange(len(tensor) + 1)] if tensor.ndim else tensor[None]
+    if what == 2:
+        shapes = (
+            tensor[None],
+            tensor.flatten(),
+            tensor.transpose(0, -1) if tensor.ndim else tensor,
+            tensor[None].repeat(2, *[1] * tensor.ndim),
+        )
+        return chance.choice(shapes)
+    if not tensor.is_floating_point():
+        return tensor.double()
+    number = chance.choice((math.nan, math.inf, -1.0, 0.0, 1e-40, 1e-300, 0.5, 1e4, 1e19, 1e30, 3e38, 1e300))
+    changed = tensor.double().flatten()
+    if what == 3 or not len(changed):
+        changed = torch.full_like(changed, number)
+    else:
+        changed[chance.randrange(len(changed))] = number
+    return changed.view(tensor.shape).to(tensor.dtype)
+
+
+def signed_again(posterior: tuple[dict[str, Tensor], Any], chance: random.Random) -> bytes:
+    """A posterior's file, changed in one or two places and with the checksum of what it then holds."""
+    tensors, about = dict(posterior[0]), posterior[1]
+    for _ in range(chance.randint(1, 2)):
+        name = chance.choice(list(tensors)) if tensors else ""
+        what = chance.randrange(8)
+        if what == 0 and tensors:
+            del tensors[name]
+        elif what == 1 and tensors:
+            tensors[chance.choice(("new", *tensors))] = tensors[name]
+        elif what < 4 and tensors:
+            tensors[name] = changed_tensor(tensors[name], chance)
+        else:
+            about = changed_value(about, chance)
+    text = json.dumps(about)
+    if chance.randrange(10) == 0:
+        text = mutated(text.encode(), chance).decode(errors="replace")
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "about": text, "sha256": _checksum(tensors, text)}
+    return safetensors.torch.save(tensors, metadata)
+
+
 def work(pipe: Connection, folder: str) -> None:
     """Load the files that come through a pipe, and say what became of each."""
     warnings.simplefilter("ignore")
@@ -141,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for fuzz.md")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # threads of its pool would be missing in a process that is forked
     chance = random.Random(options.seed)
     outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     faults: list[str] = []
@@ -148,6 +258,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         files = originals(Path(temporary))
         contents = {name: path.read_bytes() for name, path in files.items()}
+        posteriors = of_every_kind(Path(temporary))
+        files[SIGNED] = Path(temporary) / "signed.safetensors"
 
         def start() -> tuple[Connection, multiprocessing.process.BaseProcess]:
             ours, theirs = context.Pipe()
@@ -157,10 +269,13 @@ def main() -> None:
             return ours, process
 
         pipe, process = start()
-        names = sorted(contents)
+        names = sorted(files)
         for number in range(options.files):
             name = names[number % len(names)]
-            changed = mutated(contents[name], chance)
+            if name == SIGNED:
+                changed = signed_again(chance.choice(posteriors), chance)
+            else:
+                changed = mutated(contents[name], chance)
             files[name].write_bytes(changed)
             pipe.send((name, str(files[name])))
             try:
@@ -170,7 +285,7 @@ def main() -> None:
                 outcome = f"fault: the process ended with {process.exitcode}"
             if outcome.startswith("fault"):
                 faults.append(f"{name}, file {number}: {outcome}")
-                kept = options.out / f"fuzz-{number}-{name}"
+                kept = options.out / f"fuzz-{number}-{files[name].name}"
                 if len(faults) <= 5:
                     kept.write_bytes(changed)
                 if not process.is_alive() or "hang" in outcome:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import stochbn
 from conftest import mlp, normal, seeded, settled
 from stochbn import cli
-from stochbn.paper import checkpoints, cost, data, networks
+from stochbn.paper import checkpoints, cost, data, networks, timing
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,20 @@ def test_what_cannot_be_measured_is_refused_before_measuring(
         CliRunner().invoke(
             cli.app, ["bench", str(network), *(a.format(**places) for a in arguments)], catch_exceptions=False
         )
+
+
+def test_moments_are_the_mean_and_the_variance_of_what_is_given() -> None:
+    values = 1000 + normal(40, 3, 2)
+    mean, variance = timing.moments(iter(values))
+    torch.testing.assert_close(mean, values.double().mean(0))
+    torch.testing.assert_close(variance, values.double().var(0))
+
+
+def test_works_are_called_in_turn_and_once_more_to_warm_up() -> None:
+    called: list[str] = []
+    took = timing.median_seconds({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3)
+    assert called == ["a", "b"] * 4
+    assert took.keys() == {"a", "b"}
 
 
 def test_a_batch_larger_than_the_data_is_refused(network: Path) -> None:

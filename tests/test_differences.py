@@ -121,6 +121,16 @@ def test_standard_errors_are_the_spread_of_scores_over_samples_of_objects() -> N
         assert found[f"{name}_se"] == pytest.approx(torch.tensor(values).std().item(), rel=0.4), name
 
 
+def test_the_order_of_objects_does_not_change_the_error_of_the_calibration_error() -> None:
+    labels = torch.arange(300) % 4
+    known = (predictions(300, 0).log() + 1.5 * torch.eye(4)[labels]).softmax(1)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    found = standard_errors(known[order], labels[order])
+    assert found["ece_se"] == standard_errors(known, labels)["ece_se"]
+    rounded = known[order] * (1 + 1e-7 * torch.randn(300, 1, generator=torch.Generator().manual_seed(2)))
+    assert standard_errors(rounded, labels[order])["ece_se"] == pytest.approx(found["ece_se"], rel=1e-5)
+
+
 def test_an_error_of_none_has_a_standard_error_and_a_single_object_has_none() -> None:
     labels = torch.arange(271) % 4
     found = standard_errors(torch.eye(4)[labels], labels)

@@ -78,7 +78,7 @@ def test_the_page_of_other_networks_is_that_of_the_committed_results() -> None:
     assert (ROOT / "docs" / "networks.md").read_text() == module.document()
 
 
-OTHERS = {".venv", ".venv-interop", "build", "gallery", "runs"}
+OTHERS = {".venv", ".venv-interop", ".venv-oldest", ".venv-310", "build", "gallery", "runs"}
 PAGES = [path.relative_to(ROOT) for path in ROOT.rglob("*.md") if not OTHERS & set(path.relative_to(ROOT).parts)]
 
 

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CHANCE = {"regression": 3.0, "multilabel": 0.693, "segmentation": 1.0986, "tabular": 0.693, "time_series": 1.0986}
+CHANCE = {
+    "conformal": 2.303, "regression": 3.0, "multilabel": 0.693, "segmentation": 1.0986, "tabular": 0.693,
+    "time_series": 1.0986,
+}  # fmt: skip
 """The NLL (nats) of one who guesses, or for the regression of a network that is far too sure."""
 
 

@@ -476,7 +476,8 @@ def test_what_was_read_stays_when_the_file_is_overwritten_or_cut(saved: Path) ->
 
 
 def test_tensors_without_elements_and_of_every_usual_type_are_read(tmp_path: Path) -> None:
-    types = [torch.float32, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fn]
+    types = [torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn]
+    types += {torch.complex64} & safetensors.torch._SIZE.keys()  # which older versions of safetensors lack
     tensors = {str(dtype): torch.zeros(0, 3).to(dtype) for dtype in types}
     tensors |= {f"{dtype} 1": torch.ones(()).to(dtype) for dtype in types}
     write_tensors(tmp_path / "t", FORMAT, tensors, {})

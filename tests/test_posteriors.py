@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stochbn
-from conftest import CASES, ByName, Case, Unused, convnet, fit_factorized, make_posterior, mlp, seeded, settled
+from conftest import CASES, ByName, Case, Unused, convnet, fit_factorized, make_posterior, mlp, normal, seeded, settled
 from stochbn.files import write_tensors
 
 VECTORS = ("mean_mean", "mean_variance", "variance_mean", "variance_variance")
@@ -348,6 +348,13 @@ def written(path: Path, format: str = "stochbn.posterior/2", **changes: Any) -> 
     about = {name: value for name, value in {**ABOUT, **changes}.items() if value != "left out"}
     write_tensors(path, format, tensors, about)
     return path
+
+
+def test_a_temperature_may_be_a_whole_number_that_tensors_cannot_hold() -> None:
+    model = mlp()
+    posterior = stochbn.fit(model, [normal(40, 4)], 8)
+    prediction = stochbn.Predictive(model, dataclasses.replace(posterior, temperature=2**64), draws=2)(normal(3, 4))
+    torch.testing.assert_close(prediction.probs, torch.full_like(prediction.probs, 1 / prediction.probs.shape[1]))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
 import stochbn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,3 +63,10 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "image_scrapers": ("matplotlib",),
 }
+
+
+def setup(app: Sphinx) -> None:
+    """Show the one signature that `fit` has; its overloads, one for each kind, are for type checkers."""
+    analyzer = ModuleAnalyzer.for_module("stochbn.fitting")
+    analyzer.analyze()
+    analyzer.overloads.clear()

@@ -43,7 +43,7 @@ def rows() -> Iterator[list[Row]]:
 
 
 @pytest.mark.networks
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases()])
 def test_a_network_of_another_library(case: Case, rows: list[Any]) -> None:
     torch.set_num_threads(1)
     row = check(case)

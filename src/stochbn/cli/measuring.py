@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,18 @@ from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_folder, write_bytes
 
 __all__ = ["bench", "diagnose"]
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What `bench` was asked to measure, and where the results go."""
+
+    batch: Sequence[int]
+    data: str | None
+    reference: int
+    repetitions: int
+    folder: Path | None
+    seed: int
 
 
 @about_networks(several=True)
@@ -37,21 +50,14 @@ def bench(
     """
     if folder is not None:
         check_folder(folder, "cost.json", "cost.md", "cost.png", "cost.svg")
+    asked = _Measurement(batch, data, reference, repetitions, folder, seed)
     if given.networks:
-        _bench_trained(given.networks, batch, data, reference, repetitions, folder, seed)
+        _bench_trained(given.networks, asked)
     else:
-        _bench_own(Subject.one(given), batch, data, reference, repetitions, folder, seed)
+        _bench_own(Subject.one(given), asked)
 
 
-def _bench_own(
-    subject: Subject,
-    batch: Sequence[int],
-    data: str | None,
-    reference: int,
-    repetitions: int,
-    folder: Path | None,
-    seed: int,
-) -> None:
+def _bench_own(subject: Subject, asked: _Measurement) -> None:
     """Measure a user's own network."""
     from stochbn.files import write_json
     from stochbn.paper import own_cost
@@ -59,12 +65,13 @@ def _bench_own(
     if subject.settings.get("task", "classification") not in ("classification", "binary", "multilabel"):
         raise ValueError("bench measures how accurate probabilities are: it takes --task classification, binary or "
                          "multilabel")  # fmt: skip
-    objects = subject.load(data, "train").shuffled(seed)
-    if len(objects) < max(16, *batch):
-        raise ValueError(f"{objects.name} has {len(objects)} objects, fewer than a batch of {max(16, *batch)}")
+    objects = subject.load(asked.data, "train").shuffled(asked.seed)
+    largest = max(16, *asked.batch)
+    if len(objects) < largest:
+        raise ValueError(f"{objects.name} has {len(objects)} objects, fewer than a batch of {largest}")
     measured = []
     with status("measuring") as line:
-        for size in batch:
+        for size in asked.batch:
 
             def tell(what: str, size: int = size) -> None:
                 line.update(Text(readable(f"batch {size}: {what}")))
@@ -73,38 +80,30 @@ def _bench_own(
             measured.append(
                 own_cost.measure(
                     subject.model, objects.first(own_cost.FITTED), x, name=subject.name, settings=subject.settings,
-                    reference=reference, repetitions=repetitions, seed=seed, progress=tell,
+                    reference=asked.reference, repetitions=asked.repetitions, seed=asked.seed, progress=tell,
                 )
             )  # fmt: skip
     table = own_cost.tabulate(measured)
     show([table])
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cost.json", {"measured": measured})
-        write_bytes(folder / "cost.md", f"{table.markdown()}\n".encode())
-        say(f"Everything is in {folder}: cost.json and cost.md.", folder)
+    if asked.folder is not None:
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        write_json(asked.folder / "cost.json", {"measured": measured})
+        write_bytes(asked.folder / "cost.md", f"{table.markdown()}\n".encode())
+        say(f"Everything is in {asked.folder}: cost.json and cost.md.", asked.folder)
 
 
-def _bench_trained(
-    networks: Sequence[Path],
-    batch: Sequence[int],
-    data: str | None,
-    reference: int,
-    repetitions: int,
-    folder: Path | None,
-    seed: int,
-) -> None:
+def _bench_trained(networks: Sequence[Path], asked: _Measurement) -> None:
     """Measure networks of the experiments."""
     from stochbn.paper import checkpoints, cost
 
     for network in networks:
         checkpoint = checkpoints.load(network)
-        images = load_images(data or checkpoint.data, "test")
+        images = load_images(asked.data or checkpoint.data, "test")
         check_images(checkpoint, images)
-        cost.check_batch(images, max(batch))
+        cost.check_batch(images, max(asked.batch))
     found = []
     with status("measuring") as line:
-        for network, size in itertools.product(networks, batch):
+        for network, size in itertools.product(networks, asked.batch):
 
             def tell(what: str, name: str = network.name, size: int = size) -> None:
                 line.update(Text(readable(f"{name}, batch {size}: {what}")))
@@ -112,19 +111,19 @@ def _bench_trained(
             one = cost.measure(
                 network,
                 size,
-                source=data,
-                reference=reference,
-                repetitions=repetitions,
-                seed=seed,
+                source=asked.data,
+                reference=asked.reference,
+                repetitions=asked.repetitions,
+                seed=asked.seed,
                 progress=tell,
             )
             found.append(one)
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                cost.write(found, folder)
+            if asked.folder is not None:
+                asked.folder.mkdir(parents=True, exist_ok=True)
+                cost.write(found, asked.folder)
     show(cost.tables(found))
-    if folder is not None:
-        say(f"Everything is in {folder}: cost.json, cost.md and cost.png.", folder)
+    if asked.folder is not None:
+        say(f"Everything is in {asked.folder}: cost.json, cost.md and cost.png.", asked.folder)
 
 
 @about_networks()

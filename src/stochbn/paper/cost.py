@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from stochbn.paper.memory import peak_of_draws, plain_prediction
 from stochbn.paper.networks import build
 from stochbn.paper.scores import finite
 from stochbn.paper.tables import Table
+from stochbn.paper.timing import machine, median_seconds, moments, seconds
 from stochbn.posteriors import Posterior
 
 __all__ = ["check_batch", "draw", "measure", "tables", "write"]
@@ -79,11 +77,11 @@ def measure(
     progress("first calls")
     default = stochbn.Predictive(model, posterior)
     every = stochbn.Predictive(model, posterior, 32, tolerance=UNREACHED)
-    first = _seconds(lambda: default(x))
+    first = seconds(lambda: default(x))
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     floor = torch.compile(last)
     x_last = x.contiguous(memory_format=torch.channels_last)
-    first_compiled = _seconds(lambda: plain_prediction(floor, x_last))
+    first_compiled = seconds(lambda: plain_prediction(floor, x_last))
     others = next(train.batches(16))[0].contiguous()
     textbook = copy.deepcopy(model)
     drawn = posterior.draw(1)
@@ -108,13 +106,7 @@ def measure(
     quasi = {n: stochbn.Predictive(model, posterior, n, tolerance=0) for n in QUASI}
     ways |= {f"draws {n}": lambda n=n: predictives[n](x) for n in BUDGETS}  # type: ignore[misc]
     ways |= {f"quasi {n}": lambda n=n: quasi[n](x) for n in QUASI}  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repetition in range(repetitions + 1):
-        for name, way in ways.items():
-            seconds = _seconds(way)
-            if repetition:  # the first warms up
-                times[name].append(seconds)
-    took = {name: statistics.median(found) for name, found in times.items()}
+    took = median_seconds(ways, repetitions)
     unit = took["unit"]
 
     progress(f"{reference} reference draws")
@@ -144,13 +136,13 @@ def measure(
     }
     progress("memory")
     memory = peak_of_draws(network, posterior, x)
-    units = {name: seconds / unit for name, seconds in took.items()}
+    units = {name: value / unit for name, value in took.items()}
     curve = [(units[f"draws {n}"], variance / error[f"draws {n}"]) for n in BUDGETS]
     return {
         "network": checkpoint.network,
         "data": known.name,
         "batch": batch,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": machine(),
         "repetitions": repetitions,
         "reference": reference,
         "unit_ms": 1000 * unit,
@@ -185,10 +177,10 @@ def check_batch(images: data.Images, batch: int) -> None:
 
 def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What `measure` found, as the headline and what a prediction and a draw cost."""
-    machine = found[0]["machine"]
+    where = found[0]["machine"]
     names = [_title(one) for one in found]
     headline = Table(
-        f"Units (plain eager forward passes) to mean probabilities as accurate as of 50 independent draws; {machine}",
+        f"Units (plain eager forward passes) to mean probabilities as accurate as of 50 independent draws; {where}",
         [
             "network",
             "unit, ms",
@@ -260,12 +252,6 @@ def _named(word: str, predictives: Mapping[int, stochbn.Predictive]) -> dict[str
     return {f"{word} {n}": predictive for n, predictive in predictives.items()}
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def _textbook(model: nn.Module, drawn: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """One draw as a tutorial would make it: copied into the buffers, then an eager pass."""
     buffers = dict(model.named_buffers())
@@ -302,13 +288,12 @@ def _dropped(model: nn.Module, x: Tensor) -> Tensor:
 
 def _reference(model: nn.Module, posterior: Posterior, x: Tensor, draws: int, seed: int) -> tuple[Tensor, float]:
     """The mean probabilities of independent draws, and the variance of one: over draws, summed over classes."""
-    mean = squares = torch.zeros((), dtype=torch.float64)
-    for count, drawn in enumerate(posterior.iter_draws(draws, torch.Generator().manual_seed(seed + 10_000)), start=1):
-        probs = _textbook(model, {name: values[None] for name, values in drawn.items()}, x).double()
-        change = probs - mean
-        mean = mean + change / count
-        squares = squares + change * (probs - mean)
-    return mean, (squares.sum(1).mean() / (draws - 1)).item()
+    generator = torch.Generator().manual_seed(seed + 10_000)
+    mean, variance = moments(
+        _textbook(model, {name: values[None] for name, values in drawn.items()}, x)
+        for drawn in posterior.iter_draws(draws, generator)
+    )
+    return mean, variance.sum(1).mean().item()
 
 
 def _nll(predictor: stochbn.Predictive, images: data.Images, batch: int, seed: int) -> float:

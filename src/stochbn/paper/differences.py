@@ -51,7 +51,14 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
 
 
 def _spread_of_ece(confidence: Tensor, right: Tensor) -> float:
-    """The standard deviation of the calibration error over bootstrap samples."""
+    """The standard deviation of the calibration error over bootstrap samples, whatever the order of the objects.
+
+    They are sorted first, so that samples have the same objects; wrong ones apart from right ones, so that confidences
+    that differ by rounding alone may change places without an effect.
+    """
+    order = confidence.argsort(stable=True)
+    order = order[right[order].argsort(stable=True)]
+    confidence, right = confidence[order], right[order]
     count, bins = len(right), metrics.BINS
     draws = torch.randint(count, (RESAMPLED, count), generator=torch.Generator().manual_seed(0))
     place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)

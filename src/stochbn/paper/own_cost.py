@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 import stochbn
 from stochbn.network.calling import network_input
 from stochbn.paper.tables import Table
+from stochbn.paper.timing import machine, median_seconds, moments, seconds
 from stochbn.posteriors import Posterior
 
 __all__ = ["measure", "tabulate"]
@@ -69,7 +67,7 @@ def measure(
     twin = copy.deepcopy(model)
     one = stochbn.Predictive(twin, **settings)
     buffers, drawn = dict(twin.named_buffers(remove_duplicate=False)), next(posterior.iter_draws(1))
-    first = _seconds(lambda: default(x))
+    first = seconds(lambda: default(x))
     pieces = [piece for batch in batches for piece in network_input(model, batch).split(16)]
 
     def passes() -> object:
@@ -84,13 +82,7 @@ def measure(
         "fit": lambda: stochbn.fit(model, batches, 16),
         "passes": passes,
     }
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for repetition in range(repetitions + 1):
-        for way, work in ways.items():
-            seconds = _seconds(work)
-            if repetition:  # the first warms up
-                times[way].append(seconds)
-    took = {way: statistics.median(values) for way, values in times.items()}
+    took = median_seconds(ways, repetitions)
     progress(f"{reference} reference draws")
     truth, variance = _reference(one, buffers, posterior, x, reference, seed)
     errors = [
@@ -100,7 +92,7 @@ def measure(
     own = variance / reference  # of the truth itself: nothing can be told to be nearer
     return {
         "network": name, "batch": len(inputs), "reference": reference, "repetitions": repetitions,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": machine(),
         "unit_ms": 1000 * took["unit"], "call": took["call"] / took["unit"], "every": took["every"] / took["unit"],
         "textbook": 50 * took["textbook"] / took["unit"], "first": first / took["unit"],
         "fit": took["fit"] / took["passes"], "worth": variance / max(own, statistics.mean(errors) - own),
@@ -132,21 +124,10 @@ def _reference(
     one: stochbn.Predictive, buffers: Mapping[str, Tensor], posterior: Posterior, x: Any, draws: int, seed: int
 ) -> tuple[Tensor, float]:
     """The mean probabilities of independent draws, and the variance of one: over draws, averaged over what is given."""
-    mean = squares = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed + 10_000)
-    for count, drawn in enumerate(posterior.iter_draws(draws, generator), start=1):
-        probs = _textbook(one, buffers, drawn, x).double()
-        change = probs - mean
-        mean = mean + change / count
-        squares = squares + change * (probs - mean)
-    return mean, (squares.mean() / (draws - 1)).item()
+    mean, variance = moments(_textbook(one, buffers, drawn, x) for drawn in posterior.iter_draws(draws, generator))
+    return mean, variance.mean().item()
 
 
 def _apart(probs: Tensor, truth: Tensor) -> float:
     return (probs.double() - truth).square().mean().item()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -85,6 +85,7 @@ class Posterior(ABC):
             raise ValueError(f"batch_size must be positive or None, got {self.batch_size!r:.40}")
         if not _positive(self.temperature):
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r:.40}")
+        object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no int of 64 bits or more
         if not isinstance(self.fingerprint, Fingerprint | None):
             raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(self.fingerprint).__name__}")
 
