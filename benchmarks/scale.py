@@ -2,10 +2,12 @@
 
 The work is that of ResNet-18 of this project, quarter width, with random weights, on random images. It is timed within
 the commands, from the first object that a process reads until the result is written: their start, which does not grow
-with the data, does not count. In each round every command runs with 1 process, with 2, and as two commands of 1 process
-side by side that share nothing, each with half of the objects: what the machine itself gives a second process.
-Efficiency is the time of 1 over twice that of 2, the median over rounds. Leave the machine alone meanwhile. Run it as
-``python benchmarks/scale.py``, which takes some five minutes on 2 cores; it needs the extra ``ray``.
+with the data, does not count. In each round every command runs with 1 process and with 2; those of torchrun also as two
+commands of 1 process side by side that share nothing, each with half of the objects: what the machine itself gives.
+Efficiency is the time of 1 over twice that of 2, the median over rounds. Leave the machine alone meanwhile; where that
+cannot be, the processor time with 1 process over that with 2, of all that the commands start, tells what sharing the
+work costs. Run it as ``python benchmarks/scale.py``, which takes some five minutes on 2 cores; it needs the extra
+``ray``, and psutil.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -65,18 +68,23 @@ class Round:
     Attributes:
         one: the work of 1 process.
         two: that of 2 processes.
-        apart: that of two commands of 1 process side by side, half of the objects each; the mean of both.
+        apart: that of two commands of 1 process side by side, half of the objects each: the mean of both; None for
+            Ray, whose work is that of `evaluate`.
+        one_cpu: processor time of the work with 1 process, of its command and all that this started.
+        two_cpu: the same with 2 processes.
         one_whole: the command of 1 process, with its start.
         two_whole: that of 2 processes.
-        load: of the machine before, by others: the average over a minute.
+        others: processors that other work used meanwhile, on average, the most of the three.
     """
 
     one: float
     two: float
-    apart: float
+    apart: float | None
+    one_cpu: float
+    two_cpu: float
     one_whole: float
     two_whole: float
-    load: float
+    others: float
 
     @property
     def efficiency(self) -> float:
@@ -84,9 +92,9 @@ class Round:
         return self.one / (2 * self.two)
 
     @property
-    def ideal(self) -> float:
+    def ideal(self) -> float | None:
         """The same of commands that share nothing but the machine."""
-        return self.one / (2 * self.apart)
+        return None if self.apart is None else self.one / (2 * self.apart)
 
 
 def prepare(objects: dict[str, int]) -> None:
@@ -97,7 +105,7 @@ def prepare(objects: dict[str, int]) -> None:
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, "w.safetensors")
     stochbn.fit(model, [torch.randn(64, 3, 32, 32)], 16, deterministic=()).save("w.sbn.safetensors")
     for task, number in objects.items():
-        for name, size in ((task, number), (f"{task}-half", number // 2)):
+        for name, size in ((task, number), *([(f"{task}-half", number // 2)] if task != "ray" else [])):
             pixels = torch.randn(size, 3 * 32 * 32)
             column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(pixels.flatten().numpy()), 3 * 32 * 32)
             table = pyarrow.table({"x": column, "label": (torch.arange(size) % 5).numpy()})
@@ -114,53 +122,137 @@ def command(task: str, data: str, processes: int, folder: str) -> list[str]:
         return [*start, "fit", *given]
     if task == "evaluate":
         return [*start, "evaluate", *given, "--draws", "8"]
-    options = ["--tolerance", "0", "--draws", "8", "--part", "250", "--engine", "ray", "--workers", str(processes)]
+    options = [
+        "--tolerance",
+        "0",
+        "--draws",
+        "8",
+        "--batch",
+        "125",
+        "--part",
+        "125",
+        "--engine",
+        "ray",
+        "--workers",
+        str(processes),
+    ]
     return [*start, "predict", *given, *options]
 
 
-def seconds(task: str, data: str, processes: int, copies: int = 1) -> tuple[float, float]:
-    """The work of a command, the mean of `copies` that run side by side, and the time until the last has ended."""
-    started, running = time.time(), []
-    for _ in range(copies):
-        folder = Path(f"run{next(RUNS)}")
-        begun = folder / "begun"
-        begun.mkdir(parents=True)
-        line = command(task, data, processes, str(folder))
-        environment = {**os.environ, "SCALE_BEGUN": str(begun.absolute())}
-        with (folder / "log").open("w") as log:
-            running.append((folder, subprocess.Popen(line, env=environment, stdout=log, stderr=log)))
-    for folder, process in running:
-        if process.wait():
-            raise RuntimeError(f"{task} with {processes} processes failed:\n{(folder / 'log').read_text()}")
+class Run:
+    """A command that runs in a folder of its own.
+
+    Args:
+        task: what it does.
+        data: the folder of its objects.
+        processes: how many it starts.
+    """
+
+    def __init__(self, task: str, data: str, processes: int) -> None:
+        self.folder = Path(f"run{next(RUNS)}")
+        self.begun, self.result = self.folder / "begun", self.folder / RESULTS[task]
+        self.begun.mkdir(parents=True)
+        line = command(task, data, processes, str(self.folder))
+        environment = {**os.environ, "SCALE_BEGUN": str(self.begun.absolute())}
+        with (self.folder / "log").open("w") as log:
+            self.process = psutil.Popen(line, env=environment, stdout=log, stderr=log)
+        self.cpu: dict[int, float] = {}
+        self.at_first: dict[int, float] = {}
+        self.at_own: dict[int, float] = {}
+
+    def watch(self) -> bool:
+        """Note the processor time of all its processes; whether it still runs."""
+        if not self.result.exists():
+            with suppress(psutil.Error):
+                for one in (self.process, *self.process.children(recursive=True)):
+                    with suppress(psutil.Error):
+                        self.cpu[one.pid] = one.cpu_times().user + one.cpu_times().system
+            stamps = self._stamps()
+            if stamps and not self.at_first:
+                self.at_first = dict(self.cpu)
+            for pid in (int(path.name) for path in stamps):
+                self.at_own.setdefault(pid, self.cpu.get(pid, 0.0))
+        return self.process.poll() is None
+
+    def work(self) -> tuple[float, float]:
+        """Seconds from the first object to the result, and processor time.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self.process.returncode or not self.at_own:
+            raise RuntimeError(f"the command failed:\n{(self.folder / 'log').read_text()}")
+        first = min(float(path.read_text()) for path in self._stamps())
+        before = {**self.at_first, **self.at_own}
+        return self.result.stat().st_mtime - first, sum(self.cpu.values()) - sum(before.values())
+
+    def _stamps(self) -> list[Path]:
+        """When its workers began; with Ray, the command itself looks at an object before."""
+        return [path for path in self.begun.iterdir() if path.name != str(self.process.pid) and path.stat().st_size]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a command, the mean of those side by side: its work, processor time, the whole, and others' processors."""
+
+    work: float
+    cpu: float
+    whole: float
+    others: float
+
+
+def timed(task: str, data: str, processes: int, copies: int = 1) -> Times:
+    """A command, or `copies` of it side by side."""
+    started, busy = time.time(), _busy()
+    runs = [Run(task, data, processes) for _ in range(copies)]
+    while sum(run.watch() for run in runs):
+        time.sleep(0.5)  # to look more often would cost a tenth of a processor
     whole = time.time() - started
-    times = []
-    for folder, process in running:
-        stamps = [path for path in (folder / "begun").iterdir() if path.name != str(process.pid)]
-        first = min(float(path.read_text()) for path in stamps)
-        times.append((folder / RESULTS[task]).stat().st_mtime - first)
+    others = (_busy() - busy - sum(sum(run.cpu.values()) for run in runs)) / whole
+    work, cpu = (statistics.mean(values) for values in zip(*(run.work() for run in runs), strict=True))
     what = f"{task}, processes: {processes}" + (f", commands: {copies}" if copies > 1 else "")
-    print(f"{what}: {statistics.mean(times):.1f} s of {whole:.1f}", flush=True)
-    return statistics.mean(times), whole
+    print(f"{what}: {work:.1f} s of {whole:.1f}, processor {cpu:.1f} s, others' processors {others:.2f}", flush=True)
+    return Times(work, cpu, whole, others)
 
 
 def measured(task: str) -> Round:
     """One round of a task."""
-    load = os.getloadavg()[0]
-    one, one_whole = seconds(task, task, 1)
-    two, two_whole = seconds(task, task, 2)
-    apart, _ = seconds(task, f"{task}-half", 1, copies=2)
-    return Round(one, two, apart, one_whole, two_whole, load)
+    one, two = timed(task, task, 1), timed(task, task, 2)
+    apart = None if task == "ray" else timed(task, f"{task}-half", 1, copies=2)
+    others = max(times.others for times in (one, two, apart) if times is not None)
+    half = None if apart is None else apart.work
+    return Round(one.work, two.work, half, one.cpu, two.cpu, one.whole, two.whole, others)
+
+
+def _busy() -> float:
+    """Seconds that the machine's processors have worked."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
 
 
 def row(task: str, objects: int, rounds: list[Round]) -> list[str]:
     """A task in the table."""
     found = [one.efficiency for one in rounds]
-    ideal = statistics.median(one.ideal for one in rounds)
-    beside = statistics.median(one.efficiency / one.ideal for one in rounds)
+    ideal = [one.ideal for one in rounds if one.ideal is not None]
+    beside = [one.efficiency / one.ideal for one in rounds if one.ideal is not None]
+    cpu = statistics.median(one.one_cpu / one.two_cpu for one in rounds)
     whole = statistics.median(one.one_whole / (2 * one.two_whole) for one in rounds)
     numbers = [f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
     work = f"{statistics.median(one.one for one in rounds):.0f}"
-    return [task, f"{objects}", work, *numbers, f"{ideal:.2f}", f"{beside:.2f}", f"{whole:.2f}"]
+    return [
+        task,
+        f"{objects}",
+        work,
+        *numbers,
+        *(_median(ideal), _median(beside)),
+        f"{cpu:.2f}",
+        f"{whole:.2f}",
+        f"{max(one.others for one in rounds):.2f}",
+    ]
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f}" if values else "-"
 
 
 def save(out: Path, objects: dict[str, int], found: dict[str, list[Round]]) -> None:
@@ -169,16 +261,17 @@ def save(out: Path, objects: dict[str, int], found: dict[str, list[Round]]) -> N
     seconds_of = {task: [asdict(one) for one in rounds] for task, rounds in found.items()}
     write_json(out / "scale.json", {"objects": objects, **machine, "seconds": seconds_of})
     rows = [row(task, objects[task], rounds) for task, rounds in found.items() if rounds]
-    columns = ["task", "objects", "work of 1, s", "efficiency", "rounds", "side by side", "beside it", "whole command"]
+    columns = ["task", "objects", "work of 1, s", "efficiency", "rounds", "side by side", "beside it"]
+    columns += ["by processor time", "whole command", "others' processors"]
     title = f"Efficiency from 1 to 2 processes of one thread, {os.cpu_count()} cores, torch {torch.__version__}"
     write_bytes(out / "scale.md", f"{Table(title, columns, rows).markdown()}\n".encode())
 
 
 def main() -> None:
-    """Measure, and write scale.json and scale.md after each round."""
+    """Measure, and write scale.json and scale.md after each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", type=int, default=10000, help="objects to fit to")
-    parser.add_argument("--predict", type=int, default=1500, help="objects to evaluate and to score")
+    parser.add_argument("--fit", type=int, default=8000, help="objects to fit to")
+    parser.add_argument("--predict", type=int, default=2000, help="objects to evaluate and to score")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", choices=RESULTS, default=list(RESULTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
@@ -193,7 +286,7 @@ def main() -> None:
         for _ in range(given.rounds):
             for task in given.tasks:
                 found[task].append(measured(task))
-            save(out, objects, found)
+                save(out, objects, found)
         os.chdir(out)
     print((out / "scale.md").read_text())
 
