@@ -23,6 +23,7 @@ import stochbn
 import stochbn.__main__
 from stochbn import cli
 from stochbn.sources import build, load_weights, open_objects
+from stochbn.sources.rows import TableRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of these networks, which have learnt nothing
 
@@ -210,6 +211,25 @@ def test_arrays_alone_are_inputs_without_labels(tabular: tuple[object, ...], tol
     stochbn_("fit", *tabular, "--data", "x.npy")
     assert Path("t.sbn.safetensors").exists()
     assert "has no labels" in told("evaluate", *tabular, "--data", "x.npy")
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64", "uint8"])
+def test_a_column_of_lists_is_read_like_its_values(kind: str) -> None:
+    values = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    feature = datasets.Sequence(datasets.Value(kind))
+    table = datasets.Dataset.from_dict({"x": values}, features=datasets.Features(x=feature))
+    rows = TableRows(table, "the table", ("x",))
+    assert [rows.read(i).tolist() for i in range(2)] == values
+    assert rows.read(1).dtype == torch.float32
+
+
+def test_a_hole_in_a_list_of_numbers_is_told() -> None:
+    rows = TableRows(datasets.Dataset.from_dict({"x": [[1.0, None], [1.0, 2.0], None]}), "the table", ("x",))
+    with pytest.raises(ValueError, match="holds what is no number"):
+        rows.read(0)
+    assert rows.read(1).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="holds what is no number"):
+        rows.read(2)
 
 
 def test_columns_are_chosen_by_name(module: str, told: Callable[..., str]) -> None:

@@ -69,6 +69,7 @@ def evaluate(
     own; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
+    from stochbn.metrics.classification import torchmetrics_classification
     from stochbn.paper import report
     from stochbn.paper.folders import RESULTS
     from stochbn.paper.predicting import has_dropout, predict_member
@@ -76,6 +77,7 @@ def evaluate(
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
 
+    torchmetrics_classification()  # if it is missing, that is told before the work; and no rank waits for it at the end
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *RESULTS)

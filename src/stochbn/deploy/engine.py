@@ -104,7 +104,8 @@ def ray_engine(
                     "part": part,
                     "folder": str(Path.cwd()),
                 },
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers))),
+                # One part at a time: none waits at one actor while another has nothing to do.
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=1),
                 batch_size=1,
                 num_cpus=1,
             )

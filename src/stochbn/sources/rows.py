@@ -96,6 +96,7 @@ class TableRows:
         self.key_name = key or "row"
         self.table, self.name = table, name
         self._inputs = table.select_columns(list(self.inputs))
+        self._cells = None if self.is_picture or len(self.inputs) > 1 else self._inputs.with_format("arrow")
         self._keys = table.select_columns([key]) if key is not None else None
 
     def __len__(self) -> int:
@@ -107,6 +108,8 @@ class TableRows:
 
     def read(self, position: int) -> Any:
         """An image, or a tensor of the row's numbers in float32."""
+        if (found := self._list_of_numbers(position)) is not None:
+            return found
         row = self._inputs[position]
         if self.is_picture:
             found = row[self.inputs[0]]
@@ -119,6 +122,20 @@ class TableRows:
         except (TypeError, ValueError) as error:
             raise ValueError(f"holds what is no number: {error}") from error
         return tensor if tensor.ndim else tensor[None]
+
+    def _list_of_numbers(self, position: int) -> Tensor | None:
+        """A row that is one list of numbers, without a Python object for each; None where it is something else."""
+        import pyarrow.types
+
+        if self._cells is None:
+            return None
+        (cell,) = self._cells[position].column(0).chunks
+        if not (pyarrow.types.is_list(cell.type) or pyarrow.types.is_fixed_size_list(cell.type)) or cell.null_count:
+            return None
+        values, kind = cell.flatten(), cell.type.value_type
+        if values.null_count or not (pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)):
+            return None
+        return torch.tensor(values.to_numpy(), dtype=torch.float32)
 
     def labels(self) -> Tensor | None:
         """The column of labels."""
