@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
 from stochbn.paper.tables import Table
+from stochbn.paper.timing import median_seconds
 
 COUNTS = (2, 4, 8, 16, 32)
 CALLS = (8, 16, 48)
@@ -63,24 +64,20 @@ def costs(
             predictive = Predictive(model, posterior, draws, augment=changes, tolerance=tolerance)
             calls[f"{draws}, {name}"] = lambda batch, predictive=predictive: predictive(batch, generator=seeded()).probs  # type: ignore[misc]
     batches = torch.split(x, 100)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    print("timing", flush=True)
     with torch.no_grad():
-        for _ in track(range(REPETITIONS), description="timing"):
-            for name, call in calls.items():
-                begun = time.perf_counter()
-                call(batches[0])
-                times[name].append(time.perf_counter() - begun)
+        took = median_seconds({name: partial(call, batches[0]) for name, call in calls.items()}, REPETITIONS)
         probs = {
             name: torch.cat([call(batch) for batch in batches])
             for name, call in track(calls.items(), description="predicting")
         }
-    unit = statistics.median(times["plain"])
+    unit = took["plain"]
     body = []
     for name in calls:
         calibrated = metrics.calibrated_nll(probs[name], labels)["nll"]
         scores = metrics.evaluate(probs[name], labels)["nll"], calibrated
         dee = metrics.deep_ensemble_equivalent(calibrated, reached)
-        body.append([name, f"{statistics.median(times[name]) / unit:.1f}", *(f"{s:.4f}" for s in scores), f"{dee:.2f}"])
+        body.append([name, f"{took[name] / unit:.1f}", *(f"{s:.4f}" for s in scores), f"{dee:.2f}"])
     title = f"Cost of a call for 100 images, in plain passes of {1e3 * unit:.1f} ms, and scores on {len(x)} images"
     return Table(title, ["draws", "units", "NLL", "calibrated NLL", "DEE"], body)
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from plain import plain_passes, settle
 from torch import Tensor
 
 import stochbn
 from stochbn.files import write_bytes, write_json
 from stochbn.paper.networks import build
 from stochbn.paper.tables import Table
+from stochbn.paper.timing import median_seconds, seconds
 
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "LeNet-5, 100": ("lenet5", {}, (1, 28, 28), 100),
@@ -43,11 +43,7 @@ def measure(case: str, device: torch.device) -> dict[str, float]:
     name, arguments, shape, batch = CASES[case]
     model = build(name, **arguments)
     data = [torch.randn(64, *shape) for _ in range(16)]
-    model.train()
-    with torch.no_grad():
-        for images in data:
-            model(images)
-    model.eval()
+    settle(model, data)
     posterior = stochbn.fit(model, data, 16)
     x = torch.randn(batch, *shape)
     few = x[:100]
@@ -56,33 +52,22 @@ def measure(case: str, device: torch.device) -> dict[str, float]:
     small = [piece.to(device) for images in data for piece in images.split(16)]
     predictive, every = stochbn.Predictive(model, posterior), stochbn.Predictive(model, posterior, tolerance=0)
 
-    def plain() -> None:
-        with torch.no_grad():
-            model(x)
-
-    def plain_small() -> None:
-        with torch.no_grad():
-            for piece in small:
-                model(piece)
-
-    plain()
-    first = seconds(lambda: predictive(x), device)
-    beside = (every(few, generator=seeded(0)).probs.cpu() - on_cpu).abs().max().item()
+    plain = plain_passes(model, x)
     calls: dict[str, Callable[[], object]] = {
         "plain": plain,
         "a call": lambda: predictive(x),
         "50 draws": lambda: every(x),
+        "fit": lambda: stochbn.fit(model, small, 16),
+        "plain small": plain_passes(model, *small),
     }
-    times: dict[str, list[float]] = {which: [] for which in calls}
-    fits = []
-    for _ in range(REPETITIONS):
-        for which, call in calls.items():
-            times[which].append(seconds(call, device))
-        fits.append(seconds(lambda: stochbn.fit(model, small, 16), device) / seconds(plain_small, device))
-    unit = statistics.median(times["plain"])
-    costs = {which: statistics.median(found) / unit for which, found in times.items() if which != "plain"}
+    plain()
+    first = seconds(waited(lambda: predictive(x), device))
+    beside = (every(few, generator=seeded(0)).probs.cpu() - on_cpu).abs().max().item()
+    took = median_seconds({name: waited(call, device) for name, call in calls.items()}, REPETITIONS)
+    unit = took["plain"]
     return {
-        "unit, ms": 1e3 * unit, **costs, "fit": statistics.median(fits), "first call": first / unit,
+        "unit, ms": 1e3 * unit, "a call": took["a call"] / unit, "50 draws": took["50 draws"] / unit,
+        "fit": took["fit"] / took["plain small"], "first call": first / unit,
         "beside the CPU": beside, "four threads": threads(predictive, x),
     }  # fmt: skip
 
@@ -100,13 +85,15 @@ def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The time until what a call began on the device is done."""
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def waited(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """A call that ends when what it began on the device is done."""
+
+    def made() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return made
 
 
 def main() -> None:

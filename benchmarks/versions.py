@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from plain import plain_passes, settle
+
 CASES = {
     "LeNet-5, 100": ("lenet5", {}, (1, 28, 28), 100),
     "LeNet-5, 1000": ("lenet5", {}, (1, 28, 28), 1000),
@@ -47,24 +49,11 @@ def measure(case: str, threads: int) -> dict[str, float]:
         )
     )  # fmt: skip
     data = [torch.randn(64, *shape) for _ in range(8)]
-    model.train()
-    with torch.no_grad():
-        for images in data:
-            model(images)
-    model.eval()
+    settle(model, data)
     posterior = stochbn.fit(model, data, 16)
     small = [piece for images in data for piece in images.split(16)]
     x = torch.randn(batch, *shape)
-
-    def plain() -> None:
-        with torch.no_grad():
-            model(x)
-
-    def plain_small() -> None:
-        with torch.no_grad():
-            for piece in small:
-                model(piece)
-
+    plain, plain_small = plain_passes(model, x), plain_passes(model, *small)
     for _ in range(3):
         plain()
     predictive = stochbn.Predictive(model, posterior)

@@ -13,12 +13,12 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from plain import plain_passes, settle
 from rich.progress import track
 from torch import nn
 
@@ -27,6 +27,7 @@ from stochbn.execution import WAYS, Settings
 from stochbn.files import write_bytes, write_json
 from stochbn.paper import networks
 from stochbn.paper.tables import Table
+from stochbn.paper.timing import seconds
 
 UNREACHED = 1e-9
 """A tolerance at which no object is done before it has had all draws."""
@@ -82,11 +83,7 @@ def measure(build: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, 
     torch.manual_seed(0)
     model = build().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     data = [torch.randn(32, *shape) for _ in range(8)]
-    model.train()
-    with torch.no_grad():
-        for images in data:
-            model(images)
-    model.eval()
+    settle(model, data)
     posterior = stochbn.fit(model, data, 16)
     x = torch.randn(batch, *shape)
     choices = {
@@ -104,23 +101,13 @@ def measure(build: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, 
             line.partition(":")[0] for line in predictive.explain(x).splitlines() if line.endswith(": taken")
         ]
 
-    def plain() -> None:
-        with torch.no_grad():
-            model(x)
-
+    plain = plain_passes(model, x)
     units: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         unit = min(seconds(plain) for _ in range(5))
         for name, call in calls.items():
             units[name].append(seconds(call) / unit)
     return {"batch": batch, "taken": taken["all"], "units": {n: statistics.median(u) for n, u in units.items()}}
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:

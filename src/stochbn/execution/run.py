@@ -103,6 +103,11 @@ class Passes:
         """How many draws to make in the next call, at most."""
         if self._unchecked:
             return self._call.settings.first
+        return self._together
+
+    @property
+    def _together(self) -> int:
+        """How many draws a pass makes."""
         return self.plan.draws(self._objects) if self.plan.rows else 1
 
     def __call__(self, draws: Sequence[Draw]) -> Tensor:
@@ -149,8 +154,7 @@ class Passes:
             draws: of the statistics.
             made: how many of the same call have been made.
         """
-        together = self.plan.draws(self._objects) if self.plan.rows else 1
-        blocks = []
+        together, blocks = self._together, []
         for start in range(0, len(draws), together):
             block, number = draws[start : start + together], self._made + made + start
             if len(block) > 1 and len(block) * self._objects >= self.plan.least:
@@ -232,32 +236,39 @@ class Passes:
         self._begin()
 
     def _checked(self, draws: Sequence[Draw]) -> Tensor:
-        """The first draws of a plan that rounds, or by its exact one where the rounding matters.
-
-        Two draws tell whether it matters by far; where passes are made one by one, that is asked first.
-        """
+        """The first draws of a plan that rounds, or by its exact one where the rounding matters."""
         self._unchecked = False
-        exact, probe = self.plan.exact, bfloat16.probe_objects(self._objects, len(draws))
+        exact = self.plan.exact
         if exact is None:
             return self.attempt(draws)
-        full: Tensor | None = None
-        values: list[Tensor] = []
-        alone = self.plan.draws(self._objects) == 1 if self.plan.rows else True
-        for made in (EARLY, len(draws)) if alone and len(draws) > EARLY else (len(draws),):
-            if probe is None:
-                break
-            begun = sum(map(len, values))
-            values.append(self.attempt(draws[begun:made], begun))
-            if full is None:
-                full = self._exactly(draws[0], probe)
-            low = self._call.task.values(torch.cat([v[:, probe] for v in values]), self._call.temperature)[0]
-            if bfloat16.matters(low[0], full, low, self._call.averaged, far=made < len(draws)):
-                break
-        else:
-            return torch.cat(values)
+        values = self._rounded(draws)
+        if values is not None:
+            return values
         self.rounds_too_much = True
         self._change(exact)
         return self.attempt(draws)
+
+    def _rounded(self, draws: Sequence[Draw]) -> Tensor | None:
+        """The first draws, with rounding; None where it matters, or cannot be told.
+
+        Two draws tell whether it matters by far; where passes are made one by one, that is asked first.
+        """
+        probe = bfloat16.probe_objects(self._objects, len(draws))
+        if probe is None:
+            return None
+        early = min(EARLY, len(draws)) if self._together == 1 else len(draws)
+        values = self.attempt(draws[:early])
+        full = self._exactly(draws[0], probe)
+        if self._matters(values, full, probe, far=early < len(draws)):
+            return None
+        if early == len(draws):
+            return values
+        values = torch.cat([values, self.attempt(draws[early:], early)])
+        return None if self._matters(values, full, probe) else values
+
+    def _matters(self, values: Tensor, full: Tensor, probe: Tensor, far: bool = False) -> bool:
+        low = self._call.task.values(values[:, probe], self._call.temperature)[0]
+        return bfloat16.matters(low[0], full, low, self._call.averaged, far)
 
     def _exactly(self, draw: Draw, probe: Tensor) -> Tensor:
         """What is averaged of some objects under a draw, in the network's own type."""

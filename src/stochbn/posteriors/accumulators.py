@@ -157,12 +157,7 @@ class Sample(Accumulator[P]):
         merged._layers = first.layers
         merged._rows = first._rows + second._rows
         merged._by_hash = first._by_hash or bool(second.seen)
-        joined = len(merged._rows)
         merged._drop()
-        if len(merged._rows) < joined:
-            # Rows are parts of larger tensors, which one kept row would keep whole: those of every merged accumulator.
-            rows = torch.stack([row for _, row in merged._rows])
-            merged._rows = list(zip([number for number, _ in merged._rows], rows, strict=True))
         return merged
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,7 +175,8 @@ class Sample(Accumulator[P]):
         found.seen, found._by_hash = about["seen"], about["by_hash"]
         found._layers = dict(about["layers"])
         numbers = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
-        found._rows = list(zip(numbers, tensors["rows"].clone(), strict=True))
+        # Each row has memory of its own: one that is kept would else keep those that are dropped.
+        found._rows = list(zip(numbers, map(torch.clone, tensors["rows"]), strict=True))
         return found
 
     def statistics(self) -> Tensor:
