@@ -23,8 +23,11 @@ $(VENV)/.installed: $(VENV)/.runs
 demo: $(VENV)/.runs  ## train, fit and compare on data that ships with scikit-learn
 	$(BIN)/stochbn demo
 
+# On every processor, but at most 4; the tests of a file, which share networks, stay in one process.
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed  ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 
 test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
 	$(BIN)/pytest -m long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import stochbn
 
 pytest.register_assert_rewrite("posterior_contract")
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # which a console keeps from its import on: tests set it themselves
 settings.register_profile("stochbn", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("stochbn")
 

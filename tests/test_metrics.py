@@ -174,7 +174,7 @@ def test_half_precision_scores_and_losses_of_many_objects_are_not_added_up_in_ha
 NOT_NUMBERS: list[Any] = [None, "0.5", {}, {"a": 1}, [None], ["0.5", "0.5"], object(), len, np.array(["a", "b"]), 1j]
 
 
-@pytest.mark.parametrize("given_", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize("given_", NOT_NUMBERS, ids=lambda given: repr(given).partition(" at 0x")[0])
 @pytest.mark.parametrize(
     "call",
     [
