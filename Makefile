@@ -33,7 +33,7 @@ test-long: $(VENV)/.installed  ## run the tests that only widen what others cove
 	$(BIN)/pytest -m long
 
 coverage: $(VENV)/.installed  ## the same, and which lines and branches of src/ they run, in build/coverage/html
-	$(BIN)/pytest --cov --cov-report=term --cov-report=html
+	$(BIN)/pytest $(SPREAD) --cov --cov-report=term --cov-report=html
 	@echo "Open build/coverage/html/index.html"
 
 # pytorchcv asks for torchvision, which few of its modules need and which does not import beside every torch.

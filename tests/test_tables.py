@@ -88,9 +88,9 @@ def test_what_sbn_changes_stands_beside_it_with_its_standard_error() -> None:
     assert all(len(row) == len(table.columns) == 8 for row in table.rows)
     second = changes(scores, "x")
     assert [list(row) for row in second.rows] == [
-        ["plain", "0.0520", "0.0500", "-0.0020 ± 0.0010", "+0.05 ± 0.11", "-", "+0.0123 ± 0.0005"]
+        ["plain", "0.0520", "0.0500", "-0.0020 ± 0.0010", "+0.05 ± 0.11", "+0.0123 ± 0.0005"]
     ]
-    assert len(second.columns) == 7
+    assert list(second.columns) == ["method", "calibrated NLL", "+ SBN", "difference", "error, points", "AUROC"]
 
 
 def test_without_published_numbers_there_are_no_brackets() -> None:

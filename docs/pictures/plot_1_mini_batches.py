@@ -6,6 +6,8 @@ In training, batch norm normalises an object by the mini-batch that it is in. So
 beside other digits. Here are the probabilities that 40 mini-batches of 16 give to three digits: for a clear one they
 agree, for an ambiguous one they do not. At test time this is switched off, and one prediction is all there is. stochbn
 draws the statistics of such mini-batches, and so gets back what they had to say.
+
+To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
 """
 
 import sys

@@ -5,6 +5,8 @@ The statistics of mini-batches, and the distribution fitted to them
 For every channel, a mini-batch has a mean and a variance. Over mini-batches they vary: the mean as a Normal variable,
 the variance as a LogNormal one. The paper fits one such pair to each channel, independently (`kind="factorized"`); the
 default (`"joint"`) also keeps how they vary together.
+
+To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
 """
 
 import sys

@@ -4,6 +4,8 @@ Draws of one ambiguous digit, and how many it takes
 
 A prediction is the mean of the network's probabilities over draws of the statistics. Quasi-random draws, which are
 spread evenly, get near the mean sooner than independent ones, and an object is done as soon as its mean is known.
+
+To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
 """
 
 import sys

@@ -4,6 +4,8 @@ How sure is the network, without and with draws?
 
 On digits that the network was not trained on: the share of right answers among objects of each confidence (a calibrated
 network is on the diagonal), and the entropy of known digits and of digits of unknown classes.
+
+To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
 """
 
 import sys

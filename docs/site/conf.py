@@ -52,6 +52,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": [str(ROOT / "docs" / "gallery")],
     "filename_pattern": r"plot_",
     "ignore_pattern": r"digits\.py|__init__",
+    "copyfile_regex": r"digits\.py",
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "remove_config_comments": True,

@@ -48,7 +48,7 @@ def export(
         except ImportError as error:
             raise ValueError(str(error)) from error
     say(
-        f"Saved {path}: {draws} draws, {found.bytes / 2**20:.1f} MiB. Its outputs ({', '.join(found.outputs)}) differ "
+        f"Saved {path}: {draws} draws, {found.bytes / 2**20:.3g} MiB. Its outputs ({', '.join(found.outputs)}) differ "
         f"from Python's by {found.difference:.1g} at most, on random inputs.",
         path,
     )

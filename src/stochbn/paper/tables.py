@@ -105,7 +105,7 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
 
 
 def changes(scores: Sequence[dict[str, Any]], data: str) -> Table:
-    """What SBN changes in every method beside its NLL: differences with their standard errors.
+    """What SBN changes in every method beside its NLL: differences with their standard errors, where any has them.
 
     Args:
         scores: of every method, as for `accuracy`.
@@ -127,7 +127,9 @@ def changes(scores: Sequence[dict[str, Any]], data: str) -> Table:
             ]
         )
     columns = ["method", "calibrated NLL", "+ SBN", "difference", "error, points", "entropy, unknown", "AUROC"]
-    return Table(f"{data}: what SBN changes, with paired standard errors", columns, rows)
+    known = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    title = f"{data}: what SBN changes, with paired standard errors"
+    return Table(title, [columns[i] for i in known], [[row[i] for i in known] for row in rows])
 
 
 def noise(scores: Sequence[dict[str, Any]], data: str) -> Table:
