@@ -127,9 +127,9 @@ def changes(scores: Sequence[dict[str, Any]], data: str) -> Table:
             ]
         )
     columns = ["method", "calibrated NLL", "+ SBN", "difference", "error, points", "entropy, unknown", "AUROC"]
-    known = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    filled = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     title = f"{data}: what SBN changes, with paired standard errors"
-    return Table(title, [columns[i] for i in known], [[row[i] for i in known] for row in rows])
+    return Table(title, [columns[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def noise(scores: Sequence[dict[str, Any]], data: str) -> Table:
