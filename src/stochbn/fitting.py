@@ -154,7 +154,9 @@ def fit(
             ``torch.distributed.group.WORLD``: each passes its own data, and every one gets the posterior of all. Ranks
             may have different amounts of data, or none; if one fails, all raise. A mini-batch is one rank's also where
             the network has a ``SyncBatchNorm``: for the noise of what it normalised over in training, `batch_size` is
-            that of all ranks together. None is this process's data alone.
+            that of all ranks together. Where ranks take mini-batches of one stream in turn, the posterior is that of
+            one process, to rounding; where they take others, the directions of kind joint may have other signs and the
+            rows of kind empirical another order, so that a seed gives other draws. None is this process's data alone.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
             sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
             for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
@@ -189,6 +191,7 @@ def fit(
     options = {"max_batches": max_batches, "directions": directions}
     own = inspect.signature(KINDS[kind].accumulator).parameters
     accumulator = KINDS[kind].accumulator(**{name: value for name, value in options.items() if name in own})
+    accumulator.rank = ranks.rank
     frozen: set[str] = set()
     lack: NoBatchesError | None = None
     with ranks.failing_together():

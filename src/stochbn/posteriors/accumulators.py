@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ class Accumulator(ABC, Generic[P]):
 
     Attributes:
         seen: how many mini-batches were added.
+        rank: the process that they are added in, if there are several.
     """
 
     def __init__(self) -> None:
         self.seen = 0
+        self.rank = 0
 
     @property
     @abstractmethod
@@ -90,8 +92,9 @@ class Sample(Accumulator[P]):
 
     Those with the smallest hashes of their statistics are kept. That is a uniformly random sample, which depends
     neither on the order in which mini-batches come nor on the process that they come to; equal mini-batches are kept
-    or dropped together, but for the last place. Rows are in order of arrival while all are kept. As soon as one was
-    dropped, or another accumulator's were joined, they are in order of their hashes.
+    or dropped together, but for the last place. Rows are in order of arrival while all are kept, and those of several
+    processes by turns: as one process sees them, of which these take every other. As soon as one was dropped, they are
+    in order of their hashes.
 
     A layer that is called several times in a forward pass has one of its calls taken, which the hash chooses.
 
@@ -108,7 +111,7 @@ class Sample(Accumulator[P]):
             raise ValueError(f"the number of mini-batches to keep must be a whole number of at least 1, got {most!r}")
         self.most = most
         self._layers: dict[str, int] = {}
-        self._rows: list[tuple[int, Tensor]] = []
+        self._rows: list[_Row] = []
         self._by_hash = False
 
     @property
@@ -128,6 +131,7 @@ class Sample(Accumulator[P]):
             self._check_layers(layers)
         else:
             self._layers = layers
+        place = self.seen, self.rank
         self.seen += 1
         if not layers:
             return
@@ -136,7 +140,7 @@ class Sample(Accumulator[P]):
             digest.update(called[name].contiguous().numpy().data)
         number = int.from_bytes(digest.digest(), "big")
         taken = [called[name][number % len(called[name])] for name in self._layers]
-        self._rows.append((number, torch.cat(taken, 1)))
+        self._rows.append(_Row(place, number, torch.cat(taken, 1)))
         self._drop()
 
     def merge(self, other: Self) -> Self:
@@ -156,16 +160,17 @@ class Sample(Accumulator[P]):
         merged.seen = first.seen + second.seen
         merged._layers = first.layers
         merged._rows = first._rows + second._rows
-        merged._by_hash = first._by_hash or bool(second.seen)
+        merged._by_hash = first._by_hash or second._by_hash
         merged._drop()
         return merged
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The mini-batches that are kept with their hashes, and the layers."""
-        hashes = b"".join(number.to_bytes(HASH_BYTES, "big") for number, _ in self._rows)
+        """The mini-batches that are kept with their places and hashes, and the layers."""
+        hashes = b"".join(row.hash.to_bytes(HASH_BYTES, "big") for row in self._rows)
         tensors = {
+            "places": torch.tensor([row.place for row in self._rows], dtype=torch.int64).view(-1, 2),
             "hashes": torch.tensor(list(hashes), dtype=torch.uint8).view(-1, HASH_BYTES),
-            "rows": torch.stack([row for _, row in self._rows]) if self._rows else torch.empty(0, 2, 0),
+            "rows": torch.stack([row.statistics for row in self._rows]) if self._rows else torch.empty(0, 2, 0),
         }
         return tensors, {"seen": self.seen, "layers": list(self._layers.items()), "by_hash": self._by_hash}
 
@@ -174,15 +179,16 @@ class Sample(Accumulator[P]):
         found = self._empty()
         found.seen, found._by_hash = about["seen"], about["by_hash"]
         found._layers = dict(about["layers"])
-        numbers = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
+        places = [(index, rank) for index, rank in tensors["places"].tolist()]
+        hashes = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
         # Each row has memory of its own: one that is kept would else keep those that are dropped.
-        found._rows = list(zip(numbers, map(torch.clone, tensors["rows"]), strict=True))
+        found._rows = list(map(_Row, places, hashes, map(torch.clone, tensors["rows"])))
         return found
 
     def statistics(self) -> Tensor:
         """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
-        rows = sorted(self._rows, key=_number) if self._by_hash else self._rows
-        return torch.stack([row for _, row in rows])
+        rows = sorted(self._rows, key=_by_hash if self._by_hash else _by_place)
+        return torch.stack([row.statistics for row in rows])
 
     def _settings(self) -> dict[str, Any]:
         return {"most": self.most}
@@ -205,9 +211,21 @@ class Sample(Accumulator[P]):
         if len(self._rows) <= self.most:
             return
         self._by_hash = True
-        self._rows.sort(key=_number)
+        self._rows.sort(key=_by_hash)
         del self._rows[self.most :]
 
 
-def _number(row: tuple[int, Tensor]) -> int:
-    return row[0]
+class _Row(NamedTuple):
+    """A mini-batch that is kept: how many came before it and in which process, its hash, and its statistics."""
+
+    place: tuple[int, int]
+    hash: int
+    statistics: Tensor
+
+
+def _by_hash(row: _Row) -> int:
+    return row.hash
+
+
+def _by_place(row: _Row) -> tuple[tuple[int, int], int]:
+    return row.place, row.hash
