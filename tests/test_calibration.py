@@ -32,6 +32,7 @@ from conftest import (
 )
 from stochbn import Predictive, calibrate
 from stochbn.calibration import TEMPERATURES
+from stochbn.choice import Choice, Option
 
 KINDS = ("factorized", "joint", "empirical")
 Batches = list[tuple[Tensor, Tensor]]
@@ -616,3 +617,77 @@ def test_tasks_without_labels_are_refused(task: str) -> None:
     posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
     with pytest.raises(ValueError, match="noise is chosen by labels"):
         stochbn.calibrate(model, posterior, [(normal(9, 4), torch.arange(9) % 3)], task=task)  # type: ignore[arg-type]
+
+
+# What is said of the choice
+
+
+def reported(model: nn.Module, posterior: stochbn.Posterior, batches: Batches, **options: Any) -> Choice:
+    choices: list[Choice] = []
+    calibrate(model, posterior, batches, report=choices.append, **options)
+    assert len(choices) == 1
+    return choices[0]
+
+
+@pytest.mark.parametrize("temperature", [False, True])
+def test_options_are_compared_as_kept_draws_of_the_same_objects_compare(model: nn.Module, temperature: bool) -> None:
+    posterior, batches = fitted(model), held_out(model, temperature=2.0)
+    sizes = [4, 16, math.inf]
+    choice = reported(model, posterior, batches, batch_sizes=sizes, draws=5, temperature=temperature)
+    assert choice.objects == 72
+    assert [one.batch_size for one in choice.options] == sizes
+    losses = {}
+    for one in choice.options:
+        at = TEMPERATURES[(TEMPERATURES.log() - math.log(one.temperature)).abs().argmin()] if temperature else 1.0
+        rows = []
+        for number, (x, y) in enumerate(batches):
+            kept = Predictive(model, posterior.rescale(one.batch_size), 5)(x, generator=seeded(number), keep_draws=True)
+            assert kept.log_probs is not None
+            probs = (kept.log_probs.double() / at).softmax(2).mean(0)
+            rows.append(-probs.gather(1, y[:, None]).log().flatten())
+        losses[one.batch_size] = torch.cat(rows)
+    for one in choice.options:
+        assert one.mean == pytest.approx(losses[one.batch_size].mean().item(), rel=1e-5)
+        more = losses[one.batch_size] - losses[choice.chosen.batch_size]
+        assert one.more == pytest.approx(more.mean().item(), abs=1e-5)
+        assert one.error == pytest.approx(more.std().item() / 72**0.5, rel=1e-3, abs=1e-6)
+    assert min(one.more for one in choice.options) == choice.chosen.more == choice.chosen.error == 0
+
+
+def test_a_choice_says_what_it_cannot_tell_apart(model: nn.Module) -> None:
+    posterior, batches = fitted(model), held_out(model)
+    choice = reported(model, posterior, batches, batch_sizes=[8, 8.001, 1.0])
+    assert {one.batch_size for one in [choice.chosen, *choice.unclear]} >= {8, 8.001}
+    assert "These objects do not tell it apart from the noise of mini-batches of 8" in str(choice)
+
+
+def test_labels_of_other_classes_are_lost_by_much_and_it_says_so() -> None:
+    options = (Option(math.inf, 1.0, 0.5, 0.2, 0.01), Option(16, 1.0, 0.3, 0.0, 0.0))
+    said = str(Choice("nll", 4000, options, options[1]))
+    assert said == (
+        "The NLL of 4,000 held-out objects is lowest with the noise of mini-batches of 16: 0.3000. With no noise it is "
+        "higher by 0.2000 ± 0.0100."
+    )
+
+
+def test_one_object_tells_nothing_apart(model: nn.Module) -> None:
+    batches = [(x[:1], y[:1]) for x, y in held_out(model, (3,))]
+    choice = reported(model, fitted(model), batches, batch_sizes=[8, 64, math.inf])
+    assert len(choice.unclear) == 2
+
+
+def test_places_of_an_image_count_as_one_object_in_the_error() -> None:
+    model = settled(dense_net(), 2, 8, 8)
+    x = normal(12, 2, 8, 8)
+    posterior = stochbn.fit(model, [x], 4)
+    labels = labelled(model, x)
+    choice = reported(model, posterior, [(x, labels)], batch_sizes=[4, math.inf])
+    other = next(one for one in choice.options if one is not choice.chosen)
+    rows = []
+    for one in choice.options:
+        kept = Predictive(model, posterior.rescale(one.batch_size), 8)(x, generator=seeded(0), keep_draws=True)
+        assert kept.log_probs is not None
+        probs = kept.log_probs.double().softmax(2).mean(0)
+        rows.append(-probs.gather(1, labels[:, None]).log().flatten(1).mean(1))
+    assert choice.objects == labels.numel()
+    assert other.error == pytest.approx((rows[0] - rows[1]).std().item() / 12**0.5, rel=1e-3)

@@ -13,6 +13,7 @@ from stochbn import cli
 from stochbn.cli.following import after_evaluating, after_fitting, command
 from stochbn.cli.subject import Given
 from stochbn.posteriors import Posterior
+from stochbn.report.words import made_worse
 
 OWN = Given(
     model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
@@ -39,9 +40,9 @@ def parsed(words: list[str]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
-def scores(change: float) -> list[dict[str, Any]]:
+def worse(change: float) -> list[str]:
     plain = {"method": "plain", "sbn": False, "members": 1}
-    return [plain, {**plain, "sbn": True, "nll_change": change, "nll_change_se": 0.001}]
+    return made_worse([plain, {**plain, "sbn": True, "nll_change": change, "nll_change_se": 0.001}])
 
 
 def test_a_command_has_the_options_that_were_given_but_the_split() -> None:
@@ -65,7 +66,7 @@ def test_what_follows_a_fit_can_be_typed(given: Given, named: bool) -> None:
 
 def test_an_evaluation_that_found_the_nll_worse_says_what_mends_it() -> None:
     posteriors: list[Posterior | None] = [A_POSTERIOR, A_POSTERIOR]
-    text = after_evaluating(TRAINED, scores(0.01), posteriors, [None, Path("p.safetensors")], None)
+    text = after_evaluating(TRAINED, worse(0.01), posteriors, [None, Path("p.safetensors")], None)
     assert "SBN made the NLL of a single network worse on this data, by 0.0100 ± 0.0010 nats" in text
     first, second = commands(text)
     assert parsed(first)["networks"] == "a.safetensors"
@@ -76,23 +77,28 @@ def test_an_evaluation_that_found_the_nll_worse_says_what_mends_it() -> None:
 
 @pytest.mark.parametrize("change", [-0.01, 0.0015])
 def test_an_evaluation_that_found_it_better_or_cannot_tell_goes_on_to_predict(change: float) -> None:
-    (words,) = commands(after_evaluating(OWN, scores(change), [A_POSTERIOR], [None], None))
+    (words,) = commands(after_evaluating(OWN, worse(change), [A_POSTERIOR], [None], None))
     assert words[0] == "predict"
     assert Path(parsed(words)["path"]) == Path("predictions.csv")
 
 
-def test_a_binary_network_whose_nll_is_worse_is_to_be_fitted_with_less_noise() -> None:
-    given = Given(model="m:f", task="binary")
-    (words,) = commands(after_evaluating(given, scores(0.01), [A_POSTERIOR], [Path("p.safetensors")], None))
+def test_a_network_without_labels_that_is_worse_is_to_be_fitted_with_less_noise() -> None:
+    given = Given(model="m:f", task="regression")
+    (words,) = commands(after_evaluating(given, worse(0.01), [A_POSTERIOR], [Path("p.safetensors")], None))
     found = parsed(words)
     assert (words[0], found["batch_size"], found["path"]) == ("fit", 64, "p.safetensors")
 
 
 def test_networks_without_a_posterior_are_to_be_fitted() -> None:
-    text = after_evaluating(TRAINED, scores(0.01)[:1], [A_POSTERIOR, None], [None, None], None)
+    text = after_evaluating(TRAINED, [], [A_POSTERIOR, None], [None, None], None)
     (words,) = commands(text)
     assert words == ["fit", "b c.safetensors"]
-    both = after_evaluating(TRAINED, scores(0.01), [A_POSTERIOR, None], [None, None], None)
+    both = after_evaluating(TRAINED, worse(0.01), [A_POSTERIOR, None], [None, None], None)
     assert [(name, network) for name, network, *_ in commands(both)] == [
         ("fit", "b c.safetensors"), ("calibrate", "a.safetensors"),
     ]  # fmt: skip
+
+
+def test_after_a_fit_of_a_regression_there_is_nothing_to_calibrate() -> None:
+    (words,) = commands(after_fitting(Given(model="m:f", task="regression"), None, Path("p.safetensors"), None))
+    assert words[0] == "evaluate"

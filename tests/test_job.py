@@ -178,8 +178,19 @@ class TestTorchrun:
         started = time.monotonic()
         told = run(command, *own("broken"), "--data", "data.npz", ranks=True, fails=True)
         assert "the disk is gone" in told
+        assert told.count("\nError: 'ranked:broken' cannot be built") == 1
         assert time.monotonic() - started < TIMEOUT / 2
         assert not Path("w.sbn.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(["predict", "--out", "p.csv"], "takes --engine ray"), (["fit", "--task", "none"], "unknown task 'none'")],
+    )
+    def test_what_every_rank_finds_wrong_is_told_once(self, home: Path, arguments: list[str], message: str) -> None:
+        command, *more = arguments
+        told = run(command, *own(), "--data", "data.npz", *more, ranks=True, fails=True)
+        assert f"\n{told}".count("\nError: ") == 1
+        assert message in told
 
     def test_members_are_trained_by_ranks_and_go_on_after_a_kill(self, home: Path) -> None:
         arguments = ["paper", "reproduce", "lenet5", "--preset", "smoke", "--data", "digits:0-4", "--unknown"]

@@ -153,6 +153,8 @@ def test_a_network_goes_from_weights_and_a_folder_to_calibrated_predictions(modu
     assert (fitted.layers, fitted.mini_batches, fitted.batch_size) == ({"1": 4}, 6, 6)
     text = stochbn_("calibrate", *own, "--held-out", "pets", "--out", "c.sbn.safetensors")
     assert "temperature" in text
+    assert text.count("\u00b1") >= 5, "the noises that were not chosen, with the errors of their differences"
+    assert "The NLL of 36 held-out objects is lowest with" in text
     calibrated = stochbn.load("c.sbn.safetensors")
     assert calibrated.temperature != 1
     assert stochbn.load("w.sbn.safetensors").temperature == 1

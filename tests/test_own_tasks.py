@@ -155,6 +155,45 @@ def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F81
     assert "an embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
 
 
+def test_the_noise_of_labels_is_chosen(module: str) -> None:
+    given = *options(module, "labels", X), "--task", "multilabel"
+    truth = (X[:, :3] > 0).astype(np.int64)
+    np.savez("test.npz", inputs=X, labels=truth)
+    text = stochbn_("calibrate", *given, "--held-out", "test.npz", "--out", "c.sbn.safetensors")
+    assert f"The NLL of {truth.size} held-out objects" in text
+    wanted = stochbn.calibrate(
+        network(given), stochbn.load("w.sbn.safetensors"), [(torch.from_numpy(X), torch.from_numpy(truth))],
+        task="multilabel", temperature=True,
+    )  # fmt: skip
+    found = stochbn.load("c.sbn.safetensors")
+    assert (found.batch_size, found.temperature) == (wanted.batch_size, pytest.approx(wanted.temperature, rel=0.1))
+
+
+def test_the_noise_of_places_is_chosen_without_those_that_do_not_count(module: str) -> None:
+    given = options(module, "places", PLACES)
+    truth = np.where(np.random.default_rng(3).random(TRUTH.shape) < 0.2, 255, TRUTH)
+    np.savez("test.npz", inputs=PLACES, labels=truth)
+    text = stochbn_("calibrate", *given, "--held-out", "test.npz", "--ignore", 255, "--out", "c.sbn.safetensors")
+    assert f"The NLL of {(truth != 255).sum():,} held-out objects" in text
+
+
+def test_where_there_are_no_labels_calibrate_says_what_else_to_do(module: str, told: Any) -> None:  # noqa: F811
+    given = *options(module, "one", X), "--task", "regression"
+    np.savez("test.npz", inputs=X, labels=X[:, :1])
+    said = told("calibrate", *given, "--held-out", "test.npz")
+    assert "stochbn.conformal.intervals" in said
+    assert "--batch-size" in said
+
+
+def test_what_evaluate_ends_with_can_be_run(module: str) -> None:
+    """A network of random weights: noise makes what it says of labels at random no better, and says so."""
+    given = *options(module, "labels", X), "--task", "multilabel"
+    np.savez("test.npz", inputs=X, labels=(X[:, :3] > 0).astype(np.int64))
+    text = stochbn_("evaluate", *given, "--data", "test.npz", "--draws", 8)
+    assert ("stochbn calibrate" in text) == ("SBN made the mean NLL worse" in text)
+    assert "stochbn calibrate" in text or "Next: stochbn predict" in text
+
+
 def test_outputs_are_read_where_the_options_say(module: str) -> None:
     """Classes on the last axis of a mapping's entry, which has been through a softmax."""
     x = np.random.default_rng(4).normal(size=(12, 5, 4)).astype(np.float32)

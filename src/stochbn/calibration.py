@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from stochbn.augment import Augment
+from stochbn.choice import Choice, Totals
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, NetworkChangedError, passes
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
@@ -50,6 +51,7 @@ def calibrate(
     clean: bool = True,
     score: Literal["nll", "brier"] = "nll",
     progress: Callable[[int], None] = lambda objects: None,
+    report: Callable[[Choice], object] = lambda choice: None,
     seed: int = 0,
     group: ProcessGroup | None = None,
 ) -> Posterior:
@@ -87,6 +89,7 @@ def calibrate(
         clean: whether the first draw sees the inputs as they are, as for `Predictive`.
         score: what is to be lowest, ``"nll"`` or the ``"brier"`` score.
         progress: called with the number of objects that are done.
+        report: called with how the options compare, and how sure the choice is; ``report=print`` shows it in words.
         seed: where the draws come from.
         group: in a job of several processes (ranks), the process group whose ranks calibrate together: each passes its
             own held-out data, and every one gets the posterior that all of it likes best. If one fails, all raise. None
@@ -117,7 +120,7 @@ def calibrate(
     for size in batch_sizes:
         posterior.rescale(size)  # refuses what cannot be, before anything is read
     temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
-    losses = torch.zeros(len(batch_sizes), len(temperatures), dtype=torch.float64)
+    totals = Totals(len(batch_sizes), len(temperatures))
     objects = 0
     network = Network.of(model)
     if task not in TASKS_WITH_LABELS:
@@ -142,18 +145,19 @@ def calibrate(
             ]
             asked = replace(call, seed=seed + number * ranks.count + ranks.rank)
             try:
-                losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+                losses = _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
             except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-                losses += _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+                losses = _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+            totals.add(losses)
             objects += labels.numel() if ignore_index is None else int((labels != ignore_index).sum())
             progress(objects)
-    losses = ranks.total(losses)
+    totals.share(ranks)
     objects = int(ranks.total(torch.tensor(objects)))
     if not objects:
         raise ValueError("there are no held-out objects: the iterable is empty or already used up")
-    if not losses.isfinite().all():
+    if not totals.total.isfinite().all():
         raise ValueError("the network's output is not finite for some held-out objects; check the input for NaN")
-    best, at = divmod(int(losses.argmin()), len(temperatures))
+    best, at = divmod(int(totals.total.argmin()), len(temperatures))
     if batch_sizes[best] == min(batch_sizes) and len(batch_sizes) > 1:
         warnings.warn(
             f"the smallest of the batch sizes, {batch_sizes[best]:g}, is the best: a smaller one may be better; name "
@@ -164,7 +168,9 @@ def calibrate(
         warnings.warn(
             f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}", stacklevel=2
         )
-    return replace(posterior.rescale(batch_sizes[best]), temperature=_refined(losses[best], temperatures, at))
+    options = totals.options(batch_sizes, temperatures, objects)
+    report(Choice(score, objects, options, options[best]))
+    return replace(posterior.rescale(batch_sizes[best]), temperature=options[best].temperature)
 
 
 def _losses(
@@ -177,7 +183,7 @@ def _losses(
     score: type[_Score],
     ignore_index: int | None,
 ) -> Tensor:
-    """``[B, T]``: the score of a batch, summed over objects, under each noise and temperature."""
+    """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over places."""
     losses = []
     counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     labels = labels.where(counted, 0)
@@ -190,7 +196,9 @@ def _losses(
                 for raw in made(block):
                     each = torch.stack([torch.zeros_like(raw), raw], 1) if call.task.name == "multilabel" else raw
                     total.add(each, labels)
-            losses.append((total.of_each(labels) * counted.to(raw.device)).flatten(1).sum(1).cpu())
+            scores = total.of_each(labels)
+            scores *= counted.to(scores.device)
+            losses.append(scores.reshape(*scores.shape[:2], -1).sum(2).cpu())
     return torch.stack(losses)
 
 
@@ -293,13 +301,3 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
             f"labels must lie between 0 and {logits.shape[1] - 1} for {logits.shape[1]} classes, found "
             f"{labels.min().item()} to {labels.max().item()}"
         )
-
-
-def _refined(losses: Tensor, temperatures: Tensor, at: int) -> float:
-    """The minimum of the parabola through the lowest loss and its neighbours, over the logarithm of temperatures."""
-    if not 0 < at < len(losses) - 1:
-        return temperatures[at].item()
-    left, middle, right = losses[at - 1 : at + 2].tolist()
-    curvature = left - 2 * middle + right
-    step = (left - right) / (2 * curvature) if curvature > 0 else 0.0
-    return (temperatures[at] * (temperatures[at + 1] / temperatures[at]) ** step).item()

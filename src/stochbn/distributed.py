@@ -23,7 +23,10 @@ from stochbn.posteriors.accumulators import Accumulator
 __all__ = ["Ranks", "RanksError", "refuse_sharded"]
 
 TOLD = "stochbn_told_to_ranks"
-"""The attribute of an error that the other ranks know of, so that blocks around the one that it left do not wait."""
+"""The attribute of an error that the other ranks know of, so that blocks around the one that it left do not wait.
+
+It is False where rank 0 has the same error, which needs to be told once.
+"""
 
 A = TypeVar("A", bound=Accumulator[Any])
 
@@ -86,9 +89,11 @@ class Ranks:
         except RanksError:  # the others know
             raise
         except BaseException as error:
-            if self.count > 1 and not getattr(error, TOLD, False):
+            if self.count > 1 and not hasattr(error, TOLD):
                 setattr(error, TOLD, True)
-                self._gather(json.dumps(f"{type(error).__name__}: {error}").encode())
+                text = json.dumps(f"{type(error).__name__}: {error}").encode()
+                first = self._gather(text)[0]
+                setattr(error, TOLD, self.rank == 0 or first != text)
             raise
         if self.count == 1:
             return

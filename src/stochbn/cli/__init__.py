@@ -8,12 +8,12 @@ from pathlib import Path
 import typer
 
 from stochbn.cli import project
-from stochbn.cli.console import complain, err, never_fail_to_encode, out
+from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
 from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
 from stochbn.cli.exporting import export
 from stochbn.cli.fitting import calibrate, fit
-from stochbn.cli.job import check_command
+from stochbn.cli.job import check_command, speaks_of
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import predict
 from stochbn.cli.training import train
@@ -63,11 +63,13 @@ def main() -> None:
     from stochbn.paper import ExperimentError
 
     never_fail_to_encode()
+    show_warnings()
     app.rich_markup_mode = "rich" if out.width >= FRAMED else None
     try:
         app()
     except (ExperimentError, OSError, RanksError, ValueError) as error:
-        complain(str(error))
+        if speaks_of(error):
+            complain(str(error))
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:

@@ -11,8 +11,9 @@ import math
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -33,6 +34,7 @@ __all__ = [
     "readable",
     "say",
     "show",
+    "show_warnings",
     "side_by_side",
     "status",
 ]
@@ -106,6 +108,20 @@ def say(text: str, *bold: object) -> None:
 def complain(text: str) -> None:
     """Print one line about an error."""
     err.print(Text.assemble(("Error:", "bold red"), " ", readable(" ".join(text.split()))), soft_wrap=True)
+
+
+def show_warnings() -> None:
+    """Print warnings for users as one line each, without the place in the code that they come from."""
+    usual = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, UserWarning):
+            usual(message, category, *place, **more)
+        elif not out.quiet:
+            text = readable(" ".join(str(message).split()))
+            err.print(Text.assemble(("Warning:", "bold yellow"), " ", text), soft_wrap=True)
+
+    warnings.showwarning = shown
 
 
 def show(tables: Iterable[Table]) -> None:

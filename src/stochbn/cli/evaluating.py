@@ -15,7 +15,7 @@ import typer
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
-from stochbn.cli.options import Augmentation, Data, Draws, Seed
+from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_file, check_folder
 
@@ -46,13 +46,11 @@ def evaluate(
     dense: Annotated[
         bool, typer.Option("--dense", help="The network gives a class for each place, and labels are [N, H, W].")
     ] = False,
-    ignore: Annotated[
-        int | None,
-        typer.Option("--ignore", help="A label of places that do not count, such as 255.", show_default=False),
-    ] = None,
+    ignore: Ignored = None,
     seed: Seed = 0,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for results.json, results.md and figure.", show_default=False)
+        Path | None,
+        Override("--out", help="Folder for results.json, results.md and, with --ood, a figure of entropies."),
     ] = None,
     page: Annotated[
         Path | None,
@@ -76,6 +74,7 @@ def evaluate(
     from stochbn.report.facts import facts
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
+    from stochbn.report.words import made_worse
 
     torchmetrics_classification()  # if it is missing, that is told before the work; and no rank waits for it at the end
     changes = augmentations.named(augment) if augment is not None else None
@@ -98,7 +97,8 @@ def evaluate(
                     "is torchrun"
                 )
             fitted_one = subjects[0].find_posterior(named[0])
-            _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
+            worse = _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
+            say(after_evaluating(given, worse, [fitted_one], named, augment))
             return
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
@@ -153,7 +153,7 @@ def evaluate(
         say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
-    say(after_evaluating(given, scores, fitted, named, augment))
+    say(after_evaluating(given, made_worse(scores), fitted, named, augment))
 
 
 def _evaluate_task(
@@ -165,8 +165,12 @@ def _evaluate_task(
     seed: int,
     ignore: int | None,
     folder: Path | None,
-) -> None:
-    """Evaluate a network that gives more or less than one class for each object."""
+) -> list[str]:
+    """Evaluate a network that gives more or less than one class for each object.
+
+    Returns:
+        A sentence about SBN if that made it worse.
+    """
     from stochbn.cli.tasks import score_tasks, tabulate
     from stochbn.files import write_bytes, write_json
 
@@ -182,16 +186,19 @@ def _evaluate_task(
         )  # fmt: skip
     shown = tabulate(scored, known.name)
     show(shown)
-    if posterior is None:
-        say("The network has no posterior, so it was evaluated without SBN only: run 'stochbn fit' on it first.")
+    worse = []
+    if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
+        change = f"{scored.change:.4f} \u00b1 {scored.change_se:.4f}"
+        worse.append(f"SBN made the mean {scored.loss} worse on this data, by {change}.")
     if folder is None:
-        return
+        return worse
     folder.mkdir(parents=True, exist_ok=True)
     about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
              "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
     write_json(folder / "results.json", {**about, **asdict(scored)})
     write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
     say(f"Results are in {folder}.", folder)
+    return worse
 
 
 def _shard(objects: Any, ranks: Ranks) -> Any:

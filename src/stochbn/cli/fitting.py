@@ -6,17 +6,21 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stochbn.cli.console import follow, progress_bars, say
+from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.job import job
-from stochbn.cli.options import Augmentation, Data, Override, PosteriorFile, Seed
+from stochbn.cli.options import Augmentation, Data, Ignored, Override, PosteriorFile, Seed
 from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
+
+if TYPE_CHECKING:
+    from stochbn.choice import Choice
+    from stochbn.paper.tables import Table
 
 __all__ = ["calibrate", "fit"]
 
@@ -95,6 +99,7 @@ def calibrate(
             help="First choose so many draws' augmentations among those of --augment, with bars between.",
         ),
     ] = 0,
+    ignore: Ignored = None,
     score: Annotated[str, typer.Option(help="What is to be lowest: nll or brier.")] = "nll",
     seed: Seed = 0,
 ) -> None:
@@ -105,6 +110,7 @@ def calibrate(
     """
     import stochbn
     from stochbn.augment import named, turns
+    from stochbn.calibration import TASKS_WITH_LABELS
 
     changes = named(augment) if augment is not None else None
     if choose and not isinstance(changes, turns):
@@ -121,10 +127,18 @@ def calibrate(
     check_file(target)
     with job() as ranks, ranks.failing_together():
         subject = Subject.one(given)
-        if subject.settings.pop("task", "classification") != "classification":
-            raise ValueError("calibrate needs a network with --task classification, whose NLL it lowers")
+        task = subject.settings.get("task", "classification")
+        if task not in TASKS_WITH_LABELS:
+            raise ValueError(
+                f"calibrate chooses the noise by labels, which --task {task} has none of: choose it with 'stochbn fit "
+                "--batch-size' (more objects, less noise); intervals for numbers come from held-out data with "
+                "stochbn.conformal.intervals"
+            )
+        if choose and task != "classification":
+            raise ValueError(f"--choose is for --task classification, got --task {task}")
         old = subject.need_posterior(posterior)
-        data = subject.load(held_out, "held-out", "--held-out", labelled=True).shuffled(seed).first(objects)
+        classes = task == "classification" and ignore is None
+        data = subject.load(held_out, "held-out", "--held-out", labelled=classes).shuffled(seed).first(objects)
         if choose and isinstance(changes, turns):
             if ranks.count > 1:
                 raise ValueError("--choose looks at all data at once: run it in one process")
@@ -138,6 +152,7 @@ def calibrate(
                 )  # fmt: skip
             say(f"The best in turn: --augment '{changes}'")
         data = data.shard(ranks.rank, ranks.count, CALIBRATE_BATCH) if ranks.count > 1 else data
+        choices: list[Choice] = []
         with progress_bars() as bars:
             move, done = follow(bars, "calibrating"), 0
 
@@ -151,14 +166,36 @@ def calibrate(
             new = stochbn.calibrate(
                 subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
                 score=score,  # type: ignore[arg-type]
+                ignore_index=ignore,
+                report=choices.append,
                 group=ranks.group, **subject.settings,
             )  # fmt: skip
         if ranks.rank:
             return
         new.save(target)
+    show([_table(choices[0])])
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     again = after_calibrating(given, beside and default_posterior(beside), target, augment)
-    say(f"Saved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.\n{again}", target)
+    say(f"{choices[0]}\nSaved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
+    say(again)
+
+
+def _table(choice: Choice) -> Table:
+    """How the noises compare that there were to choose from."""
+    from stochbn.paper.tables import Table
+
+    name = {"nll": "NLL", "brier": "Brier score"}[choice.score]
+    rows = [
+        [
+            "none" if one.batch_size == math.inf else f"{one.batch_size:g}",
+            f"{one.temperature:.3f}",
+            f"{one.mean:.4f}",
+            "chosen" if one is choice.chosen else f"{one.more:.4f} \u00b1 {one.error:.4f}",
+        ]
+        for one in choice.options
+    ]
+    title = f"{name} of {choice.objects:,} held-out objects, with a paired standard error"
+    return Table(title, ["noise of mini-batches of", "temperature", name, "above the chosen"], rows)
 
 
 def _held_out(inputs: object, labels: object) -> object:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stochbn.cli.subject import SHARED, Given
 
@@ -49,14 +49,15 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         path: where it is.
         augment: the augmentation that it was fitted with.
     """
-    posterior = None if path == beside else path
-    chosen = _calibrate(given, None, posterior, augment)
     again = after_calibrating(given, beside, path, augment)
-    return f"Its noise is that of the mini-batches; to choose it by held-out data: {chosen}\n{again}"
+    if not _has_labels(given):
+        return again
+    chosen = _calibrate(given, None, None if path == beside else path, augment)
+    return f"Next, choose its noise by data that the network was not trained on: {chosen}\nOr as it is. {again}"
 
 
 def after_calibrating(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
-    """What to run on a posterior whose noise is chosen; arguments are as of `after_fitting`."""
+    """What to run on a posterior with the noise that is wanted; arguments are as of `after_fitting`."""
     data = None if given.networks else "TEST-DATA"
     posterior = None if path == beside else path
     return f"Next: {command('evaluate', given, data=data, posterior=posterior, augment=augment)}"
@@ -64,7 +65,7 @@ def after_calibrating(given: Given, beside: Path | None, path: Path, augment: st
 
 def after_evaluating(
     given: Given,
-    scores: Sequence[Mapping[str, Any]],
+    worse: Sequence[str],
     fitted: Sequence[Posterior | None],
     posteriors: Sequence[Path | None],
     augment: str | None,
@@ -73,13 +74,11 @@ def after_evaluating(
 
     Args:
         given: the options about the networks.
-        scores: of every method.
+        worse: sentences about methods that SBN made worse.
         fitted: the posterior of each network.
         posteriors: their files, where they were named.
         augment: the augmentation that was drawn.
     """
-    from stochbn.report.words import made_worse
-
     networks: list[Path | None] = list(given.networks) if given.networks else [None]
     lines, data = [], None if given.networks else "TRAINING-DATA"
     if None in fitted:
@@ -87,9 +86,8 @@ def after_evaluating(
     for network, posterior in zip(networks, fitted, strict=True):
         if posterior is None:
             lines.append(f"    {command('fit', given, network=network, data=data)}")
-    worse = made_worse(scores)
     if worse:
-        scored = given.task in (None, "classification")  # calibrate takes no other task
+        scored = _has_labels(given)
         advice = "Choose the noise by data that the networks were not trained on" if scored else "Fit less noise"
         lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
         for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
@@ -102,6 +100,13 @@ def after_evaluating(
         options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
         lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
     return "\n".join(lines)
+
+
+def _has_labels(given: Given) -> bool:
+    """Whether `calibrate` takes the network's task."""
+    from stochbn.calibration import TASKS_WITH_LABELS
+
+    return given.task in (None, *TASKS_WITH_LABELS)
 
 
 def _calibrate(given: Given, network: Path | None, posterior: Path | None, augment: str | None) -> str:

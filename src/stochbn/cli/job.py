@@ -13,7 +13,7 @@ from stochbn.cli.console import out
 if TYPE_CHECKING:
     from stochbn.distributed import Ranks
 
-__all__ = ["SHARED", "check_command", "check_gpus", "job", "own_gpu"]
+__all__ = ["SHARED", "check_command", "check_gpus", "job", "own_gpu", "speaks_of"]
 
 SHARED = ("fit", "calibrate", "evaluate", "reproduce", "augment")
 """The commands that share their work among ranks."""
@@ -35,6 +35,13 @@ def check_command(name: str | None) -> None:
     if _count() > 1 and name not in (*SHARED, "paper", None):
         advice = "; predict takes --engine ray" if name == "predict" else ""
         raise ValueError(f"'stochbn {name}' under torchrun would do all its work {_count()} times{advice}")
+
+
+def speaks_of(error: BaseException) -> bool:
+    """Whether this process tells of an error: of several on a machine the first does, and the one that it began in."""
+    from stochbn.distributed import TOLD
+
+    return _count() == 1 or os.environ["LOCAL_RANK"] == "0" or getattr(error, TOLD, False)
 
 
 def own_gpu(local: int, devices: str | None) -> str:

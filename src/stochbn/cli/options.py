@@ -13,6 +13,7 @@ __all__ = [
     "Augmentation",
     "Data",
     "Draws",
+    "Ignored",
     "Jobs",
     "Override",
     "PosteriorFile",
@@ -41,6 +42,7 @@ Augmentation = Annotated[
     str | None,
     Override("--augment", help="Change images at random, anew in every draw: flip, shift:PIXELS, or flip,shift:4."),
 ]
+Ignored = Annotated[int | None, Override("--ignore", help="A label of places that do not count, such as 255.")]
 PosteriorFile = Annotated[
     Path | None,
     typer.Option(

@@ -280,7 +280,13 @@ def _check_one_way(given: Given, context: typer.Context) -> None:
 
 
 def settings_of(given: Given) -> dict[str, Any]:
-    """The arguments of predictives that are given."""
+    """The arguments of predictives that are given.
+
+    Raises:
+        ValueError: there is no such task, or they do not fit each other.
+    """
+    from stochbn.tasks import make_task
+
     place: Any = given.logits
     if place is not None and place.lstrip("-").isdigit():
         place = int(place)
@@ -290,6 +296,7 @@ def settings_of(given: Given) -> dict[str, Any]:
         "class_axis": given.class_axis,
         "output": "probs" if given.probs else None,
     }
+    make_task(given.task or "classification", place, given.class_axis, found["output"])
     return {name: value for name, value in found.items() if value is not None}
 
 
