@@ -102,7 +102,7 @@ lint: $(VENV)/.installed  ## style, spelling and types
 
 # Networks to measure; the first run trains them, for about half an hour.
 RUNS := runs/bench
-REPRODUCE := $(BIN)/stochbn reproduce --preset reduced --members 1 --dropout 0 --jobs 1 --held-out 0.1
+REPRODUCE := $(BIN)/stochbn paper reproduce --preset reduced --members 1 --dropout 0 --jobs 1 --held-out 0.1
 
 bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the plain network
 	$(REPRODUCE) --out $(RUNS)/lenet5 lenet5

@@ -343,7 +343,7 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A network as `stochbn train` saves it, with its posterior."""
+    """A network as `stochbn paper train` saves it, with its posterior."""
     arguments = {"classes": 3, "channels": 1, "size": 28}
     model = networks.build("lenet5", **arguments).eval()
     path = tmp_path / "net.safetensors"

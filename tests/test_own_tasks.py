@@ -166,7 +166,8 @@ def test_the_noise_of_labels_is_chosen(module: str) -> None:
         task="multilabel", temperature=True,
     )  # fmt: skip
     found = stochbn.load("c.sbn.safetensors")
-    assert (found.batch_size, found.temperature) == (wanted.batch_size, pytest.approx(wanted.temperature, rel=0.1))
+    assert found.batch_size == wanted.batch_size
+    assert found.temperature == pytest.approx(wanted.temperature, rel=0.1)
 
 
 def test_the_noise_of_places_is_chosen_without_those_that_do_not_count(module: str) -> None:

@@ -43,8 +43,8 @@ __all__ = [
 class _Console(Console):
     """A console that shows strings as they are, and knows the encoding of the stream that it now writes to."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
     @property
     def encoding(self) -> str:
@@ -60,6 +60,10 @@ IN_ASCII = {"\u00b1": "+-", "\u2013": "-", "\u2014": "-", "\u2018": "'", "\u2019
 
 READABLE = "stochbn.readable"
 """The name of the way to encode what an encoding lacks: `_in_ascii`."""
+
+
+UNBOUNDED = 10_000
+"""The width of tables in files and pipes, which have no lines to break."""
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -126,24 +130,28 @@ def show_warnings() -> None:
 
 def show(tables: Iterable[Table]) -> None:
     """Print tables: each as such where the terminal is wide enough for all of its cells, otherwise as a list."""
+    if out.quiet:
+        return
+    wide = out if out.is_terminal or "COLUMNS" in os.environ else _Console(width=UNBOUNDED)
     for table in tables:
         columns = [readable(name) for name in table.columns]
         rows = [[readable(cell) for cell in row] for row in table.rows]
         title = Text(readable(table.title), "bold")
-        widths = _widths(columns, rows, out.width - 1 - 3 * len(columns))
+        widths = _widths(columns, rows, wide.width - 1 - 3 * len(columns))
         if widths is None:
-            out.print(title)
+            out.print(title, soft_wrap=True)
             for first, *others in rows:
                 out.print(Text(f"{columns[0]}: {first}"), soft_wrap=True)
                 for name, cell in zip(columns[1:], others, strict=True):
                     out.print(Text(f"  {name}: {cell}"), soft_wrap=True)
             continue
-        shown = RichTable(title=title, title_justify="left")
+        wide.print(title, soft_wrap=True)
+        shown = RichTable()
         for i, (name, width) in enumerate(zip(columns, widths, strict=True)):
             shown.add_column(name, justify="right" if i else "left", width=width)
         for row in rows:
             shown.add_row(*row)
-        out.print(shown)
+        wide.print(shown)
 
 
 def _widths(columns: list[str], rows: list[list[str]], room: int) -> list[int] | None:

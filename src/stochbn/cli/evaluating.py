@@ -61,10 +61,10 @@ def evaluate(
 ) -> None:
     """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
 
-    Of networks that 'stochbn train' saved, those with dropout keep it on (MC Dropout), and several are also evaluated
-    as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for that with
-    'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores of their
-    own; labels that are no single numbers come as an array 'labels' of a .npz file.
+    Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
+    evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
+    that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
+    of their own; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.metrics.classification import torchmetrics_classification

@@ -30,7 +30,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="A folder of images, a file (.parquet, .csv, .npy, .npz), a data set on the Hub, or module:loader; for a "
-        "network of 'train' images by name, as there. (default: what such a network was trained on)",
+        "network of 'paper train' images by name, as there. (default: what such a network was trained on)",
         show_default=False,
     ),
 ]

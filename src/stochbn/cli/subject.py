@@ -38,7 +38,7 @@ class Given:
     networks: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="NETWORK", help="A network that 'stochbn train' saved; or use --model.", show_default=False
+            metavar="NETWORK", help="A network that 'stochbn paper train' saved; or use --model.", show_default=False
         ),
     ] = None
     model: Annotated[
@@ -144,7 +144,7 @@ class Subject:
 
     @classmethod
     def of(cls, given: Given, network: Path | None = None) -> Subject:
-        """The network that is given: by a file that 'stochbn train' wrote, or the user's own."""
+        """The network that is given: by a file that 'stochbn paper train' wrote, or the user's own."""
         return cls._trained(given, network) if network is not None else cls._own(given)
 
     @classmethod
@@ -272,11 +272,11 @@ def needs(option: str) -> str:
 def _check_one_way(given: Given, context: typer.Context) -> None:
     source = context.get_parameter_source("model")
     if given.networks and source is not None and source.name == "COMMANDLINE":  # one in a project file gives way
-        raise ValueError("name a network that 'stochbn train' wrote, or your own with --model, not both")
+        raise ValueError("name a network that 'stochbn paper train' wrote, or your own with --model, not both")
     if not given.networks and given.model is None:
         if given.weights is not None:
             raise ValueError("--weights needs --model, which builds the network that they are for")
-        raise typer.BadParameter("name a network: --model package.module:function, or a file of 'stochbn train'")
+        raise typer.BadParameter("name a network: --model package.module:function, or a file of 'stochbn paper train'")
 
 
 def settings_of(given: Given) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def measure(
     plain eager forward pass in evaluation mode; times are multiples of it.
 
     Args:
-        network: a checkpoint, as ``stochbn train`` writes them.
+        network: a checkpoint, as ``stochbn paper train`` writes them.
         batch: objects in a batch.
         source: the data; None is what the network was trained on.
         reference: independent draws whose mean counts as the truth.

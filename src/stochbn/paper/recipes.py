@@ -208,7 +208,7 @@ PRESETS: dict[str, dict[str, Recipe]] = {
         "smoke": replace(_RESNET, network="resnet18-final-bn", **_SMALL),
     },
 }
-"""What ``stochbn reproduce`` runs. ``paper`` is the published protocol, point by point in ``docs/protocol.md``.
+"""What ``stochbn paper reproduce`` runs. ``paper`` is the published protocol, point by point in ``docs/protocol.md``.
 ``reduced`` takes about an hour on two CPU cores and ``smoke`` less than a minute; both are ours: the learning rate
 changes at every step, batch norm's scale starts from 1, every batch norm is drawn, and posteriors are fitted on images
 as they are."""
