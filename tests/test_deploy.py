@@ -41,6 +41,18 @@ def images():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
+class Watched(nn.Sequential):
+    # leaves the most memory that its process has taken so far, in KiB
+    def forward(self, x):
+        import resource
+        with open(f"peak-{os.getpid()}", "w") as file:
+            file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        return super().forward(x)
+
+def wide():
+    torch.manual_seed(0)
+    return Watched(nn.Linear(WIDTH, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
 class Slow(nn.Sequential):
     # leaves its process's number where the test finds it
     def forward(self, x):
@@ -51,6 +63,9 @@ class Slow(nn.Sequential):
 def slow():
     return Slow(*network())
 """
+WIDTH = 12_288
+"""Numbers of an object of `wide`: 48 KiB."""
+MODULE = f"WIDTH = {WIDTH}\n{MODULE}"
 SCORED = ["class", "probability", "entropy", "mutual_information", "error"]
 
 ROWS = 230
@@ -128,6 +143,17 @@ def test_a_scorer_adds_the_columns_of_the_command_however_rows_are_batched(home:
                 assert scored["error"][i] is None
                 for name in ("probability", "entropy", "mutual_information"):
                     assert scored[name][i] == pytest.approx(row[name], rel=1e-4, abs=1e-6)
+
+
+def test_a_scorer_keeps_nothing_of_the_batches_it_has_seen(home: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    save_file(build(network("wide"), {}).model.state_dict(), "wide.safetensors")
+    score = Scorer(network("wide"), "wide.safetensors", inputs=["x"])
+    process, taken = psutil.Process(), []
+    for number in range(60):
+        score({"x": np.full((100, WIDTH), number, "float32")})
+        taken.append(process.memory_info().rss / 2**20)
+    assert taken[-1] - taken[9] < 60, "50 batches of 4.7 MiB each"
 
 
 def test_images_as_bytes_as_datasets_has_them_and_as_arrays(home: Path) -> None:
@@ -262,6 +288,32 @@ class TestRay:
         predict("p.parquet", model="slow")
         predict("local.parquet")
         assert table_rows("p.parquet") == table_rows("local.parquet")
+
+    def test_memory_does_not_grow_with_the_number_of_rows(self, home: Path) -> None:
+        """Of the process that asks, and of its actor, in MiB; the larger data has 188 MiB more."""
+        save_file(build(network("wide"), {}).model.state_dict(), "wide.safetensors")
+        script = "import sys, resource; sys.argv[0] = 'stochbn'; from stochbn.cli import main\nmain()"
+        script = script.replace("main()", "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code")
+        script += "\nopen('peak-asking', 'w').write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+        peaks: list[dict[bool, float]] = []
+        for count in (1000, 5000):
+            column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(count * WIDTH, "float32")), WIDTH)
+            Path(f"wide-{count}").mkdir()
+            pyarrow.parquet.write_table(
+                pyarrow.table({"x": column}), f"wide-{count}/0.parquet", row_group_size=100, compression="zstd"
+            )
+            given = ["--model", network("wide"), "--weights", "wide.safetensors", "--data", f"wide-{count}"]
+            given += ["--out", f"{count}.parquet", "--input", "x", "--batch", "50", "--part", "250"]
+            subprocess.run([sys.executable, "-c", script, "predict", *given, "--engine", "ray"], check=True)
+            assert len(table_rows(f"{count}.parquet")) == count
+            files = list(home.glob("peak-*"))
+            peaks.append({file.name == "peak-asking": int(file.read_text()) / 1024 for file in files})
+            assert len(files) == 2
+            for file in files:
+                file.unlink()
+        few, many = peaks
+        assert many[True] - few[True] < 60
+        assert many[False] - few[False] < 60
 
     def test_a_scorer_in_map_batches(self, home: Path) -> None:
         script = f"""
