@@ -85,7 +85,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	@touch $@
 
 docs: $(VENV)/.docs  ## the site, in build/site; its pictures are drawn anew
-	$(BIN)/sphinx-build -q -W --keep-going -c docs/site . build/site
+	$(BIN)/sphinx-build -q -a -W --keep-going -c docs/site . build/site
 	@echo "Open build/site/index.html"
 
 $(VENV)/.scale: $(VENV)/.installed

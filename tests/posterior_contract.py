@@ -404,6 +404,13 @@ class PosteriorContract:
         for merged in (whole.merge(self.accumulator()), self.accumulator().merge(whole)):
             same(merged.posterior(**self.settings()), wanted)
 
+    def test_it_is_shown_in_one_line(self) -> None:
+        posterior = self.accumulated(observations(statistics(9, 4), {"a": 1, "b": 3})).posterior(**self.settings())
+        name = type(posterior).__name__
+        of = "4 channels in 2 layers, from 9 mini-batches"
+        assert repr(posterior) == f"<{name}: {of}; the noise of mini-batches of 16, temperature 1>"
+        assert repr(posterior.rescale(math.inf)) == f"<{name}: {of}; no noise, temperature 1>"
+
     def test_merging_leaves_both_as_they_were(self) -> None:
         rows = observations(statistics(9, 4))
         one, other = self.accumulated(rows[:5]), self.accumulated(rows[5:])

@@ -166,7 +166,9 @@ def calibrate(
         )
     if temperature and at in (0, len(temperatures) - 1):
         warnings.warn(
-            f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}", stacklevel=2
+            f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}, as where few held-out "
+            "objects are classified wrongly: more of them would tell",
+            stacklevel=2,
         )
     options = totals.options(batch_sizes, temperatures, objects)
     report(Choice(score, objects, options, options[best]))

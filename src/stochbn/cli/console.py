@@ -55,7 +55,17 @@ class _Console(Console):
 out = _Console()
 err = _Console(stderr=True)
 
-IN_ASCII = {"\u00b1": "+-", "\u2013": "-", "\u2014": "-", "\u2018": "'", "\u2019": "'", "\u2026": "...", "\u2022": "*"}
+IN_ASCII = {
+    "\u00b1": "+-",
+    "\u2013": "-",
+    "\u2014": "-",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u2026": "...",
+    "\u2022": "*",
+    "\u2264": "<=",
+    "\u2265": ">=",
+}
 """What is written in place of signs that this program and the ones below it print."""
 
 READABLE = "stochbn.readable"

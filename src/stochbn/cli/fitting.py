@@ -173,22 +173,25 @@ def calibrate(
         if ranks.rank:
             return
         new.save(target)
-    show([_table(choices[0])])
+    show([_table(choices[0], ends=temperature)])
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     again = after_calibrating(given, beside and default_posterior(beside), target, augment)
     say(f"{choices[0]}\nSaved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
     say(again)
 
 
-def _table(choice: Choice) -> Table:
-    """How the noises compare that there were to choose from."""
+def _table(choice: Choice, ends: bool) -> Table:
+    """How the noises compare that there were to choose from; `ends` marks temperatures at an end of their range."""
+    from stochbn.calibration import TEMPERATURES
     from stochbn.paper.tables import Table
 
+    lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
+    signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}
     name = {"nll": "NLL", "brier": "Brier score"}[choice.score]
     rows = [
         [
             "none" if one.batch_size == math.inf else f"{one.batch_size:g}",
-            f"{one.temperature:.3f}",
+            f"{signs.get(one.temperature, '')}{one.temperature:.3f}",
             f"{one.mean:.4f}",
             "chosen" if one is choice.chosen else f"{one.more:.4f} \u00b1 {one.error:.4f}",
         ]

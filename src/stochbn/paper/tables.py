@@ -87,8 +87,7 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
             paper = PUBLISHED.get(published or "", {}).get(method, {}).get(key, (None, None))
             printed = PRINTED.get(published or "", {}).get(method, (None, None)) if key == "nll" else (None, None)
             for found, theirs, also in zip((plain, sbn), paper, printed, strict=True):
-                show = _score if found is plain else _number_of  # with SBN the error is alike, and the table is wide
-                cell = show(found, key, digits, 100 if key == "ece" else 1) if found else "-"
+                cell = _score(found, key, digits, 100 if key == "ece" else 1) if found else "-"
                 brackets = [] if theirs is None else [f"{theirs:.{2 if key == 'error' else 3}f}"]
                 brackets += [] if also is None else [f"{also:.4f}"]
                 row.append(f"{cell} ({'; '.join(brackets)})" if brackets else cell)
@@ -222,10 +221,6 @@ def _score(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) 
     error = scores.get(f"{key}_se")
     if isinstance(error, float) and scores["objects"] <= FEW_OBJECTS:
         return f"{_number(scores[key], digits, factor)} ± {_number(error, digits, factor)}"
-    return _number_of(scores, key, digits, factor)
-
-
-def _number_of(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
     return _number(scores[key], digits, factor)
 
 
@@ -233,7 +228,7 @@ def _objects(scores: Sequence[Mapping[str, Any]]) -> str:
     """How many objects scores are of, where these are few."""
     count = scores[0].get("objects", math.inf)
     few = count <= FEW_OBJECTS and isinstance(scores[0].get("error_se"), float)
-    return f"; {count} objects, ± standard error (alike with SBN)" if few else ""
+    return f"; {count} objects, ± standard error" if few else ""
 
 
 def _change(scores: Mapping[str, Any], key: str, digits: int) -> str:

@@ -29,7 +29,7 @@ LARGEST = 2**31 - 1
 """What numbers of channels, mini-batches and draws may be at most; anything near it is a mistake."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Posterior(ABC):
     """A distribution over the mean and the variance of every channel of every batch-norm layer of a network.
 
@@ -88,6 +88,14 @@ class Posterior(ABC):
         object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no int of 64 bits or more
         if not isinstance(self.fingerprint, Fingerprint | None):
             raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(self.fingerprint).__name__}")
+
+    def __repr__(self) -> str:
+        size = f"of {self.batch_size:g}" if self.batch_size is not None else "as they came"
+        noise = "no noise" if self.batch_size == math.inf else f"the noise of mini-batches {size}"
+        return (
+            f"<{type(self).__name__}: {self.channels} channels in {len(self.layers)} layers, from {self.mini_batches} "
+            f"mini-batches; {noise}, temperature {self.temperature:.4g}>"
+        )
 
     @property
     def channels(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Empirical", "Replayed"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Empirical(Posterior):
     """Replay: the statistics of observed mini-batches themselves, as MC-BN draws them (Teye et al., 2018).
 

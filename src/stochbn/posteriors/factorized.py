@@ -23,7 +23,7 @@ __all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "layers_o
 P = TypeVar("P", bound=Posterior)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Factorized(Posterior):
     r"""The paper's SBN distribution: independent for every channel of every layer.
 

@@ -25,7 +25,7 @@ FLOOR = 1e-6
 """What is added to a mini-batch's variance before its logarithm is taken, as published."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FactorizedLog(Posterior):
     r"""The paper's SBN distribution, fitted by moments of ln sigma^2 as in the published experiments.
 

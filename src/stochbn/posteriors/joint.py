@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Directions", "Joint"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Joint(Posterior):
     r"""One Gaussian over all layers' means and log-variances, with what channels and layers have in common.
 

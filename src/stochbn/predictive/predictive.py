@@ -63,7 +63,7 @@ class Predictive:
         posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
             its running averages or, with `augment`, as many as there are draws.
         draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
-            but with `augment`, where each counts as one.
+            but with `augment` or ``tolerance=0``, where each counts as one.
         task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
             predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
             each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.

@@ -20,7 +20,9 @@ def facts(about: Mapping[str, Any], seconds: float, command: str) -> dict[str, s
         command: how it is made again.
     """
     draws = about["draws"]
-    passes = f"An object takes one pass of a network as it is ({draws} if dropout stays on), and {draws} with SBN."
+    noisy = any(described and described["batch_size"] != "inf" for described in about["posteriors"])
+    drawn = f"{draws} with SBN" if noisy or about["augment"] else "one with SBN, whose posteriors have no noise"
+    passes = f"An object takes one pass of a network as it is ({draws} if dropout stays on), and {drawn}."
     return {
         "Networks": ", ".join(about["networks"]),
         "Posteriors": "; ".join(map(_posterior, about["posteriors"])),
@@ -44,5 +46,6 @@ def _posterior(described: Mapping[str, Any] | None) -> str:
     if described is None:
         return "none"
     size = described["batch_size"]
-    noise = "of its mini-batches" if size is None else f"of mini-batches of {size}"
-    return f"{described['kind']}, noise {noise}, temperature {described['temperature']:.3g}"
+    names = {None: "noise of its mini-batches", "inf": "no noise"}
+    noise = names.get(size, f"noise of mini-batches of {size}")
+    return f"{described['kind']}, {noise}, temperature {described['temperature']:.3g}"

@@ -69,7 +69,8 @@ def load_splits(name: str) -> tuple[Any, str]:
     except (ConnectionError, OSError) as error:
         if local:
             raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
-        raise DataError(f"cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
+        absent = "" if name in HUB else f"there is no folder {name!r} here, and "
+        raise DataError(f"{absent}cannot reach the Hugging Face Hub to fetch {location!r}: {advice}") from error
     except Exception as error:  # the readers of each format raise errors of their own kinds
         if not local:
             raise DataError(f"cannot fetch {location!r} from the Hugging Face Hub ({error}): {advice}") from error

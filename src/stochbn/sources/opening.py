@@ -58,22 +58,25 @@ def open_objects(
         DataError, ValueError: it cannot be opened; the message says what to do.
     """
     columns = columns or Columns()
-    path = Path(source)
+    path, shown = Path(source), source
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not path.exists():
         return _loader(source)
     if path.is_file():
         rows: Rows = _file(path, columns)
     elif path.is_dir() and _holds_images(path):
-        rows = FolderRows(_split_folder(path, split, prefer))
+        chosen = _split_folder(path, split, prefer)
+        rows = FolderRows(chosen)
+        shown = source if chosen == path else f"{source} ({chosen.name})"
     elif path.is_dir() or source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         loaded, location = load_splits(source)
         name = _chosen(list(loaded), split, prefer, location)
         rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns))
+        shown = f"{source} ({name})" if len(loaded) > 1 else source
     else:
         raise DataError(f"there is no data {source!r}; expected {KINDS}")
     if preprocess is None and (isinstance(rows, FolderRows) or getattr(rows, "is_picture", False)):
         preprocess = Preprocessing()
-    opened = RowObjects(source, rows, preprocess)
+    opened = RowObjects(shown, rows, preprocess)
     if not len(opened):
         raise DataError(f"{source!r} holds no objects")
     return _renumbered(opened, classes) if classes else opened
