@@ -78,7 +78,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed  ## run the tests under the oldest versions that pyproject.toml allows, but for torch
-	$(OLDEST)/bin/pytest
+	$(OLDEST)/bin/pytest $(SPREAD)
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
