@@ -32,7 +32,7 @@ from conftest import (
 )
 from stochbn import Predictive, calibrate
 from stochbn.calibration import TEMPERATURES
-from stochbn.choice import Choice, Option
+from stochbn.choice import Choice, Option, Totals
 
 KINDS = ("factorized", "joint", "empirical")
 Batches = list[tuple[Tensor, Tensor]]
@@ -548,7 +548,7 @@ def test_an_optimum_at_the_end_of_the_range_is_told(model: nn.Module) -> None:
     posterior = stochbn.fit(model, [X], 2)
     with torch.no_grad():
         wrong = copy.deepcopy(model).eval()(X).argmin(1)
-    with pytest.warns(UserWarning, match="the smallest of the batch sizes, 0.5, is the best"):
+    with pytest.warns(UserWarning, match=r"the smallest mini-batches that were tried, 0\.5, is the best"):
         calibrate(model, posterior, [(X, wrong)], batch_sizes=[0.5, 1e9], draws=50)
     with pytest.warns(UserWarning, match="at or beyond the end of the range, 4"):
         calibrate(model, posterior, [(X, wrong)], batch_sizes=[1e9], draws=1, temperature=True)
@@ -605,7 +605,7 @@ def test_ignored_labels_do_not_count(score: str) -> None:
     assert done == [45]
     assert found.batch_size == wanted.batch_size
     assert found.temperature == pytest.approx(wanted.temperature, rel=1e-4)
-    with pytest.raises(ValueError, match="there are no held-out objects"):
+    with pytest.raises(ValueError, match="there are no held-out objects: all 90 have the label 255"):
         stochbn.calibrate(model, posterior, [(x, torch.full((90,), 255))], ignore_index=255)
     with pytest.raises(ValueError, match="labels must lie between"):
         stochbn.calibrate(model, posterior, [(x, labels.where(some, 255))])
@@ -663,7 +663,7 @@ def test_a_choice_says_what_it_cannot_tell_apart(model: nn.Module) -> None:
 
 def test_labels_of_other_classes_are_lost_by_much_and_it_says_so() -> None:
     options = (Option(math.inf, 1.0, 0.5, 0.2, 0.01), Option(16, 1.0, 0.3, 0.0, 0.0))
-    said = str(Choice("nll", 4000, options, options[1]))
+    said = str(Choice("nll", 4000, "objects", options, options[1]))
     assert said == (
         "The NLL of 4,000 held-out objects is lowest with the noise of mini-batches of 16: 0.3000. With no noise it is "
         "higher by 0.2000 ± 0.0100."
@@ -691,3 +691,38 @@ def test_places_of_an_image_count_as_one_object_in_the_error() -> None:
         rows.append(-probs.gather(1, labels[:, None]).log().flatten(1).mean(1))
     assert choice.objects == labels.numel()
     assert other.error == pytest.approx((rows[0] - rows[1]).std().item() / 12**0.5, rel=1e-3)
+
+
+def test_the_error_of_a_difference_is_that_of_a_ratio_where_objects_have_different_numbers_of_places() -> None:
+    """Against the spread over many samples of objects, of which some have many places and a larger difference."""
+    generator = seeded(3)
+    mean, errors = [], []
+    for _ in range(300):
+        units = torch.randint(1, 20, (60,), generator=generator)
+        first = units * (0.5 + 0.01 * torch.randn(60, generator=generator, dtype=torch.float64))
+        second = units * (0.6 + 0.01 * torch.randn(60, generator=generator, dtype=torch.float64))
+        totals = Totals(2, 1)
+        for part in (slice(0, 25), slice(25, 60)):
+            totals.add(torch.stack([first[part], second[part]])[:, None], units[part])
+        one, other = totals.options([8, math.inf], torch.ones(1, dtype=torch.float64))
+        assert one.more == one.error == 0
+        assert other.more == pytest.approx(((second - first).sum() / units.sum()).item())
+        mean.append(other.more)
+        errors.append(other.error)
+    spread = torch.tensor(mean).std().item()
+    assert sum(errors) / 300 == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("score", ["nll", "brier"])
+def test_probabilities_of_0_and_1_can_be_scored(score: Any) -> None:
+    model = nn.Sequential(settled(mlp(), 4), Scaled(nn.Identity(), 1e6), nn.Softmax(1))
+    posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+    x = normal(40, 4, seed=2)
+    labels = torch.arange(40) % 3
+    choices: list[Choice] = []
+    stochbn.calibrate(model, posterior, [(x, labels)], output="probs", score=score, report=choices.append)
+    assert all(math.isfinite(one.mean) for one in choices[0].options)
+    if score == "nll":
+        plain = next(one for one in choices[0].options if one.batch_size == math.inf)
+        probs = Predictive(model, posterior.rescale(math.inf), output="probs")(x).probs
+        assert plain.mean == pytest.approx(stochbn.metrics.evaluate(probs, labels)["nll"], rel=1e-5)

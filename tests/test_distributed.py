@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import stochbn
-from conftest import mlp, normal, settled
+from conftest import dropout_net, mlp, normal, seeded, settled
 from posterior_contract import nearly_same, same
 from stochbn.distributed import Ranks
 from stochbn.posteriors import KINDS
@@ -128,6 +128,69 @@ def test_ranks_that_take_turns_draw_what_one_process_draws(kind: str, folder: Pa
     drawn = stochbn.load(folder / "posterior-0").draw(9, torch.Generator().manual_seed(0))
     alone = stochbn.fit(network(), [data()], 6, kind).draw(9, torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn, alone, rtol=1e-5, atol=1e-6)
+
+
+def drop_and_change() -> dict[str, Any]:
+    model = settled(nn.Sequential(nn.Dropout(0.5), *dropout_net()), 4)
+    return {"model": model, "augment": lambda x, generator: x + torch.randn(x.shape, generator=generator)}
+
+
+def fit_with_chance(rank: int, folder: Path) -> None:
+    mine = [torch.ones(6, 4) for _ in range(rank, 16, 2)]
+    stochbn.fit(**drop_and_change(), batches=mine, batch_size=6, group=dist.group.WORLD).save(folder / f"{rank}")
+
+
+def test_what_is_drawn_at_random_is_drawn_as_in_one_process(folder: Path) -> None:
+    """Equal mini-batches, so that those with the same masks and changes would be equal."""
+    assert not any(run(2, folder, fit_with_chance))
+    alone = stochbn.fit(**drop_and_change(), batches=[torch.ones(6, 4) for _ in range(16)], batch_size=6)
+    found = stochbn.load(folder / "0")
+    torch.testing.assert_close(found.draw(5, seeded()), alone.draw(5, seeded()), rtol=1e-5, atol=1e-6)
+
+
+def fit_unlike(rank: int, folder: Path, unlike: dict[str, Any]) -> None:
+    stochbn.fit(network(), [data(48)], **{"batch_size": 6, **(unlike if rank else {})}, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("unlike", "message"),
+    [
+        ({"kind": "factorized"}, "rank 1 was called with kind factorized and rank 0 with joint"),
+        pytest.param(
+            {"batch_size": 8}, "rank 1 was called with batch_size 8 and rank 0 with 6", marks=pytest.mark.long
+        ),
+        pytest.param({"deterministic": ["1"]}, "rank 1 was called with deterministic ['1']", marks=pytest.mark.long),
+        ({"max_batches": 1}, "max_batches must be at least 2, got 1"),
+    ],
+)
+def test_ranks_that_are_called_unlike_are_told_and_none_waits(
+    unlike: dict[str, Any], message: str, folder: Path
+) -> None:
+    for error in run(2, folder, fit_unlike, unlike):
+        assert message in error
+
+
+def calibrate_unlike(rank: int, folder: Path, failing: str) -> None:
+    model, posterior = network(), _without_ranks(data())
+    if failing == "other weights" and rank:
+        with torch.no_grad():
+            model.get_parameter("0.weight").mul_(2)
+    sizes = [4, 8] if failing == "other sizes" and rank else [8, 16]
+    held_out = [(data(24), torch.arange(24) % 3)]
+    stochbn.calibrate(model, posterior, held_out, batch_sizes=sizes, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [
+        ("other sizes", "rank 1 was called with batch_sizes [4, 8] and rank 0 with [8, 16]"),
+        pytest.param("other weights", "rank 1 failed", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_calibrate_alike_or_not_at_all(failing: str, message: str, folder: Path) -> None:
+    first, second = run(2, folder, calibrate_unlike, failing)
+    assert message in first
+    assert second
 
 
 def fit_or_fail(rank: int, folder: Path, failing: str) -> None:

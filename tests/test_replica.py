@@ -180,6 +180,26 @@ def slow_in_place(model: nn.Module, posterior: stochbn.Posterior, x: Tensor) -> 
 
 
 @pytest.mark.parametrize("build", [Closure, patched, locked])
+def test_threads_take_turns_with_a_network_that_must_run_in_place(build: Callable[[], nn.Module]) -> None:
+    model = settled(build(), 4)
+    posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+    x = normal(20, 4, seed=2)
+    wanted = slow_in_place(model, posterior, x)
+    predictive = stochbn.Predictive(model, posterior, 9)
+    begin = threading.Barrier(6)
+
+    def work(_: int) -> list[Tensor]:
+        begin.wait()
+        return [predictive(x, generator=seeded()).probs for _ in range(12)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for found in pool.map(work, range(6)):
+            for probs in found:
+                torch.testing.assert_close(probs, wanted, rtol=1e-4, atol=1e-5)
+    assert "passes change it" not in str(predictive.explain(x))
+
+
+@pytest.mark.parametrize("build", [Closure, patched, locked])
 def test_a_network_that_must_run_in_place_is_right_and_stays(build: Callable[[], nn.Module]) -> None:
     model, x = settled(build(), 4), normal(9, 4)
     posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8, deterministic=())

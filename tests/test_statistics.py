@@ -43,8 +43,8 @@ def observer(model: nn.Module, evaluation: str | None = None) -> Observer:
 def observed(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
     observe = observer(model)
-    for batch in batches:
-        for name, found in observe(network_input(model, batch)).items():
+    for number, batch in enumerate(batches):
+        for name, found in observe(network_input(model, batch), number).items():
             rows.setdefault(name, []).append(found)
     return {name: torch.cat(found) for name, found in rows.items()}
 
@@ -274,7 +274,7 @@ def test_dropout_is_on_while_observing_as_in_training() -> None:
         torch.manual_seed(11)
         state = torch.get_rng_state()
         found = observed(model, [x])
-        assert torch.equal(torch.get_rng_state(), state), "masks are from a generator of the observer's own"
+        assert torch.equal(torch.get_rng_state(), state), "masks are from a generator of the mini-batch's own"
         torch.manual_seed(0)
         wanted = slow_statistics(model, [x])
     torch.testing.assert_close(found["2"], wanted["2"], rtol=2e-5, atol=2e-6)
@@ -351,9 +351,9 @@ def test_a_second_round_of_observations_is_the_same_as_the_first() -> None:
 def test_the_stream_of_observations_does_not_alias_the_next_one() -> None:
     model = settled(mlp(), 4)
     observe = observer(model)
-    first = observe(NetworkInput((normal(8, 4),)))
+    first = observe(NetworkInput((normal(8, 4),)), 0)
     kept = {name: rows.clone() for name, rows in first.items()}
-    observe(NetworkInput((normal(8, 4, seed=1) * 3,)))
+    observe(NetworkInput((normal(8, 4, seed=1) * 3,)), 1)
     for name, rows in first.items():
         assert torch.equal(rows, kept[name])
 
@@ -408,10 +408,13 @@ def test_convolutions_are_observed_in_channels_last_layout_where_that_gives_the_
 
 def test_another_layout_is_not_tried_where_it_would_take_other_random_numbers() -> None:
     model, batches = Layouts(view=False, dropout=0.5), [normal(12, 2, 6, 6, seed=i) for i in range(3)]
-    with torch.random.fork_rng():
-        found = observed(model, batches)
-        torch.manual_seed(0)
-        wanted = slow_statistics(model, batches)
+    found = observed(model, batches)
+    each = []
+    for number, batch in enumerate(batches):  # each with masks of its own
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            each.append(slow_statistics(model, [batch]))
+    wanted = {name: torch.cat([one[name] for one in each]) for name in each[0]}
     assert not any(model.seen), "masks are laid out like the activations, so the other layout gives other statistics"
     for name, rows in wanted.items():
         torch.testing.assert_close(found[name], rows, rtol=2e-5, atol=2e-6)
@@ -481,7 +484,7 @@ def test_modules_in_evaluation_mode_are_not_observed_and_work_with_their_running
     model = settled(convnet(), 2, 6, 5)
     batches = [normal(8, 2, 6, 5, seed=i) for i in range(3)]
     observe = observer(model, evaluation="1")
-    found = [observe(NetworkInput((batch,))) for batch in batches]
+    found = [observe(NetworkInput((batch,)), number) for number, batch in enumerate(batches)]
     assert [list(one) for one in found] == [["4"]] * 3
     assert observe.frozen == []
     hidden = [model[3](model[2](model[1](model[0](batch)))) for batch in batches]  # type: ignore[index]
@@ -495,7 +498,7 @@ def test_frozen_layers_are_named() -> None:
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
     observe = observer(model)
     with pytest.warns(UserWarning, match="'1' does not update"):
-        observe(NetworkInput((normal(8, 2, 6, 5),)))
+        observe(NetworkInput((normal(8, 2, 6, 5),)), 0)
     assert observe.frozen == ["1"]
 
 

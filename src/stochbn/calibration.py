@@ -104,29 +104,14 @@ def calibrate(
             finite.
     """
     ranks = Ranks.of(group, "calibrated")
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model, weights=checks_weights(check))
-    check_draws(draws)
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r:.40}")
-    if augment is not None and not callable(augment):
-        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
-    if batch_sizes is None:
-        own = posterior.batch_size or 1
-        batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
-    if not len(batch_sizes):
-        raise ValueError("batch_sizes is empty; name at least one, or leave it out")
-    for size in batch_sizes:
-        posterior.rescale(size)  # refuses what cannot be, before anything is read
+    with ranks.failing_together():
+        batch_sizes = _checked(model, posterior, batch_sizes, draws, task, score, augment, check)
+    asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
+    ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
     temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
     totals = Totals(len(batch_sizes), len(temperatures))
-    objects = 0
+    done, units = 0, "objects"
     network = Network.of(model)
-    if task not in TASKS_WITH_LABELS:
-        raise ValueError(
-            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}"
-        )
     call = Call(
         make_task(task, logits, class_axis, output),
         posterior=posterior,
@@ -143,25 +128,29 @@ def calibrate(
             sizes = [
                 (posterior.rescale(size), 1 if size == math.inf and augment is None else draws) for size in batch_sizes
             ]
-            asked = replace(call, seed=seed + number * ranks.count + ranks.rank)
+            if labels.ndim > 1:
+                units = "labels" if task == "multilabel" else "places"
+            this = replace(call, seed=seed + ranks.place(number))
+            counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
             try:
-                losses = _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
+                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
             except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-                losses = _losses(network, objects_in, labels, asked, sizes, temperatures, SCORES[score], ignore_index)
-            totals.add(losses)
-            objects += labels.numel() if ignore_index is None else int((labels != ignore_index).sum())
-            progress(objects)
+                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
+            totals.add(losses, counted.cpu().reshape(len(counted), -1).sum(1))
+            done += int(counted.sum())
+            progress(done)
     totals.share(ranks)
-    objects = int(ranks.total(torch.tensor(objects)))
-    if not objects:
-        raise ValueError("there are no held-out objects: the iterable is empty or already used up")
+    if not totals.units:
+        ignored = f"all {totals.objects} have the label {ignore_index}, which is ignored"
+        reason = ignored if totals.objects else "the iterable is empty or already used up"
+        raise ValueError(f"there are no held-out objects: {reason}")
     if not totals.total.isfinite().all():
         raise ValueError("the network's output is not finite for some held-out objects; check the input for NaN")
     best, at = divmod(int(totals.total.argmin()), len(temperatures))
     if batch_sizes[best] == min(batch_sizes) and len(batch_sizes) > 1:
         warnings.warn(
-            f"the smallest of the batch sizes, {batch_sizes[best]:g}, is the best: a smaller one may be better; name "
-            "smaller ones in batch_sizes",
+            f"the noise of the smallest mini-batches that were tried, {batch_sizes[best]:g}, is the best: more "
+            "may be better still; name smaller batch_sizes, or fit with a smaller batch size",
             stacklevel=2,
         )
     if temperature and at in (0, len(temperatures) - 1):
@@ -170,24 +159,67 @@ def calibrate(
             "objects are classified wrongly: more of them would tell",
             stacklevel=2,
         )
-    options = totals.options(batch_sizes, temperatures, objects)
-    report(Choice(score, objects, options, options[best]))
+    options = totals.options(batch_sizes, temperatures)
+    report(Choice(score, totals.units, units, options, options[best]))
     return replace(posterior.rescale(batch_sizes[best]), temperature=options[best].temperature)
+
+
+def _checked(
+    model: nn.Module,
+    posterior: Posterior,
+    batch_sizes: Sequence[float] | None,
+    draws: int,
+    task: str,
+    score: str,
+    augment: Augment | None,
+    check: str,
+) -> list[float]:
+    """The grid of batch sizes.
+
+    Raises:
+        TypeError, ValueError: as `calibrate`.
+    """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
+    posterior.check(model, weights=checks_weights(check))
+    check_draws(draws)
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r:.40}")
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+    if task not in TASKS_WITH_LABELS:
+        raise ValueError(
+            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "
+            "for a regression choose it with the batch size of fit, and see stochbn.conformal.intervals"
+        )
+    if batch_sizes is None:
+        own = posterior.batch_size or 1
+        batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
+    if not len(batch_sizes):
+        raise ValueError("batch_sizes is empty; name at least one, or leave it out")
+    for size in batch_sizes:
+        posterior.rescale(size)  # refuses what cannot be, before anything is read
+    return list(batch_sizes)
+
+
+def _described(posterior: Posterior) -> str:
+    """A text that is the same for the same posteriors."""
+    draw = posterior.draw(1, torch.Generator().manual_seed(0))
+    return f"{posterior!r} with a draw of the sum {sum(values.double().sum().item() for values in draw.values())!r}"
 
 
 def _losses(
     network: Network,
     inputs: NetworkInput,
     labels: Tensor,
+    counted: Tensor,
     call: Call,
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
     score: type[_Score],
-    ignore_index: int | None,
 ) -> Tensor:
-    """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over places."""
+    """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
-    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     labels = labels.where(counted, 0)
     with passes(network, inputs, call) as made:
         for posterior, draws in noise:
@@ -231,7 +263,8 @@ class _NLL(_Score):
 
     def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
-        return math.log(self.draws) - self.total
+        # The likelihood of 0 that probabilities may have is that of the smallest float32 number, as for the metrics.
+        return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
 
 
 class _Brier(_Score):

@@ -23,8 +23,8 @@ class Option(NamedTuple):
 
     Attributes:
         batch_size: the effective mini-batch size; ``math.inf`` is no noise.
-        temperature: what logits are divided by.
-        mean: the score of an object, in nats if it is the NLL.
+        temperature: what logits are divided by, refined between those that were tried.
+        mean: the score of an object at the best temperature that was tried, in nats if it is the NLL.
         more: by how much that is above the chosen option's.
         error: the standard error of `more`, of scores of the same objects.
     """
@@ -51,13 +51,15 @@ class Choice:
 
     Attributes:
         score: ``"nll"`` or ``"brier"``.
-        objects: how many held-out objects (or labels, or places of dense outputs) were scored.
+        objects: how many held-out objects were scored.
+        units: what these are: ``"objects"``, ``"labels"`` of them, or ``"places"`` of dense outputs.
         options: one for each noise, as they were passed.
         chosen: which of them has the lowest score.
     """
 
     score: str
     objects: int
+    units: str
     options: tuple[Option, ...]
     chosen: Option
 
@@ -68,12 +70,12 @@ class Choice:
 
     def __str__(self) -> str:
         name = {"nll": "NLL", "brier": "Brier score"}[self.score]
-        first = f"The {name} of {self.objects:,} held-out objects is lowest with {self.chosen.name}"
+        first = f"The {name} of {self.objects:,} held-out {self.units} is lowest with {self.chosen.name}"
         sentences = [f"{first}: {self.chosen.mean:.4f}."]
         plain = [one for one in self.options if one.batch_size == math.inf and one is not self.chosen]
         sentences += [f"With {one.name} it is higher by {one.more:.4f} \u00b1 {one.error:.4f}." for one in plain]
         if self.unclear:
-            sentences.append(f"These objects do not tell it apart from {_listed(self.unclear)}.")
+            sentences.append(f"These {self.units} do not tell it apart from {_listed(self.unclear)}.")
         return " ".join(sentences)
 
 
@@ -101,38 +103,59 @@ class Totals:
     """
 
     def __init__(self, noises: int, temperatures: int) -> None:
-        self.total = torch.zeros(noises * temperatures, dtype=torch.float64)
-        self.products = torch.zeros(len(self.total), len(self.total), dtype=torch.float64)
-        self.count = 0
         self.shape = noises, temperatures
+        self.objects = 0
+        self._sums = torch.zeros(noises * temperatures + 1, dtype=torch.float64)  # the last one is of the units
+        self._products = torch.zeros(len(self._sums), len(self._sums), dtype=torch.float64)
 
-    def add(self, scores: Tensor) -> None:
-        """Add those of a batch, ``[B, T, N]``; the places of a dense output are summed, as they are not independent."""
-        flat = scores.flatten(0, 1)
-        self.total += flat.sum(1)
-        self.products.addmm_(flat, flat.T)
-        self.count += flat.shape[1]
+    @property
+    def total(self) -> Tensor:
+        """``[B, T]``: the sums of all scores."""
+        return self._sums[:-1].view(self.shape)
+
+    @property
+    def units(self) -> int:
+        """How many labels or places of the objects count, or objects."""
+        return int(self._sums[-1])
+
+    def add(self, scores: Tensor, units: Tensor) -> None:
+        """Add those of a batch.
+
+        Args:
+            scores: ``[B, T, N]``, those of the labels and places of an object summed, as they are not independent.
+            units: ``[N]``: how many of these each object has.
+        """
+        flat = torch.cat([scores.flatten(0, 1), units[None].double()])
+        self._sums += flat.sum(1)
+        self._products.addmm_(flat, flat.T)
+        self.objects += len(units)
 
     def share(self, ranks: Ranks) -> None:
         """Add up those of all ranks."""
-        self.total, self.products = ranks.total(self.total), ranks.total(self.products)
-        self.count = int(ranks.total(torch.tensor(self.count)))
+        self._sums, self._products = ranks.total(self._sums), ranks.total(self._products)
+        self.objects = int(ranks.total(torch.tensor(self.objects)))
 
-    def options(self, batch_sizes: Sequence[float], temperatures: Tensor, objects: int) -> tuple[Option, ...]:
+    def options(self, batch_sizes: Sequence[float], temperatures: Tensor) -> tuple[Option, ...]:
         """Each noise at its best temperature, beside the best noise at its best."""
-        table = self.total.view(self.shape)
         chosen = int(self.total.argmin())
         options = []
-        for row, (size, losses) in enumerate(zip(batch_sizes, table, strict=True)):
+        for row, (size, losses) in enumerate(zip(batch_sizes, self.total, strict=True)):
             at = int(losses.argmin())
             place = row * self.shape[1] + at
-            more = (self.total[place] - self.total[chosen]).item()
-            squares = self.products[place, place] - 2 * self.products[place, chosen] + self.products[chosen, chosen]
-            variance = max(squares.item() - more**2 / self.count, 0) / (self.count - 1) if self.count > 1 else math.inf
-            error = 0.0 if place == chosen else math.sqrt(self.count * variance) / objects
+            more = ((self._sums[place] - self._sums[chosen]) / self.units).item()
+            error = 0.0 if place == chosen else self._error(place, chosen, more)
             best = _refined(losses, temperatures, at)
-            options.append(Option(size, best, losses[at].item() / objects, more / objects, error))
+            options.append(Option(size, best, losses[at].item() / self.units, more, error))
         return tuple(options)
+
+    def _error(self, place: int, chosen: int, more: float) -> float:
+        """The standard error of a mean difference of a unit: that of a ratio of sums over objects."""
+        if self.objects < 2:
+            return math.inf
+        weights = torch.zeros_like(self._sums)
+        weights[place], weights[chosen], weights[-1] = 1, -1, -more
+        squares = max((weights @ self._products @ weights).item(), 0)
+        return math.sqrt(squares * self.objects / (self.objects - 1)) / self.units
 
 
 def _refined(losses: Tensor, temperatures: Tensor, at: int) -> float:

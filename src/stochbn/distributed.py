@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -138,6 +138,35 @@ class Ranks:
         if self.count == 1:
             return sorted(names)
         return sorted({name for text in self._gather(json.dumps(sorted(names)).encode()) for name in json.loads(text)})
+
+    def place(self, number: int) -> int:
+        """Which one of all mini-batches this rank's of a number is, where ranks take them in turn.
+
+        >>> Ranks(None).place(5)
+        5
+        """
+        return number * self.count + self.rank
+
+    def check_same(self, settings: Mapping[str, Any]) -> None:
+        """Refuse ranks that were called with different settings, on every rank.
+
+        Args:
+            settings: by their names; they are compared as text.
+
+        Raises:
+            ValueError: they were.
+        """
+        if self.count == 1:
+            return
+        texts = {name: str(value) for name, value in settings.items()}
+        every = [json.loads(text) for text in self._gather(json.dumps(texts).encode())]
+        for rank, other in enumerate(every):
+            for name, value in other.items():
+                if value != every[0].get(name):
+                    raise ValueError(
+                        f"rank {rank} was called with {name} {value:.60} and rank 0 with {every[0].get(name)!s:.60}; "
+                        "call every rank alike"
+                    )
 
     def check_weights(self, fingerprint: Fingerprint) -> None:
         """Refuse ranks whose networks have different weights.

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
+from stochbn.posteriors.accumulators import Accumulator
 from stochbn.statistics import NoBatchesError, mini_batches, observing
 
 __all__ = ["fit"]
@@ -155,8 +156,9 @@ def fit(
             may have different amounts of data, or none; if one fails, all raise. A mini-batch is one rank's also where
             the network has a ``SyncBatchNorm``: for the noise of what it normalised over in training, `batch_size` is
             that of all ranks together. Where ranks take mini-batches of one stream in turn, the posterior is that of
-            one process, to rounding; where they take others, the directions of kind joint may have other signs and the
-            rows of kind empirical another order, so that a seed gives other draws. None is this process's data alone.
+            one process, to rounding, which may change which ones are kept if there are more than `max_batches`; where
+            they take others, the directions of kind joint may have other signs and the rows of kind empirical another
+            order, so that a seed gives other draws. None is this process's data alone.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
             sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
             for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
@@ -178,34 +180,28 @@ def fit(
 
     Source: Atanov et al., 2018, section 3 (one-pass moments in place of the exponential smoothing).
     """
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
-    for name, value, least in (("max_batches", max_batches, 2), ("directions", directions, 1)):
-        if value is None and name == "directions":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     ranks = Ranks.of(group)
-    options = {"max_batches": max_batches, "directions": directions}
-    own = inspect.signature(KINDS[kind].accumulator).parameters
-    accumulator = KINDS[kind].accumulator(**{name: value for name, value in options.items() if name in own})
-    accumulator.rank = ranks.rank
     frozen: set[str] = set()
     lack: NoBatchesError | None = None
     with ranks.failing_together():
+        accumulator = _accumulator(kind, max_batches, directions)
+        accumulator.rank = ranks.rank
         layers = batch_norms(model)
         refuse_sharded(model)
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+    options = {"kind": kind, "batch_size": batch_size, "max_batches": max_batches, "directions": directions}
+    ranks.check_same({**options, "deterministic": chosen, "augment": "given" if augment else None})
+    with ranks.failing_together():
         network.look()
         fingerprint = Fingerprint.of(model)
         uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
         training, skipped = _modes(network, chosen)
         observations = mini_batches(model, batches, batch_size, inputs)
         if augment is not None:
-            observations = _augmented(observations, augment, ranks.rank)
+            observations = _augmented(observations, augment, ranks)
         try:
             first = next(observations)
         except NoBatchesError as error:
@@ -213,8 +209,8 @@ def fit(
         else:
             guard(network, first, training)
             with observing(network, training) as observe:
-                for mini_batch in itertools.chain([first], observations):
-                    accumulator.update({**uncalled, **observe(mini_batch)})
+                for number, mini_batch in enumerate(itertools.chain([first], observations)):
+                    accumulator.update({**uncalled, **observe(mini_batch, ranks.place(number))})
             frozen = set(observe.frozen)
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
@@ -251,12 +247,30 @@ def fit(
     return posterior
 
 
-def _augmented(mini_batches: Iterable[NetworkInput], augment: Augment, seed: int) -> Iterator[NetworkInput]:
+def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
+    """What mini-batches are added to.
+
+    Raises:
+        TypeError, ValueError: there is no such kind, or it cannot have these settings.
+    """
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
+    options = {"max_batches": (max_batches, 2), "directions": (directions, 1)}
+    for name, (value, least) in options.items():
+        if value is None and name == "directions":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    own = inspect.signature(KINDS[kind].accumulator).parameters
+    return KINDS[kind].accumulator(**{name: value for name, (value, _) in options.items() if name in own})
+
+
+def _augmented(mini_batches: Iterable[NetworkInput], augment: Augment, ranks: Ranks) -> Iterator[NetworkInput]:
     """Mini-batches with their first tensor changed at random."""
-    if not callable(augment):
-        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
     for number, mini_batch in enumerate(mini_batches):
-        view = Views(augment, len(mini_batch.first), seed + 7919 * number, clean=False)
+        view = Views(augment, len(mini_batch.first), 7919 * ranks.place(number), clean=False)
         yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]
 
 

@@ -155,8 +155,8 @@ class Observer:
 
     On a CPU the weights of convolutions are brought to channels-last layout, which is faster, if the statistics of the
     first mini-batch are the same to rounding as without; that takes one more pass over it. It is not tried where a
-    pass takes random numbers. These are from a generator of the observer's own, so the same mini-batches give the same
-    statistics.
+    pass takes random numbers. These are from a generator of each mini-batch's own, so the same mini-batches give the
+    same statistics.
 
     Args:
         replica: the network to run, which is changed.
@@ -190,11 +190,16 @@ class Observer:
         self._asking = False
         self._first = True
 
-    def __call__(self, inputs: NetworkInput) -> dict[str, Tensor]:
+    def __call__(self, inputs: NetworkInput, number: int) -> dict[str, Tensor]:
         """The statistics of one mini-batch: for every layer that was called ``[calls, 2, C]``, float64.
 
         They are the mean and the biased variance at each call.
+
+        Args:
+            inputs: the mini-batch.
+            number: how many came before it, which its random numbers come from.
         """
+        self._masks.restart(number)
         if not self._first:
             return self._passed(inputs)
         observation = self._passed(inputs)

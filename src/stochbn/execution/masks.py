@@ -42,6 +42,11 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         self.used = False
         self._generators: dict[torch.device, torch.Generator] = {}
 
+    def restart(self, seed: int) -> None:
+        """Have the next random numbers be the first ones of another seed."""
+        self._seed = seed
+        self._generators.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:

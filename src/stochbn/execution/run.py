@@ -222,7 +222,8 @@ class Passes:
         """Where passes change the replica, each gets one of its own."""
         if self._network.known.stateful and not self._network.known.in_place:
             fresh = self._network.fresh(generators=self._generators)
-            assert fresh is not None
+            if fresh is None:  # it can no longer be copied
+                raise NetworkChangedError
             self._uninstall()
             self._install(fresh)
 

@@ -221,6 +221,8 @@ class Network:
         self.model = model
         self.known = Knowledge(Snapshot.of(nn.Module()))
         self._in_use = threading.RLock()
+        self._borrower: int | None = None  # the thread that runs the network itself, which is changed meanwhile
+        self._borrowed = 0  # how often that began
         self._local = threading.local()
 
     @classmethod
@@ -259,10 +261,22 @@ class Network:
         return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
     def look(self) -> Knowledge:
-        """What is known of the network as it is now: nothing, if more than parameters and buffers was changed."""
-        if not self.known.is_of(self.model):
-            self.known = Knowledge(Snapshot.of(self.model), self.model)
-        return self.known
+        """What is known of the network as it is now: nothing, if more than parameters and buffers was changed.
+
+        Where another thread runs the network itself, that is waited for, as it is changed until then.
+        """
+        if not self.known.in_place and self._borrower is None:
+            before, known = self._borrowed, self._looked()
+            if self._borrowed == before:
+                self.known = known
+                return known
+        with self._in_use:
+            if self._borrower != threading.get_ident():  # not from within a pass
+                self.known = self._looked()
+            return self.known
+
+    def _looked(self) -> Knowledge:
+        return self.known if self.known.is_of(self.model) else Knowledge(Snapshot.of(self.model), self.model)
 
     @contextmanager
     def replica(self) -> Iterator[Replica]:
@@ -274,8 +288,17 @@ class Network:
                 if replica.usable:
                     self._local.kept = self._key(), replica
                 return
-        with self._in_use, _borrowed(self.model) as borrowed:
+        with self._borrow() as borrowed:
             yield borrowed
+
+    @contextmanager
+    def _borrow(self) -> Iterator[Replica]:
+        """The user's own network, for one thread at a time."""
+        with self._in_use, ExitStack() as stack:
+            stack.callback(vars(self).__setitem__, "_borrower", self._borrower)
+            self._borrower = threading.get_ident()
+            self._borrowed += 1
+            yield stack.enter_context(_borrowed(self.model))
 
     def trained(self) -> frozenset[str]:
         """Names of the modules that are in training mode when the network is trained.
@@ -302,7 +325,7 @@ class Network:
                 put_in_training(replica.model)
             yield replica
         else:
-            with self._in_use, _borrowed(self.model) as borrowed:
+            with self._borrow() as borrowed:
                 yield borrowed
 
     def _key(self) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ def observe(
     network.look()
     with observing(network, frozenset(network.trained()) - set(deterministic)) as see:
         for count, inputs in enumerate(mini_batches(model, batches, batch_size), start=1):
-            for layer, statistics in see(inputs).items():
+            for layer, statistics in see(inputs, count - 1).items():
                 found.setdefault(layer, []).append(statistics.float())
             report(count * batch_size, len(images) // batch_size * batch_size)
     return {layer: torch.cat(rows) for layer, rows in found.items()}

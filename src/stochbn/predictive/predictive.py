@@ -242,8 +242,9 @@ class Predictive:
             where = f"on the network itself, one call at a time ({self._network.known.in_place})"
         else:
             where = "on a copy of the network that shares its parameters"
-        afresh = ", a fresh one for each pass, as passes change it" if self._network.known.stateful else ""
-        lines = [f"Passes run {where}{afresh}."]
+            if self._network.known.stateful:
+                where += ", a fresh one for each pass, as passes change it, or may"
+        lines = [f"Passes run {where}."]
         if plan.together:
             lines.append(f"All objects go through the network together: {plan.together}.")
         if plan.units:
