@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # pip shows what it downloads and installs; warnings about places that are not there are not for readers of this.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e
 
-.PHONY: demo scale test test-long coverage test-networks networks interop test-oldest docs lint bench clean
+.PHONY: demo scale test test-slow coverage test-networks networks interop test-oldest docs lint bench clean
 
 # What the command line needs, without tools for development.
 $(VENV)/.runs: pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ SPREAD := -n logical --maxprocesses 4 --dist loadfile
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/pytest $(SPREAD)
 
-test-long: $(VENV)/.installed  ## run the tests that only widen what others cover
+test-slow: $(VENV)/.installed  ## run the tests that only widen what others cover
 	$(BIN)/pytest -m long
 
 coverage: $(VENV)/.installed  ## the same, and which lines and branches of src/ they run, in build/coverage/html

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer.main
 
 from stochbn import cli
-from stochbn.cli.following import after_evaluating, after_fitting, command
+from stochbn.cli.following import after_calibrating, after_evaluating, after_fitting, command
 from stochbn.cli.subject import Given
 from stochbn.posteriors import Posterior
 from stochbn.report.words import made_worse
@@ -20,7 +21,7 @@ OWN = Given(
     label="kind", class_axis=0, probs=True,
 )  # fmt: skip
 TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
-A_POSTERIOR: Any = object()
+A_POSTERIOR: Any = SimpleNamespace(batch_size=16)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -102,3 +103,16 @@ def test_networks_without_a_posterior_are_to_be_fitted() -> None:
 def test_after_a_fit_of_a_regression_there_is_nothing_to_calibrate() -> None:
     (words,) = commands(after_fitting(Given(model="m:f", task="regression"), None, Path("p.safetensors"), None))
     assert words[0] == "evaluate"
+
+
+def test_a_posterior_without_noise_is_to_be_fitted_anew_before_it_is_calibrated() -> None:
+    quiet: Any = SimpleNamespace(batch_size=float("inf"))
+    first, second = commands(after_evaluating(OWN, worse(0.01), [quiet], [None], None, ignore=255))
+    assert (first[0], second[0]) == ("fit", "calibrate")
+    assert parsed(second)["ignore"] == 255
+
+
+def test_what_follows_the_calibration_of_places_says_that_there_are_such() -> None:
+    (words,) = commands(after_calibrating(OWN, None, Path("p"), None, dense=True, ignore=255))
+    found = parsed(words)
+    assert (found["dense"], found["ignore"]) == (True, 255)

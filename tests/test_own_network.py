@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import sys
@@ -230,7 +231,7 @@ def test_a_hole_in_a_list_of_numbers_is_told() -> None:
     with pytest.raises(ValueError, match="holds what is no number"):
         rows.read(0)
     assert rows.read(1).tolist() == [1, 2]
-    with pytest.raises(ValueError, match="holds what is no number"):
+    with pytest.raises(ValueError, match="has no number in the column 'x'"):
         rows.read(2)
 
 
@@ -549,3 +550,53 @@ def test_a_network_of_ones_own_is_exported(module: str, weights: Path, told: Cal
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
     assert entropy.shape == (5,)
     assert "name data with --data" in told("export", *own, "--out", "x.onnx")
+
+
+def test_a_mistyped_cell_of_a_table_is_the_error_of_its_row(
+    tabular: tuple[object, ...], told: Callable[..., str]
+) -> None:
+    stochbn_("fit", *tabular, "--data", "t.csv", "--key", "id")
+    lines = Path("t.csv").read_text().splitlines()
+    place = lines[0].split(",").index("f2")
+    for row, text in ((3, "abc"), (5, "")):
+        cells = lines[row + 1].split(",")
+        cells[place] = text
+        lines[row + 1] = ",".join(cells)
+    Path("bad.csv").write_text("\n".join(lines) + "\n")
+    stochbn_("predict", *tabular, "--data", "bad.csv", "--key", "id", "--out", "p.csv", "--draws", 8)
+    rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
+    assert [i for i, row in enumerate(rows) if row["error"]] == [3, 5]
+    assert rows[3]["error"] == "holds 'abc' in the column 'f2', which is no number"
+    assert rows[5]["error"] == "has no number in the column 'f2'"
+    assert "holds 'abc' in the column 'f2'" in told("fit", *tabular, "--data", "bad.csv", "--key", "id")
+
+
+def test_a_row_of_nan_does_not_keep_the_others_from_their_predictions(tabular: tuple[object, ...]) -> None:
+    found = table()
+    x = np.stack([found[f"f{i}"] for i in range(4)], 1)
+    np.save("x.npy", x)
+    stochbn_("fit", *tabular, "--data", "x.npy")
+    x[[2, 7], 1] = np.nan
+    np.save("bad.npy", x)
+    for name in ("x", "bad"):
+        stochbn_("predict", *tabular, "--data", f"{name}.npy", "--out", f"{name}.csv", "--draws", 8)
+    whole, rows = (list(csv.DictReader(Path(f"{name}.csv").read_text().splitlines())) for name in ("x", "bad"))
+    assert [i for i, row in enumerate(rows) if row["error"]] == [2, 7]
+    assert "holds NaN or infinity" in rows[2]["error"]
+    assert rows[0]["class"] == whole[0]["class"]
+
+
+def test_labels_that_are_names_in_an_array_are_told_with_the_file(tabular: tuple[object, ...], told: Any) -> None:
+    found = table()
+    x = np.stack([found[f"f{i}"] for i in range(4)], 1)
+    np.savez("named.npz", x=x, y=np.array(["cat"] * len(x)))
+    said = told("fit", *tabular, "--data", "named.npz")
+    assert "'named.npz': expected labels that are numbers" in said
+
+
+def test_a_single_column_of_lists_needs_no_name(tabular: tuple[object, ...]) -> None:
+    found = table()
+    rows = np.stack([found[f"f{i}"] for i in range(4)], 1).tolist()
+    datasets.Dataset.from_dict({"x": rows, "label": found["label"]}).to_parquet("list.parquet")
+    stochbn_("fit", *tabular, "--data", "list.parquet", "--out", "l.sbn.safetensors")
+    assert stochbn.load("l.sbn.safetensors").layers == {"1": 6}

@@ -160,7 +160,7 @@ def test_the_noise_of_labels_is_chosen(module: str) -> None:
     truth = (X[:, :3] > 0).astype(np.int64)
     np.savez("test.npz", inputs=X, labels=truth)
     text = stochbn_("calibrate", *given, "--held-out", "test.npz", "--out", "c.sbn.safetensors")
-    assert f"The NLL of {truth.size} held-out objects" in text
+    assert f"The NLL of {truth.size} held-out labels" in text
     wanted = stochbn.calibrate(
         network(given), stochbn.load("w.sbn.safetensors"), [(torch.from_numpy(X), torch.from_numpy(truth))],
         task="multilabel", temperature=True,
@@ -175,7 +175,7 @@ def test_the_noise_of_places_is_chosen_without_those_that_do_not_count(module: s
     truth = np.where(np.random.default_rng(3).random(TRUTH.shape) < 0.2, 255, TRUTH)
     np.savez("test.npz", inputs=PLACES, labels=truth)
     text = stochbn_("calibrate", *given, "--held-out", "test.npz", "--ignore", 255, "--out", "c.sbn.safetensors")
-    assert f"The NLL of {(truth != 255).sum():,} held-out objects" in text
+    assert f"The NLL of {(truth != 255).sum():,} held-out places" in text
 
 
 def test_where_there_are_no_labels_calibrate_says_what_else_to_do(module: str, told: Any) -> None:  # noqa: F811

@@ -198,9 +198,30 @@ def scored(
     Raises:
         ValueError: as `rows_of`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    prediction = None if chunk.inputs is None else predictor(chunk.inputs, generator=generator)
+
+    def predicted(inputs: Any) -> Any:
+        return None if inputs is None else predictor(inputs, generator=torch.Generator().manual_seed(seed))
+
+    try:
+        prediction = predicted(chunk.inputs)
+    except ValueError:
+        # An input that is no number spoils the others' predictions where the network does not take it.
+        usable = _without_nan(chunk)
+        if usable is chunk:
+            raise
+        chunk, prediction = usable, predicted(usable.inputs)
     return rows_of(chunk, prediction, key_name, classes, top, masks)
+
+
+def _without_nan(chunk: Chunk) -> Chunk:
+    """The chunk itself, or one in which objects with an input that is not finite have an error."""
+    if not isinstance(chunk.inputs, Tensor) or chunk.inputs.isfinite().all():
+        return chunk
+    finite = chunk.inputs.flatten(1).isfinite().all(1)
+    fine = iter(finite.tolist())
+    told = "holds NaN or infinity, for which the network gives no prediction"
+    errors = [error if error is not None or next(fine) else told for error in chunk.errors]
+    return Chunk(chunk.keys, errors, chunk.inputs[finite] if finite.any() else None)
 
 
 def parts_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import os
+import re
 import sys
 import unicodedata
 import warnings
@@ -121,7 +122,22 @@ def say(text: str, *bold: object) -> None:
 
 def complain(text: str) -> None:
     """Print one line about an error."""
-    err.print(Text.assemble(("Error:", "bold red"), " ", readable(" ".join(text.split()))), soft_wrap=True)
+    err.print(Text.assemble(("Error:", "bold red"), " ", _line(text)), soft_wrap=True)
+
+
+OPTIONS = {"ignore_index": "ignore"}
+"""Options of the command line for arguments of Python's that are called otherwise."""
+ARGUMENT = re.compile(r"\b(task|logits|class_axis|ignore_index|batch_size|draws|tolerance)=([\"']?)([^\s\"',;)]+)\2")
+
+
+def _line(text: str) -> str:
+    """A message as one line, with options in place of the arguments that Python code has.
+
+    >>> _line('leave out task="binary", or\\npass class_axis=-1; see output="probs"')
+    'leave out --task binary, or pass --class-axis -1; see --probs'
+    """
+    text = ARGUMENT.sub(lambda found: f"--{OPTIONS.get(found[1], found[1]).replace('_', '-')} {found[3]}", text)
+    return readable(" ".join(text.replace('output="probs"', "--probs").split()))
 
 
 def show_warnings() -> None:
@@ -132,8 +148,7 @@ def show_warnings() -> None:
         if not issubclass(category, UserWarning):
             usual(message, category, *place, **more)
         elif not out.quiet:
-            text = readable(" ".join(str(message).split()))
-            err.print(Text.assemble(("Warning:", "bold yellow"), " ", text), soft_wrap=True)
+            err.print(Text.assemble(("Warning:", "bold yellow"), " ", _line(str(message))), soft_wrap=True)
 
     warnings.showwarning = shown
 

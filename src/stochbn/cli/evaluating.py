@@ -64,7 +64,8 @@ def evaluate(
     Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
     evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
     that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
-    of their own; labels that are no single numbers come as an array 'labels' of a .npz file.
+    of their own, in one process and without a page; labels that are no single numbers come as an array 'labels' of a
+    .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.metrics.classification import torchmetrics_classification
@@ -98,7 +99,7 @@ def evaluate(
                 )
             fitted_one = subjects[0].find_posterior(named[0])
             worse = _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
-            say(after_evaluating(given, worse, [fitted_one], named, augment))
+            say(after_evaluating(given, worse, [fitted_one], named, augment, ignore))
             return
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]

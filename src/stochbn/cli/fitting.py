@@ -175,7 +175,8 @@ def calibrate(
         new.save(target)
     show([_table(choices[0], ends=temperature)])
     size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
-    again = after_calibrating(given, beside and default_posterior(beside), target, augment)
+    dense = choices[0].units == "places"
+    again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=ignore)
     say(f"{choices[0]}\nSaved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
     say(again)
 
@@ -197,7 +198,7 @@ def _table(choice: Choice, ends: bool) -> Table:
         ]
         for one in choice.options
     ]
-    title = f"{name} of {choice.objects:,} held-out objects, with a paired standard error"
+    title = f"{name} of {choice.objects:,} held-out {choice.units}, with a paired standard error"
     return Table(title, ["noise of mini-batches of", "temperature", name, "above the chosen"], rows)
 
 

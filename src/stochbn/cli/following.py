@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stochbn.cli.subject import SHARED, Given
 
@@ -56,11 +57,29 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
     return f"Next, choose its noise by data that the network was not trained on: {chosen}\nOr as it is. {again}"
 
 
-def after_calibrating(given: Given, beside: Path | None, path: Path, augment: str | None) -> str:
-    """What to run on a posterior with the noise that is wanted; arguments are as of `after_fitting`."""
+def after_calibrating(
+    given: Given,
+    beside: Path | None,
+    path: Path,
+    augment: str | None,
+    *,
+    dense: bool = False,
+    ignore: int | None = None,
+) -> str:
+    """What to run on a posterior with the noise that is wanted.
+
+    Args:
+        given: the options about the network.
+        beside: where its posterior is looked for if none is named.
+        path: where it is.
+        augment: the augmentation that it is for.
+        dense: whether the network gives a class for each place.
+        ignore: a label of what does not count.
+    """
     data = None if given.networks else "TEST-DATA"
     posterior = None if path == beside else path
-    return f"Next: {command('evaluate', given, data=data, posterior=posterior, augment=augment)}"
+    options: dict[str, Any] = {"data": data, "posterior": posterior, "augment": augment}
+    return f"Next: {command('evaluate', given, **options, dense=dense, ignore=ignore)}"
 
 
 def after_evaluating(
@@ -69,6 +88,7 @@ def after_evaluating(
     fitted: Sequence[Posterior | None],
     posteriors: Sequence[Path | None],
     augment: str | None,
+    ignore: int | None = None,
 ) -> str:
     """What to run after an evaluation: what mends a posterior that made probabilities worse, where one did.
 
@@ -78,6 +98,7 @@ def after_evaluating(
         fitted: the posterior of each network.
         posteriors: their files, where they were named.
         augment: the augmentation that was drawn.
+        ignore: a label of what did not count.
     """
     networks: list[Path | None] = list(given.networks) if given.networks else [None]
     lines, data = [], None if given.networks else "TRAINING-DATA"
@@ -92,7 +113,10 @@ def after_evaluating(
         lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
         for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
             if posterior is not None and scored:
-                lines.append(f"    {_calibrate(given, network, path, augment)}")
+                if posterior.batch_size == math.inf:  # of which there is no other noise to choose
+                    again = command("fit", given, network=network, data=data, out=path, augment=augment)
+                    lines.append(f"    {again}")
+                lines.append(f"    {_calibrate(given, network, path, augment, ignore)}")
             elif posterior is not None:
                 again = command("fit", given, network=network, data=data, batch_size=64, out=path, augment=augment)
                 lines.append(f"    {again}")
@@ -109,7 +133,9 @@ def _has_labels(given: Given) -> bool:
     return given.task in (None, *TASKS_WITH_LABELS)
 
 
-def _calibrate(given: Given, network: Path | None, posterior: Path | None, augment: str | None) -> str:
+def _calibrate(
+    given: Given, network: Path | None, posterior: Path | None, augment: str | None, ignore: int | None = None
+) -> str:
     """The command that chooses the noise; named data sets have no split that is called held out, so one is named."""
     split = "SPLIT" if given.networks else None
     return command(
@@ -120,4 +146,5 @@ def _calibrate(given: Given, network: Path | None, posterior: Path | None, augme
         split=split,
         posterior=posterior,
         augment=augment,
+        ignore=ignore,
     )

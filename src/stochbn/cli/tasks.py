@@ -44,6 +44,7 @@ class Scored:
         change: what SBN changes in the mean loss of an object; None without a posterior.
         change_se: its standard error, paired over objects.
         loss: what the loss is: the NLL, or the squared error where a network says nothing of its uncertainty.
+        errors: of few objects, the standard error of each method's NLL, or RMSE; none where objects count unlike.
     """
 
     sort: str
@@ -51,6 +52,7 @@ class Scored:
     change: float | None
     change_se: float | None
     loss: str
+    errors: dict[str, float]
 
 
 def score_tasks(
@@ -72,6 +74,7 @@ def score_tasks(
     import torch
 
     from stochbn import Predictive
+    from stochbn.paper.tables import FEW_OBJECTS
 
     methods: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
     if posterior is not None:
@@ -96,11 +99,16 @@ def score_tasks(
             sort, (found[name], losses[name]) = "multilabel", _multilabel(predictions())
         else:
             sort, (found[name], losses[name]) = "dense", _dense(predictions(), ignore)
+    errors = {}
+    if ignore is None and len(data) <= FEW_OBJECTS:
+        for name, each in losses.items():
+            error = (each.double().var() / len(each)).sqrt().item()
+            errors[name] = error if loss == "NLL" else error / max(2 * found[name]["rmse"], 1e-300)
     if posterior is None:
-        return Scored(sort, found, None, None, loss)
+        return Scored(sort, found, None, None, loss, errors)
     change = losses["SBN"] - losses["plain"]
     error = (change.var() / len(change)).sqrt().item() if len(change) > 1 else math.nan
-    return Scored(sort, found, change.mean().item(), error, loss)
+    return Scored(sort, found, change.mean().item(), error, loss, errors)
 
 
 def tabulate(scored: Scored, name: str) -> list[Table]:
@@ -108,14 +116,19 @@ def tabulate(scored: Scored, name: str) -> list[Table]:
     from stochbn.paper.tables import Table
 
     columns = COLUMNS[scored.sort]
+    known = "nll" if scored.loss == "NLL" else "rmse"
 
-    def cell(scores: dict[str, float], key: str, digits: int, factor: float) -> str:
-        return f"{factor * scores[key]:.{digits}f}" if key in scores and math.isfinite(scores[key]) else "-"
+    def cell(method: str, key: str, digits: int, factor: float) -> str:
+        score = scored.scores[method].get(key, math.nan)
+        if not math.isfinite(score):
+            return "-"
+        error = scored.errors.get(method, math.nan) if key == known else math.nan
+        more = f" ± {factor * error:.{digits}f}" if math.isfinite(error) else ""
+        return f"{factor * score:.{digits}f}{more}"
 
-    rows = [
-        [method, *(cell(scores, *column) for column in columns.values())] for method, scores in scored.scores.items()
-    ]
-    tables = [Table(name, ["method", *columns], rows)]
+    rows = [[method, *(cell(method, *column) for column in columns.values())] for method in scored.scores]
+    title = f"{name}; ± standard error" if scored.errors else name
+    tables = [Table(title, ["method", *columns], rows)]
     if scored.change is not None:
         title = f"What SBN changes in the mean {scored.loss}, with its standard error paired over objects"
         tables.append(

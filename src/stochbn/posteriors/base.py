@@ -248,7 +248,9 @@ class Posterior(ABC):
                 "has is not known; fit it with a batch_size"
             )
         if math.isinf(self.batch_size):
-            raise ValueError("this posterior was rescaled to no noise, which cannot be undone; rescale the one before")
+            raise ValueError(
+                "this posterior was rescaled to no noise, which cannot be undone; rescale the one before, or fit again"
+            )
         return replace(self._scaled(self.batch_size / batch_size), batch_size=batch_size)
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:

@@ -148,7 +148,11 @@ def _arrays(path: Path, columns: Columns) -> ArrayRows:
         if inputs is None:
             raise DataError(f"{str(path)!r} has the arrays {', '.join(names)}; say with --input which are the inputs")
         labels = pick(columns.label, ("y", "labels", "label", "targets"))
-        return ArrayRows(inputs, labels, pick(columns.key, ()), columns.key or "row")
+        keys = pick(columns.key, ())
+    try:
+        return ArrayRows(inputs, labels, keys, columns.key or "row")
+    except ValueError as error:
+        raise DataError(f"{str(path)!r}: {error}") from error
 
 
 def _holds_images(folder: Path) -> bool:

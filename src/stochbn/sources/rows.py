@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import numbers
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 from stochbn.sources.pictures import decode, is_picture
 
 __all__ = ["ArrayRows", "FolderRows", "TableRows"]
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+SEEN = 1000
+"""How many cells of a column of text are looked at, to tell whether it holds numbers."""
 
 
 class FolderRows:
@@ -59,7 +64,8 @@ class TableRows:
         table: the data set.
         name: what it is called in messages.
         inputs: the column of images or arrays, or the columns of numbers; none are the first column of images or,
-            where there is none, all columns of numbers but key and label.
+            where there is none, all columns of numbers but key and label; one of texts of
+            which most are numbers is among them. Where there are none either, the first column of lists.
         label: the column of labels; None is the first of type ClassLabel, or one called ``label``.
         key: the column of keys; None numbers the rows.
 
@@ -79,14 +85,16 @@ class TableRows:
         pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
         of_classes = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         self.label = label or next(iter(of_classes), "label" if "label" in features else None)
-        numeric = [c for c, f in features.items() if _is_numeric(f) and c not in (self.label, key)]
-        self.inputs = inputs or tuple(pictures[:1]) or tuple(numeric)
+        texts = [c for c, feature in features.items() if _is_text(feature)]
+        written = {c for c in texts if c not in (self.label, key) and _mostly_numbers(table[c][:SEEN])}
+        numeric = [c for c, f in features.items() if (_is_numeric(f) or c in written) and c not in (self.label, key)]
+        lists = [c for c, feature in features.items() if _is_numeric(getattr(feature, "feature", None))]
+        self.inputs = inputs or tuple(pictures[:1]) or tuple(numeric) or tuple(lists[:1])
         if not self.inputs:
             raise ValueError(f"{name} has no column of images or numbers; it has {', '.join(features)}: see --input")
-        texts = [column for column in self.inputs if getattr(features[column], "dtype", None) == "string"]
-        if texts:
-            raise ValueError(f"the column {texts[0]!r} of {name} holds text; name columns of images or numbers")
-        if self.label is not None and getattr(features[self.label], "dtype", None) == "string":
+        if no_numbers := [column for column in self.inputs if column in texts and column not in written]:
+            raise ValueError(f"the column {no_numbers[0]!r} of {name} holds text; name columns of images or numbers")
+        if self.label is not None and _is_text(features[self.label]):
             table = table.class_encode_column(self.label)
         self.is_picture = self.inputs[0] in pictures
         if self.is_picture:
@@ -116,9 +124,9 @@ class TableRows:
             if found is None:
                 raise ValueError("is empty")
             return decode(io.BytesIO(found["bytes"]) if found["bytes"] is not None else found["path"])
-        values = row[self.inputs[0]] if len(self.inputs) == 1 else [row[column] for column in self.inputs]
+        cells = [_number(row[column], column) for column in self.inputs]
         try:
-            tensor = torch.tensor(values, dtype=torch.float32)
+            tensor = torch.tensor(cells if len(cells) > 1 else cells[0], dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"holds what is no number: {error}") from error
         return tensor if tensor.ndim else tensor[None]
@@ -171,6 +179,8 @@ class ArrayRows:
     ) -> None:
         if inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
             raise ValueError(f"expected an array of numbers [N, ...], got {inputs.dtype} {list(inputs.shape)}")
+        if labels is not None and labels.dtype.kind not in "fiub":
+            raise ValueError(f"expected labels that are numbers, from 0 to K - 1 for K classes, got {labels.dtype}")
         for name, other in (("labels", labels), ("keys", keys)):
             if other is not None and len(other) != len(inputs):
                 raise ValueError(f"there are {len(inputs)} inputs and {len(other)} {name}; expected as many")
@@ -193,6 +203,31 @@ class ArrayRows:
     def labels(self) -> Tensor | None:
         """The labels."""
         return None if self.targets is None else torch.from_numpy(np.array(self.targets))
+
+
+def _number(value: Any, column: str) -> Any:
+    """A cell as it is, or what is written in it.
+
+    Raises:
+        ValueError: it is empty, or a text that is no number.
+    """
+    if value is None:
+        raise ValueError(f"has no number in the column {column!r}")
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"holds {value!r:.40} in the column {column!r}, which is no number") from None
+
+
+def _mostly_numbers(texts: list[str | None]) -> bool:
+    """Whether most texts are numbers, as in a column where a few are mistyped."""
+    return 2 * sum(NUMBER.fullmatch(text or "") is not None for text in texts) > len(texts)
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _is_numeric(feature: Any) -> bool:
