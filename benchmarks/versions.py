@@ -2,7 +2,9 @@
 
 Each version runs in processes of its own, which take turns: ``python benchmarks/versions.py OLD/src NEW/src``, where
 each is the ``src`` folder of a checkout. Networks have random weights and random images, so the figures compare the two
-versions and are no measure of what predictions cost on trained networks.
+versions and are no measure of what predictions cost on trained networks. With ``--trained FILE``, a network that both
+versions can read (``make bench`` leaves some in ``runs/bench``), the case is that network with its own data, or local
+copies of it in the folder that ``STOCHBN_DATA`` names, in batches of 100 and 1,000.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from plain import plain_passes, settle
+from torch import Tensor, nn
 
 CASES: dict[str, tuple[str, dict[str, object], tuple[int, ...], int]] = {
     "LeNet-5, 100": ("lenet5", {}, (1, 28, 28), 100),
@@ -35,10 +39,6 @@ Where a version does not know an argument, the network is what the argument asks
 
 def measure(case: str, threads: int) -> dict[str, float]:
     """One process's figures, in units of a plain pass."""
-    import torch
-    from torch import nn
-
-    import stochbn
     from stochbn.paper.networks import NETWORKS, build
 
     torch.set_num_threads(threads)
@@ -55,10 +55,29 @@ def measure(case: str, threads: int) -> dict[str, float]:
         )
     )  # fmt: skip
     data = [torch.randn(64, *shape) for _ in range(8)]
+    x = torch.randn(batch, *shape)
     settle(model, data)
+    return _measured(model, data, x)
+
+
+def measure_trained(file: Path, batch: int, threads: int) -> dict[str, float]:
+    """The same of a trained network with test images that it was made for."""
+    from stochbn.paper import checkpoints, data
+
+    torch.set_num_threads(threads)
+    checkpoint = checkpoints.load(file)
+    model = checkpoint.model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    train, test = (data.load(checkpoint.data, split).shuffled(0) for split in ("train", "test"))
+    batches = [inputs.contiguous() for inputs, _ in train.take(torch.arange(4096)).batches(512)]
+    return _measured(model, batches, next(test.batches(batch))[0].contiguous())
+
+
+def _measured(model: nn.Module, data: Sequence[Tensor], x: Tensor) -> dict[str, float]:
+    """Figures of predictions of a batch, with a posterior that is fitted to data."""
+    import stochbn
+
     posterior = stochbn.fit(model, data, 16)
     small = [piece for images in data for piece in images.split(16)]
-    x = torch.randn(batch, *shape)
     plain, plain_small = plain_passes(model, x), plain_passes(model, *small)
     for _ in range(3):
         plain()
@@ -93,19 +112,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="processes of each version and case (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which (default: all)")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--trained", type=Path, help="a network's file, in place of the cases")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(options.case, options.threads)))
+        if options.trained:
+            print(json.dumps(measure_trained(options.trained, int(options.case), options.threads)))
+        else:
+            print(json.dumps(measure(options.case, options.threads)))
         return
     if len(options.sources) != 2:
         parser.error("name two src folders, of the old and of the new version")
     print("| case | figure | old | new | new / old |\n| --- | --- | ---: | ---: | ---: |")
-    for case in options.cases:
+    trained = [] if options.trained is None else ["--trained", str(options.trained)]
+    for case in ("100", "1000") if trained else options.cases:
         found: list[dict[str, list[float]]] = [{}, {}]
         for _ in range(options.rounds):
             for source, figures in zip(options.sources, found, strict=True):
-                command = [sys.executable, __file__, "--case", case, "--threads", str(options.threads)]
+                command = [sys.executable, __file__, "--case", case, "--threads", str(options.threads), *trained]
                 environment = os.environ | {"PYTHONPATH": str(source.resolve()), "PYTHONWARNINGS": "ignore"}
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 for name, value in json.loads(done.stdout).items():

@@ -385,6 +385,16 @@ def test_where_bfloat16_matters_the_call_goes_on_without_and_later_ones_begin_so
             assert some.plan.head == ""
 
 
+def test_rounding_that_matters_to_many_draws_does_not_matter_to_few() -> None:
+    model, posterior = rounding_net()
+    x, draws = normal(40, 2, 6, 5, seed=4), list(posterior.iter_draws(8, seeded(1)))
+    for averaged, begun, ended in ((10**7, "8", ""), (50, "8", "8"), (10**7, "", "")):
+        with made(model, posterior, x, ROUNDED, exact=False, averaged=averaged) as some:
+            assert some.plan.head == begun
+            some(draws)
+            assert some.plan.head == ended
+
+
 def test_two_draws_tell_that_rounding_matters_by_far() -> None:
     model, posterior = rounding_net()
     x, rounded = normal(40, 2, 6, 5, seed=4), []

@@ -61,7 +61,7 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
     if network.known.in_place:
         return Verdict(Followed(in_place=network.known.in_place)), {}
     key, objects, known = call.key(network, inputs), len(inputs), network.known
-    refused = dict(known.get(("refused", key), {}))
+    refused = dict(known.get(("refused", key, call.averaged), {}))
     if call.exact:
         refused["bfloat16"] = "it would round more than the network's own type"
     for verdict in (known.get(key), known.get((key, objects))):
@@ -80,8 +80,8 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
 
 
 def refuse(network: Network, inputs: NetworkInput, call: Call, way: str, reason: str) -> None:
-    """Note that a way is not for such inputs."""
-    key = "refused", call.key(network, inputs)
+    """Note that a way is not for such inputs where so many draws are averaged: the more, the less it may round."""
+    key = "refused", call.key(network, inputs), call.averaged
     network.known.keep(key, {**network.known.get(key, {}), way: reason})
 
 
