@@ -30,7 +30,7 @@ test: $(VENV)/.installed  ## run the tests
 	$(BIN)/pytest $(SPREAD)
 
 test-slow: $(VENV)/.installed  ## run the tests that only widen what others cover
-	$(BIN)/pytest -m long
+	$(BIN)/pytest $(SPREAD) -m long
 
 coverage: $(VENV)/.installed  ## the same, and which lines and branches of src/ they run, in build/coverage/html
 	$(BIN)/pytest $(SPREAD) --cov --cov-report=term --cov-report=html

@@ -148,7 +148,7 @@ def test_a_posterior_can_be_fitted_with_other_settings_to_another_place(trained:
 
 
 def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "160")
     text = stochbn_("evaluate", *trained.networks, "--ood", "digits:5-9", "--draws", 3, "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
     assert [(row["method"], row["sbn"], row["members"]) for row in results["scores"]] == [
@@ -161,7 +161,9 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
     for i, label in enumerate(("plain", "Deep Ensembles (2)", "Dropout")):
         plain, sbn = scores[2 * i : 2 * i + 2]
         cells = [
-            f"{plain[key]:.{n}f} ± {plain[f'{key}_se']:.{n}f} {sbn[key]:.{n}f}" for key, n in (("error", 2), ("nll", 4))
+            f"{score[key]:.{n}f} ± {score[f'{key}_se']:.{n}f}"
+            for key, n in (("error", 2), ("nll", 4))
+            for score in (plain, sbn)
         ]
         assert f"{label} {' '.join(cells)}" in words(text)
         drawn = "SBN" if label == "plain" else f"{label} + SBN"
