@@ -296,7 +296,7 @@ def test_figures_of_stored_results_are_drawn_again_from_their_numbers(tmp_path: 
     png, _ = redraw(tmp_path)
     ours, committed = imread(png), imread(stored / png.name)
     assert ours.shape == committed.shape
-    assert np.abs(ours - committed).mean() < 0.04, "the committed figure is another one"
+    assert np.abs(ours - committed).mean() < 0.03, "the committed figure is another one"
 
 
 def test_folders_without_numbers_or_with_damaged_ones_are_refused(tmp_path: Path) -> None:
