@@ -266,3 +266,12 @@ def test_unknown_objects_and_some_of_the_held_out_ones_are_options(module: str) 
     stochbn_("calibrate", *given, *held_out, "--out", "all.sbn.safetensors")
     some, every = stochbn.load("some.sbn.safetensors"), stochbn.load("all.sbn.safetensors")
     assert some.temperature != every.temperature
+
+
+def test_a_single_object_has_scores_without_errors(module: str) -> None:
+    given = options(module, "one", X)
+    Path("w.sbn.safetensors").unlink()
+    np.savez("test.npz", inputs=X[:1], labels=X[:1, :1])
+    stochbn_("evaluate", *given, "--task", "regression", "--data", "test.npz", "--out", "r")
+    assert scores()["scores"]["plain"]["rmse"] >= 0
+    assert scores()["errors"] == {}

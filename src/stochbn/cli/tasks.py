@@ -100,15 +100,19 @@ def score_tasks(
         else:
             sort, (found[name], losses[name]) = "dense", _dense(predictions(), ignore)
     errors = {}
-    if ignore is None and len(data) <= FEW_OBJECTS:
+    if ignore is None and 1 < len(data) <= FEW_OBJECTS:
         for name, each in losses.items():
-            error = (each.double().var() / len(each)).sqrt().item()
+            error = _standard_error(each)
             errors[name] = error if loss == "NLL" else error / max(2 * found[name]["rmse"], 1e-300)
     if posterior is None:
         return Scored(sort, found, None, None, loss, errors)
     change = losses["SBN"] - losses["plain"]
-    error = (change.var() / len(change)).sqrt().item() if len(change) > 1 else math.nan
-    return Scored(sort, found, change.mean().item(), error, loss, errors)
+    return Scored(sort, found, change.mean().item(), _standard_error(change), loss, errors)
+
+
+def _standard_error(values: Tensor) -> float:
+    """That of their mean; NaN for a single one."""
+    return (values.double().var() / len(values)).sqrt().item() if len(values) > 1 else math.nan
 
 
 def tabulate(scored: Scored, name: str) -> list[Table]:
