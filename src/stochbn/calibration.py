@@ -106,11 +106,12 @@ def calibrate(
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
         batch_sizes = _checked(model, posterior, batch_sizes, draws, task, score, augment, check)
-    asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
-    ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
+    if ranks.count > 1:
+        asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
+        ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
     temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
     totals = Totals(len(batch_sizes), len(temperatures))
-    done, units = 0, "objects"
+    units = "objects"
     network = Network.of(model)
     call = Call(
         make_task(task, logits, class_axis, output),
@@ -137,8 +138,7 @@ def calibrate(
             except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
                 losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
             totals.add(losses, counted.cpu().reshape(len(counted), -1).sum(1))
-            done += int(counted.sum())
-            progress(done)
+            progress(totals.units)
     totals.share(ranks)
     if not totals.units:
         ignored = f"all {totals.objects} have the label {ignore_index}, which is ignored"

@@ -174,6 +174,7 @@ def _evaluate_task(
     """
     from stochbn.cli.tasks import score_tasks, tabulate
     from stochbn.files import write_bytes, write_json
+    from stochbn.report.words import worsened
 
     task = subject.settings.get("task", "classification")
     if task == "embedding":
@@ -189,8 +190,7 @@ def _evaluate_task(
     show(shown)
     worse = []
     if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
-        change = f"{scored.change:.4f} \u00b1 {scored.change_se:.4f}"
-        worse.append(f"SBN made the mean {scored.loss} worse on this data, by {change}.")
+        worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
     if folder is None:
         return worse
     folder.mkdir(parents=True, exist_ok=True)

@@ -222,7 +222,7 @@ class Network:
         self.known = Knowledge(Snapshot.of(nn.Module()))
         self._in_use = threading.RLock()
         self._borrower: int | None = None  # the thread that runs the network itself, which is changed meanwhile
-        self._borrowed = 0  # how often that began
+        self._borrows = 0  # how often that began
         self._local = threading.local()
 
     @classmethod
@@ -266,8 +266,8 @@ class Network:
         Where another thread runs the network itself, that is waited for, as it is changed until then.
         """
         if not self.known.in_place and self._borrower is None:
-            before, known = self._borrowed, self._looked()
-            if self._borrowed == before:
+            before, known = self._borrows, self._looked()
+            if self._borrows == before:
                 self.known = known
                 return known
         with self._in_use:
@@ -297,7 +297,7 @@ class Network:
         with self._in_use, ExitStack() as stack:
             stack.callback(vars(self).__setitem__, "_borrower", self._borrower)
             self._borrower = threading.get_ident()
-            self._borrowed += 1
+            self._borrows += 1
             yield stack.enter_context(_borrowed(self.model))
 
     def trained(self) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -179,15 +180,17 @@ class Sample(Accumulator[P]):
         found = self._empty()
         found.seen, found._by_hash = about["seen"], about["by_hash"]
         found._layers = dict(about["layers"])
-        places = [(index, rank) for index, rank in tensors["places"].tolist()]
         hashes = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
         # Each row has memory of its own: one that is kept would else keep those that are dropped.
-        found._rows = list(map(_Row, places, hashes, map(torch.clone, tensors["rows"])))
+        found._rows = [
+            _Row((index, rank), number, row.clone())
+            for (index, rank), number, row in zip(tensors["places"].tolist(), hashes, tensors["rows"], strict=True)
+        ]
         return found
 
     def statistics(self) -> Tensor:
         """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
-        rows = sorted(self._rows, key=_by_hash if self._by_hash else _by_place)
+        rows = sorted(self._rows, key=BY_HASH if self._by_hash else BY_PLACE)
         return torch.stack([row.statistics for row in rows])
 
     def _settings(self) -> dict[str, Any]:
@@ -211,7 +214,7 @@ class Sample(Accumulator[P]):
         if len(self._rows) <= self.most:
             return
         self._by_hash = True
-        self._rows.sort(key=_by_hash)
+        self._rows.sort(key=BY_HASH)
         del self._rows[self.most :]
 
 
@@ -223,9 +226,4 @@ class _Row(NamedTuple):
     statistics: Tensor
 
 
-def _by_hash(row: _Row) -> int:
-    return row.hash
-
-
-def _by_place(row: _Row) -> tuple[tuple[int, int], int]:
-    return row.place, row.hash
+BY_HASH, BY_PLACE = attrgetter("hash"), attrgetter("place", "hash")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["made_worse", "summary"]
+__all__ = ["made_worse", "summary", "worsened"]
 
 Scores = Mapping[str, Any]
 """Of one method, from `stochbn.paper.report.score`."""
@@ -41,11 +41,15 @@ def summary(scores: Sequence[Scores], known: str, unknown: str | None) -> list[s
 def made_worse(scores: Sequence[Scores]) -> list[str]:
     """In which methods SBN made the NLL worse, by how much: sentences; none where it did in none."""
     return [
-        f"SBN made the NLL of {_name(row)} worse on this data, by {row['nll_change']:.4f} ± "
-        f"{row['nll_change_se']:.4f} nats."
+        worsened(f"the NLL of {_name(row)}", row["nll_change"], row["nll_change_se"], " nats")
         for row in scores
         if _told(row, "nll") > 0
     ]
+
+
+def worsened(what: str, change: float, error: float, unit: str = "") -> str:
+    """That SBN made something worse."""
+    return f"SBN made {what} worse on this data, by {change:.4f} ± {error:.4f}{unit}."
 
 
 def _changed(row: Scores, unknown: str | None) -> str:

@@ -86,7 +86,8 @@ class TableRows:
         of_classes = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         self.label = label or next(iter(of_classes), "label" if "label" in features else None)
         texts = [c for c, feature in features.items() if _is_text(feature)]
-        written = {c for c in texts if c not in (self.label, key) and _mostly_numbers(table[c][:SEEN])}
+        asked = set(inputs or (() if pictures else features)).intersection(texts).difference((self.label, key))
+        written = {c for c in asked if _mostly_numbers(table.select_columns([c])[:SEEN][c])}
         numeric = [c for c, f in features.items() if (_is_numeric(f) or c in written) and c not in (self.label, key)]
         lists = [c for c, feature in features.items() if _is_numeric(getattr(feature, "feature", None))]
         self.inputs = inputs or tuple(pictures[:1]) or tuple(numeric) or tuple(lists[:1])
