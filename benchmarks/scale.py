@@ -6,7 +6,7 @@ with the data, does not count. In each round every command runs with 1 process a
 commands of 1 process side by side that share nothing, each with half of the objects: what the machine itself gives.
 Efficiency is the time of 1 over twice that of 2, the median over rounds. Leave the machine alone meanwhile; where that
 cannot be, the processor time with 1 process over that with 2, of all that the commands start, tells what sharing the
-work costs. Run it as ``python benchmarks/scale.py``, which takes some ten minutes on 2 cores; it needs the extra
+work costs. Run it as ``python benchmarks/scale.py``, which takes a quarter of an hour on 2 cores; it needs the extra
 ``ray``, and psutil.
 """
 
@@ -270,8 +270,8 @@ def save(out: Path, objects: dict[str, int], found: dict[str, list[Round]]) -> N
 def main() -> None:
     """Measure, and write scale.json and scale.md after each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", type=int, default=8000, help="objects to fit to")
-    parser.add_argument("--predict", type=int, default=4000, help="objects to evaluate and to score")
+    parser.add_argument("--fit", type=int, default=40000, help="objects to fit to")
+    parser.add_argument("--predict", type=int, default=12000, help="objects to evaluate and to score")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", choices=RESULTS, default=list(RESULTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)

@@ -62,6 +62,16 @@ class Slow(nn.Sequential):
 
 def slow():
     return Slow(*network())
+
+class Seen(Slow):
+    # leaves what GPUs its actor may use
+    def forward(self, x):
+        with open(f"gpu-{os.getpid()}", "w") as file:
+            file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+        return super().forward(x)
+
+def seen():
+    return Seen(*network())
 """
 WIDTH = 12_288
 """Numbers of an object of `wide`: 48 KiB."""
@@ -346,6 +356,24 @@ scored.to_pandas().to_parquet("scored.parquet")
             assert scored[row["name"]]["class"] == row["class"]
             assert scored[row["name"]]["probability"] == pytest.approx(row["probability"], rel=1e-5)
             assert scored[row["name"]]["mutual_information"] == pytest.approx(row["mutual_information"], abs=1e-6)
+
+    @pytest.mark.parametrize(("gpus", "workers", "seen"), [(2, 2, {"0", "1"}), (1, 2, {"0"}), (0, 2, {"none"})])
+    def test_an_actor_sees_one_gpu_of_those_there_are(
+        self, home: Path, gpus: int, workers: int, seen: set[str]
+    ) -> None:
+        """Ray is only told of GPUs: what it shows each actor is what a network in it would take."""
+        script = f"""
+import ray, sys
+ray.init(num_cpus=2, num_gpus={gpus}, include_dashboard=False, log_to_driver=False)
+from stochbn.cli import app
+app(sys.argv[1:])
+"""
+        arguments = command("p.parquet", "--engine", "ray", "--workers", workers, model="seen")[3:]
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment["PYTHONPATH"] = f"{home}:{os.environ.get('PYTHONPATH', '')}"
+        subprocess.run([sys.executable, "-c", script, *arguments], env=environment, timeout=200, check=True)
+        assert len(table_rows("p.parquet")) == ROWS
+        assert {path.read_text() for path in home.glob("gpu-*")} == seen
 
     def test_errors_of_workers_are_told_in_one_line(self, home: Path) -> None:
         options = ("--engine", "ray", "--input", "name")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from stochbn.deploy.scorer import Scorer
 from stochbn.scoring import Row
 from stochbn.sources import ParquetObjects
 
-__all__ = ["PartScorer", "check_ray", "ray_engine"]
+__all__ = ["PartScorer", "check_ray", "gpus_each", "ray_engine"]
 
 
 class PartScorer:
@@ -64,12 +65,22 @@ def check_ray() -> None:
         raise ValueError(f"--engine ray needs Ray ({error}): pip install 'stochbn[ray]'") from error
 
 
+def gpus_each(gpus: float, workers: int) -> float:
+    """How much of a GPU each of some workers asks for, in a cluster of so many: one, or a share where they are more.
+
+    >>> gpus_each(8, 8), gpus_each(2, 5), gpus_each(0, 2)
+    (1.0, 0.3333333333333333, 0.0)
+    """
+    return 1 / math.ceil(workers / gpus) if gpus else 0.0
+
+
 def ray_engine(
     stream: ParquetObjects, scorer: Mapping[str, Any], batch: int, part: int, workers: int
 ) -> Callable[[Sequence[int]], Iterator[tuple[int, list[Row]]]]:
     """An engine for `stochbn.scoring.score`: parts are made by `workers` actors of the Ray cluster.
 
-    Without a running cluster (``RAY_ADDRESS``), Ray is started on this machine, and ended with the last part.
+    Without a running cluster (``RAY_ADDRESS``), Ray is started on this machine, and ended with the last part. Where the
+    cluster has GPUs, each actor sees one of them; actors share them if there are more.
 
     Args:
         stream: the objects, which every actor must be able to read under the same names.
@@ -91,6 +102,8 @@ def ray_engine(
             address = os.environ.get("RAY_ADDRESS")
             local: dict[str, Any] = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        actors = min(workers, len(numbers))
+        gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         try:
@@ -104,10 +117,11 @@ def ray_engine(
                     "part": part,
                     "folder": str(Path.cwd()),
                 },
-                # One part at a time: none waits at one actor while another has nothing to do.
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=1),
+                # The next part waits at each actor: Ray gives out parts once in some tenths of a second.
+                compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
                 batch_size=1,
                 num_cpus=1,
+                num_gpus=gpus_each(gpus, actors),
             )
             for row in rows.iter_rows():
                 yield int(row["id"]), json.loads(row["rows"])

@@ -33,6 +33,7 @@ class Scorer:
             stochbn.deploy.Scorer,
             fn_constructor_kwargs={"model": "mynet:build", "weights": "w.pt", "posterior": "w.sbn.safetensors"},
             compute=ray.data.ActorPoolStrategy(size=8),
+            num_gpus=1,  # where there are GPUs: each actor then sees its own
             batch_size=250,
         )
 
