@@ -145,6 +145,16 @@ def test_places_are_evaluated_without_those_that_do_not_count(module: str) -> No
     assert scores()["change"] == pytest.approx(np.mean(np.subtract(others, each)), rel=1e-2, abs=1e-6)
 
 
+def test_what_cannot_be_known_is_null_in_the_results(module: str) -> None:
+    given = options(module, "labels", X)
+    np.savez("test.npz", inputs=X[:1], labels=np.array([[1, 0, 1]]))
+    text = stochbn_("evaluate", *given, "--task", "multilabel", "--data", "test.npz", "--draws", 8, "--out", "r")
+    assert "nan" not in text.lower()
+    assert scores()["change_se"] is None
+    assert scores()["scores"]["plain"]["auroc"] is None
+    assert scores()["scores"]["plain"]["nll"] > 0
+
+
 def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F811
     given = options(module, "one", X)
     np.savez("test.npz", inputs=X, labels=X[:, :2])

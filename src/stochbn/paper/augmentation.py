@@ -29,7 +29,7 @@ from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
-from stochbn.paper.scores import finite, mixture, score_all
+from stochbn.paper.scores import mixture, score_all
 from stochbn.paper.snapshotting import Cycles, take_snapshots
 from stochbn.paper.tables import Table
 
@@ -312,7 +312,7 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
                    for method, chosen_here in noise.items()},
         "statistics_add": added,
     }  # fmt: skip
-    write_json(folder / "augmentation.json", finite(about))
+    write_json(folder / "augmentation.json", about)
     write_bytes(folder / "augmentation.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
     draw(folder, about)
     return shown

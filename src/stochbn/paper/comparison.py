@@ -33,7 +33,7 @@ from stochbn.paper.processes import interrupts_held
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts, packed, unpacked
-from stochbn.paper.scores import divergence, finite, mixture, score_all
+from stochbn.paper.scores import divergence, mixture, score_all
 from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor
@@ -275,7 +275,7 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
     objects = f"the first {len(exact[0]['known'])} objects, on which inference was exact too" if exact else ""
     written, shown = (_tables(title, objects, rows, near, spread) for spread in (True, False))
     about = {"settings": asdict(settings), "recipe": recipe.as_dict(), "methods": rows, "beside_exact": near}
-    write_json(folder / f"{settings.name}.json", finite(about))
+    write_json(folder / f"{settings.name}.json", about)
     write_bytes(folder / f"{settings.name}.md", "\n\n".join(table.markdown() for table in written).encode() + b"\n")
     draw(folder, settings.name, about)
     return shown

@@ -20,7 +20,6 @@ from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures
 from stochbn.paper.memory import peak_of_draws, plain_prediction
 from stochbn.paper.networks import build
-from stochbn.paper.scores import finite
 from stochbn.paper.tables import Table
 from stochbn.paper.timing import machine, median_seconds, moments, seconds
 from stochbn.posteriors import Posterior
@@ -230,7 +229,7 @@ def write(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    write_json(folder / "cost.json", finite({"found": list(found)}))
+    write_json(folder / "cost.json", {"found": list(found)})
     write_bytes(folder / "cost.md", "\n\n".join(table.markdown() for table in tables(found)).encode() + b"\n")
     draw(folder, {"found": found})
 

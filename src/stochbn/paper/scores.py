@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +11,7 @@ from torch import Tensor
 from stochbn import metrics
 from stochbn.predictions import entropy
 
-__all__ = ["divergence", "finite", "mixture", "score_all"]
-
-
-def finite(value: Any) -> Any:
-    """The same with None for what JSON lacks: infinity (more than any at hand, or no noise) and NaN (not known)."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+__all__ = ["divergence", "mixture", "score_all"]
 
 
 def mixture(predictions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
