@@ -33,6 +33,13 @@ def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
 
+def places():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+def one_batch():
+    return [(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long))]
+
 def broken():
     if os.environ.get("RANK") == "1":
         raise OSError("the disk is gone")
@@ -71,8 +78,8 @@ def run(
     return done.stdout + done.stderr if fails else done.stdout
 
 
-def own(model: str = "network") -> list[str]:
-    return ["--model", f"ranked:{model}", "--weights", "w.safetensors"]
+def own(model: str = "network", *more: str) -> list[str]:
+    return ["--model", f"ranked:{model}", "--weights", "w.safetensors", *more]
 
 
 def test_shards_have_every_object_once_in_whole_batches() -> None:
@@ -151,6 +158,32 @@ class TestTorchrun:
         torch.testing.assert_close(one.expected, two.expected, rtol=1e-6, atol=1e-6)
         if kind == "factorized":
             nearly_same(one, two)
+
+    @pytest.mark.parametrize("task", ["regression", "multilabel", "dense"])
+    def test_evaluate_of_other_tasks_gives_what_one_process_gives(self, home: Path, task: str) -> None:
+        x = np.random.default_rng(1).normal(size=(330, 4)).astype("float32")
+        labels = {"regression": x[:, :3], "multilabel": (x[:, :3] > 0).astype("int64")}
+        if task == "dense":
+            x = np.random.default_rng(1).normal(size=(330, 2, 4, 5)).astype("float32")
+            labels["dense"] = np.where(x[:, 0] > 1, 255, (x[:, 1] > 0).astype("int64"))
+        np.savez("test.npz", x=x, y=labels[task])
+        model = build("ranked:places" if task == "dense" else "ranked:network", {}).model
+        save_file(model.state_dict(), "w.safetensors")
+        stochbn.fit(model, [torch.from_numpy(x)]).save("w.sbn.safetensors")
+        given = own("places", "--dense", "--ignore", "255") if task == "dense" else own("network", "--task", task)
+        arguments = ["evaluate", *given, "--data", "test.npz", "--draws", "8", "--out"]
+        run(*arguments, "results-1")
+        told = run(*arguments, "results-2", ranks=True)
+        assert told.count("Results are in") == 1
+        first, second = (json.loads(Path(f"results-{n}/results.json").read_text())["scores"] for n in (1, 2))
+        assert second["plain"] == pytest.approx(first["plain"], rel=1e-5)
+        loss = "rmse" if task == "regression" else "nll"
+        assert second["SBN"][loss] == pytest.approx(first["SBN"][loss], rel=0.02)
+        assert second["SBN"] != first["plain"]
+
+    def test_a_loader_with_fewer_batches_than_ranks_is_refused(self, home: Path) -> None:
+        told = run("evaluate", *own(), "--data", "ranked:one_batch", ranks=True, fails=True)
+        assert "ranked:one_batch gives fewer batches than the 2 ranks; start fewer" in told
 
     def test_calibrate_and_evaluate_give_what_one_process_gives(self, home: Path) -> None:
         run("fit", *own(), "--data", "data.npz")

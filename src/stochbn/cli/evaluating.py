@@ -64,8 +64,7 @@ def evaluate(
     Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
     evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
     that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
-    of their own, in one process and without a page; labels that are no single numbers come as an array 'labels' of a
-    .npz file.
+    of their own and no page; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.metrics.classification import torchmetrics_classification
@@ -92,13 +91,12 @@ def evaluate(
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given)
         if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
-            if len(subjects) > 1 or ood is not None or page is not None or ranks.count > 1:
+            if len(subjects) > 1 or ood is not None or page is not None:
                 raise ValueError(
-                    "several networks, --ood and --report are for networks that give one class for each object, and so "
-                    "is torchrun"
+                    "several networks, --ood and --report are for networks that give one class for each object"
                 )
             fitted_one = subjects[0].find_posterior(named[0])
-            worse = _evaluate_task(subjects[0], fitted_one, data, draws, changes, seed, ignore, folder)
+            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, seed, ignore, folder)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore))
             return
         started = time.perf_counter()
@@ -107,8 +105,7 @@ def evaluate(
         known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
-        if ranks.count > 1:
-            known, unknown = (objects and _shard(objects, ranks) for objects in (known, unknown))
+        known, unknown = _shard(known, ranks), unknown and _shard(unknown, ranks)
         predictions: dict[bool, list[Any]] = {False: [], True: []}
         with progress_bars() as bars:
             for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
@@ -161,6 +158,7 @@ def _evaluate_task(
     subject: Subject,
     posterior: Posterior | None,
     data: str | None,
+    ranks: Ranks,
     draws: int,
     changes: Any,
     seed: int,
@@ -183,7 +181,7 @@ def _evaluate_task(
     known = subject.load(data, "test")
     with progress_bars() as bars:
         scored = score_tasks(
-            subject, posterior, known, draws=draws, seed=seed, augment=changes, ignore=ignore,
+            subject, posterior, _shard(known, ranks), ranks, draws=draws, seed=seed, augment=changes, ignore=ignore,
             progress=follow(bars, "predicting"),
         )  # fmt: skip
     shown = tabulate(scored, known.name)
@@ -191,7 +189,7 @@ def _evaluate_task(
     worse = []
     if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
         worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
-    if folder is None:
+    if folder is None or ranks.rank:
         return worse
     folder.mkdir(parents=True, exist_ok=True)
     about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
@@ -206,13 +204,18 @@ def _shard(objects: Any, ranks: Ranks) -> Any:
     """The share of objects that is this rank's.
 
     Raises:
-        ValueError: there is not one for each rank.
+        ValueError: there is not one batch for each rank.
     """
     from stochbn.paper.predicting import PREDICT_BATCH
 
+    if ranks.count == 1:
+        return objects
     if len(objects) < ranks.count:
         raise ValueError(f"{objects.name} has {len(objects)} objects for {ranks.count} ranks; start fewer")
-    return objects.shard(ranks.rank, ranks.count, min(PREDICT_BATCH, len(objects) // ranks.count))
+    shard = objects.shard(ranks.rank, ranks.count, min(PREDICT_BATCH, len(objects) // ranks.count))
+    if next(shard.batches(1), None) is None:  # of a user's own loader
+        raise ValueError(f"{objects.name} gives fewer batches than the {ranks.count} ranks; start fewer")
+    return shard
 
 
 def _described(posterior: Posterior) -> dict[str, Any]:

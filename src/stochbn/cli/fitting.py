@@ -174,10 +174,12 @@ def calibrate(
             return
         new.save(target)
     show([_table(choices[0], ends=temperature)])
-    size = "none" if new.batch_size in (None, math.inf) else f"that of mini-batches of {new.batch_size:g}"
     dense = choices[0].units == "places"
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=ignore)
-    say(f"{choices[0]}\nSaved the posterior as {target}: noise {size}, temperature {new.temperature:.3f}.", target)
+    say(
+        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}.",
+        target,
+    )
     say(again)
 
 

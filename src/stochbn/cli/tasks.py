@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from stochbn.augment import Augment
     from stochbn.cli.subject import Subject
+    from stochbn.distributed import Ranks
     from stochbn.paper.tables import Table
     from stochbn.posteriors import Posterior
 
@@ -59,6 +60,7 @@ def score_tasks(
     subject: Subject,
     posterior: Posterior | None,
     data: Any,
+    ranks: Ranks,
     *,
     draws: int,
     seed: int,
@@ -67,6 +69,8 @@ def score_tasks(
     progress: Callable[[int, int], object],
 ) -> Scored:
     """Score a network without and, where there is a posterior, with SBN.
+
+    `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank.
 
     Raises:
         ValueError: labels that do not fit the network's output.
@@ -92,15 +96,15 @@ def score_tasks(
 
         task = subject.settings.get("task", "classification")
         if task == "regression":
-            sort, (found[name], losses[name]) = "regression", _regression(predictions())
+            sort, (found[name], losses[name]) = "regression", _regression(predictions(), ranks)
             if "nll" not in found["plain"]:
                 loss = "squared error"
         elif task == "multilabel":
-            sort, (found[name], losses[name]) = "multilabel", _multilabel(predictions())
+            sort, (found[name], losses[name]) = "multilabel", _multilabel(predictions(), ranks)
         else:
-            sort, (found[name], losses[name]) = "dense", _dense(predictions(), ignore)
+            sort, (found[name], losses[name]) = "dense", _dense(predictions(), ranks, ignore)
     errors = {}
-    if ignore is None and 1 < len(data) <= FEW_OBJECTS:
+    if ignore is None and 1 < len(losses["plain"]) <= FEW_OBJECTS:
         for name, each in losses.items():
             error = _standard_error(each)
             errors[name] = error if loss == "NLL" else error / max(2 * found[name]["rmse"], 1e-300)
@@ -133,31 +137,33 @@ def tabulate(scored: Scored, name: str) -> list[Table]:
     rows = [[method, *(cell(method, *column) for column in columns.values())] for method in scored.scores]
     title = f"{name}; ± standard error" if scored.errors else name
     tables = [Table(title, ["method", *columns], rows)]
-    if scored.change is not None:
-        title = f"What SBN changes in the mean {scored.loss}, with its standard error paired over objects"
-        tables.append(
-            Table(title, ["method", "difference"], [["SBN", f"{scored.change:+.4f} ± {scored.change_se:.4f}"]])
-        )
+    if scored.change is not None and scored.change_se is not None:
+        known_error = math.isfinite(scored.change_se)
+        title = f"What SBN changes in the mean {scored.loss}"
+        title += ", with its standard error paired over objects" if known_error else ""
+        difference = f"{scored.change:+.4f}" + (f" ± {scored.change_se:.4f}" if known_error else "")
+        tables.append(Table(title, ["method", "difference"], [["SBN", difference]]))
     return tables
 
 
-def _regression(predictions: Iterator[tuple[Any, Tensor]]) -> tuple[dict[str, float], Tensor]:
+def _regression(predictions: Iterator[tuple[Any, Tensor]], ranks: Ranks) -> tuple[dict[str, float], Tensor]:
     """Scores, and the loss of each object: the squared error, or the NLL where the network gives variances."""
-    import torch
-
     from stochbn import metrics
 
-    means, spreads, noises, truths = [], [], [], []
+    batches: list[dict[str, Tensor]] = []
     for prediction, labels in predictions:
         if labels.numel() != prediction.mean.numel():
             shapes = list(prediction.mean.shape), list(labels.shape)
             raise ValueError(f"expected targets {shapes[0]}, as the network predicts, got {shapes[1]}")
         truth = labels.to(prediction.mean).reshape(prediction.mean.shape)
-        means.append(prediction.mean.double().cpu())
-        spreads.append(prediction.total_std.double().cpu())
-        noises.append(prediction.noise_variance.double().cpu())
-        truths.append(truth.double().cpu())
-    mean, std, noise, truth = (torch.cat(parts) for parts in (means, spreads, noises, truths))
+        batch = {
+            "mean": prediction.mean,
+            "std": prediction.total_std,
+            "noise": prediction.noise_variance,
+            "truth": truth,
+        }
+        batches.append({name: values.double().cpu() for name, values in batch.items()})
+    mean, std, noise, truth = _joined(batches, ranks).values()
     each = (truth - mean).square().reshape(len(mean), -1).mean(1)
     if not (std > 0).all():
         return {"rmse": each.mean().sqrt().item(), "mae": (truth - mean).abs().mean().item()}, each
@@ -167,26 +173,36 @@ def _regression(predictions: Iterator[tuple[Any, Tensor]]) -> tuple[dict[str, fl
     return scores, each
 
 
-def _multilabel(predictions: Iterator[tuple[Any, Tensor]]) -> tuple[dict[str, float], Tensor]:
+def _multilabel(predictions: Iterator[tuple[Any, Tensor]], ranks: Ranks) -> tuple[dict[str, float], Tensor]:
     import torch
 
     from stochbn import metrics
 
-    pairs = [(prediction.probs.cpu(), labels) for prediction, labels in predictions]
-    probs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    batches = [{"probs": prediction.probs.cpu(), "labels": labels} for prediction, labels in predictions]
+    probs, labels = _joined(batches, ranks).values()
     scores = metrics.multilabel(probs, labels)
     right = torch.where(labels > 0, probs, 1 - probs).double().clamp(min=torch.finfo(probs.dtype).tiny)
     return scores, -right.log().mean(1)
 
 
-def _dense(predictions: Iterator[tuple[Any, Tensor]], ignore: int | None) -> tuple[dict[str, float], Tensor]:
+def _joined(batches: list[dict[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of all batches of all ranks behind each other."""
+    import torch
+
+    return ranks.joined({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+
+
+def _dense(
+    predictions: Iterator[tuple[Any, Tensor]], ranks: Ranks, ignore: int | None
+) -> tuple[dict[str, float], Tensor]:
     """Scores of all places together, which are added up batch by batch, and the mean NLL of each object."""
     import torch
 
     from stochbn import metrics
 
-    totals: dict[str, float] = {}
-    places, losses = 0, []
+    keys = ("error", "nll", "brier")
+    sums = torch.zeros(1 + len(keys), dtype=torch.float64)  # the number of places, and their scores
+    losses = []
     counts = torch.zeros(3, metrics.BINS, dtype=torch.float64)
     for prediction, labels in predictions:
         probs = prediction.probs.movedim(prediction.class_axis, 1).cpu()
@@ -195,18 +211,17 @@ def _dense(predictions: Iterator[tuple[Any, Tensor]], ignore: int | None) -> tup
             if not mask.any():
                 continue
             scores = metrics.evaluate(one[None], truth[None], ignore_index=ignore)
-            number = int(mask.sum())
-            places += number
+            sums += float(mask.sum()) * torch.tensor([1.0, *(scores[key] for key in keys)], dtype=torch.float64)
             losses.append(scores["nll"])
-            for key in ("error", "nll", "brier"):
-                totals[key] = totals.get(key, 0.0) + number * scores[key]
             confidence, predicted = (values[mask] for values in one.double().max(0))
             bins = (confidence.clamp(max=1 - 2**-53) * metrics.BINS).long()
             right = (predicted == truth[mask]).double()
             for row, values in enumerate((torch.ones_like(right), confidence, right)):
                 counts[row].index_add_(0, bins, values)
+    places, *totals = ranks.total(sums).tolist()
     if not places:
         raise ValueError("there is nothing to evaluate: no place has a label that counts")
-    scores = {key: value / places for key, value in totals.items()}
+    counts = ranks.total(counts)
+    scores = {key: total / places for key, total in zip(keys, totals, strict=True)}
     scores["ece"] = ((counts[1] - counts[2]).abs().sum() / places).item()
-    return scores, torch.tensor(losses, dtype=torch.float64)
+    return scores, ranks.joined({"losses": torch.tensor(losses, dtype=torch.float64)})["losses"]
