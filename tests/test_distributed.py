@@ -298,6 +298,11 @@ def fit_synchronised(rank: int, folder: Path) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network())  # type: ignore[no-untyped-call]
     posterior = stochbn.fit(model, [shard(rank, (60, 36))], 6, kind="factorized", group=dist.group.WORLD)
     posterior.save(folder / f"posterior-{rank}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stochbn.fit(model, torch.split(shard(rank, (60, 36)), 6), None, kind="factorized", group=dist.group.WORLD)
+    told = [str(one.message) for one in caught if "all 2 ranks together that SyncBatchNorm" in str(one.message)]
+    assert len(told) == (1 if rank == 0 else 0)
 
 
 @pytest.mark.long

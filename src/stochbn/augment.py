@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Augment", "Spread", "Views", "chain", "flip", "named", "reflected", "shift", "turns"]
+__all__ = ["Augment", "Spread", "Views", "chain", "check_augment", "flip", "named", "reflected", "shift", "turns"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """A random change of a batch ``[N, ...]``, of which the generator is on the CPU."""
 STEPS = (0.7548776662466927, 0.5698402909980532)
 """Steps of a sequence that fills the square evenly, whatever its length: powers of the inverse plastic number."""
+
+
+def check_augment(augment: Augment | None) -> None:
+    """Refuse what is no augmentation; None is none.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
 
 
 class Views:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from stochbn.augment import Augment
+from stochbn.augment import Augment, check_augment
 from stochbn.choice import Choice, Totals
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, NetworkChangedError, passes
@@ -185,8 +185,7 @@ def _checked(
     check_draws(draws)
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r:.40}")
-    if augment is not None and not callable(augment):
-        raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+    check_augment(augment)
     if task not in TASKS_WITH_LABELS:
         raise ValueError(
             f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.augment import Augment, Views
+from stochbn.augment import Augment, Views, check_augment
 from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
 from stochbn.network.calling import Batch, InputsOf, NetworkInput
@@ -190,10 +190,17 @@ def fit(
         refuse_sharded(model)
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
-        if augment is not None and not callable(augment):
-            raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+        check_augment(augment)
     options = {"kind": kind, "batch_size": batch_size, "max_batches": max_batches, "directions": directions}
     ranks.check_same({**options, "deterministic": chosen, "augment": "given" if augment else None})
+    synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
+    if batch_size is None and synchronised and ranks.count > 1 and ranks.rank == 0:
+        warnings.warn(
+            f"batch_size=None takes the batches of each rank, which have more noise than those of all {ranks.count} "
+            "ranks together that SyncBatchNorm normalised over in training; pass their size as batch_size, and batches "
+            "of at least as many objects",
+            stacklevel=2,
+        )
     with ranks.failing_together():
         network.look()
         fingerprint = Fingerprint.of(model)

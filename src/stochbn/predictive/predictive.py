@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stochbn.augment import Augment
+from stochbn.augment import Augment, check_augment
 from stochbn.caller import warn
 from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Settings, passes, planned
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
@@ -148,8 +148,7 @@ class Predictive:
         self.keep_draws = keep_draws
         self.tolerance = tolerance
         self.check = check
-        if augment is not None and not callable(augment):
-            raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
+        check_augment(augment)
         self.augment = augment
         self.clean = clean
         self.settings = settings or Settings()
