@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from PIL import Image
 from torch import Tensor
 
 import stochbn
@@ -294,9 +295,11 @@ def test_figures_of_stored_results_are_drawn_again_from_their_numbers(tmp_path: 
     for file in stored.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     png, _ = redraw(tmp_path)
-    ours, committed = imread(png), imread(stored / png.name)
-    assert ours.shape == committed.shape
-    assert np.abs(ours - committed).mean() < 0.03, "the committed figure is another one"
+    with Image.open(png) as ours, Image.open(stored / png.name) as committed:
+        if ours.info["Software"] != committed.info["Software"]:
+            pytest.skip(f"drawn by {committed.info['Software']}: other versions lay text out elsewhere")
+        assert ours.size == committed.size
+        assert np.abs(np.subtract(ours, committed, dtype=float)).mean() < 0.01 * 255, "the committed figure is another"
 
 
 def test_folders_without_numbers_or_with_damaged_ones_are_refused(tmp_path: Path) -> None:
