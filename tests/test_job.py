@@ -27,6 +27,7 @@ from stochbn.sources import LoaderObjects, build, open_objects
 
 MODULE = """
 import os, torch
+import numpy as np
 from torch import nn
 
 def network():
@@ -37,8 +38,23 @@ def places():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
 
+def uneven():
+    with np.load("data.npz") as file:
+        x, y = torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
+    ends = [0, 7, 200, 201, 430, 620]
+    return [(x[a:b], y[a:b]) for a, b in zip(ends, ends[1:])]
+
 def one_batch():
     return [(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long))]
+
+class Failing(nn.Sequential):
+    def forward(self, x):
+        if os.environ.get("RANK") == "1" and len(x) > 1:
+            raise RuntimeError("rank one's disk is gone")
+        return super().forward(x)
+
+def failing():
+    return Failing(*network())
 
 def broken():
     if os.environ.get("RANK") == "1":
@@ -159,6 +175,27 @@ class TestTorchrun:
         if kind == "factorized":
             nearly_same(one, two)
 
+    @pytest.mark.parametrize("command", ["evaluate", "calibrate", "fit"])
+    def test_a_network_that_fails_on_one_rank_ends_all_with_its_error(self, home: Path, command: str) -> None:
+        stochbn.fit(build("ranked:network", {}).model, [torch.randn(64, 4)]).save("w.sbn.safetensors")
+        option = "--held-out" if command == "calibrate" else "--data"
+        told = run(command, *own("failing"), option, "data.npz", ranks=True, fails=True)
+        assert "rank one's disk is gone" in told
+        assert "Connection" not in told
+
+    @pytest.mark.parametrize("data", ["data.npz", "ranked:uneven"])
+    def test_objects_are_in_the_order_of_one_process(self, home: Path, data: str) -> None:
+        """Which cross-validation of the temperature goes by, and the pictures of a page."""
+        run("fit", *own(), "--data", "data.npz")
+        arguments = ["evaluate", *own(), "--data", data, "--ood", data, "--draws", "2", "--out"]
+        run(*arguments, "results-1")
+        run(*arguments, "results-2", ranks=True)
+        first, second = (
+            _numbers(json.loads(Path(f"results-{n}/results.json").read_text())["scores"][0]) for n in (1, 2)
+        )  # the plain network's
+        assert second == pytest.approx(first, rel=1e-5)
+        assert first[".calibrated_nll"] > 0
+
     @pytest.mark.parametrize("task", ["regression", "multilabel", "dense"])
     def test_evaluate_of_other_tasks_gives_what_one_process_gives(self, home: Path, task: str) -> None:
         x = np.random.default_rng(1).normal(size=(330, 4)).astype("float32")
@@ -180,6 +217,17 @@ class TestTorchrun:
         loss = "rmse" if task == "regression" else "nll"
         assert second["SBN"][loss] == pytest.approx(first["SBN"][loss], rel=0.02)
         assert second["SBN"] != first["plain"]
+
+    def test_fewer_batches_than_ranks_are_calibrated_with(self, home: Path) -> None:
+        run("fit", *own(), "--data", "data.npz")
+        with np.load("data.npz") as file:
+            np.savez("few.npz", x=file["x"][:90], y=file["y"][:90])
+        arguments = ["calibrate", *own(), "--held-out", "few.npz", "--out"]
+        run(*arguments, "one")
+        run(*arguments, "two", ranks=True)
+        one, two = stochbn.load("one"), stochbn.load("two")
+        assert one.batch_size == two.batch_size
+        assert one.temperature == pytest.approx(two.temperature, rel=1e-6)
 
     def test_a_loader_with_fewer_batches_than_ranks_is_refused(self, home: Path) -> None:
         told = run("evaluate", *own(), "--data", "ranked:one_batch", ranks=True, fails=True)

@@ -28,6 +28,9 @@ TOLD = "stochbn_told_to_ranks"
 It is False where rank 0 has the same error, which needs to be told once.
 """
 
+GOOD, FAILED = b"+", b"-"
+"""What a message between ranks begins with: of a rank that goes on, or of one that has failed."""
+
 A = TypeVar("A", bound=Accumulator[Any])
 
 
@@ -92,14 +95,11 @@ class Ranks:
             if self.count > 1 and not hasattr(error, TOLD):
                 setattr(error, TOLD, True)
                 text = json.dumps(f"{type(error).__name__}: {error}").encode()
-                first = self._gather(text)[0]
-                setattr(error, TOLD, self.rank == 0 or first != text)
+                first = self._exchanged(FAILED + text)[0]
+                setattr(error, TOLD, self.rank == 0 or first != FAILED + text)
             raise
-        if self.count == 1:
-            return
-        for rank, answer in enumerate(self._gather(b"null")):
-            if (failure := json.loads(answer)) is not None:
-                raise RanksError(f"rank {rank} failed: {failure}")
+        if self.count > 1:
+            self._gather(b"")
 
     def merged(self, accumulator: A) -> A:
         """One accumulator that has seen what those of all ranks have, the same on every rank.
@@ -198,16 +198,28 @@ class Ranks:
             yield shared.cpu().numpy().tobytes()
 
     def _gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, on every rank."""
+        """The bytes of every rank, on every rank.
+
+        Raises:
+            RanksError: another rank has left its `failing_together` by an error meanwhile.
+        """
+        messages = self._exchanged(GOOD + data)
+        for rank, message in enumerate(messages):
+            if message.startswith(FAILED):
+                raise RanksError(f"rank {rank} failed: {json.loads(message[len(FAILED) :])}")
+        return [message[len(GOOD) :] for message in messages]
+
+    def _exchanged(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks: whatever the others wait for, they get this one."""
         device = self._device()
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.count)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=self.group)
+        dist.all_gather(sizes, torch.tensor([len(message)], device=device), group=self.group)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        found = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(self.count)]
-        dist.all_gather(found, padded.to(device), group=self.group)
-        return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(found, sizes, strict=True)]
+        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        received = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(self.count)]
+        dist.all_gather(received, padded.to(device), group=self.group)
+        return [one[: int(size)].cpu().numpy().tobytes() for one, size in zip(received, sizes, strict=True)]
 
     def _device(self) -> torch.device:
         """Where the group's backend takes tensors from."""

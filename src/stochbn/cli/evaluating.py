@@ -20,6 +20,8 @@ from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_file, check_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stochbn.distributed import Ranks
     from stochbn.posteriors import Posterior
 
@@ -105,28 +107,31 @@ def evaluate(
         known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
-        known, unknown = _shard(known, ranks), unknown and _shard(unknown, ranks)
+        known_share = _Share(known, ranks)
+        unknown_share = None if unknown is None else _Share(unknown, ranks)
         predictions: dict[bool, list[Any]] = {False: [], True: []}
         with progress_bars() as bars:
             for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
                 move = follow(bars, f"predicting, {path.name if path is not None else subject.name}")
                 dropout = has_dropout(subject.model) if subject.dropout is None else subject.dropout
-                predictions[dropout].append(
-                    ranks.joined(
-                        predict_member(
-                            subject.model,
-                            posterior,
-                            known,
-                            unknown,
-                            draws,
-                            seed,
-                            move,
-                            dropout=dropout,
-                            augment=changes,
-                            **subject.settings,
-                        )
-                    )
+                member = predict_member(
+                    subject.model,
+                    posterior,
+                    known_share.objects,
+                    None if unknown_share is None else unknown_share.objects,
+                    draws,
+                    seed,
+                    move,
+                    dropout=dropout,
+                    augment=changes,
+                    **subject.settings,
                 )
+                of_unknown = {name: values for name, values in member.items() if ".unknown" in name}
+                of_known = {name: values for name, values in member.items() if name not in of_unknown}
+                joined = known_share.joined(of_known)
+                if unknown_share is not None:
+                    joined |= unknown_share.joined(of_unknown)
+                predictions[dropout].append(joined)
     if ranks.rank:
         return
     found = report.methods(predictions[False], predictions[True])
@@ -181,8 +186,8 @@ def _evaluate_task(
     known = subject.load(data, "test")
     with progress_bars() as bars:
         scored = score_tasks(
-            subject, posterior, _shard(known, ranks), ranks, draws=draws, seed=seed, augment=changes, ignore=ignore,
-            progress=follow(bars, "predicting"),
+            subject, posterior, _Share(known, ranks).objects, ranks,
+            draws=draws, seed=seed, augment=changes, ignore=ignore, progress=follow(bars, "predicting"),
         )  # fmt: skip
     shown = tabulate(scored, known.name)
     show(shown)
@@ -200,22 +205,41 @@ def _evaluate_task(
     return worse
 
 
-def _shard(objects: Any, ranks: Ranks) -> Any:
-    """The share of objects that is this rank's.
+class _Share:
+    """The share of the objects of a data set that is this rank's.
+
+    Args:
+        whole: all of them.
+        ranks: the ranks that share them.
+
+    Attributes:
+        objects: those of this rank.
 
     Raises:
         ValueError: there is not one batch for each rank.
     """
-    from stochbn.paper.predicting import PREDICT_BATCH
 
-    if ranks.count == 1:
-        return objects
-    if len(objects) < ranks.count:
-        raise ValueError(f"{objects.name} has {len(objects)} objects for {ranks.count} ranks; start fewer")
-    shard = objects.shard(ranks.rank, ranks.count, min(PREDICT_BATCH, len(objects) // ranks.count))
-    if next(shard.batches(1), None) is None:  # of a user's own loader
-        raise ValueError(f"{objects.name} gives fewer batches than the {ranks.count} ranks; start fewer")
-    return shard
+    def __init__(self, whole: Any, ranks: Ranks) -> None:
+        from stochbn.paper.predicting import PREDICT_BATCH
+
+        self.objects, self._whole, self._ranks = whole, whole, ranks
+        if ranks.count == 1:
+            return
+        if len(whole) < ranks.count:
+            raise ValueError(f"{whole.name} has {len(whole)} objects for {ranks.count} ranks; start fewer")
+        self._shard = ranks.rank, ranks.count, min(PREDICT_BATCH, len(whole) // ranks.count)
+        self.objects = whole.shard(*self._shard)
+        if next(self.objects.batches(1), None) is None:  # of a user's own loader
+            raise ValueError(f"{whole.name} gives fewer batches than the {ranks.count} ranks; start fewer")
+
+    def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the ranks have of their objects, ``[n, ...]``, as one process has it: in the order of all objects."""
+        if self._ranks.count == 1:
+            return tensors
+        positions = self._whole.shard_positions(*self._shard)
+        joined = self._ranks.joined({**tensors, "positions": positions})
+        order = joined.pop("positions").argsort()
+        return {name: values[order] for name, values in joined.items()}
 
 
 def _described(posterior: Posterior) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -94,7 +95,11 @@ def job() -> Iterator[Ranks]:
     try:
         ranks = Ranks(dist.group.WORLD)
         check_gpus(ranks)
-        yield ranks
+        with (
+            warnings.catch_warnings()
+        ):  # commands that share networks among ranks fit each on the data of one, on purpose
+            warnings.filterwarnings("ignore", message=r"this is rank \d+ of")
+            yield ranks
     finally:
         out.quiet = False
         dist.destroy_process_group()

@@ -99,8 +99,10 @@ def ray_engine(
         next(stream.chunks(1))  # columns that are not there are told before Ray is started
         started = not ray.is_initialized()
         if started:
-            address = os.environ.get("RAY_ADDRESS")
-            local: dict[str, Any] = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
+            address = os.environ.get("RAY_ADDRESS", "local")  # None would take any cluster that runs on this machine
+            local: dict[str, Any] = (
+                {"num_cpus": max(workers, 1), "include_dashboard": False} if address == "local" else {}
+            )
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
         actors = min(workers, len(numbers))
         gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]

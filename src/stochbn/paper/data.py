@@ -84,7 +84,11 @@ class Images:
 
     def shard(self, rank: int, count: int, size: int) -> Images:
         """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
-        return self.take(shard_index(len(self), rank, count, size))
+        return self.take(self.shard_positions(rank, count, size))
+
+    def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
+        """Where each object of a shard is among all, ``[n]``."""
+        return shard_index(len(self), rank, count, size)
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
         """Two random parts, the second with this fraction of the objects: to train on, and to make choices on."""

@@ -77,6 +77,11 @@ class LoaderObjects:
         """Every `count`-th of the loader's batches, from number `rank` on; the loader itself makes all of them."""
         return LoaderObjects(self.name, self.loader, self.limit, self.rank + self.ranks * rank, self.ranks * count)
 
+    def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
+        """Where each object of a shard is among all, ``[n]``; the loader is gone through once more."""
+        batches = torch.split(torch.arange(len(self)), [len(labels) for _, labels in self._batches()])
+        return torch.cat([torch.empty(0, dtype=torch.int64), *batches[rank::count]])
+
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """The loader's batches, read ahead, and their labels."""
         with contextlib.closing(ahead(self._batches())) as batches:

@@ -52,6 +52,10 @@ class Objects(Protocol):
         """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
         ...
 
+    def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
+        """Where each object of a shard is among all, ``[n]``."""
+        ...
+
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Consecutive batches of inputs and labels, ``[n]``; -1 is the label of an object without one."""
         ...
@@ -168,7 +172,11 @@ class RowObjects:
     def shard(self, rank: int, count: int, size: int) -> RowObjects:
         """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
         order = torch.arange(len(self)) if self.order is None else self.order
-        return replace(self, order=order[shard_index(len(order), rank, count, size)])
+        return replace(self, order=order[self.shard_positions(rank, count, size)])
+
+    def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
+        """Where each object of a shard is among all, ``[n]``."""
+        return shard_index(len(self), rank, count, size)
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Consecutive batches of inputs and labels, read ahead.
@@ -180,7 +188,7 @@ class RowObjects:
         order = torch.arange(len(self)) if self.order is None else self.order
 
         def read() -> Iterator[tuple[Any, Tensor]]:
-            for index in torch.split(order, size):
+            for index in torch.split(order, size) if len(order) else ():
                 chunk = self._chunk(index.tolist())
                 for key, error in zip(chunk.keys, chunk.errors, strict=True):
                     if error is not None:
