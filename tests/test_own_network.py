@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +49,13 @@ def network(channels=3, width=4, kind="small"):
 
 def tabular(features=4, outputs=3):
     return nn.Sequential(nn.Linear(features, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, outputs))
+
+class Lost(nn.Sequential):
+    def forward(self, x):
+        return {"scores": super().forward(x)}["logits"]
+
+def lost():
+    return Lost(*tabular())
 
 def broken():
     raise RuntimeError("no such size")
@@ -600,3 +611,82 @@ def test_a_single_column_of_lists_needs_no_name(tabular: tuple[object, ...]) -> 
     datasets.Dataset.from_dict({"x": rows, "label": found["label"]}).to_parquet("list.parquet")
     stochbn_("fit", *tabular, "--data", "list.parquet", "--out", "l.sbn.safetensors")
     assert stochbn.load("l.sbn.safetensors").layers == {"1": 6}
+
+
+def test_no_input_is_written_over(tabular: tuple[object, ...], told: Callable[..., str]) -> None:
+    stochbn_("fit", *tabular, "--data", "t.csv", "--key", "id")
+    before = {path: path.read_bytes() for path in map(Path, ("t.pt", "t.csv", "t.pt.sbn.safetensors")) if path.exists()}
+    posterior = next(Path().glob("*.sbn.safetensors"))
+    for arguments in (
+        ("fit", "--data", "t.csv", "--out", "t.pt"),
+        ("fit", "--data", "t.csv", "--out", "t.csv"),
+        ("calibrate", "--held-out", "t.csv", "--out", "./t.pt"),
+        ("evaluate", "--data", "t.csv", "--report", "t.csv"),
+        ("predict", "--data", "t.csv", "--out", "t.csv"),
+    ):
+        assert "is also an input, which would be lost" in told(arguments[0], *tabular, *arguments[1:])
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    stochbn_("calibrate", *tabular, "--held-out", "t.csv", "--key", "id", "--posterior", posterior)  # this is replaced
+
+
+def test_a_run_on_data_that_has_changed_is_not_continued(tabular: tuple[object, ...], told: Callable[..., str]) -> None:
+    found = table()
+    x = np.stack([found[f"f{i}"] for i in range(4)], 1)
+    np.save("x.npy", x)
+    stochbn_("fit", *tabular, "--data", "x.npy")
+    x[-1] = np.nan
+    np.save("x.npy", x)
+    predict = "predict", *tabular, "--data", "x.npy", "--out", "p.csv", "--batch", 10, "--part", 10
+    told(*predict, "--strict")  # of the last part
+    assert len(list(Path("p.csv.parts").glob("part-*"))) == 5
+    os.utime("x.npy", ns=(0, 0))
+    assert "of a run with other options, data or weights" in told(*predict)
+
+
+def test_pictures_in_parquet_are_known_without_their_type(module: str, weights: Path) -> None:
+    files = sorted(Path("pets").rglob("*.png"))
+    encoded = [file.read_bytes() for file in files]
+    tables = {
+        "bytes": pyarrow.array(encoded),
+        "struct": pyarrow.array([{"bytes": one, "path": None} for one in encoded]),
+    }
+    own = "--model", f"{module}:network", "--weights", weights
+    stochbn_("fit", *own, "--data", "pets")
+    stochbn_("predict", *own, "--data", "pets", "--out", "folder.csv")
+    wanted = [row["probability"] for row in csv.DictReader(Path("folder.csv").read_text().splitlines())]
+    for name, column in tables.items():
+        Path(name, "parquet").mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"photo": column}), f"{name}/parquet/0.parquet")
+        stochbn_("predict", *own, "--data", f"{name}/parquet", "--out", f"{name}.csv")
+        rows = list(csv.DictReader(Path(f"{name}.csv").read_text().splitlines()))
+        assert [row["probability"] for row in rows] == wanted
+    os.chdir("struct")
+    assert len(open_objects("parquet")) == len(files)  # and not the reader of that name
+
+
+def test_numbers_as_names_of_classes_are_the_networks_where_it_has_such(module: str, weights: Path) -> None:
+    for old, new in zip(CLASSES, ("1", "2", "4"), strict=True):
+        Path("pets", old).rename(Path("pets", new))
+    assert sorted(set(open_objects("pets", classes=("0", "1", "2", "3", "4")).labels.tolist())) == [1, 2, 4]
+    assert sorted(set(open_objects("pets", classes=("a", "b", "c")).labels.tolist())) == [0, 1, 2]
+
+
+def test_fewer_classes_than_the_networks_are_warned_of(module: str, weights: Path) -> None:
+    Path(f"{module}_unnamed.py").write_text(MODULE.replace('classes = ["bird", "cat", "dog"]', ""))
+    own = "--model", f"{module}_unnamed:network", "--weights", weights
+    shutil.rmtree("pets/dog")
+    with pytest.warns(
+        UserWarning, match="pets has 2 classes, numbered in the order of their names, and the network has 3"
+    ):
+        stochbn_("evaluate", *own, "--data", "pets")
+
+
+def test_errors_of_a_users_network_are_one_line(
+    module: str, tabular: tuple[object, ...], told: Callable[..., str]
+) -> None:
+    assert "KeyError: 'logits'" in told("evaluate", "--model", f"{module}:lost", "--weights", "t.pt", "--data", "t.csv")
+
+
+def test_labels_that_do_not_count_are_for_dense_networks(tabular: tuple[object, ...], told: Callable[..., str]) -> None:
+    assert "--ignore is for --dense" in told("evaluate", *tabular, "--data", "t.csv", "--ignore", "1")

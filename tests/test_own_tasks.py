@@ -142,7 +142,12 @@ def test_places_are_evaluated_without_those_that_do_not_count(module: str) -> No
     others = [
         metrics.evaluate(p[None], t[None], ignore_index=255)["nll"] for p, t in zip(drawn[1:], truth[1:], strict=True)
     ]
-    assert scores()["change"] == pytest.approx(np.mean(np.subtract(others, each)), rel=1e-2, abs=1e-6)
+    places, differences = (truth[1:] != 255).sum((1, 2)), np.subtract(others, each)
+    change = (places * differences).sum() / places.sum()
+    assert scores()["change"] == pytest.approx(change, rel=1e-2, abs=1e-6)
+    assert scores()["change"] == pytest.approx(scores()["scores"]["SBN"]["nll"] - wanted["nll"], rel=1e-2, abs=1e-6)
+    error = (places * (differences - change)).std(ddof=1) / np.sqrt(len(places)) / places.mean()
+    assert scores()["change_se"] == pytest.approx(error, rel=1e-2)
 
 
 def test_what_cannot_be_known_is_null_in_the_results(module: str) -> None:

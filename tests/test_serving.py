@@ -199,16 +199,28 @@ class TestStore:
     @pytest.mark.parametrize("ending", ["csv", "parquet"])
     def test_from_a_store_to_a_store(self, store: Any, ending: str) -> None:
         self.predict("data", f"local.{ending}")
+        Path(f"out.{ending}").write_text("another file")
         told = self.predict("s3://bucket/data", f"s3://bucket/out.{ending}")
         assert f"Saved 90 predictions as s3://bucket/out.{ending}" in told
         assert store.cat(f"bucket/out.{ending}") == Path(f"local.{ending}").read_bytes()
-        assert not Path(f"out.{ending}").exists()
+        assert Path(f"out.{ending}").read_text() == "another file"
+        assert [path.name for path in Path().glob("out*")] == [f"out.{ending}"]
 
     @needs("ray")
     def test_rays_workers_read_from_it_too(self, store: Any) -> None:
         self.predict("data", "local.csv")
         self.predict("s3://bucket/data/", "s3://bucket/out.csv", "--engine", "ray", "--workers", "2")
         assert store.cat("bucket/out.csv") == Path("local.csv").read_bytes()
+
+    def test_a_bucket_that_is_not_there_is_told_before_the_work(self, store: Any) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "stochbn", "predict", "--model", "served:network", "--weights", "w.safetensors",
+             "--data", "data", "--out", "s3://elsewhere/p.csv"],
+            capture_output=True, text=True, timeout=TIMEOUT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "there is no 'elsewhere' to write 's3://elsewhere/p.csv' to" in " ".join(done.stderr.split())
+        assert not list(Path().glob("p*"))
 
     def test_what_is_not_there_is_told(self, store: Any) -> None:
         done = subprocess.run(

@@ -150,7 +150,7 @@ def calibrate(
     if batch_sizes[best] == min(batch_sizes) and len(batch_sizes) > 1:
         warnings.warn(
             f"the noise of the smallest mini-batches that were tried, {batch_sizes[best]:g}, is the best: more "
-            "may be better still; name smaller batch_sizes, or fit with a smaller batch size",
+            "may be better still; fit with a smaller batch size, and calibrate again",
             stacklevel=2,
         )
     if temperature and at in (0, len(temperatures) - 1):

@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,21 @@ def write(path: str | os.PathLike[str], producer: Callable[[Path], object]) -> N
         raise
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
+def check_file(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Refuse a file that `write` could not write: for use before the work whose result it is to hold.
 
+    Args:
+        path: the file.
+        inputs: files that must stay as they are; names of what is no file, and None, do not count.
+
     Raises:
-        OSError: its folder does not exist or is not writable, or it is a folder, a pipe or a device.
+        OSError: its folder does not exist or is not writable, it is a folder, a pipe or a device, or one of `inputs`.
     """
-    _check_writable(_target(Path(path)).parent)
+    target = _target(Path(path))
+    _check_writable(target.parent)
+    for given in inputs:
+        if given is not None and target.exists() and os.path.exists(given) and target.samefile(given):  # noqa: PTH110
+            raise FileExistsError(f"{str(path)!r} is also an input, which would be lost; name another file to write")
 
 
 def check_folder(path: str | os.PathLike[str], *names: str) -> None:

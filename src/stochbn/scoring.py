@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,14 +38,18 @@ Engine = Callable[[Sequence[int]], Iterable[tuple[int, Sequence[Row]]]]
 ENDINGS = (".csv", ".parquet")
 
 
-def check_table(path: Path) -> None:
+def check_table(path: Path, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Refuse a file that `score` could not write: for use before the work whose result it is to hold.
+
+    Args:
+        path: the file.
+        inputs: as for `stochbn.files.check_file`.
 
     Raises:
         OSError: as `stochbn.files.check_file`.
         ValueError: its ending says no format.
     """
-    check_file(path)
+    check_file(path, inputs)
     if path.suffix not in ENDINGS:
         raise ValueError(f"the table {str(path)!r} ends in {path.suffix!r}; name one that ends in .csv or .parquet")
 

@@ -73,5 +73,6 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:
-            err.print("Stopped.")
+            again = " Run it again to go on." if {"predict", "demo", "reproduce"} & set(sys.argv[1:3]) else ""
+            err.print(f"Stopped.{again}")
         raise

@@ -130,12 +130,17 @@ OPTIONS = {"ignore_index": "ignore"}
 ARGUMENT = re.compile(r"\b(task|logits|class_axis|ignore_index|batch_size|draws|tolerance)=([\"']?)([^\s\"',;)]+)\2")
 
 
+BATCHES = "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come"
+"""Advice of Python that the command line, which makes the batches itself, has other words for."""
+
+
 def _line(text: str) -> str:
     """A message as one line, with options in place of the arguments that Python code has.
 
     >>> _line('leave out task="binary", or\\npass class_axis=-1; see output="probs"')
     'leave out --task binary, or pass --class-axis -1; see --probs'
     """
+    text = text.replace(BATCHES, "give more objects, or a smaller --batch-size")
     text = ARGUMENT.sub(lambda found: f"--{OPTIONS.get(found[1], found[1]).replace('_', '-')} {found[3]}", text)
     return readable(" ".join(text.replace('output="probs"', "--probs").split()))
 

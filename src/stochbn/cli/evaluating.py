@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,7 @@ def evaluate(
     if page is not None and page.parent == folder:  # which may yet have to be made
         check_folder(folder, page.name)
     elif page is not None:
-        check_file(page)
+        check_file(page, [*given.files, data, ood, *(posteriors or ())])
     paths: list[Path | None] = list(given.networks) if given.networks else [None]
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)
     if len(named) != len(paths):
@@ -99,8 +100,12 @@ def evaluate(
                 )
             fitted_one = subjects[0].find_posterior(named[0])
             worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, seed, ignore, folder)
-            say(after_evaluating(given, worse, [fitted_one], named, augment, ignore))
+            say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
+        if ignore is not None:
+            raise ValueError(
+                "--ignore is for --dense; of one class an object, leave out of the data what does not count"
+            )
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
         data = data or subjects[0].data
@@ -135,6 +140,14 @@ def evaluate(
     if ranks.rank:
         return
     found = report.methods(predictions[False], predictions[True])
+    outputs = (predictions[False] + predictions[True])[0]["plain.known"].shape[1]
+    if 0 < len(known.classes) < outputs and not subjects[0].classes:
+        warnings.warn(
+            f"{known.name} has {len(known.classes)} classes, numbered in the order of their names, and the network has "
+            f"{outputs}: if some are missing, the others have wrong numbers; name the network's classes in its module, "
+            "with classes = [...]",
+            stacklevel=2,
+        )
     names = known.name, unknown.name if unknown is not None else None
     seconds = time.perf_counter() - started
     networks = list(map(str, given.networks)) if given.networks else [given.model]

@@ -37,7 +37,7 @@ def export(
 
     if path.suffix not in ENDINGS:
         raise ValueError(f"--out must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
-    check_file(path)
+    check_file(path, [*given.files, data, posterior])
     subject = Subject.one(given)
     fitted = subject.need_posterior(posterior)
     example = next(inputs for inputs, *_ in subject.load(data, "test").batches(EXAMPLE))

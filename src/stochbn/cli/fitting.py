@@ -56,7 +56,7 @@ def fit(
         raise ValueError(needs("--out"))
     target = path or default_posterior(beside or Path())
     if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
-        check_file(target)
+        check_file(target, [*given.files, data])
     with job() as ranks, ranks.failing_together():
         subject = Subject.one(given)
         objects = subject.load(data, "train")
@@ -124,7 +124,7 @@ def calibrate(
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
     if target is None:
         raise ValueError(needs("--out"))
-    check_file(target)
+    check_file(target, [*given.files, held_out])
     with job() as ranks, ranks.failing_together():
         subject = Subject.one(given)
         task = subject.settings.get("task", "classification")
@@ -175,7 +175,8 @@ def calibrate(
         new.save(target)
     show([_table(choices[0], ends=temperature)])
     dense = choices[0].units == "places"
-    again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=ignore)
+    shown = ignore if dense else None  # evaluate has no such option for one class an object
+    again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
         f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}.",
         target,

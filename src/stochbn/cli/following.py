@@ -89,6 +89,8 @@ def after_evaluating(
     posteriors: Sequence[Path | None],
     augment: str | None,
     ignore: int | None = None,
+    *,
+    dense: bool = False,
 ) -> str:
     """What to run after an evaluation: what mends a posterior that made probabilities worse, where one did.
 
@@ -99,6 +101,7 @@ def after_evaluating(
         posteriors: their files, where they were named.
         augment: the augmentation that was drawn.
         ignore: a label of what did not count.
+        dense: whether the network gives a class for each place.
     """
     networks: list[Path | None] = list(given.networks) if given.networks else [None]
     lines, data = [], None if given.networks else "TRAINING-DATA"
@@ -106,7 +109,8 @@ def after_evaluating(
         lines.append("Networks without a posterior were evaluated without SBN only. Next:")
     for network, posterior in zip(networks, fitted, strict=True):
         if posterior is None:
-            lines.append(f"    {command('fit', given, network=network, data=data)}")
+            out = None if network is not None or given.weights is not None else "POSTERIOR"
+            lines.append(f"    {command('fit', given, network=network, data=data, out=out)}")
     if worse:
         scored = _has_labels(given)
         advice = "Choose the noise by data that the networks were not trained on" if scored else "Fit less noise"
@@ -118,10 +122,13 @@ def after_evaluating(
                     lines.append(f"    {again}")
                 lines.append(f"    {_calibrate(given, network, path, augment, ignore)}")
             elif posterior is not None:
-                again = command("fit", given, network=network, data=data, batch_size=64, out=path, augment=augment)
+                known = posterior.batch_size not in (None, math.inf)
+                size = max(64, 4 * int(posterior.batch_size or 0)) if known else 64
+                again = command("fit", given, network=network, data=data, batch_size=size, out=path, augment=augment)
                 lines.append(f"    {again}")
     if not lines:
         options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
+        options |= {"masks": "MASKS"} if dense else {}
         lines.append(f"Next: {command('predict', given, network=networks[0], **options)}")
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ Data = Annotated[
     ),
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the statistics (or dropout passes) to average.")]
-Seed = Annotated[int, typer.Option(min=0, help="Where all randomness comes from.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Where all randomness comes from.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Networks to train side by side; 0 is one for each core.")]
 Override = functools.partial(typer.Option, show_default=False)
 Augmentation = Annotated[

@@ -51,7 +51,9 @@ def predict(
     seed: Seed = 0,
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
-    part: Annotated[int, typer.Option("--part", min=1, help="Rows that are written at a time.")] = 4000,
+    part: Annotated[
+        int, typer.Option("--part", min=1, help="Rows that are written at a time, in whole batches.")
+    ] = 4000,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an object that cannot be read, in place of a row with an error.")
     ] = False,
@@ -84,7 +86,7 @@ def predict(
         raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
     with stored(path) as table:
-        check_table(table)
+        check_table(table, [*given.files, data, posterior])
         if masks is not None:
             check_folder(masks)
             if engine == "ray":
@@ -110,7 +112,7 @@ def predict(
                 predictive,
                 stream,
                 table,
-                settings={**read, **files, **chosen, "data": getattr(stream, "name", data)},
+                settings={**read, **files, **chosen, "data": getattr(stream, "name", data), "files": _state(data)},
                 classes=subject.classes,
                 top=top,
                 batch=batch,
@@ -126,7 +128,8 @@ def predict(
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
-    say(f"Saved {count} predictions as {path}; entropies are in nats.", path)
+    units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
+    say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
 
@@ -192,6 +195,16 @@ def _shown(value: Any) -> str:
         return f"{float(value):.3f}" if "." in str(value) else str(value)
     except ValueError:
         return str(value)
+
+
+def _state(data: str | None) -> str | None:
+    """A checksum of names, sizes and times of the files of a path; None for data of another kind."""
+    path = Path(data or "")
+    if data is None or not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(found).encode(errors="surrogateescape")).hexdigest()
 
 
 def _digest(what: nn.Module | Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -73,6 +74,11 @@ class Given:
     class_axis: Annotated[int | None, Override("--class-axis", help="The axis of the classes in the output.")] = None
     probs: Annotated[bool, typer.Option("--probs", help="The network's output has been through a softmax.")] = False
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the networks, which no command writes."""
+        return [*(self.networks or ()), *([self.weights] if self.weights is not None else [])]
+
 
 SHARED = tuple(field.name for field in fields(Given) if field.name != "networks")
 
@@ -108,12 +114,22 @@ def about_networks(*, several: bool = False) -> Callable[[Callable[..., None]], 
                 if given.networks:
                     raise
                 raise ValueError(f"{given.model}: {error}") from error
+            except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+                if given.networks or not _raised_outside(error):
+                    raise
+                raise ValueError(f"{given.model}: {type(error).__name__}: {error}") from error
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
 
     return decorate
+
+
+def _raised_outside(error: BaseException) -> bool:
+    """Whether an error began in code that is not this package's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True, eq=False)

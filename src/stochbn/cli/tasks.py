@@ -84,6 +84,7 @@ def score_tasks(
     if posterior is not None:
         methods["SBN"] = Predictive(subject.model, posterior, draws, augment=augment, **subject.settings)
     found, losses, sort, loss, done = {}, {}, "", "NLL", 0
+    places: Tensor | None = None  # that count, of each object
     for name, predictive in methods.items():
         generator = torch.Generator().manual_seed(seed)
 
@@ -102,7 +103,7 @@ def score_tasks(
         elif task == "multilabel":
             sort, (found[name], losses[name]) = "multilabel", _multilabel(predictions(), ranks)
         else:
-            sort, (found[name], losses[name]) = "dense", _dense(predictions(), ranks, ignore)
+            sort, (found[name], losses[name], places) = "dense", _dense(predictions(), ranks, ignore)
     errors = {}
     if ignore is None and 1 < len(losses["plain"]) <= FEW_OBJECTS:
         for name, each in losses.items():
@@ -111,7 +112,11 @@ def score_tasks(
     if posterior is None:
         return Scored(sort, found, None, None, loss, errors)
     change = losses["SBN"] - losses["plain"]
-    return Scored(sort, found, change.mean().item(), _standard_error(change), loss, errors)
+    weights = torch.ones_like(change) if places is None else places
+    mean = (weights * change).sum() / weights.sum()
+    # Of a ratio, as objects have different numbers of places that count.
+    error = _standard_error(weights * (change - mean)) * len(change) / weights.sum().item()
+    return Scored(sort, found, mean.item(), error, loss, errors)
 
 
 def _standard_error(values: Tensor) -> float:
@@ -194,15 +199,15 @@ def _joined(batches: list[dict[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]
 
 def _dense(
     predictions: Iterator[tuple[Any, Tensor]], ranks: Ranks, ignore: int | None
-) -> tuple[dict[str, float], Tensor]:
-    """Scores of all places together, which are added up batch by batch, and the mean NLL of each object."""
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Scores of all places together, which are added up batch by batch; of each object the mean NLL, and its places."""
     import torch
 
     from stochbn import metrics
 
     keys = ("error", "nll", "brier")
     sums = torch.zeros(1 + len(keys), dtype=torch.float64)  # the number of places, and their scores
-    losses = []
+    losses, numbers = [], []
     counts = torch.zeros(3, metrics.BINS, dtype=torch.float64)
     for prediction, labels in predictions:
         probs = prediction.probs.movedim(prediction.class_axis, 1).cpu()
@@ -213,6 +218,7 @@ def _dense(
             scores = metrics.evaluate(one[None], truth[None], ignore_index=ignore)
             sums += float(mask.sum()) * torch.tensor([1.0, *(scores[key] for key in keys)], dtype=torch.float64)
             losses.append(scores["nll"])
+            numbers.append(float(mask.sum()))
             confidence, predicted = (values[mask] for values in one.double().max(0))
             bins = (confidence.clamp(max=1 - 2**-53) * metrics.BINS).long()
             right = (predicted == truth[mask]).double()
@@ -224,4 +230,6 @@ def _dense(
     counts = ranks.total(counts)
     scores = {key: total / places for key, total in zip(keys, totals, strict=True)}
     scores["ece"] = ((counts[1] - counts[2]).abs().sum() / places).item()
-    return scores, ranks.joined({"losses": torch.tensor(losses, dtype=torch.float64)})["losses"]
+    each = torch.tensor([losses, numbers], dtype=torch.float64).T
+    each = ranks.joined({"each": each})["each"]
+    return scores, each[:, 0], each[:, 1]

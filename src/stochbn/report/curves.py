@@ -168,7 +168,7 @@ def _entropy_axis(axes: Axes, classes: int) -> None:
     limit = math.log(classes)
     axes.set(xlim=(0, limit), ylim=(0, 1), xlabel="entropy of the predictive distribution (nats)")
     ticks = [tick for tick in axes.get_xticks() if tick < 0.93 * limit]
-    axes.set_xticks([*ticks, limit], [*(f"{tick:.2g}" for tick in ticks), f"ln {classes}"])
+    axes.set_xticks([*ticks, limit], [*(f"{tick:.3g}" for tick in ticks), f"ln {classes}"])
 
 
 def _wilson(right: int, count: int) -> tuple[float, float]:

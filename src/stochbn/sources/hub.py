@@ -45,6 +45,8 @@ def load_splits(name: str) -> tuple[Any, str]:
 
     location = _local_copy(name) or HUB.get(name, name)
     local = _is_folder(location)
+    # A name alone would also be that of a reader, such as parquet.
+    source = os.path.abspath(location) if local else location  # noqa: PTH100 - links stay as they are
     place = _place(name)
     advice = (
         f"on a machine with a connection run `hf download {location} --repo-type dataset --local-dir FOLDER/{place}`, "
@@ -63,7 +65,7 @@ def load_splits(name: str) -> tuple[Any, str]:
             datasets.disable_progress_bars()
         huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
         with contextlib.nullcontext() if local or _reachable(huggingface_hub.constants.ENDPOINT) else _offline():
-            loaded = datasets.load_dataset(location)
+            loaded = datasets.load_dataset(source)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
     except (ConnectionError, OSError) as error:

@@ -186,7 +186,7 @@ def _chosen(splits: list[str], split: str | None, prefer: Sequence[str], locatio
 def _renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
     """With labels that count the network's classes, -1 for others, where the data's classes have names."""
     own = opened.classes
-    if not own or own == classes or all(name.isdigit() for name in own):
+    if not own or own == classes or (all(name.isdigit() for name in own) and not set(own) <= set(classes)):
         return opened
     numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in own])
     return replace(opened, rows=_Renumbered(opened.rows, numbers, classes))

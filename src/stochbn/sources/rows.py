@@ -82,7 +82,7 @@ class TableRows:
         for wanted in (*inputs, *filter(None, (label, key))):
             if wanted not in features:
                 raise ValueError(f"{name} has no column {wanted!r}; it has {', '.join(features)}")
-        pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
+        pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image) or _is_encoded(feature)]
         of_classes = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         self.label = label or next(iter(of_classes), "label" if "label" in features else None)
         texts = [c for c, feature in features.items() if _is_text(feature)]
@@ -225,6 +225,13 @@ def _number(value: Any, column: str) -> Any:
 def _mostly_numbers(texts: list[str | None]) -> bool:
     """Whether most texts are numbers, as in a column where a few are mistyped."""
     return 2 * sum(NUMBER.fullmatch(text or "") is not None for text in texts) > len(texts)
+
+
+def _is_encoded(feature: Any) -> bool:
+    """Whether a column holds bytes, or bytes and a path as `datasets` stores images: pictures without their type."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"} and _is_encoded(feature["bytes"])
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _is_text(feature: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,19 +40,27 @@ def filesystem(name: str) -> tuple[Any, str]:
 
 @contextmanager
 def stored(name: str) -> Iterator[Path]:
-    """A file to write: the path itself, or one of the same name here that goes to the URL when the block ends.
+    """A file to write: the path itself, or one here that goes to the URL when the block ends.
 
-    It stays here if it could not be stored.
+    That one has a name of the URL's own, so that it is no other file's. It stays here if it could not be stored.
 
     Raises:
-        DataError: as `filesystem`.
+        DataError: as `filesystem`, or there is no such bucket.
         OSError: it cannot be stored.
     """
     if not is_url(name):
         yield Path(name)
         return
     fs, path = filesystem(name)
-    local = Path(path.rsplit("/", 1)[-1])
+    bucket, slash, _ = path.partition("/")
+    try:
+        missing = bucket and slash and not fs.exists(bucket)
+    except Exception as error:  # each store has errors of its own
+        raise DataError(f"{name!r} cannot be reached: {error}") from error
+    if missing:
+        raise DataError(f"there is no {bucket!r} to write {name!r} to; make it first")
+    here = Path(path.rsplit("/", 1)[-1])
+    local = here.with_stem(f"{here.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
     yield local
     try:
         fs.put_file(str(local), path)
