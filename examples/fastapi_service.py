@@ -1,7 +1,8 @@
 """Predictions with uncertainty by FastAPI: one predictive serves the threads of a pool.
 
 export STOCHBN_SCORER='{"model": "mynet:build", "weights": "w.pt", "posterior": "w.sbn.safetensors"}'
-PYTHONPATH=/folder/of/mynet uvicorn examples.fastapi_service:web
+export PYTHONPATH=/folder/of/mynet
+uvicorn examples.fastapi_service:web
 curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'  # of 4 numbers
 """
 

@@ -1,6 +1,7 @@
 """Predictions with uncertainty as a Ray Serve deployment: requests that come together go through the network together.
 
-PYTHONPATH=/folder/of/mynet serve run examples.ray_serve:app model=mynet:build weights=/data/w.pt posterior=/data/w.sbn.safetensors
+export PYTHONPATH=/folder/of/mynet
+serve run examples.ray_serve:app model=mynet:build weights=/data/w.pt posterior=/data/w.sbn.safetensors
 curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'  # of 4 numbers
 """
 

@@ -664,7 +664,8 @@ def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
     monkeypatch.setattr(stochbn.Predictive, "_drawn", interrupted)
     ended = main(command, trained.networks[0], "--out", tmp_path / "results.csv")
     assert ended.code == 130
-    assert ended.error.splitlines()[-1] == "Stopped."
+    again = " Run it again to go on." if command == "predict" else ""
+    assert ended.error.splitlines()[-1] == f"Stopped.{again}"
     assert "Traceback" not in ended.error
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
 
