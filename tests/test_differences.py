@@ -76,6 +76,7 @@ def test_predictions_that_move_together_have_small_errors() -> None:
     near, far = paired((first, predictions(200, 1, first)), labels), paired((first, predictions(200, 1)), labels)
     assert near["nll_change_se"] < 0.2 * far["nll_change_se"]
     same = paired((first, first), labels, (first, first))
+    assert 0 < same.pop("error_change_se") < 1
     assert set(same.values()) == {0.0}
 
 
@@ -138,3 +139,16 @@ def test_an_error_of_none_has_a_standard_error_and_a_single_object_has_none() ->
     assert found["nll_se"] == found["ece_se"] == 0
     assert "auroc_se" not in found
     assert standard_errors(torch.eye(4)[labels[:1]], labels[:1]) == {}
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 5)])
+def test_the_error_of_a_change_is_that_of_one_more_object_each_way(better: int, worse: int) -> None:
+    n, labels = 50, torch.zeros(50, dtype=torch.int64)
+    right, wrong = torch.tensor([0.9, 0.1]), torch.tensor([0.2, 0.8])
+    first, second = right.repeat(n, 1), right.repeat(n, 1)
+    first[:better], second[better : better + worse] = wrong, wrong
+    found = paired((first, second), labels)
+    one, other = (better + 1) / (n + 2), (worse + 1) / (n + 2)
+    wanted = 100 * math.sqrt((one + other - (one - other) ** 2) / (n + 2))
+    assert found["error_change"] == pytest.approx(100 * (worse - better) / n, abs=1e-9)
+    assert found["error_change_se"] == pytest.approx(wanted, rel=0.02)  # which divides by one object more

@@ -37,7 +37,8 @@ def test_keys_at_the_top_are_for_commands_about_a_network_and_tables_go_first(tm
     assert found["fit"] == shared
     assert found["evaluate"] == shared | {"draws": "20"}
     assert found["predict"] == shared | {"draws": "5", "path": "p.parquet", "strict": True}
-    assert found["bench"] == {"seed": "3"}
+    assert found["export"] == shared | {"draws": "20"}
+    assert found["bench"] == shared | {"seed": "3"}
 
 
 def test_without_a_file_there_are_no_defaults(tmp_path: Path) -> None:

@@ -130,8 +130,17 @@ OPTIONS = {"ignore_index": "ignore"}
 ARGUMENT = re.compile(r"\b(task|logits|class_axis|ignore_index|batch_size|draws|tolerance)=([\"']?)([^\s\"',;)]+)\2")
 
 
-BATCHES = "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come"
-"""Advice of Python that the command line, which makes the batches itself, has other words for."""
+WORDS = {
+    "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come": "give more "
+    "objects, or a smaller --batch-size",
+    ', or pass check="shape" to Predictive or calibrate to use it nevertheless': "",
+    ", load the posterior that belongs to these weights": ", or name the posterior that belongs to these weights",
+    'pass output="logits"': "leave out --probs",
+    'use output="logits"': "leave out --probs",
+    'output="logits"': "no --probs",
+    'output="probs"': "--probs",
+}
+"""Advice for Python code, and what the command line has instead."""
 
 
 def _line(text: str) -> str:
@@ -140,9 +149,10 @@ def _line(text: str) -> str:
     >>> _line('leave out task="binary", or\\npass class_axis=-1; see output="probs"')
     'leave out --task binary, or pass --class-axis -1; see --probs'
     """
-    text = text.replace(BATCHES, "give more objects, or a smaller --batch-size")
+    for given, words in WORDS.items():
+        text = text.replace(given, words)
     text = ARGUMENT.sub(lambda found: f"--{OPTIONS.get(found[1], found[1]).replace('_', '-')} {found[3]}", text)
-    return readable(" ".join(text.replace('output="probs"', "--probs").split()))
+    return readable(" ".join(text.split()))
 
 
 def show_warnings() -> None:

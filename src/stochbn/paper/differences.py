@@ -88,9 +88,12 @@ def paired(
     Returns:
         ``error_change`` (percentage points), ``nll_change`` (nats), with `calibrated` the ``calibrated_nll_change``
         (nats), and with unknown objects ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies); each
-        also with ``_se`` behind it. A single object has no standard error, so nothing is said of it.
+        also with ``_se`` behind it. That of the error is not 0 where no object becomes right or wrong. A single object
+        has no standard error, so nothing is said of it.
 
-    Source: for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
+    Source: of the error, Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488: one more
+    object that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44 (1988),
+    837-845.
     """
     found: dict[str, float] = {}
     if len(labels) < 2:
@@ -101,7 +104,8 @@ def paired(
         found[f"{name}_change_se"] = math.sqrt(sum(_variance_of_mean(d) for d in differences))
 
     wrong = [100 * (probs.argmax(1) != labels).double() for probs in known]
-    add("error", (wrong[1] - wrong[0]).mean().item(), wrong[1] - wrong[0])
+    turned = wrong[1] - wrong[0]
+    add("error", turned.mean().item(), torch.cat([turned, turned.new_tensor([-100.0, 100.0])]))
     nll = [metrics.nll_of_each(probs, labels) for probs in known]
     add("nll", (nll[1] - nll[0]).mean().item(), nll[1] - nll[0])
     if calibrated is not None:

@@ -33,10 +33,11 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """The table with its title as a GitHub table; a bar in a cell does not end it."""
+        """The table with its title as a GitHub table; a bar in a cell does not end it, and all of it is UTF-8."""
         head, *body = (f"| {' | '.join(map(_in_cell, row))} |" for row in (self.columns, *self.rows))
         line = f"|{' --- |' + ' ---: |' * (len(self.columns) - 1)}"
-        return "\n".join([f"**{self.title}**", "", head, line, *body])
+        text = "\n".join([f"**{self.title}**", "", head, line, *body])
+        return text.encode(errors="backslashreplace").decode()  # names of files may be any bytes
 
 
 FEW_OBJECTS = 1000
