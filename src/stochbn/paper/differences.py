@@ -91,8 +91,8 @@ def paired(
         also with ``_se`` behind it. That of the error is not 0 where no object becomes right or wrong. A single object
         has no standard error, so nothing is said of it.
 
-    Source: of the error, Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488: one more
-    object that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44 (1988),
+    Source: of the error, Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488: one
+    more object that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44 (1988),
     837-845.
     """
     found: dict[str, float] = {}
