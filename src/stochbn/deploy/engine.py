@@ -105,7 +105,8 @@ def ray_engine(
             )
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
         actors = min(workers, len(numbers))
-        gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+        resources: Any = ray.cluster_resources  # which has no types
+        gpus = resources().get("GPU", 0.0)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         try:
