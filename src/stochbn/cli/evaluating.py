@@ -235,22 +235,21 @@ class _Share:
     def __init__(self, whole: Any, ranks: Ranks) -> None:
         from stochbn.paper.predicting import PREDICT_BATCH
 
-        self.objects, self._whole, self._ranks = whole, whole, ranks
+        self.objects, self._ranks = whole, ranks
         if ranks.count == 1:
             return
         if len(whole) < ranks.count:
             raise ValueError(f"{whole.name} has {len(whole)} objects for {ranks.count} ranks; start fewer")
-        self._shard = ranks.rank, ranks.count, min(PREDICT_BATCH, len(whole) // ranks.count)
-        self.objects = whole.shard(*self._shard)
-        if next(self.objects.batches(1), None) is None:  # of a user's own loader
+        shard = ranks.rank, ranks.count, min(PREDICT_BATCH, len(whole) // ranks.count)
+        self.objects, self._positions = whole.shard(*shard), whole.shard_positions(*shard)
+        if not len(self._positions):  # of a user's own loader
             raise ValueError(f"{whole.name} gives fewer batches than the {ranks.count} ranks; start fewer")
 
     def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the ranks have of their objects, ``[n, ...]``, as one process has it: in the order of all objects."""
         if self._ranks.count == 1:
             return tensors
-        positions = self._whole.shard_positions(*self._shard)
-        joined = self._ranks.joined({**tensors, "positions": positions})
+        joined = self._ranks.joined({**tensors, "positions": self._positions})
         order = joined.pop("positions").argsort()
         return {name: values[order] for name, values in joined.items()}
 

@@ -122,8 +122,8 @@ def after_evaluating(
                     lines.append(f"    {again}")
                 lines.append(f"    {_calibrate(given, network, path, augment, ignore)}")
             elif posterior is not None:
-                known = posterior.batch_size not in (None, math.inf)
-                size = max(64, 4 * int(posterior.batch_size or 0)) if known else 64
+                now = posterior.batch_size
+                size = 64 if now is None or now == math.inf else max(64, int(4 * now))
                 again = command("fit", given, network=network, data=data, batch_size=size, out=path, augment=augment)
                 lines.append(f"    {again}")
     if not lines:

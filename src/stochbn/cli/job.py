@@ -95,9 +95,8 @@ def job() -> Iterator[Ranks]:
     try:
         ranks = Ranks(dist.group.WORLD)
         check_gpus(ranks)
-        with (
-            warnings.catch_warnings()
-        ):  # commands that share networks among ranks fit each on the data of one, on purpose
+        with warnings.catch_warnings():
+            # Commands that share networks among ranks fit each to the data of one, on purpose.
             warnings.filterwarnings("ignore", message=r"this is rank \d+ of")
             yield ranks
     finally:

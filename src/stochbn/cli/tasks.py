@@ -206,8 +206,7 @@ def _dense(
     from stochbn import metrics
 
     keys = ("error", "nll", "brier")
-    sums = torch.zeros(1 + len(keys), dtype=torch.float64)  # the number of places, and their scores
-    losses, numbers = [], []
+    rows = []  # of each object its places, and their mean scores
     counts = torch.zeros(3, metrics.BINS, dtype=torch.float64)
     for prediction, labels in predictions:
         probs = prediction.probs.movedim(prediction.class_axis, 1).cpu()
@@ -216,20 +215,17 @@ def _dense(
             if not mask.any():
                 continue
             scores = metrics.evaluate(one[None], truth[None], ignore_index=ignore)
-            sums += float(mask.sum()) * torch.tensor([1.0, *(scores[key] for key in keys)], dtype=torch.float64)
-            losses.append(scores["nll"])
-            numbers.append(float(mask.sum()))
+            rows.append([float(mask.sum()), *(scores[key] for key in keys)])
             confidence, predicted = (values[mask] for values in one.double().max(0))
             bins = (confidence.clamp(max=1 - 2**-53) * metrics.BINS).long()
             right = (predicted == truth[mask]).double()
             for row, values in enumerate((torch.ones_like(right), confidence, right)):
                 counts[row].index_add_(0, bins, values)
-    places, *totals = ranks.total(sums).tolist()
-    if not places:
+    each = torch.tensor(rows, dtype=torch.float64).view(-1, 1 + len(keys))
+    places, *values = ranks.joined({"each": each})["each"].unbind(1)
+    if not len(places):
         raise ValueError("there is nothing to evaluate: no place has a label that counts")
     counts = ranks.total(counts)
-    scores = {key: total / places for key, total in zip(keys, totals, strict=True)}
-    scores["ece"] = ((counts[1] - counts[2]).abs().sum() / places).item()
-    each = torch.tensor([losses, numbers], dtype=torch.float64).T
-    each = ranks.joined({"each": each})["each"]
-    return scores, each[:, 0], each[:, 1]
+    scores = {key: ((places * one).sum() / places.sum()).item() for key, one in zip(keys, values, strict=True)}
+    scores["ece"] = ((counts[1] - counts[2]).abs().sum() / places.sum()).item()
+    return scores, values[keys.index("nll")], places

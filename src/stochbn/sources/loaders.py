@@ -79,7 +79,8 @@ class LoaderObjects:
 
     def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
         """Where each object of a shard is among all, ``[n]``; the loader is gone through once more."""
-        batches = torch.split(torch.arange(len(self)), [len(labels) for _, labels in self._batches()])
+        lengths = [len(labels) for _, labels in self._batches()]
+        batches = torch.split(torch.arange(sum(lengths)), lengths)
         return torch.cat([torch.empty(0, dtype=torch.int64), *batches[rank::count]])
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
