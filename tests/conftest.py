@@ -318,7 +318,7 @@ def slow_statistics(
 
 def fit_factorized(model: nn.Module, batches: Iterable[Any], batch_size: int | None = 16) -> stochbn.Factorized:
     """The paper's posterior."""
-    return stochbn.fit(model, batches, batch_size, kind="factorized")
+    return stochbn.fit(model, batches, batch_size, kind="factorized", centre="observed")
 
 
 def slow_probs(

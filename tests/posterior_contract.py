@@ -126,7 +126,7 @@ class PosteriorContract:
         return accumulator.posterior(batch_size=16, dtype=torch.float64)
 
     def fitted(self, model: nn.Module, case: Case) -> Any:
-        return stochbn.fit(model, [1.3 * case.inputs(48, seed=9) + 0.2], 6, self.kind)
+        return stochbn.fit(model, [1.3 * case.inputs(48, seed=9) + 0.2], 6, self.kind, centre="observed")
 
     @pytest.fixture
     def observed(self) -> Tensor:
@@ -264,13 +264,32 @@ class PosteriorContract:
         with pytest.raises(ValueError, match="batch_size must be a positive number"):
             self.make(observed).rescale(size)
 
-    def test_a_posterior_of_unknown_or_infinite_size_cannot_be_rescaled(self, observed: Tensor) -> None:
+    def test_a_posterior_of_unknown_size_cannot_be_rescaled(self, observed: Tensor) -> None:
         posterior = self.make(observed)
-        with pytest.raises(ValueError, match="the size whose noise it has is not known"):
+        with pytest.raises(ValueError, match="the size of mini-batches whose noise it had is not known"):
             dataclasses.replace(posterior, batch_size=None).rescale(4)
-        for size in (4, math.inf):
-            with pytest.raises(ValueError, match="rescaled to no noise, which cannot be undone"):
-                posterior.rescale(math.inf).rescale(size)
+        still = dataclasses.replace(posterior, batch_size=math.inf, fitted_size=None)  # of an earlier release
+        with pytest.raises(ValueError, match="has no noise, and the size of mini-batches whose noise it had"):
+            still.rescale(4)
+
+    @pytest.mark.parametrize("first", [4, 100])
+    def test_no_noise_remembers_the_noise_that_there_was(self, first: float, observed: Tensor, tmp_path: Path) -> None:
+        posterior = self.make(observed)
+        still = posterior.rescale(first).rescale(math.inf)
+        still.save(tmp_path / "p")
+        for none in (still, still.rescale(math.inf), stochbn.load(tmp_path / "p")):
+            torch.testing.assert_close(
+                drawn_rows(none.rescale(8), 20), drawn_rows(posterior.rescale(8), 20), rtol=1e-4, atol=1e-5
+            )
+
+    def test_what_was_fitted_comes_back_after_a_choice(self, observed: Tensor) -> None:
+        posterior = self.make(observed)
+        for size in (2, 16, math.inf):
+            chosen = dataclasses.replace(posterior.rescale(size), temperature=2.0, choice="it is the best")
+            again = chosen.fitted()
+            assert (again.batch_size, again.temperature, again.choice) == (16, 1.0, "")
+            torch.testing.assert_close(drawn_rows(again, 20), drawn_rows(posterior, 20), rtol=1e-4, atol=1e-5)
+            assert repr(again) == repr(posterior)
 
     # Recentring
 
@@ -286,6 +305,47 @@ class PosteriorContract:
             torch.testing.assert_close(found.probs, stochbn.Predictive(model)(x).probs, rtol=1e-5, atol=1e-6)
         off = stochbn.Predictive(model, posterior.rescale(math.inf), 1)(x).probs
         assert not torch.allclose(off, stochbn.Predictive(model)(x).probs, rtol=1e-3)
+
+    def test_the_centre_goes_there_and_back(self, tmp_path: Path) -> None:
+        case = CASES["BatchNorm2d"]
+        model = case.model()
+        posterior = self.fitted(model, case)
+        moved = posterior.recentre(model)
+        moved.save(tmp_path / "p")
+        assert (posterior.centre, moved.centre) == ("observed", "running")
+        for one in (moved, stochbn.load(tmp_path / "p"), moved.rescale(4).recentre(model).rescale(math.inf)):
+            back = one.recentre_observed()
+            assert back.centre == "observed"
+            torch.testing.assert_close(back.expected, posterior.expected, rtol=1e-5, atol=1e-6)
+        assert posterior.recentre_observed() is posterior
+        same(stochbn.load(tmp_path / "p"), moved)
+
+    def test_fit_has_the_running_statistics_as_its_centre(self, case: Case) -> None:
+        """So without noise a prediction is the plain network's."""
+        model, x = case.model(), case.inputs(6, seed=5)
+        posterior = stochbn.fit(model, [1.3 * case.inputs(48, seed=9) + 0.2], 6, self.kind)
+        assert posterior.centre == "running"
+        torch.testing.assert_close(posterior.expected, running(model, posterior.layers), rtol=1e-5, atol=1e-6)
+        wanted = self.fitted(model, case)
+        torch.testing.assert_close(posterior.recentre_observed().expected, wanted.expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(spread(posterior), spread(wanted), rtol=1e-4, atol=1e-9)
+        found = stochbn.Predictive(model, posterior.rescale(math.inf), 50)(x)
+        torch.testing.assert_close(found.probs, stochbn.Predictive(model)(x).probs, rtol=1e-5, atol=1e-6)
+
+    def test_a_layer_without_usable_running_statistics_has_the_observed_ones(self) -> None:
+        case = CASES["BatchNorm2d"]
+        model = case.model()
+        wanted = self.fitted(model, case)
+        first, second, *others = wanted.layers
+        model.get_buffer(f"{first}.running_mean")[0] = math.nan
+        model.get_buffer(f"{second}.running_var")[0] = -1
+        found = stochbn.fit(model, [1.3 * case.inputs(48, seed=9) + 0.2], 6, self.kind)
+        assert found.centre == ("running" if others else "observed")
+        sizes = list(found.layers.values())
+        parts, observed = (torch.split(p.expected, sizes, dim=1) for p in (found, wanted))
+        for name, part, own in zip(found.layers, parts, observed, strict=True):
+            centre = own if name in (first, second) else running(model, [name])
+            torch.testing.assert_close(part, centre, rtol=1e-5, atol=1e-6)
 
     def test_recentring_keeps_the_spread_and_all_else(self) -> None:
         case = CASES["BatchNorm2d"]
@@ -408,8 +468,12 @@ class PosteriorContract:
         posterior = self.accumulated(observations(statistics(9, 4), {"a": 1, "b": 3})).posterior(**self.settings())
         name = type(posterior).__name__
         of = "4 channels in 2 layers, from 9 mini-batches"
-        assert repr(posterior) == f"<{name}: {of}; the noise of mini-batches of 16, temperature 1>"
-        assert repr(posterior.rescale(math.inf)) == f"<{name}: {of}; no noise, temperature 1>"
+        noise = "the noise of mini-batches of 16 about the observed statistics"
+        assert repr(posterior) == f"<{name}: {of}; {noise}, temperature 1>"
+        still = posterior.rescale(math.inf)
+        assert repr(still) == f"<{name}: {of}; no noise, the observed statistics, temperature 1>"
+        plain = dataclasses.replace(still, centre="running")
+        assert repr(plain) == f"<{name}: {of}; no noise: the plain network, temperature 1>"
 
     def test_merging_leaves_both_as_they_were(self) -> None:
         rows = observations(statistics(9, 4))

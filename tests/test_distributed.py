@@ -314,7 +314,7 @@ def test_synchronised_batch_norms_observe_mini_batches_of_one_rank(folder: Path)
 
 def test_what_is_no_group_is_refused() -> None:
     with pytest.raises(TypeError, match="group must be a process group"):
-        stochbn.fit(network(), [data()], 6, group="world")  # type: ignore[call-overload]
+        stochbn.fit(network(), [data()], 6, group="world")
 
 
 CHANNELS, MINI_BATCHES = 8192, 128

@@ -31,6 +31,11 @@ from conftest import (
 )
 
 
+def fit(*args: Any, **options: Any) -> Any:
+    """A posterior about what it observed, as the paper's."""
+    return stochbn.fit(*args, **{"centre": "observed", **options})
+
+
 def assert_moments(
     posterior: stochbn.Factorized, rows: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
 ) -> None:
@@ -223,7 +228,7 @@ def test_recalibrated_running_averages_can_be_fitted_on_the_same_data() -> None:
 def test_a_single_mini_batch_warns_and_has_no_spread(kind: str) -> None:
     model = settled(mlp(), 4)
     with pytest.warns(UserWarning, match="only one mini-batch was observed") as caught:
-        posterior = stochbn.fit(model, [normal(31, 4)], kind=kind)
+        posterior = fit(model, [normal(31, 4)], kind=kind)
     assert [str(w.filename) for w in caught] == [__file__], "the warning should point at the caller"
     drawn = posterior.draw(3)
     assert all(torch.equal(values[0], values[2]) for values in drawn.values())
@@ -323,7 +328,7 @@ def test_dead_channels_have_no_variance() -> None:
 )
 def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        stochbn.fit(*arguments)
+        fit(*arguments)
 
 
 def test_data_that_comes_from_the_network_itself_leaves_it_as_it_was() -> None:
@@ -403,7 +408,7 @@ def test_deterministic_layers_keep_their_running_statistics_while_fitting_too(ki
     batches = [normal(32, 4, seed=i) for i in range(3)]
     if not isinstance(deterministic, (list, set)) and not callable(deterministic):
         deterministic = ["4"]  # an iterator is used up by the first kind
-    posterior = stochbn.fit(model, batches, 8, kind, deterministic=deterministic)
+    posterior = fit(model, batches, 8, kind, deterministic=deterministic)
     assert dict(posterior.skipped) == {"4": "deterministic"}
     assert list(posterior.layers) == ["1", "7"]
     # The slow loop, with a layer that is frozen by its running averages in place of the deterministic one.
@@ -420,7 +425,7 @@ def test_deterministic_layers_keep_their_running_statistics_while_fitting_too(ki
     tolerance = 0.3 if kind == "joint" else 1e-4  # its variances are lognormal
     torch.testing.assert_close(posterior.expected[0], wanted[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(posterior.expected[1], wanted[1], rtol=tolerance, atol=1e-5)
-    every = stochbn.fit(model, batches, 8, kind)
+    every = fit(model, batches, 8, kind)
     assert not torch.allclose(every.expected[0, -5:], posterior.expected[0, -5:], rtol=1e-2)
 
 
@@ -445,13 +450,13 @@ def test_deterministic_layers_that_cannot_be_are_refused_before_any_data_is_read
         yield
 
     with pytest.raises(error, match=message):
-        stochbn.fit(settled(three_norms(), 4), stream(), 8, deterministic=deterministic)
+        fit(settled(three_norms(), 4), stream(), 8, deterministic=deterministic)
 
 
 def test_a_name_with_brackets_is_taken_as_it_is() -> None:
     model = nn.ModuleDict({"a[0]": nn.BatchNorm1d(4), "a0": nn.BatchNorm1d(4)})
     model.forward = lambda x: model["a0"](model["a[0]"](x))
-    posterior = stochbn.fit(model, [normal(64, 4)], deterministic=["a[0]"])
+    posterior = fit(model, [normal(64, 4)], deterministic=["a[0]"])
     assert (list(posterior.layers), list(posterior.skipped)) == (["a0"], ["a[0]"])
 
 
@@ -468,9 +473,9 @@ def test_a_layer_that_train_leaves_in_evaluation_mode_is_skipped_and_works_as_in
     batches = [normal(32, 4, seed=i) for i in range(3)]
     found = fit_factorized(frozen, batches, 8)
     assert dict(found.skipped) == {"4": "stays in evaluation mode"}
-    wanted = stochbn.fit(model, batches, 8, kind="factorized", deterministic=["4"])
+    wanted = fit(model, batches, 8, kind="factorized", deterministic=["4"])
     assert torch.equal(found.expected, wanted.expected)
-    named = stochbn.fit(frozen, batches, 8, deterministic=["4"])
+    named = fit(frozen, batches, 8, deterministic=["4"])
     assert dict(named.skipped) == {"4": "deterministic"}
 
 
@@ -482,8 +487,8 @@ def test_a_scripted_part_keeps_its_statistics_and_is_listed() -> None:
     batches = [normal(32, 4, seed=i) for i in range(3)]
     found = fit_factorized(scripted, batches, 8)
     assert dict(found.skipped) == {"0.1": "scripted"}
-    wanted = stochbn.fit(model, batches, 8, kind="factorized", deterministic=["1"])
-    named = stochbn.fit(scripted, batches, 8, kind="factorized", deterministic=["0.*"])
+    wanted = fit(model, batches, 8, kind="factorized", deterministic=["1"])
+    named = fit(scripted, batches, 8, kind="factorized", deterministic=["0.*"])
     assert named.skipped == found.skipped, "it is no mistake to name what is not drawn anyway"
     torch.testing.assert_close(found.expected, wanted.expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -534,7 +539,7 @@ def far(model: nn.Module) -> str:
     """The warning of a fit, if there is one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        stochbn.fit(model, DATA)
+        fit(model, DATA)
     assert len(caught) <= 1
     assert all(str(w.filename) == __file__ for w in caught), "the warning should point at the caller"
     return str(caught[0].message) if caught else ""
@@ -557,26 +562,26 @@ def test_statistics_far_from_the_running_ones_are_told_by_layer_with_what_to_do(
     model.get_buffer("4.running_mean").add_(shift * variance.sqrt())
     variance *= factor
     told = far(model)
-    assert told.startswith("the statistics of '4' in these mini-batches are far from the running statistics")
-    assert "posterior.recentre(model)" in told
-    stochbn.fit(model, DATA, deterministic=["4"])
+    assert told.startswith("these mini-batches have other statistics than training, most in '4'")
+    assert 'centre="running" keeps the network\'s own' in told
+    fit(model, DATA, deterministic=["4"])
 
 
 def test_data_of_another_kind_is_told() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = trained(100)
-    with pytest.warns(UserWarning, match="'1'.*data is of another kind"):
-        stochbn.fit(model, [batch * 5 for batch in DATA])
+    with pytest.warns(UserWarning, match="most in '1'.*outputs differ by.*the data is of another domain"):
+        fit(model, [batch * 5 for batch in DATA])
 
 
 def test_running_statistics_that_are_not_finite_are_fitted_afresh_without_a_word() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = trained(100)
-    wanted = stochbn.fit(model, DATA)
+    wanted = fit(model, DATA)
     model.get_buffer("4.running_var")[2] = float("nan")
-    found = stochbn.fit(model, DATA)
+    found = fit(model, DATA)
     assert torch.equal(found.expected, wanted.expected)
     assert not far(model)
     with pytest.raises(ValueError, match="not finite"):
@@ -592,8 +597,8 @@ def test_the_global_generator_is_never_set_back(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "set_rng_state", refuse)
     monkeypatch.setattr(torch.random, "set_rng_state", refuse)
-    stochbn.fit(model, [CASES["BatchNorm2d"].inputs(32)], 8)
-    stochbn.fit(nn.Sequential(nn.Dropout(0.5), model), [CASES["BatchNorm2d"].inputs(32)], 8)
+    fit(model, [CASES["BatchNorm2d"].inputs(32)], 8)
+    fit(nn.Sequential(nn.Dropout(0.5), model), [CASES["BatchNorm2d"].inputs(32)], 8)
 
 
 # All kinds
@@ -604,14 +609,14 @@ def test_every_kind_is_of_the_statistics_of_a_slow_loop(case: Case, kind: str) -
     model = case.model()
     incoming = [case.inputs(20, seed=1), case.inputs(17, seed=2), case.inputs(5, seed=3)]
     pieces = [x[i : i + 6] for x in incoming for i in range(0, len(x) - 5, 6)]
-    found = stochbn.fit(model, incoming, 6, kind)
+    found = fit(model, incoming, 6, kind)
     rows = slow_statistics(model, pieces, case.channel_axis)
     assert found.kind == kind
     assert found.layers == {name: r.shape[2] for name, r in rows.items()}
     assert (found.mini_batches, found.batch_size, found.dtype) == (5, 6, torch.float32)
     assert found.skipped == fit_factorized(model, incoming, 6).skipped
     every = torch.cat([r.view(5, -1, 2, r.shape[2]) for r in rows.values()], 3)  # mini-batches, calls
-    replayed = found if isinstance(found, stochbn.Empirical) else stochbn.fit(model, incoming, 6, kind="empirical")
+    replayed = found if isinstance(found, stochbn.Empirical) else fit(model, incoming, 6, kind="empirical")
     calls = (every - replayed.statistics.double()[:, None]).abs().sum((2, 3)).argmin(1)
     taken = every[torch.arange(5), calls]
     if isinstance(found, stochbn.Empirical):
@@ -631,7 +636,7 @@ def test_every_kind_is_of_the_statistics_of_a_slow_loop(case: Case, kind: str) -
 
 def test_the_joint_kind_is_the_default_and_keeps_all_directions() -> None:
     model = settled(mlp(), 4)
-    posterior = stochbn.fit(model, [normal(160, 4)])
+    posterior = fit(model, [normal(160, 4)])
     assert isinstance(posterior, stochbn.Joint)
     assert posterior.batch_size == 16
     assert posterior.directions.shape == (9, 2 * 13)
@@ -644,7 +649,7 @@ def test_every_kind_expects_what_the_paper_does(case: Case, kind: str) -> None:
     if "twice" in case.build.__name__.lower():
         pytest.skip("it takes one call of each mini-batch")
     data = [case.inputs(400, seed=1)]
-    found, wanted = stochbn.fit(model, data, 8, kind).expected, fit_factorized(model, data, 8).expected
+    found, wanted = fit(model, data, 8, kind).expected, fit_factorized(model, data, 8).expected
     tolerance = 0.15 if kind == "joint" else 1e-5
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], wanted[1], rtol=tolerance, atol=1e-5)
@@ -653,7 +658,7 @@ def test_every_kind_expects_what_the_paper_does(case: Case, kind: str) -> None:
 def test_a_joint_posterior_has_the_spread_of_the_paper_for_means() -> None:
     model = settled(mlp(), 4)
     data = [normal(400, 4, seed=1)]
-    joint, paper = stochbn.fit(model, data, 8), fit_factorized(model, data, 8)
+    joint, paper = fit(model, data, 8), fit_factorized(model, data, 8)
     found = (joint.directions.double().square().sum(0) + joint.residual)[:13]
     torch.testing.assert_close(found, paper.mean_variance, rtol=1e-5, atol=1e-9)
 
@@ -671,7 +676,7 @@ def test_statistics_that_layers_have_in_common_stay_so_only_in_the_joint_kinds()
 
     model, data = Fork(), [normal(960, 2)]
     for kind, least, most in (("factorized", -0.2, 0.2), ("empirical", 0.999, 1.001), ("joint", 0.7, 1.001)):
-        drawn = stochbn.fit(model, data, 16, kind).draw(600, torch.Generator().manual_seed(0))
+        drawn = fit(model, data, 16, kind).draw(600, torch.Generator().manual_seed(0))
         for statistic in ("running_mean", "running_var"):
             for channel in range(2):
                 pair = torch.stack([drawn[f"{side}.{statistic}"][:, channel] for side in ("left", "right")])
@@ -682,23 +687,23 @@ def test_a_layer_that_is_called_twice_has_one_call_of_each_mini_batch_taken_what
     model = settled(Twice(), 4)
     batches = [normal(8, 4, seed=i) for i in range(12)]
     rows = slow_statistics(model, batches)["norm"].view(12, 2, 2, 4)
-    posterior = stochbn.fit(model, batches, 8, kind="empirical")
+    posterior = fit(model, batches, 8, kind="empirical")
     near = (rows - posterior.statistics[:, None]).abs().amax((2, 3)) < 1e-4
     assert near.sum(1).tolist() == [1] * 12
     assert near.any(0).all(), "now the first and now the second call"
-    other = stochbn.fit(model, batches[::-1], 8, kind="empirical")
+    other = fit(model, batches[::-1], 8, kind="empirical")
     assert torch.equal(other.statistics.flip(0), posterior.statistics)
-    torch.testing.assert_close(stochbn.fit(model, batches, 8).expected[0], posterior.expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fit(model, batches, 8).expected[0], posterior.expected[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["joint", "empirical"])
 def test_layers_without_statistics_are_skipped_by_every_kind(kind: str) -> None:
-    posterior = stochbn.fit(settled(Unused(), 4), [normal(32, 4)], 8, kind)
+    posterior = fit(settled(Unused(), 4), [normal(32, 4)], 8, kind)
     assert list(posterior.skipped) == ["auxiliary"]
     assert list(posterior.layers) == ["norm"]
     model = settled(nn.Sequential(nn.Conv2d(2, 5, 3), Frozen(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)), 2, 6, 5)
     with pytest.warns(UserWarning, match="'1' does not update its running statistics in training mode"):
-        posterior = stochbn.fit(model, [normal(32, 2, 6, 5)], 8, kind)
+        posterior = fit(model, [normal(32, 2, 6, 5)], 8, kind)
     assert list(posterior.skipped) == ["1"]
     assert list(posterior.layers) == ["3"]
 
@@ -710,7 +715,7 @@ def test_a_network_with_only_frozen_layers_is_refused_by_every_kind(kind: str) -
         pytest.warns(UserWarning, match="does not update"),
         pytest.raises(ValueError, match="none was called, or all are frozen"),
     ):
-        stochbn.fit(model, [normal(8, 2, 6, 5)], 4, kind)
+        fit(model, [normal(8, 2, 6, 5)], 4, kind)
 
 
 class Sometimes(nn.Module):
@@ -732,7 +737,7 @@ def test_a_layer_that_is_called_for_some_mini_batches_has_no_joint_statistics(ki
     before = Untouched(model)
     batches = [normal(8, 4, seed=i).abs() * sign for i, sign in enumerate(signs)]
     with pytest.raises(ValueError, match=r"'sometimes' was called for some mini-batches.*factorized"):
-        stochbn.fit(model, batches, 8, kind, max_batches=2)
+        fit(model, batches, 8, kind, max_batches=2)
     before.check()
     assert list(fit_factorized(model, [*batches, batches[0].abs()], 8).layers) == ["always", "sometimes"]
 
@@ -741,9 +746,9 @@ def test_a_layer_that_is_called_for_some_mini_batches_has_no_joint_statistics(ki
 def test_max_batches_bounds_what_is_kept_and_not_what_is_seen(kind: str) -> None:
     model = settled(mlp(), 4)
     x = normal(240, 4)
-    posterior = stochbn.fit(model, [x], 8, kind, max_batches=12)
+    posterior = fit(model, [x], 8, kind, max_batches=12)
     assert posterior.mini_batches == 30
-    every = stochbn.fit(model, [x], 8, kind="empirical").statistics
+    every = fit(model, [x], 8, kind="empirical").statistics
     assert len(every) == 30
     if isinstance(posterior, stochbn.Empirical):
         assert len(posterior.statistics) == 12
@@ -753,14 +758,14 @@ def test_max_batches_bounds_what_is_kept_and_not_what_is_seen(kind: str) -> None
     else:
         assert isinstance(posterior, stochbn.Joint)
         assert len(posterior.directions) == 11
-    other = stochbn.fit(model, [x], 8, kind, max_batches=30)
-    assert torch.allclose(other.expected, stochbn.fit(model, [x], 8, kind).expected)
+    other = fit(model, [x], 8, kind, max_batches=30)
+    assert torch.allclose(other.expected, fit(model, [x], 8, kind).expected)
     assert not torch.allclose(other.expected, posterior.expected)
 
 
 def test_directions_bounds_the_directions_and_keeps_the_variances() -> None:
     model, data = settled(mlp(), 4), [normal(240, 4)]
-    every, few = stochbn.fit(model, data, 8), stochbn.fit(model, data, 8, directions=3)
+    every, few = fit(model, data, 8), fit(model, data, 8, directions=3)
     assert (len(every.directions), len(few.directions)) == (26, 3), "26 entries, from 30 mini-batches"
     assert torch.equal(few.directions, every.directions[:3])
     assert few.shrinkage == every.shrinkage
@@ -769,7 +774,7 @@ def test_directions_bounds_the_directions_and_keeps_the_variances() -> None:
         few.directions.double().square().sum(0) + few.residual,
         every.directions.double().square().sum(0) + every.residual, rtol=1e-6, atol=1e-14,
     )  # fmt: skip
-    assert len(stochbn.fit(model, data, 8, directions=1000).directions) == 26
+    assert len(fit(model, data, 8, directions=1000).directions) == 26
 
 
 @pytest.mark.parametrize("kind", ["joint", "empirical"])
@@ -777,7 +782,7 @@ def test_every_kind_leaves_the_network_exactly_as_it_was_and_is_deterministic(ca
     model = mixed_up(case.model())
     before = Untouched(model)
     data = [case.inputs(24), case.inputs(11, seed=1)]
-    first, second = (stochbn.fit(model, data, 8, kind, max_batches=3) for _ in range(2))
+    first, second = (fit(model, data, 8, kind, max_batches=3) for _ in range(2))
     before.check()
     drawn, again = (p.draw(3, torch.Generator().manual_seed(1)) for p in (first, second))
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
@@ -786,7 +791,7 @@ def test_every_kind_leaves_the_network_exactly_as_it_was_and_is_deterministic(ca
 def test_the_global_generator_is_not_used_to_sample_mini_batches() -> None:
     model = settled(mlp(), 4)
     state = torch.get_rng_state()
-    stochbn.fit(model, [normal(240, 4)], 8, max_batches=5)
+    fit(model, [normal(240, 4)], 8, max_batches=5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -812,4 +817,4 @@ def test_bad_bounds_are_refused_before_any_data_is_read(
         yield
 
     with pytest.raises(error, match=message):
-        stochbn.fit(settled(mlp(), 4), stream(), 8, **options)
+        fit(settled(mlp(), 4), stream(), 8, **options)

@@ -194,7 +194,7 @@ def test_a_saved_file_is_a_safetensors_file_that_says_what_it_is(tmp_path: Path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         assert sorted(file.keys()) == sorted(VECTORS)
-    assert metadata["format"] == "stochbn.posterior/2"
+    assert metadata["format"] == "stochbn.posterior/3"
     about = json.loads(metadata["about"])
     assert about["batch_size"] == 16
     assert about["mini_batches"] == 7
@@ -317,10 +317,12 @@ def test_changed_settings_are_noticed_by_the_checksum(saved: Path) -> None:
         stochbn.load(saved)
 
 
-@pytest.mark.parametrize("version", ["3", "10", "0", "", "1.1"])
+@pytest.mark.parametrize("version", ["4", "10", "0", "", "1.1"])
 def test_another_version_is_named(saved: Path, version: str) -> None:
     rewritten(saved, format=f"stochbn.posterior/{version}")
-    with pytest.raises(ValueError, match=f"of version '{version}', this release of stochbn reads version '2' and '1'"):
+    with pytest.raises(
+        ValueError, match=f"of version '{version}', this release of stochbn reads version '3' or '2' or '1'"
+    ):
         stochbn.load(saved)
 
 
@@ -429,6 +431,16 @@ def test_a_file_of_the_format_before_is_read_with_a_warning(tmp_path: Path) -> N
     assert torch.equal(posterior.expected, make_posterior().expected)
     posterior.save(tmp_path / "q")
     equal_bit_for_bit(stochbn.load(tmp_path / "q"), posterior)
+
+
+def test_a_file_of_the_second_format_has_the_observed_centre(tmp_path: Path) -> None:
+    absent = dict.fromkeys(("centre", "fitted_size", "choice"), "left out")
+    posterior = stochbn.load(written(tmp_path / "p", "stochbn.posterior/2", **absent))
+    assert (posterior.centre, posterior.fitted_size, posterior.choice) == ("observed", 16, "")
+    assert torch.equal(posterior.expected, make_posterior().expected)
+    still = stochbn.load(written(tmp_path / "p", "stochbn.posterior/2", batch_size=math.inf, **absent))
+    with pytest.raises(ValueError, match="it had is not known"):
+        still.rescale(16)
 
 
 @pytest.mark.parametrize("value", [None, 5, "c", [5], {"c": "not called"}, ["norm"]])

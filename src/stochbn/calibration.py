@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from stochbn.augment import Augment, check_augment
-from stochbn.choice import Choice, Totals
+from stochbn.calibration_report import Choice, Totals, Tried
+from stochbn.calibration_scores import SCORES, Score
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, NetworkChangedError, passes
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
@@ -38,7 +39,7 @@ def calibrate(
     held_out: Iterable[Batch],
     *,
     batch_sizes: Sequence[float] | None = None,
-    temperature: bool = False,
+    temperature: bool = True,
     draws: int = 8,
     task: Literal["classification", "binary", "multilabel"] = "classification",
     ignore_index: int | None = None,
@@ -55,24 +56,30 @@ def calibrate(
     seed: int = 0,
     group: ProcessGroup | None = None,
 ) -> Posterior:
-    """Choose the noise level of a posterior, and if wanted a temperature, by the NLL of held-out data.
+    """Choose by held-out data how to predict: with the plain network, with a temperature, or with draws, and which.
 
-    The effective mini-batch size that gives the lowest negative log-likelihood is chosen from a grid, with the same
-    random numbers for all of its points. `held_out` is read once, and every batch of it goes through the network
-    `draws` times for each point of the grid, and once for no noise: 41 forward passes by default, 48 with `augment`,
-    beside trials with at most 34 objects of the first batch, which tell how passes can be made. Some thousand objects
-    suffice. Memory does not grow with the draws. The network is in evaluation mode, so the noise
-    is chosen with dropout off.
+    The options are the plain network; the plain network with a temperature; and draws with the noise of mini-batches
+    of several sizes, about the network's running statistics and about the observed ones, each with its temperature.
+    All are scored on the same examples, with the same random numbers. The simplest is chosen, in passes first, of those
+    within one standard error of the best. So a posterior that gains nothing beyond a temperature becomes the plain
+    network with that temperature, at one pass; ``posterior.choice`` says why. What was fitted is not lost: `calibrate`
+    begins again from there, and ``posterior.fitted()`` gives it.
+
+    `held_out` is read once. Every batch goes through the network once for the plain network, once for the observed
+    statistics without noise, and `draws` times for each noise about each centre: 82 passes by default, beside trials
+    with at most 34 examples of the first batch, which tell how passes can be made. Some thousand examples suffice.
+    Memory does not grow with the draws. The network is in evaluation mode, so dropout is off.
 
     Args:
         model: the network.
         posterior: one fitted to it.
         held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on.
             On training data the network is right, and no noise always seems best.
-        batch_sizes: the grid; None is a quarter, a half, one, two and four times the posterior's own, and
-            ``math.inf``, no noise.
-        temperature: also choose what logits are divided by, from 0.25 to 4, jointly with the noise; otherwise the
-            posterior's own stays.
+        batch_sizes: the noises to choose among, by the size of mini-batches, about the centre of `posterior`; the plain
+            network is among the options where ``math.inf`` is. None is a quarter, a half, one, two and four times the
+            posterior's own size about both centres, and ``math.inf``.
+        temperature: also choose what logits are divided by, from 0.25 to 4, for each option; otherwise it is the
+            posterior's own for all.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
             dense ``[N, ...]``; ``"binary"`` with 0 and 1; ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of
@@ -96,75 +103,79 @@ def calibrate(
             is this process's data alone.
 
     Returns:
-        The posterior with that noise and temperature; it saves, loads and predicts with both.
+        The posterior with the chosen noise, centre and temperature; it saves, loads and predicts with them.
 
     Raises:
-        TypeError, ValueError: a wrong argument, no held-out objects, batches without labels, labels that do not fit
-            the network's output, a posterior of another network or of unknown `batch_size`, or an output that is not
-            finite.
+        TypeError, ValueError: a wrong argument, no held-out examples, batches without labels, labels that do not fit
+            the network's output, a posterior of another network, `batch_sizes` for one whose own size is not known, or
+            an output that is not finite.
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        batch_sizes = _checked(model, posterior, batch_sizes, draws, task, score, augment, check)
+        _check(model, posterior, batch_sizes, draws, task, score, augment, check)
+        base = posterior.fitted() if posterior.choice else posterior
+        if base.noiseless and base.fitted_size is not None:
+            base = base.fitted()
+        noises = _noises(model, base, batch_sizes, augment is not None)
+        plain = _plain(model, base)
     if ranks.count > 1:
         asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
         ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
-    temperatures = TEMPERATURES if temperature else torch.tensor([posterior.temperature], dtype=torch.float64)
-    totals = Totals(len(batch_sizes), len(temperatures))
-    units = "objects"
+    temperatures = torch.cat([TEMPERATURES, torch.tensor([posterior.temperature], dtype=torch.float64)])
+    selectable = augment is None and (batch_sizes is None or math.inf in batch_sizes)
+    tried = _tried(noises, draws, temperature, selectable, augment is not None)
+    totals = Totals(1 + len(noises), len(temperatures))
+    units = "examples"
     network = Network.of(model)
     call = Call(
         make_task(task, logits, class_axis, output),
-        posterior=posterior,
-        sample=lambda count: list(posterior.iter_draws(count, torch.Generator().manual_seed(0))),
+        posterior=base,
+        sample=lambda count: list(base.iter_draws(count, torch.Generator().manual_seed(0))),
         augment=augment,
         clean=clean,
     )
+    ways = [(one, 1 if one.noiseless and augment is None else draws) for one in noises]
+    plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
-            objects_in, labels = network_input(model, batch, inputs), labels_of(batch, task)
-            if not objects_in.divisible or not len(objects_in):
+            examples, labels = network_input(model, batch, inputs), labels_of(batch, task)
+            if not examples.divisible or not len(examples):
                 continue
             network.look()
-            sizes = [
-                (posterior.rescale(size), 1 if size == math.inf and augment is None else draws) for size in batch_sizes
-            ]
             if labels.ndim > 1:
                 units = "labels" if task == "multilabel" else "places"
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-            try:
-                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
-            except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
-            totals.add(losses, counted.cpu().reshape(len(counted), -1).sum(1))
+
+            losses = []
+            for way, noise in ((plain_call, [(plain, 1)]), (this, ways)):
+                score_them = functools.partial(
+                    _losses, network, examples, labels, counted, way, noise, temperatures, SCORES[score]
+                )
+                try:
+                    losses.append(score_them())
+                except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
+                    losses.append(score_them())
+            totals.add(torch.cat(losses), counted.cpu().reshape(len(counted), -1).sum(1))
             progress(totals.units)
     totals.share(ranks)
     if not totals.units:
         ignored = f"all {totals.objects} have the label {ignore_index}, which is ignored"
         reason = ignored if totals.objects else "the iterable is empty or already used up"
-        raise ValueError(f"there are no held-out objects: {reason}")
+        raise ValueError(f"there are no held-out examples: {reason}")
     if not totals.total.isfinite().all():
-        raise ValueError("the network's output is not finite for some held-out objects; check the input for NaN")
-    best, at = divmod(int(totals.total.argmin()), len(temperatures))
-    if batch_sizes[best] == min(batch_sizes) and len(batch_sizes) > 1:
-        warnings.warn(
-            f"the noise of the smallest mini-batches that were tried, {batch_sizes[best]:g}, is the best: more "
-            "may be better still; fit with a smaller batch size, and calibrate again",
-            stacklevel=2,
-        )
-    if temperature and at in (0, len(temperatures) - 1):
-        warnings.warn(
-            f"the best temperature lies at or beyond the end of the range, {temperatures[at]:g}, as where few held-out "
-            "objects are classified wrongly: more of them would tell",
-            stacklevel=2,
-        )
-    options = totals.options(batch_sizes, temperatures)
-    report(Choice(score, totals.units, units, options, options[best]))
-    return replace(posterior.rescale(batch_sizes[best]), temperature=options[best].temperature)
+        raise ValueError("the network's output is not finite for some held-out examples; check the input for NaN")
+    options = totals.options(tried, temperatures)
+    number = totals.choose(tried)
+    choice = Choice(score, totals.units, units, options, options[number])
+    _warn_of_ends(choice, temperature)
+    report(choice)
+    row = tried[number].row
+    chosen = noises[row - 1] if row else plain
+    return replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
 
 
-def _checked(
+def _check(
     model: nn.Module,
     posterior: Posterior,
     batch_sizes: Sequence[float] | None,
@@ -173,8 +184,8 @@ def _checked(
     score: str,
     augment: Augment | None,
     check: str,
-) -> list[float]:
-    """The grid of batch sizes.
+) -> None:
+    """Refuse arguments that cannot be.
 
     Raises:
         TypeError, ValueError: as `calibrate`.
@@ -191,14 +202,68 @@ def _checked(
             f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "
             "for a regression choose it with the batch size of fit, and see stochbn.conformal.intervals"
         )
-    if batch_sizes is None:
-        own = posterior.batch_size or 1
-        batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
-    if not len(batch_sizes):
+    if batch_sizes is not None and not len(batch_sizes):
         raise ValueError("batch_sizes is empty; name at least one, or leave it out")
-    for size in batch_sizes:
-        posterior.rescale(size)  # refuses what cannot be, before anything is read
-    return list(batch_sizes)
+
+
+def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | None, augmented: bool) -> list[Posterior]:
+    """The posteriors to choose among, those about the running statistics first; without the plain network itself.
+
+    Raises:
+        TypeError, ValueError: `batch_sizes` has what is no size, or the posterior's own is not known.
+    """
+    centres = [base]
+    if batch_sizes is None:
+        others = (base.centred(model)[0], base.recentre_observed())
+        centres = [base if base.centre == one.centre else one for one in others]
+        centres = list({one.centre: one for one in centres}.values())
+        own = base.batch_size
+        if own is None:
+            return centres
+        batch_sizes = [math.inf] if base.noiseless else [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
+    noises = [one.rescale(size) for one in centres for size in batch_sizes]
+    return [one for one in noises if augmented or not one.noiseless or one.centre != "running"]
+
+
+def _plain(model: nn.Module, base: Posterior) -> Posterior:
+    """A posterior whose only draw is what the network works with."""
+    running, _ = base.centred(model)
+    known = running.fitted_size is not None
+    return running.rescale(math.inf) if known else replace(running, batch_size=math.inf)
+
+
+def _tried(noises: Sequence[Posterior], draws: int, temperature: bool, plain: bool, augmented: bool) -> list[Tried]:
+    """The ways to predict: the plain network, at its best temperature, and each of these posteriors."""
+    every = tuple(range(len(TEMPERATURES)))
+    own = (len(TEMPERATURES),)  # the posterior's
+    one = (int((TEMPERATURES.log().abs()).argmin()),) if temperature else own
+    tried = [
+        Tried("", math.inf, 1, 0, one, plain),
+        Tried("", math.inf, 1, 0, every, plain and temperature),
+    ]
+    for row, noise in enumerate(noises, start=1):
+        passes = 1 if noise.noiseless and not augmented else draws
+        size = math.nan if noise.batch_size is None else noise.batch_size
+        tried.append(Tried(noise.centre, size, passes, row, every if temperature else own))
+    return tried
+
+
+def _warn_of_ends(choice: Choice, temperature: bool) -> None:
+    """Warn where the best noise or temperature is the last one that was tried."""
+    sizes = [one.batch_size for one in choice.options if one.passes > 1]
+    if len(sizes) > 1 and choice.chosen.batch_size == min(sizes):
+        warnings.warn(
+            f"the noise of the smallest mini-batches that were tried, {min(sizes):g}, is the best: more "
+            "may be better still; fit with a smaller batch size, and calibrate again",
+            stacklevel=3,
+        )
+    ends = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
+    if temperature and choice.chosen.temperature in ends:
+        warnings.warn(
+            f"the best temperature lies at or beyond the end of the range, {choice.chosen.temperature:g}, as where few "
+            "held-out examples are classified wrongly: more of them would tell",
+            stacklevel=3,
+        )
 
 
 def _described(posterior: Posterior) -> str:
@@ -215,7 +280,7 @@ def _losses(
     call: Call,
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
-    score: type[_Score],
+    score: type[Score],
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
@@ -232,61 +297,7 @@ def _losses(
             scores = total.of_each(labels)
             scores *= counted.to(scores.device)
             losses.append(scores.reshape(*scores.shape[:2], -1).sum(2).cpu())
-    return torch.stack(losses)
-
-
-class _Score(ABC):
-    """The score of mean probabilities, made of draws one by one, at several temperatures of their logits."""
-
-    def __init__(self, temperatures: Tensor) -> None:
-        self.temperatures = temperatures
-        self.total: Tensor | None = None
-        self.draws = 0
-
-    @abstractmethod
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a draw ``[N, K, ...]``."""
-
-    @abstractmethod
-    def of_each(self, labels: Tensor) -> Tensor:
-        """``[T, N, ...]``, float64: of each object (and place), under each temperature."""
-
-
-class _NLL(_Score):
-    """The negative log-likelihood."""
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        each = _log_likelihoods(logits, labels, self.temperatures)
-        self.total = each if self.total is None else torch.logaddexp(self.total, each)
-        self.draws += 1
-
-    def of_each(self, labels: Tensor) -> Tensor:
-        assert self.total is not None
-        # The likelihood of 0 that probabilities may have is that of the smallest float32 number, as for the metrics.
-        return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
-
-
-class _Brier(_Score):
-    """The Brier score: the squared distance of the probabilities from those of certainty of the label."""
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        _check_labels(logits, labels)
-        if logits.dtype.itemsize < 4:
-            logits = logits.float()
-        each = torch.stack([(logits / t).softmax(1) for t in self.temperatures.tolist()])
-        self.total = each if self.total is None else self.total + each
-        self.draws += 1
-
-    def of_each(self, labels: Tensor) -> Tensor:
-        assert self.total is not None
-        probs = self.total.double() / self.draws
-        chosen = labels.to(probs.device)[None, :, None].long().expand(len(probs), *[-1] * (labels.ndim + 1))
-        right = probs.gather(2, chosen)
-        return probs.square().sum(2) - 2 * right[:, :, 0] + 1
-
-
-SCORES: dict[str, type[_Score]] = {"nll": _NLL, "brier": _Brier}
-"""What noise and temperature can be chosen by."""
+    return torch.stack(losses) if losses else torch.empty(0, len(temperatures), len(labels), dtype=torch.float64)
 
 
 def labels_of(batch: Batch, task: str) -> Tensor:
@@ -312,26 +323,3 @@ def labels_of(batch: Batch, task: str) -> Tensor:
             f"got {found}"
         )
     return labels
-
-
-def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
-    """``[T, N, ...]``, float64: the log-probability of each label under each temperature."""
-    _check_labels(logits, labels)
-    labels = labels.to(logits.device)[:, None].long()
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    return torch.stack([(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in temperatures.tolist()]).double()
-
-
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Refuse labels that do not fit logits."""
-    if labels.shape != logits[:, 0].shape:
-        raise ValueError(
-            f"expected labels {list(logits[:, 0].shape)} for the network's logits {list(logits.shape)}, got "
-            f"{list(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels must lie between 0 and {logits.shape[1] - 1} for {logits.shape[1]} classes, found "
-            f"{labels.min().item()} to {labels.max().item()}"
-        )

@@ -210,7 +210,7 @@ def read_versions(path: str | os.PathLike[str], *formats: str) -> tuple[dict[str
     if found != name:
         raise ValueError(f"{str(path)!r} is a safetensors file, but not a {name} file (its format is {found!r:.60})")
     if format not in formats:
-        known = " and ".join(repr(one.partition("/")[2]) for one in formats)
+        known = " or ".join(repr(one.partition("/")[2]) for one in formats)
         raise ValueError(
             f"{str(path)!r} is a {name} file of version {version!r:.60}, this release of stochbn reads version "
             f"{known}; install the release that wrote it, or write it again"

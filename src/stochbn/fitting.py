@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from fnmatch import fnmatchcase
 from typing import Any, Literal, overload
 
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stochbn.augment import Augment, Views, check_augment
 from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
+from stochbn.fit_diagnosis import Diagnosis
 from stochbn.network.calling import Batch, InputsOf, NetworkInput
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
@@ -30,112 +31,84 @@ __all__ = ["fit"]
 
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
-SHIFT = 0.5
-"""From which mean shift of channels, in running standard deviations, the centre of a layer is far."""
-RATIO = 1.0
-"""From which mean of the absolute logarithm of the variances' ratio it is: a factor of e."""
+KEPT = 512
+"""Mini-batches that kinds which keep them observe."""
+MOMENTS = 5000
+"""Mini-batches that give standard deviations to 1 %: the relative standard error of one is 1 / sqrt(2 n)."""
 
 
 @overload
 def fit(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    batch_size: int | None = 16,
-    kind: Literal["joint"] = "joint",
-    *,
-    deterministic: Chosen = (),
-    inputs: InputsOf = None,
-    augment: Augment | None = None,
-    group: ProcessGroup | None = None,
-    max_batches: int = 512,
-    directions: int | None = None,
+    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: Literal["joint"] = "joint", **more: Any
 ) -> Joint: ...
 
 
 @overload
 def fit(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch],
     batch_size: int | None = 16,
     *,
     kind: Literal["factorized"],
-    deterministic: Chosen = (),
-    inputs: InputsOf = None,
-    augment: Augment | None = None,
-    group: ProcessGroup | None = None,
+    **more: Any,
 ) -> Factorized: ...
 
 
 @overload
 def fit(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch],
     batch_size: int | None = 16,
     *,
     kind: Literal["factorized-log"],
-    deterministic: Chosen = (),
-    inputs: InputsOf = None,
-    augment: Augment | None = None,
-    group: ProcessGroup | None = None,
+    **more: Any,
 ) -> FactorizedLog: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    batch_size: int | None = 16,
-    *,
-    kind: Literal["empirical"],
-    deterministic: Chosen = (),
-    inputs: InputsOf = None,
-    augment: Augment | None = None,
-    group: ProcessGroup | None = None,
-    max_batches: int = 512,
+    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, *, kind: Literal["empirical"], **more: Any
 ) -> Empirical: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    batch_size: int | None = 16,
-    kind: str = "joint",
-    *,
-    deterministic: Chosen = (),
-    inputs: InputsOf = None,
-    augment: Augment | None = None,
-    group: ProcessGroup | None = None,
-    max_batches: int = 512,
-    directions: int | None = None,
+    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: str = "joint", **more: Any
 ) -> Posterior: ...
 
 
-def fit(
+def fit(  # type: ignore[misc]  # the overloads leave most arguments to this signature
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch] | None = None,
     batch_size: int | None = 16,
     kind: str = "joint",
     *,
+    centre: Literal["running", "observed"] = "running",
     deterministic: Chosen = (),
     inputs: InputsOf = None,
     augment: Augment | None = None,
     group: ProcessGroup | None = None,
-    max_batches: int = 512,
+    batches: float | None = None,
+    progress: Callable[[int, int | None], object] | None = None,
+    max_batches: int = KEPT,
     directions: int | None = None,
 ) -> Posterior:
-    """Fit a distribution over the batch-norm statistics of a trained network, in one pass over its training data.
+    """Fit a distribution over the batch-norm statistics of a trained network, by passes over some of its training data.
 
     Passes run on a copy of the network, so it is never changed. All of the copy is in training mode, also layers that
     were set to ``eval()`` on their own, but for those that their own ``train()`` leaves in evaluation mode. So dropout,
     if there is any, is on, with masks from a generator of the fit's own. Memory does not grow with the amount of data.
 
+    Where predictions with the statistics of this data differ from the network's own beyond chance, a warning says by
+    how much, and which of the usual causes fits: the examples are not augmented as in training, are from another
+    domain, or are not shuffled. See `stochbn.fit_diagnosis`.
+
     Args:
         model: a trained network with batch-norm layers.
-        batches: training data, such as a DataLoader: an iterable of tensors, of ``(input, ...)`` tuples, or of
-            mappings of the network's argument names to tensors. Shuffle it: the objects of a mini-batch should be a
+        data: training data, such as a DataLoader: an iterable of tensors, of ``(input, ...)`` tuples, or of
+            mappings of the network's argument names to tensors. Shuffle it: the examples of a mini-batch should be a
             random sample.
-        batch_size: the size of the mini-batches whose statistics are observed: fewer objects, more noise. The paper
+        batch_size: the size of the mini-batches whose statistics are observed: fewer examples, more noise. The paper
             uses 16. Incoming batches are split to this size, **and the remainder of each that is smaller is
             dropped**. None takes the incoming batches as they come.
         kind: ``"joint"``, a Gaussian with the covariance of all layers' statistics; ``"empirical"``, the observed
@@ -143,13 +116,17 @@ def fit(
             Normalization, independent for every channel; or ``"factorized-log"``, the same distribution fitted by
             moments of the logarithm of the variance, as in the published experiments. Why joint is the default:
             docs/posteriors.md.
+        centre: what draws have as their mean and expected variance. ``"running"``: the running statistics that the
+            network works with, so that without noise predictions are the plain network's. ``"observed"``, as in the
+            paper: the averages over the observed mini-batches. Layers whose running statistics are not finite, or
+            whose running variances are negative, always have the observed ones.
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
         inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
             ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
             gives a tensor, a tuple of arguments or a mapping of named ones.
-        augment: a function ``fn(x, generator)`` that changes the objects of a mini-batch at random, as training did;
+        augment: a function ``fn(x, generator)`` that changes the examples of a mini-batch at random, as training did;
             such as those of `stochbn.augment`. Its generator is the fit's own: equal data give an equal posterior.
         group: in a job of several processes (ranks), the process group whose ranks fit together, such as
             ``torch.distributed.group.WORLD``: each passes its own data, and every one gets the posterior of all. Ranks
@@ -159,6 +136,11 @@ def fit(
             one process, to rounding, which may change which ones are kept if there are more than `max_batches`; where
             they take others, the directions of kind joint may have other signs and the rows of kind empirical another
             order, so that a seed gives other draws. None is this process's data alone.
+        batches: how many mini-batches to observe, of all ranks together; no more data is read then, and
+            ``math.inf`` reads all. None is 512 for the kinds joint and empirical, or `max_batches` if that is more, and
+            5,000 for the factorized ones, which gives their standard deviations to 1 %.
+        progress: called after each mini-batch with the number of mini-batches observed, and of all if the data has a
+            length; this rank's.
         max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
             sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
             for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
@@ -169,44 +151,58 @@ def fit(
     Returns:
         The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
         that keep their running averages are listed in ``skipped``, with the reason: those left out, those that are
-        never called or cannot update them, and those that stay in evaluation mode. A warning names layers whose
-        statistics are far from their running ones.
+        never called or cannot update them, and those that stay in evaluation mode.
 
     Raises:
         TypeError: an argument is of the wrong type, or the batches are of none of the types above.
         ValueError: the network has no batch norm, or one without running statistics; there are no batches, or none of
-            at least `batch_size` objects; a layer saw non-finite activations, or (but for the factorized kinds) was not
-            called for all mini-batches; an unknown `kind`; `deterministic` fits no layer, or all of them.
+            at least `batch_size` examples; a layer saw non-finite activations, or (but for the factorized kinds) was
+            not called for all mini-batches; an unknown `kind` or `centre`; `deterministic` fits no layer, or all of
+            them.
 
     Source: Atanov et al., 2018, section 3 (one-pass moments in place of the exponential smoothing).
     """
+    if data is None and isinstance(batches, Iterable):
+        warnings.warn("pass the data of fit as its second argument, or as data=", DeprecationWarning, stacklevel=2)
+        data, batches = batches, None
     ranks = Ranks.of(group)
     frozen: set[str] = set()
     lack: NoBatchesError | None = None
     with ranks.failing_together():
+        if centre not in ("running", "observed"):
+            raise ValueError(f"centre must be 'running' or 'observed', got {centre!r:.40}")
         accumulator = _accumulator(kind, max_batches, directions)
         accumulator.rank = ranks.rank
+        limit = _limit(kind, max_batches, batches)
         layers = batch_norms(model)
         refuse_sharded(model)
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
-    options = {"kind": kind, "batch_size": batch_size, "max_batches": max_batches, "directions": directions}
-    ranks.check_same({**options, "deterministic": chosen, "augment": "given" if augment else None})
+    options: dict[str, Any] = {
+        "kind": kind,
+        "batch_size": batch_size,
+        "max_batches": max_batches,
+        "directions": directions,
+    }
+    options |= {"centre": centre, "batches": limit, "deterministic": chosen}
+    ranks.check_same({**options, "augment": "given" if augment else None})
     synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
     if batch_size is None and synchronised and ranks.count > 1 and ranks.rank == 0:
         warnings.warn(
             f"batch_size=None takes the batches of each rank, which have more noise than those of all {ranks.count} "
             "ranks together that SyncBatchNorm normalised over in training; pass their size as batch_size, and batches "
-            "of at least as many objects",
+            "of at least as many examples",
             stacklevel=2,
         )
+    diagnosis = Diagnosis(batch_size)
     with ranks.failing_together():
         network.look()
         fingerprint = Fingerprint.of(model)
         uncalled = {name: torch.empty(0, 2, layer.num_features) for name, layer in layers.items()}
         training, skipped = _modes(network, chosen)
-        observations = mini_batches(model, batches, batch_size, inputs)
+        watched = diagnosis.watched(data) if isinstance(data, Iterable) and not isinstance(data, Tensor) else data
+        observations = mini_batches(model, watched, batch_size, inputs)  # type: ignore[arg-type]  # which it refuses
         if augment is not None:
             observations = _augmented(observations, augment, ranks)
         try:
@@ -215,9 +211,16 @@ def fit(
             lack = error
         else:
             guard(network, first, training)
+            own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
+            total = _expected(data, first, batch_size, own)
             with observing(network, training) as observe:
                 for number, mini_batch in enumerate(itertools.chain([first], observations)):
                     accumulator.update({**uncalled, **observe(mini_batch, ranks.place(number))})
+                    diagnosis.keep(mini_batch)
+                    if progress is not None:
+                        progress(number + 1, total)
+                    if number + 1 >= own:
+                        break
             frozen = set(observe.frozen)
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
@@ -244,14 +247,39 @@ def fit(
         skipped=skipped,
         fingerprint=fingerprint,
     )
-    if far := _far(posterior, layers):
-        warnings.warn(
-            f"the statistics of {listed(far)} in these mini-batches are far from the running statistics that the "
-            "network works with, as when they were frozen in training or the data is of another kind; for noise about "
-            "the running statistics use posterior.recentre(model), or pass these layers as deterministic",
-            stacklevel=2,
-        )
+    if centre == "running":
+        posterior, _ = posterior.centred(model)
+    if ranks.rank == 0:
+        for text in diagnosis.warnings(network, posterior, training):
+            warnings.warn(text, stacklevel=2)
     return posterior
+
+
+def _limit(kind: str, max_batches: int, batches: float | None) -> float:
+    """How many mini-batches to observe.
+
+    Raises:
+        TypeError, ValueError: `batches` is no whole number of at least 1, nor infinite.
+    """
+    if batches is None:
+        keeps = "max_batches" in inspect.signature(KINDS[kind].accumulator).parameters
+        return max(KEPT, max_batches) if keeps else MOMENTS
+    if batches == math.inf:
+        return math.inf
+    if not isinstance(batches, int) or isinstance(batches, bool):
+        raise TypeError(f"batches must be a whole number of mini-batches, or math.inf, got {batches!r:.60}")
+    if batches < 1:
+        raise ValueError(f"batches must be at least 1, got {batches}")
+    return batches
+
+
+def _expected(data: Any, first: NetworkInput, batch_size: int | None, limit: float) -> int | None:
+    """How many mini-batches will be observed, as far as the length of the data tells."""
+    if not isinstance(data, Sized):
+        return None
+    size = getattr(data, "batch_size", None)
+    pieces = size // batch_size if isinstance(size, int) and batch_size else 1
+    return math.ceil(min(limit, len(data) * max(pieces, 1)))
 
 
 def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
@@ -328,31 +356,3 @@ def _chosen(layers: Mapping[str, _BatchNorm], others: Iterable[str], determinist
             )
         chosen |= fitting
     return [name for name in layers if name in chosen]
-
-
-def _far(posterior: Posterior, layers: Mapping[str, _BatchNorm]) -> list[str]:
-    """The layers whose expected statistics are far from their running ones.
-
-    After few steps of training, running statistics still are in part what they began as, a mean of 0 and a variance
-    of 1. Those are not far, though they differ. Nor are running statistics that are not finite: they say nothing.
-    """
-    far = []
-    parts = torch.split(posterior.expected, list(posterior.layers.values()), dim=1)
-    for name, expected in zip(posterior.layers, parts, strict=True):
-        layer = layers[name]
-        running = torch.stack(running_statistics(layer)).detach().cpu().double()
-        begun = torch.zeros_like(expected)
-        begun[1] = 1
-        steps = math.inf if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
-        left = float(steps == 0) if layer.momentum is None else (1 - layer.momentum) ** steps
-        if all(_apart(centre, running, layer.eps) for centre in (expected, expected.lerp(begun, left))):
-            far.append(name)
-    return far
-
-
-def _apart(centre: Tensor, running: Tensor, eps: float) -> bool:
-    """Whether means and variances ``[2, C]`` are far from running ones."""
-    scale = running[1] + eps
-    shift = (centre[0] - running[0]).abs() / scale.sqrt()
-    ratio = ((centre[1] + eps) / scale).log().abs()
-    return bool(shift.mean() > SHIFT or ratio.mean() > RATIO)

@@ -32,12 +32,14 @@ class Prediction:
             remains when the statistics are known (aleatoric).
         log_probs: ``[S, N, K]``, the log-probabilities of each draw, if ``keep_draws=True`` asked for them.
         class_axis: the axis of the classes in `probs`.
+        note: why there is no mutual information, where one pass without draws was made.
     """
 
     probs: Tensor
     expected_entropy: Tensor
     log_probs: Tensor | None = None
     class_axis: int = 1
+    note: str = ""
 
     @property
     def entropy(self) -> Tensor:
@@ -90,7 +92,7 @@ class Prediction:
     def mixed(self, other: Prediction, share: float) -> Prediction:
         """The mixture of this prediction and another one of the same objects, which has a share of it."""
         averages = [a.lerp(b.to(a), share) for a, b in zip(self.averages, other.averages, strict=True)]
-        return self.of(averages, None)
+        return replace(self.of(averages, None), note="")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +118,14 @@ class Estimate:
         noise_variance: of the same shape: the mean over draws of the variance that the network itself gives
             (aleatoric); 0 for a network that gives none.
         draws: ``[S, N, ...]``: every draw, if ``keep_draws=True`` asked for them.
+        note: why there is no variance, where one pass without draws was made.
     """
 
     mean: Tensor
     variance: Tensor
     noise_variance: Tensor
     draws: Tensor | None = None
+    note: str = ""
 
     @property
     def std(self) -> Tensor:
@@ -148,7 +152,7 @@ class Estimate:
     def of(self, averages: Sequence[Tensor], kept: Tensor | None) -> Estimate:
         """An estimate like this one, of other averages and draws."""
         mean, variance, noise = averages
-        return Estimate(mean, variance, noise, kept)
+        return replace(self, mean=mean, variance=variance, noise_variance=noise, draws=kept)
 
     def mixed(self, other: Estimate, share: float) -> Estimate:
         """The mixture of this estimate and another one of the same objects, which has a share of it.

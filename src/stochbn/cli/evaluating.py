@@ -165,7 +165,9 @@ def evaluate(
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]))
         classes = subjects[0].classes or known.classes
-        write_page(page, page_of(title, found, scores, shown, names, shown_objects, classes, described))
+        drawn = [one for one in fitted if one is not None]
+        made = page_of(title, found, scores, shown, names, shown_objects, classes, described, posteriors=drawn)
+        write_page(page, made)
         say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
@@ -257,4 +259,5 @@ class _Share:
 def _described(posterior: Posterior) -> dict[str, Any]:
     """A posterior's settings as JSON, which has no infinity."""
     size = "inf" if posterior.batch_size == math.inf else posterior.batch_size
-    return {"kind": posterior.kind, "batch_size": size, "temperature": posterior.temperature}
+    about = {"kind": posterior.kind, "batch_size": size, "temperature": posterior.temperature}
+    return {**about, "centre": posterior.centre, "choice": posterior.choice}

@@ -19,7 +19,7 @@ from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
-    from stochbn.choice import Choice
+    from stochbn.calibration_report import Choice
     from stochbn.paper.tables import Table
 
 __all__ = ["calibrate", "fit"]
@@ -40,13 +40,25 @@ def fit(
             help="joint (of all layers), empirical (replay), or factorized or factorized-log (the paper's SBN)."
         ),
     ] = "joint",
+    centre: Annotated[
+        str,
+        typer.Option(help="Centre of the draws: running (the network's own statistics) or observed (as in the paper)."),
+    ] = "running",
+    batches: Annotated[
+        int | None,
+        Override("--batches", min=1, help="Mini-batches to observe. (default: 512, or 5,000 for factorized kinds)"),
+    ] = None,
     path: Annotated[
         Path | None, Override("--out", help="File for it. (default: beside the weights, WEIGHTS.sbn.safetensors)")
     ] = None,
     augment: Augmentation = None,
     seed: Seed = 0,
 ) -> None:
-    """Fit SBN's distribution over a network's batch-norm statistics to its training data."""
+    """Fit SBN's distribution over a network's batch-norm statistics to its training data.
+
+    Show the examples as training did: a module of --model may have a function train_preprocess beside preprocess, with
+    the random changes of training; or use --augment.
+    """
     from stochbn.augment import named
     from stochbn.paper.fitting import fit_posterior
 
@@ -63,14 +75,17 @@ def fit(
         with progress_bars() as bars:
             move = follow(bars, "fitting")
             posterior = fit_posterior(
-                subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks
-            )
+                subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks,
+                centre=centre,  # type: ignore[arg-type]
+                batches=batches,
+            )  # fmt: skip
         if ranks.rank:
             return
         posterior.save(target)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
-        f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}.\n"
+        f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"
+        f"{_shown(subject, augment)}.\n"
         f"{after_fitting(given, beside and default_posterior(beside), target, augment)}",
         target,
     )
@@ -103,10 +118,12 @@ def calibrate(
     score: Annotated[str, typer.Option(help="What is to be lowest: nll or brier.")] = "nll",
     seed: Seed = 0,
 ) -> None:
-    """Choose the noise of a posterior, and a temperature, by the NLL of held-out data; write the new posterior.
+    """Choose by held-out data between the plain network, a temperature and SBN's draws; write the new posterior.
 
-    With --augment it is for predictions with the same option. With --choose 8 --augment 'flip|shift:2|flip,shift:4'
-    each of 8 draws gets the augmentation that lowers the calibrated NLL most, and the option to predict with is shown.
+    The simplest way is chosen that is as good as the best. The file remembers what was fitted: calibrate can be run on
+    it again. With --augment it is for predictions with the same option. With --choose 8 --augment
+    'flip|shift:2|flip,shift:4' each of 8 draws gets the augmentation that lowers the calibrated NLL most, and the
+    option to predict with is shown.
     """
     import stochbn
     from stochbn.augment import named, turns
@@ -178,31 +195,48 @@ def calibrate(
     shown = ignore if dense else None  # evaluate has no such option for one class an object
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
-        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}.",
+        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}. "
+        f"The held-out data was shown as at test time{f', with --augment {augment}' if augment else ''}.",
         target,
     )
     say(again)
 
 
+def _shown(subject: Subject, augment: str | None) -> str:
+    """How the examples were shown to a network of the user's own, in words."""
+    if subject.data is not None and augment is None:
+        return ""
+    ways = ["train_preprocess of its module"] if subject.augments else []
+    ways += [f"--augment {augment}"] if augment is not None else []
+    return f", shown by {' and '.join(ways)}" if ways else ", shown as at test time, without random changes"
+
+
 def _table(choice: Choice, ends: bool) -> Table:
-    """How the noises compare that there were to choose from; `ends` marks temperatures at an end of their range."""
+    """How the options compare that there were to choose from; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
     from stochbn.paper.tables import Table
 
     lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}
     name = {"nll": "NLL", "brier": "Brier score"}[choice.score]
-    rows = [
-        [
-            "none" if one.batch_size == math.inf else f"{one.batch_size:g}",
-            f"{signs.get(one.temperature, '')}{one.temperature:.3f}",
-            f"{one.mean:.4f}",
-            "chosen" if one is choice.chosen else f"{one.more:.4f} \u00b1 {one.error:.4f}",
-        ]
-        for one in choice.options
-    ]
-    title = f"{name} of {choice.objects:,} held-out {choice.units}, with a paired standard error"
-    return Table(title, ["noise of mini-batches of", "temperature", name, "above the chosen"], rows)
+    rows = []
+    for one in choice.options:
+        sizes = {math.inf: "none"}
+        noise = "as fitted" if math.isnan(one.batch_size) else sizes.get(one.batch_size, f"{one.batch_size:g}")
+        rows.append(
+            [
+                f"draws about {one.centre}" if one.centre else "plain network",
+                noise,
+                str(one.passes),
+                f"{signs.get(one.temperature, '')}{one.temperature:.3f}",
+                f"{one.mean:.4f}",
+                "0" if one.error == 0 else f"{one.more:+.4f} \u00b1 {one.error:.4f}",
+                "chosen" if one is choice.chosen else "" if one.selectable else "for comparison",
+            ]
+        )
+    title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
+    columns = ["predictions", "noise of", "passes", "temperature", name, "beyond a temperature", ""]
+    return Table(title, columns, rows)
 
 
 def _held_out(inputs: object, labels: object) -> object:

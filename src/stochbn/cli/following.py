@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stochbn.cli.subject import SHARED, Given
+from stochbn.report.words import mend
 
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
@@ -113,19 +113,19 @@ def after_evaluating(
             lines.append(f"    {command('fit', given, network=network, data=data, out=out)}")
     if worse:
         scored = _has_labels(given)
-        advice = "Choose the noise by data that the networks were not trained on" if scored else "Fit less noise"
-        lines.append(" ".join([*worse, f"{advice}, and evaluate again:"]))
+        commands = []
         for network, posterior, path in zip(networks, fitted, posteriors, strict=True):
-            if posterior is not None and scored:
-                if posterior.batch_size == math.inf:  # of which there is no other noise to choose
-                    again = command("fit", given, network=network, data=data, out=path, augment=augment)
-                    lines.append(f"    {again}")
-                lines.append(f"    {_calibrate(given, network, path, augment, ignore)}")
-            elif posterior is not None:
-                now = posterior.batch_size
-                size = 64 if now is None or now == math.inf else max(64, int(4 * now))
-                again = command("fit", given, network=network, data=data, batch_size=size, out=path, augment=augment)
-                lines.append(f"    {again}")
+            if posterior is None or posterior.choice:
+                continue
+            if scored:
+                commands.append(_calibrate(given, network, path, augment, ignore))
+            elif not posterior.noiseless:
+                size = 64 if posterior.batch_size is None else max(64, int(4 * posterior.batch_size))
+                options = {"data": data, "batch_size": size, "out": path, "augment": augment}
+                commands.append(command("fit", given, network=network, **options))
+        advice = mend([one for one in fitted if one is not None], labelled=scored)
+        lines.append(" ".join([*worse, advice, *(["Then evaluate again:"] if commands else [])]))
+        lines += [f"    {one}" for one in commands]
     if not lines:
         options = {"data": "NEW-DATA", "out": "predictions.csv", "posterior": posteriors[0], "augment": augment}
         options |= {"masks": "MASKS"} if dense else {}

@@ -128,6 +128,8 @@ def predict(
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
+    if fitted.noiseless and fitted.choice and changes is None:
+        say(f"One pass without draws, so mutual information is 0. {fitted.choice}")
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:

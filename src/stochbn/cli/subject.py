@@ -146,6 +146,7 @@ class Subject:
         open: opens data, of a split.
         open_parquet: opens Parquet files as a stream that other processes can share; None: it takes none.
         posterior: where its posterior is if nothing else is said.
+        augments: whether data that is loaded for training is changed at random by the network's own module.
     """
 
     model: nn.Module
@@ -157,6 +158,7 @@ class Subject:
     open: Callable[..., Images | RowObjects | LoaderObjects]
     open_parquet: Callable[[str, str], ParquetObjects] | None
     posterior: Path | None
+    augments: bool = False
 
     @classmethod
     def of(cls, given: Given, network: Path | None = None) -> Subject:
@@ -217,7 +219,8 @@ class Subject:
         columns = Columns(tuple(given.input or ()), given.label, given.key)
 
         def opened(source: str, need: str, labelled: bool = False) -> RowObjects | LoaderObjects:
-            found = open_objects(source, given.split, PREFERRED[need], columns, built.preprocess, built.classes)
+            shown = built.train_preprocess if need == "train" and built.train_preprocess else built.preprocess
+            found = open_objects(source, given.split, PREFERRED[need], columns, shown, built.classes)
             if labelled:
                 labels = found.labels
                 if labels.is_floating_point() or labels.min() < 0:
@@ -238,6 +241,7 @@ class Subject:
             open=opened,
             open_parquet=streamed,
             posterior=default_posterior(given.weights) if given.weights is not None else None,
+            augments=built.train_preprocess is not None,
         )
 
     def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:

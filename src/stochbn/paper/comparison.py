@@ -208,8 +208,15 @@ def _predict(folder: Path, recipe: Recipe, settings: Settings, member: str, meth
         if "calibrated" in changes:
             held_out = _first(_parts["held-out"], settings.held_out)
             with arithmetic:
+                own = recipe.statistics_batch
                 posterior = stochbn.calibrate(
-                    model, posterior, held_out.batches(PREDICT_BATCH), augment=views, seed=seed
+                    model,
+                    posterior,
+                    held_out.batches(PREDICT_BATCH),
+                    batch_sizes=[own / 4, own / 2, own, 2 * own, 4 * own, math.inf],
+                    temperature=False,
+                    augment=views,
+                    seed=seed,
                 )
         about["batch_size"] = posterior.batch_size
         predictor = stochbn.Predictive(model, posterior, settings.draws, tolerance=0, augment=views)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ def fit_posterior(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     kind: str = "factorized",
+    centre: Literal["running", "observed"] = "observed",
+    batches: float | None = math.inf,
     deterministic: Collection[str] = (),
     augment: Augment | None = None,
     ranks: Ranks | None = None,
@@ -36,8 +39,10 @@ def fit_posterior(
         images: its training data.
         batch_size: objects in a mini-batch whose statistics are observed.
         seed: where the order comes from, and the masks of dropout.
-        report: called with the number of images done and of all.
+        report: called with the number of mini-batches done and of all.
         kind: as for `stochbn.fit`; the paper's by default.
+        centre: likewise; the paper's by default.
+        batches: how many mini-batches to observe, likewise; all of them by default.
         deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
         augment: how mini-batches are changed at random, likewise.
         ranks: those that fit together, each to its share of the images.
@@ -47,15 +52,22 @@ def fit_posterior(
     if ranks.count > 1:
         mixed = mixed.shard(ranks.rank, ranks.count, batch_size)
 
-    def batches() -> Any:
-        done = 0
-        for inputs, labels in mixed.batches(32 * batch_size):
-            yield inputs
-            done += len(labels)
-            report(done, len(mixed))
+    whole = max(len(mixed) // batch_size, 1)
+
+    def follow(done: int, total: int | None) -> None:
+        report(done, min(whole, total or whole))
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return stochbn.fit(
-            model, batches(), batch_size, kind, deterministic=deterministic, augment=augment, group=ranks.group
+            model,
+            mixed.batches(32 * batch_size),
+            batch_size,
+            kind,
+            centre=centre,
+            batches=batches,
+            deterministic=deterministic,
+            augment=augment,
+            group=ranks.group,
+            progress=follow,
         )

@@ -22,7 +22,8 @@ from torch import Tensor
 from stochbn.files import read_versions
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.accumulators import Accumulator
-from stochbn.posteriors.base import FORMAT, TINY, Posterior, check_draws
+from stochbn.posteriors.base import FORMAT, TINY, Posterior
+from stochbn.posteriors.checks import check_draws
 from stochbn.posteriors.empirical import Empirical
 from stochbn.posteriors.factorized import Factorized
 from stochbn.posteriors.factorized_log import FactorizedLog
@@ -47,26 +48,35 @@ KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, Facto
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """What a network's running statistics may be of in a file."""
-OLDER = "stochbn.posterior/1"
-"""The format before: `skipped` is a list without reasons, and there is no fingerprint."""
+SECOND = "stochbn.posterior/2"
+"""The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
+FIRST = "stochbn.posterior/1"
+"""The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
+OPTIONAL = {
+    FORMAT: {"temperature"},
+    SECOND: {"temperature", "centre", "fitted_size", "choice"},
+    FIRST: {"temperature", "centre", "fitted_size", "choice", "fingerprint"},
+}
+"""Fields that a file of each format may lack, and then has at their defaults."""
 
 
 def load(path: str | os.PathLike[str]) -> Posterior:
     """Load a posterior that was saved with its ``save``; nothing in the file is executed.
 
     Names, shapes and weights are checked against a network where the two first meet, in `Predictive`. A file of the
-    format before has no fingerprint of the weights, of which a warning tells.
+    first format has no fingerprint of the weights, of which a warning tells. Files of the first two formats have their
+    draws centred on the observed statistics, see ``Posterior.recentre``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, corrupt, not a posterior, or of another format version; the message says which.
     """
-    tensors, about, format = read_versions(path, FORMAT, OLDER)
+    tensors, about, format = read_versions(path, FORMAT, SECOND, FIRST)
     try:
-        posterior = _posterior(tensors, about, format == OLDER)
+        posterior = _posterior(tensors, about, format)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a usable posterior: {error}") from error
-    if format == OLDER:
+    if format == FIRST:
         warnings.warn(
             f"{str(path)!r} is of a format without a fingerprint of the weights that the posterior was fitted with, so "
             "a network with other weights is not noticed; fit again and save to have one",
@@ -75,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> Posterior:
     return posterior
 
 
-def _posterior(tensors: Mapping[str, Tensor], about: Any, older: bool) -> Posterior:
+def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Posterior:
     """The posterior that a file holds; ValueError names the first field that cannot be."""
     if not isinstance(about, dict):
         raise ValueError(f"its description is no mapping, but {about!r:.60}")
@@ -85,18 +95,18 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, older: bool) -> Poster
         known = ", ".join(map(repr, KINDS))
         raise ValueError(f"its kind is {about['kind']!r:.60}, this release of stochbn knows {known}")
     kind = KINDS[about["kind"]]
-    names = {field.name for field in fields(kind)} - set(kind._tensors())
-    required = names - {"temperature"} - ({"fingerprint"} if older else set())
+    names = {field.name for field in fields(kind)} - set(kind._tensors()) - {"observed"}
+    required = names - OPTIONAL[format]
     for name in (*required, *kind._tensors()):
         if name not in about and name not in tensors:
             raise ValueError(f"it has no {name}")
     if odd := about.keys() - names - {"kind"}:
         raise ValueError(f"it has {min(odd)!r:.60}, which a posterior of its kind has not")
     settings: dict[str, Any] = {name: value for name, value in about.items() if name != "kind"}
-    settings |= {name: tensors[name] for name in kind._tensors()}
+    settings |= {name: tensors[name] for name in (*kind._tensors(), "observed") if name in tensors}
     settings["layers"] = _layers(about["layers"])
     settings["dtype"] = _dtype(about["dtype"])
-    if older:
+    if format == FIRST:
         settings["skipped"] = _without_reasons(about["skipped"])
         settings["layers"], settings["skipped"] = map(_unwrapped, (settings["layers"], settings["skipped"]))
     if about.get("fingerprint") is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,15 @@ from stochbn.files import write_tensors
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
+from stochbn.posteriors.checks import check_draws, check_fields, positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT", "TINY", "Posterior", "check_draws"]
+__all__ = ["FORMAT", "TINY", "Posterior"]
 
-FORMAT = "stochbn.posterior/2"
+FORMAT = "stochbn.posterior/3"
 TINY = torch.finfo(torch.float32).tiny
-LARGEST = 2**31 - 1
-"""What numbers of channels, mini-batches and draws may be at most; anything near it is a mistake."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -39,7 +39,7 @@ class Posterior(ABC):
         layers: the number of channels of every layer, by its qualified name. Tensors of the subclasses hold all
             layers' channels one after another: D of them.
         batch_size: the size of the mini-batches whose noise this is: of the observed ones or, after `rescale`, of
-            others. None if mini-batches were taken as they came.
+            others. ``math.inf`` is no noise; None if mini-batches were taken as they came.
         mini_batches: how many were observed.
         dtype: what `draw` returns, the type of the network's own running statistics.
         skipped: layers of the network that are not drawn, by their names, and why: "not called", "does not update its
@@ -47,6 +47,11 @@ class Posterior(ABC):
             "scripted". Predictions use their running averages.
         temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
         fingerprint: of the weights that it was fitted with; None if they are not known.
+        centre: what draws have as their mean and expected variance: ``"running"``, the network's own running
+            statistics, or ``"observed"``, the averages over the observed mini-batches.
+        observed: ``[2, D]``, float64: these averages, means and variances, where the centre is another one; else None.
+        fitted_size: the size of the mini-batches that were observed, to which `fitted` goes back.
+        choice: why `stochbn.calibrate` chose this noise, centre and temperature, in a sentence.
     """
 
     kind: ClassVar[str]
@@ -60,42 +65,39 @@ class Posterior(ABC):
     skipped: Mapping[str, str] = field(default_factory=dict)
     temperature: float = 1.0
     fingerprint: Fingerprint | None = None
+    centre: Literal["running", "observed"] = "observed"
+    observed: Tensor | None = None
+    fitted_size: float | None = None
+    choice: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r:.100}")
-        if self.dtype.itemsize < 2:
-            raise ValueError(f"dtype must have at least 16 bits, got {self.dtype}")
-        if not isinstance(self.layers, Mapping) or not self.layers or not all(isinstance(n, str) for n in self.layers):
-            raise ValueError(f"layers must be a mapping of names to numbers of channels, got {self.layers!r:.100}")
-        for name, channels in self.layers.items():
-            if not _whole(channels):
-                raise ValueError(
-                    f"layers must have whole numbers of channels of at least 1, got {channels!r:.40} for {name!r:.60}"
-                )
-        if not isinstance(self.skipped, Mapping) or not all(
-            isinstance(text, str) for pair in self.skipped.items() for text in pair
-        ):
-            raise ValueError(f"skipped must be a mapping of layers' names to reasons, got {self.skipped!r:.100}")
-        if both := self.layers.keys() & self.skipped.keys():
-            raise ValueError(f"skipped must have no layer that is drawn, got {min(both)!r:.60}")
-        if not _whole(self.mini_batches):
-            raise ValueError(f"mini_batches must be a whole number of at least 1, got {self.mini_batches!r:.40}")
-        if self.batch_size is not None and not _positive(self.batch_size) and self.batch_size != math.inf:
-            raise ValueError(f"batch_size must be positive or None, got {self.batch_size!r:.40}")
-        if not _positive(self.temperature):
-            raise ValueError(f"temperature must be a positive number, got {self.temperature!r:.40}")
+        check_fields(self)
         object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no int of 64 bits or more
-        if not isinstance(self.fingerprint, Fingerprint | None):
-            raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(self.fingerprint).__name__}")
+        if self.observed is not None:
+            self._check_tensor("observed", (2, self.channels), torch.float64, negative=True)
+            if (self.observed[1] < 0).any():
+                raise ValueError("observed must have no negative variances")
+        if self.fitted_size is None and self.batch_size != math.inf:
+            object.__setattr__(self, "fitted_size", self.batch_size)
+        if self.fitted_size is not None and not positive(self.fitted_size):
+            raise ValueError(f"fitted_size must be positive and finite, or None, got {self.fitted_size!r:.40}")
+        if not isinstance(self.choice, str):
+            raise ValueError(f"choice must be a sentence, got {self.choice!r:.40}")
 
     def __repr__(self) -> str:
         size = f"of {self.batch_size:g}" if self.batch_size is not None else "as they came"
-        noise = "no noise" if self.batch_size == math.inf else f"the noise of mini-batches {size}"
+        noise = f"the noise of mini-batches {size} about the {self.centre} statistics"
+        if self.noiseless:
+            noise = "no noise: the plain network" if self.centre == "running" else "no noise, the observed statistics"
         return (
             f"<{type(self).__name__}: {self.channels} channels in {len(self.layers)} layers, from {self.mini_batches} "
             f"mini-batches; {noise}, temperature {self.temperature:.4g}>"
         )
+
+    @property
+    def noiseless(self) -> bool:
+        """Whether all draws are equal, as after ``rescale(math.inf)``: one pass is enough then."""
+        return self.batch_size == math.inf
 
     @property
     def channels(self) -> int:
@@ -116,6 +118,11 @@ class Posterior(ABC):
     @abstractmethod
     def expected(self) -> Tensor:
         """``[2, D]``, float64: the expected means and the expected variances."""
+
+    @property
+    @abstractmethod
+    def variance_of_means(self) -> Tensor:
+        """``[D]``, float64: the variance of the means."""
 
     @abstractmethod
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
@@ -153,7 +160,10 @@ class Posterior(ABC):
         device = generator.device if generator is not None else torch.device("cpu")
         sizes = list(self.layers.values())
         names = [buffer_names(layer) for layer in self.layers]
-        for noise in self._noise(generator, device, quasi):
+        batches = self._noise(generator, device, quasi)
+        if self.noiseless:
+            batches = itertools.repeat(self.expected.to(device)[None])
+        for noise in batches:
             drawn = noise[:n].to(self.dtype)
             if not drawn.isfinite().all():
                 raise ValueError(
@@ -223,7 +233,7 @@ class Posterior(ABC):
         """The noise that mini-batches of another size have: more for a smaller one, none for ``math.inf``.
 
         The variances of the means and of the log-variances are in proportion to 1 / `batch_size`; what is expected of
-        means and variances stays. That is exact for means of independent objects. It is an approximation for
+        means and variances stays. That is exact for means of independent examples. It is an approximation for
         variances, and for layers behind others, whose input depends on the noise too; and the expected variance of
         small mini-batches is a little smaller in truth (by the variance of their means). How far it holds on real
         networks is measured in docs/posteriors.md.
@@ -233,32 +243,40 @@ class Posterior(ABC):
 
         Raises:
             TypeError: it is not a number.
-            ValueError: it is not a positive number, or the size that this posterior was fitted at is not known or
-                infinite.
+            ValueError: it is not a positive number, or the size that this posterior was fitted at is not known.
         """
         if not isinstance(batch_size, Real) or isinstance(batch_size, bool):
             raise TypeError(f"batch_size must be a positive number, got {batch_size!r:.40}")
-        if not _positive(batch_size) and batch_size != math.inf:
+        if not positive(batch_size) and batch_size != math.inf:
             raise ValueError(f"batch_size must be a positive number, got {batch_size!r:.40}")
         if type(batch_size) not in (int, float):
             batch_size = float(batch_size)
-        if self.batch_size is None:
+        size = self.fitted_size if self.noiseless else self.batch_size
+        if size is None:
+            why = "has no noise" if self.noiseless else "was fitted to mini-batches as they came (batch_size=None)"
             raise ValueError(
-                "this posterior was fitted to mini-batches as they came (batch_size=None), so the size whose noise it "
-                "has is not known; fit it with a batch_size"
+                f"this posterior {why}, and the size of mini-batches whose noise it had is not known, so it cannot be "
+                "rescaled; fit it with a batch_size"
             )
-        if math.isinf(self.batch_size):
-            raise ValueError(
-                "this posterior was rescaled to no noise, which cannot be undone; rescale the one before, or fit again"
-            )
-        return replace(self._scaled(self.batch_size / batch_size), batch_size=batch_size)
+        if math.isinf(batch_size):  # the noise is kept at the size that it was fitted at, and not drawn
+            fitted = size if self.fitted_size is None else self.fitted_size
+            return replace(self._scaled(size / fitted), batch_size=math.inf, fitted_size=fitted)
+        return replace(self._scaled(size / batch_size), batch_size=batch_size)
+
+    def fitted(self) -> Self:
+        """The posterior as `stochbn.fit` made it, at temperature 1: without what `stochbn.calibrate` chose.
+
+        Its centre stays, see `recentre` and `recentre_observed`.
+        """
+        unscaled = self
+        if self.fitted_size is not None and self.batch_size != self.fitted_size:
+            unscaled = self.rescale(self.fitted_size)
+        return replace(unscaled, temperature=1.0, choice="")
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
-        """The same noise about the network's own running statistics.
+        """The same noise about the network's own running statistics, as ``fit(centre="running")`` has it.
 
-        Fitting observes statistics afresh, and what is expected of them is near the network's running averages, not
-        equal to them. After this it is, and without noise (``rescale(math.inf)``) predictions are the network's, to
-        the rounding of float32.
+        Without noise (``rescale(math.inf)``) predictions then are the plain network's, to the rounding of its type.
 
         Args:
             model: the network.
@@ -268,14 +286,37 @@ class Posterior(ABC):
             ValueError: the network has other layers or weights, or its running statistics are not finite or negative.
         """
         self.check(model, weights)
-        found = batch_norms(model)
-        pairs = [running_statistics(found[layer]) for layer in self.layers]
-        mean, variance = (torch.cat(list(part)).detach().cpu().double() for part in zip(*pairs, strict=True))
-        if not mean.isfinite().all() or not variance.isfinite().all() or (variance < 0).any():
+        centred, unusable = self.centred(model)
+        if unusable:
             raise ValueError(
-                f"the running statistics of {type(unwrap(model)).__name__} are not finite, or have negative variances"
+                f"the running statistics of {type(unwrap(model)).__name__} are not finite, or have negative variances: "
+                f"{listed(unusable)}"
             )
-        return self._moved(mean, variance)
+        return centred
+
+    def centred(self, model: nn.Module) -> tuple[Self, list[str]]:
+        """The same noise about the running statistics, where a layer has usable ones, and the names of other layers.
+
+        A layer whose running statistics are not finite, or whose variances are negative, stays where it is.
+        """
+        layers = batch_norms(model)
+        parts, unusable = [], []
+        for name, own in zip(self.layers, torch.split(self.expected, list(self.layers.values()), dim=1), strict=True):
+            running = torch.stack([part.detach().cpu().double() for part in running_statistics(layers[name])])
+            usable = bool(running.isfinite().all()) and bool((running[1] >= 0).all())
+            parts.append(running if usable else own)
+            if not usable:
+                unusable.append(name)
+        if len(unusable) == len(self.layers):
+            return self, unusable
+        observed = self.expected if self.observed is None else self.observed
+        return replace(self._moved(*torch.cat(parts, dim=1)), centre="running", observed=observed), unusable
+
+    def recentre_observed(self) -> Self:
+        """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
+        if self.observed is None:
+            return self
+        return replace(self._moved(*self.observed), centre="observed", observed=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.
@@ -288,7 +329,10 @@ class Posterior(ABC):
         about |= {"kind": self.kind, "layers": list(self.layers.items()), "skipped": dict(self.skipped)}
         about["dtype"] = str(self.dtype).removeprefix("torch.")
         about["fingerprint"] = self.fingerprint and self.fingerprint.description()
-        write_tensors(path, FORMAT, {name: getattr(self, name) for name in tensors}, about)
+        held = {name: getattr(self, name) for name in tensors}
+        if about.pop("observed") is not None:
+            held["observed"] = self.observed
+        write_tensors(path, FORMAT, held, about)
 
     def push_to_hub(
         self,
@@ -339,26 +383,3 @@ class Posterior(ABC):
             )
         if not tensor.isfinite().all() or (not negative and (tensor < 0).any()):
             raise ValueError(f"{name} must be finite{'' if negative else ' and not negative'}")
-
-
-def check_draws(n: int) -> None:
-    """Refuse a number of draws that is not a whole number of at least 1, or is out of all bounds.
-
-    Raises:
-        TypeError, ValueError: it is.
-    """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"the number of draws must be a whole number, got {n!r}")
-    if n < 1:
-        raise ValueError(f"the number of draws must be at least 1, got {n}")
-    if n > LARGEST:
-        raise ValueError(f"the number of draws must be at most {LARGEST}, got one of {n.bit_length()} bits")
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
-
-
-def _positive(value: Any) -> bool:
-    """Whether it is a number above 0 that calculations can go on with."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < value < 1e300)  # type: ignore[operator]

@@ -57,6 +57,11 @@ class Empirical(Posterior):
         """``[2, D]``, float64: the expected means and the expected variances."""
         return self.statistics.mean(0, dtype=torch.float64)
 
+    @property
+    def variance_of_means(self) -> Tensor:
+        """``[D]``, float64: the variance of the means."""
+        return self.statistics[:, 0].double().var(0, correction=0)
+
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         while True:
             for i in torch.randperm(len(self.statistics), generator=generator, device=device).tolist():

@@ -88,6 +88,11 @@ class Factorized(Posterior):
         """``[2, D]``, float64: the expected means and the expected variances."""
         return torch.stack([self.mean_mean, self.variance_mean])
 
+    @property
+    def variance_of_means(self) -> Tensor:
+        """``[D]``, float64: the variance of the means."""
+        return self.mean_variance
+
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         # sigma^2 = E[sigma^2] exp(s' z - s'^2 / 2) has the wanted mean, and needs no logarithm of a dead channel's 0.
         vectors = (self.mean_mean, self.mean_variance.sqrt(), self.variance_mean, self.log_variance_variance)

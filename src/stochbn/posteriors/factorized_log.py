@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stochbn.posteriors.accumulators import Observation
-from stochbn.posteriors.base import Posterior
+from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
 from stochbn.posteriors.noise import normals
 from stochbn.statistics import Moments
@@ -65,6 +65,11 @@ class FactorizedLog(Posterior):
         """``[2, D]``, float64: the expected means and the expected variances."""
         return torch.stack([self.mean_mean, (self.log_mean + self.log_variance / 2).exp()])
 
+    @property
+    def variance_of_means(self) -> Tensor:
+        """``[D]``, float64: the variance of the means."""
+        return self.mean_variance
+
     def median(self) -> Self:
         r"""No noise, and every statistic at its median: m_c and exp(m'_c).
 
@@ -73,7 +78,7 @@ class FactorizedLog(Posterior):
         is the expectation.
         """
         none = torch.zeros_like(self.mean_mean)
-        return replace(self, mean_variance=none, log_variance=none, batch_size=math.inf)
+        return replace(self, mean_variance=none, log_variance=none, batch_size=math.inf, fitted_size=None)
 
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         center = torch.stack([self.mean_mean, self.log_mean]).to(device)
@@ -92,7 +97,7 @@ class FactorizedLog(Posterior):
         )
 
     def _moved(self, mean: Tensor, variance: Tensor) -> Self:
-        return replace(self, mean_mean=mean, log_mean=variance.clamp(min=FLOOR).log() - self.log_variance / 2)
+        return replace(self, mean_mean=mean, log_mean=variance.clamp(min=TINY).log() - self.log_variance / 2)
 
 
 class LogMomentsOfLayers(MomentsOfLayers[FactorizedLog]):

@@ -119,6 +119,12 @@ class Joint(Posterior):
         mean, log_variance = self.location.view(2, -1)
         return torch.stack([mean, (log_variance + self._log_variance_variance / 2).exp()])
 
+    @property
+    def variance_of_means(self) -> Tensor:
+        """``[D]``, float64: the variance of the means."""
+        head = slice(self.channels)
+        return self.directions[:, head].double().square().sum(0) + self.residual[head]
+
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
         location, directions, own = (t.to(device) for t in (self.location, self.directions, self.residual.sqrt()))
         leading = min(len(directions), SOBOL)

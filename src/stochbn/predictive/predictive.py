@@ -60,8 +60,9 @@ class Predictive:
 
     Args:
         model: the network.
-        posterior: what `stochbn.fit` or `stochbn.load` returned. None is the plain network: one pass with
-            its running averages or, with `augment`, as many as there are draws.
+        posterior: what `stochbn.fit`, `stochbn.calibrate` or `stochbn.load` returned. None is the plain network: one
+            pass with its running averages or, with `augment`, as many as there are draws. A posterior without noise,
+            such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
             but with `augment` or ``tolerance=0``, where each counts as one.
         task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
@@ -244,6 +245,8 @@ class Predictive:
             if self._network.known.stateful:
                 where += ", a fresh one for each pass, as passes change it, or may"
         lines = [f"Passes run {where}."]
+        if self._once and self.posterior is not None and self.posterior.choice:
+            lines.append(f"There is one pass. {self.posterior.choice}")
         if plan.together:
             lines.append(f"All objects go through the network together: {plan.together}.")
         if plan.units:
@@ -281,7 +284,16 @@ class Predictive:
                         break
                     summary.finish(waiting)
                     made.keep(waiting)
-        return summary.prediction()
+        prediction = summary.prediction()
+        if self._once and self.posterior is not None:
+            reason = self.posterior.choice or "the posterior was rescaled to no noise"
+            prediction = replace(prediction, note=f"one pass without draws, so nothing is due to them: {reason}")
+        return prediction
+
+    @property
+    def _once(self) -> bool:
+        """Whether all draws would be equal, so that one pass is made."""
+        return self.augment is None and (self.posterior is None or self.posterior.noiseless)
 
     def _compare_weights(self) -> None:
         """Warn, once for a change, where the posterior is no longer one of the network's weights."""
@@ -308,7 +320,7 @@ class Predictive:
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         posterior, whole = self.posterior, ""
-        if posterior is None and self.augment is None:
+        if self._once:
             whole = "there is one pass"
         elif self.draws < self.settings.first:
             whole = "there are too few draws for a plan to pay"
@@ -345,9 +357,9 @@ class Predictive:
     def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
         """The statistics of each pass."""
         if self.posterior is None:
-            yield from ({} for _ in range(1 if self.augment is None else count))
+            yield from ({} for _ in range(1 if self._once else count))
             return
-        yield from self.posterior.iter_draws(count, generator, quasi=True)
+        yield from self.posterior.iter_draws(1 if self._once else count, generator, quasi=True)
 
 
 def checks_weights(check: str) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from stochbn.paper.report import Method
     from stochbn.paper.training import Epoch
+    from stochbn.posteriors import Posterior
 
 __all__ = ["Curve", "Page", "page_of", "write_page"]
 
@@ -86,6 +87,7 @@ def page_of(
     classes: Sequence[str],
     facts: Mapping[str, str],
     logs: Mapping[str, Sequence[Epoch]] | None = None,
+    posteriors: Sequence[Posterior] = (),
 ) -> Page:
     """Put a page together.
 
@@ -99,6 +101,7 @@ def page_of(
         classes: the names of the classes; none are numbers.
         facts: whatever the numbers depend on, what they cost, and how they were made.
         logs: the logs of trainings, by the names of the networks.
+        posteriors: that were drawn from, as far as they are known.
 
     Raises:
         ValueError: the predictions are dense.
@@ -108,7 +111,7 @@ def page_of(
     shown = next((method for method in found if method.sbn), found[0])
     least, most = extremes(shown.known, shown.labels, shown.expected_entropy, source, classes)
     name = line_of(shown.name, shown.sbn).label
-    said = [*summary(scores, *data), *_least_certain(shown, name)]
+    said = [*summary(scores, *data, posteriors), *_least_certain(shown, name)]
     return Page(title, said, tables, _curves(found, logs), name, least, most, facts)
 
 

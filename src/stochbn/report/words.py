@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["made_worse", "summary", "worsened"]
+if TYPE_CHECKING:
+    from stochbn.posteriors import Posterior
+
+__all__ = ["made_worse", "mend", "summary", "worsened"]
 
 Scores = Mapping[str, Any]
 """Of one method, from `stochbn.paper.report.score`."""
 
 
-def summary(scores: Sequence[Scores], known: str, unknown: str | None) -> list[str]:
+def summary(
+    scores: Sequence[Scores], known: str, unknown: str | None, posteriors: Sequence[Posterior] = ()
+) -> list[str]:
     """What an evaluation found, in sentences.
 
     Args:
         scores: of every method; those with SBN have their differences from the same one without.
         known: name of the data of known classes.
         unknown: name of the data of unknown classes, if any.
+        posteriors: that were drawn from, as far as they are known.
     """
     first = scores[0]
     count = f"{first['objects']:,} objects of {known}" if "objects" in first else known
@@ -32,7 +38,7 @@ def summary(scores: Sequence[Scores], known: str, unknown: str | None) -> list[s
         )
     said += [_changed(row, unknown) for row in scores if "nll_change" in row]
     if made_worse(scores):
-        said.append("Where the NLL is higher, 'stochbn calibrate' chooses less noise, by data not trained on.")
+        said.append(mend(posteriors))
     if not any(row["sbn"] for row in scores):
         said.append("There was no posterior, so nothing is said of SBN.")
     return said
@@ -45,6 +51,28 @@ def made_worse(scores: Sequence[Scores]) -> list[str]:
         for row in scores
         if _told(row, "nll") > 0
     ]
+
+
+def mend(posteriors: Sequence[Posterior], *, labelled: bool = True) -> str:
+    """What to do where draws from posteriors made predictions worse.
+
+    Args:
+        posteriors: what was drawn from.
+        labelled: whether `calibrate` takes the network's task.
+    """
+    if posteriors and all(one.choice for one in posteriors):
+        return (
+            "The posterior was chosen by held-out data already, so this data differs from that: calibrate on data like "
+            "this, or use the plain network."
+        )
+    if labelled:
+        return (
+            "Run 'stochbn calibrate' on labelled data that the network was not trained on: it chooses between the "
+            "plain network, a temperature and draws."
+        )
+    if posteriors and all(one.noiseless for one in posteriors):
+        return "The posterior has no noise, so its centre is what differs: fit with the centre 'running'."
+    return "Fit with a larger batch size, which has less noise."
 
 
 def worsened(what: str, change: float, error: float, unit: str = "") -> str:

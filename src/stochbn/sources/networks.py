@@ -30,11 +30,13 @@ class Built:
         model: the network, in evaluation mode.
         preprocess: from a decoded image (or the tensor of an object) to the network's input, if there is such.
         classes: the names of its classes, if they are known.
+        train_preprocess: as `preprocess`, with the random changes of training, if there is such.
     """
 
     model: nn.Module
     preprocess: Callable[[Any], Any] | None = None
     classes: tuple[str, ...] | None = None
+    train_preprocess: Callable[[Any], Any] | None = None
 
 
 def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
@@ -65,9 +67,9 @@ def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool 
 
     Args:
         reference: ``package.module:function``: a function or class that returns a network, or a network. The module
-            may have ``preprocess``, a function from an image to the network's input, and ``classes``, names of
-            classes. ``timm:NAME``: a network of timm's. ``hf:PATH``: what Transformers saved in a folder, or on the
-            Hub.
+            may have ``preprocess``, a function from an image to the network's input, ``train_preprocess``, the same
+            with the random changes of training, and ``classes``, names of classes. ``timm:NAME``: a network of timm's.
+            ``hf:PATH``: what Transformers saved in a folder, or on the Hub.
         arguments: keyword arguments of the function.
         weights_follow: whether weights will be loaded into it; without them, one of timm's needs ``pretrained=True``.
 
@@ -94,10 +96,11 @@ def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool 
     classes = getattr(module, "classes", None)
     if classes is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in classes)):
         raise ValueError(f"'classes' of {module.__name__!r} must be a list of names")
-    preprocess = getattr(module, "preprocess", None)
-    if preprocess is not None and not callable(preprocess):
-        raise ValueError(f"'preprocess' of {module.__name__!r} must be a function of an image")
-    return Built(model.eval(), preprocess, None if classes is None else tuple(classes))
+    functions = {name: getattr(module, name, None) for name in ("preprocess", "train_preprocess")}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name!r} of {module.__name__!r} must be a function of an image")
+    return Built(model.eval(), classes=None if classes is None else tuple(classes), **functions)
 
 
 def prepared(

@@ -1,0 +1,230 @@
+"""What `calibrate` tried, how the options compare, and which one it chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stochbn.distributed import Ranks
+
+__all__ = ["Choice", "Option", "Totals", "Tried"]
+
+UNITS = {"nll": "nats", "brier": ""}
+NAMES = {"nll": "NLL", "brier": "Brier score"}
+
+
+class Tried(NamedTuple):
+    """A way to predict that `calibrate` tries.
+
+    Attributes:
+        centre: ``"running"`` or ``"observed"``, of the draws; empty for the plain network.
+        batch_size: the size of the mini-batches whose noise the draws have; ``math.inf`` is no noise.
+        passes: how many an example takes.
+        row: of the scores.
+        temperatures: the columns of the scores that may be chosen.
+        selectable: whether it may be chosen.
+    """
+
+    centre: str
+    batch_size: float
+    passes: int
+    row: int
+    temperatures: tuple[int, ...]
+    selectable: bool = True
+
+
+class Option(NamedTuple):
+    """A way to predict, at the temperature that is best for it.
+
+    Attributes:
+        centre: ``"running"`` or ``"observed"``, of the draws; empty for the plain network.
+        batch_size: the effective mini-batch size; ``math.inf`` is no noise.
+        passes: how many an example takes.
+        temperature: what logits are divided by, refined between those that were tried.
+        mean: the score of an example at the best temperature that was tried, in nats if it is the NLL.
+        more: by how much that is above the plain network's with its best temperature.
+        error: the standard error of `more`, of scores of the same examples.
+        selectable: whether it could be chosen.
+    """
+
+    centre: str
+    batch_size: float
+    passes: int
+    temperature: float
+    mean: float
+    more: float
+    error: float
+    selectable: bool = True
+
+    @property
+    def name(self) -> str:
+        """In words.
+
+        >>> Option("", math.inf, 1, 1.3, 0.3, 0.0, 0.0).name
+        'the plain network at temperature 1.30'
+        >>> Option("running", 16, 8, 1.0, 0.3, 0.0, 0.0).name
+        'the noise of mini-batches of 16 about the running statistics'
+        """
+        if not self.centre:
+            return "the plain network" + ("" if self.temperature == 1 else f" at temperature {self.temperature:.2f}")
+        noise = "no noise" if self.batch_size == math.inf else f"the noise of mini-batches of {self.batch_size:g}"
+        return f"{noise} about the {self.centre} statistics"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the options that `calibrate` chose from compare. As a string, it is the choice and its reason.
+
+    Attributes:
+        score: ``"nll"`` or ``"brier"``.
+        objects: how many held-out examples were scored.
+        units: what these are: ``"examples"``, ``"labels"`` of them, or ``"places"`` of dense outputs.
+        options: all of them; the plain network and the plain network with a temperature are the first two.
+        chosen: the simplest one that the examples do not tell from the best: within one standard error of it.
+    """
+
+    score: str
+    objects: int
+    units: str
+    options: tuple[Option, ...]
+    chosen: Option
+
+    @property
+    def drawing(self) -> Option:
+        """The best of the options that draw; the chosen one if it is one of them."""
+        drawing = [one for one in self.options if one.passes > 1]
+        return self.chosen if self.chosen.passes > 1 else min(drawing, key=lambda one: one.mean, default=self.chosen)
+
+    def __str__(self) -> str:
+        name, unit = NAMES[self.score], UNITS[self.score]
+        best, plain = self.drawing, self.options[0]
+        beyond = f"{name} by {-best.more:.4f} \u00b1 {best.error:.4f} {unit}".rstrip()
+        if best.passes > 1 and self.chosen is best:
+            gained = -best.more > best.error
+            kept = "worth its passes" if gained else "no gain, but the best of what could be chosen"
+            return (
+                f"Drawing ({best.name}, {best.passes} passes) lowers the {beyond} beyond a temperature on "
+                f"{self.objects:,} held-out {self.units}: {kept}."
+            )
+        told = f"{self.chosen.name[0].upper()}{self.chosen.name[1:]} does as well as drawing, at one pass"
+        if best.passes > 1:
+            told += f": drawing changes the {name} by {best.more:+.4f} \u00b1 {best.error:.4f} {unit}".rstrip()
+            told += f" beyond a temperature on {self.objects:,} held-out {self.units}"
+        if self.chosen is not plain and not self.chosen.centre:
+            told += f", the temperature alone by {-plain.more:+.4f} \u00b1 {plain.error:.4f} {unit}".rstrip()
+        return f"{told}."
+
+
+class Totals:
+    """The scores of all examples under each noise and temperature, as far as their means and differences need them.
+
+    Args:
+        noises: how many ways to predict there are.
+        temperatures: how many temperatures.
+    """
+
+    def __init__(self, noises: int, temperatures: int) -> None:
+        self.shape = noises, temperatures
+        self.objects = 0
+        self._sums = torch.zeros(noises * temperatures + 1, dtype=torch.float64)  # the last one is of the units
+        self._products = torch.zeros(len(self._sums), len(self._sums), dtype=torch.float64)
+
+    @property
+    def total(self) -> Tensor:
+        """``[B, T]``: the sums of all scores."""
+        return self._sums[:-1].view(self.shape)
+
+    @property
+    def units(self) -> int:
+        """How many labels or places of the objects count, or objects."""
+        return int(self._sums[-1])
+
+    def add(self, scores: Tensor, units: Tensor) -> None:
+        """Add those of a batch.
+
+        Args:
+            scores: ``[B, T, N]``, those of the labels and places of an object summed, as they are not independent.
+            units: ``[N]``: how many of these each object has.
+        """
+        flat = torch.cat([scores.flatten(0, 1), units[None].double()])
+        self._sums += flat.sum(1)
+        self._products.addmm_(flat, flat.T)
+        self.objects += len(units)
+
+    def share(self, ranks: Ranks) -> None:
+        """Add up those of all ranks."""
+        self._sums, self._products = ranks.total(self._sums), ranks.total(self._products)
+        self.objects = int(ranks.total(torch.tensor(self.objects)))
+
+    def options(self, tried: Sequence[Tried], temperatures: Tensor) -> tuple[Option, ...]:
+        """Each way to predict at its best temperature, beside the second one: the plain network with a temperature."""
+        places = [self._best(one) for one in tried]
+        reference = places[1]
+        options = []
+        for one, place in zip(tried, places, strict=True):
+            more = ((self._sums[place] - self._sums[reference]) / self.units).item()
+            at = place % self.shape[1]
+            best = float(temperatures[at])
+            if len(one.temperatures) > 1:
+                best = _refined(self.total[one.row, list(one.temperatures)], temperatures, at)
+            options.append(
+                Option(
+                    one.centre,
+                    one.batch_size,
+                    one.passes,
+                    best,
+                    self._sums[place].item() / self.units,
+                    more,
+                    self.error(place, reference),
+                    one.selectable,
+                )
+            )
+        return tuple(options)
+
+    def choose(self, tried: Sequence[Tried]) -> int:
+        """The simplest of the ways that may be chosen and are within one standard error of the best of them.
+
+        Fewer passes are simpler, then the earlier ones in `tried`; among ways that draw, the best about each centre.
+        """
+        places = [self._best(one) for one in tried]
+        means = [self._sums[place].item() for place in places]
+        allowed = [number for number, one in enumerate(tried) if one.selectable and math.isfinite(means[number])]
+        best = min(allowed, key=means.__getitem__)
+        candidates = [number for number in allowed if tried[number].passes == 1]
+        for centre in ("running", "observed"):
+            drawing = [n for n in allowed if tried[n].passes > 1 and tried[n].centre == centre]
+            candidates += [min(drawing, key=means.__getitem__)] if drawing else []
+        near = [n for n in candidates if (means[n] - means[best]) / self.units <= self.error(places[n], places[best])]
+        return near[0]
+
+    def _best(self, one: Tried) -> int:
+        """The place of a way's best temperature among the sums."""
+        losses = self.total[one.row, list(one.temperatures)]
+        return one.row * self.shape[1] + one.temperatures[int(losses.argmin())]
+
+    def error(self, place: int, other: int) -> float:
+        """The standard error of a mean difference of a unit: that of a ratio of sums over examples."""
+        if place == other:
+            return 0.0
+        if self.objects < 2:
+            return math.inf
+        weights = torch.zeros_like(self._sums)
+        more = ((self._sums[place] - self._sums[other]) / self.units).item()
+        weights[place], weights[other], weights[-1] = 1, -1, -more
+        squares = max((weights @ self._products @ weights).item(), 0)
+        return math.sqrt(squares * self.objects / (self.objects - 1)) / self.units
+
+
+def _refined(losses: Tensor, temperatures: Tensor, at: int) -> float:
+    """The minimum of the parabola through the lowest loss and its neighbours, over the logarithm of temperatures."""
+    if not 0 < at < len(losses) - 1:
+        return temperatures[at].item()
+    left, middle, right = losses[at - 1 : at + 2].tolist()
+    curvature = left - 2 * middle + right
+    step = (left - right) / (2 * curvature) if curvature > 0 else 0.0
+    return (temperatures[at] * (temperatures[at + 1] / temperatures[at]) ** step).item()
