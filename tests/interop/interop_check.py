@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 import statistics
 import time
 import warnings
@@ -138,6 +140,13 @@ def _checked(model: nn.Module, case: Case, row: Row) -> None:
     posterior = stochbn.fit(model, [case.inputs(seed, 8) for seed in range(6)], **fit)
     row.layers = len(posterior.layers)
     x = case.inputs(77, case.objects)
+    plain, still = (
+        _classes_first(stochbn.Predictive(model, one, **case.options)(x), case)
+        for one in (None, dataclasses.replace(posterior, batch_size=math.inf))
+    )
+    if not torch.allclose(still, plain, rtol=1e-5, atol=1e-5):
+        row.error = f"without noise differs from the plain network by {(still - plain).abs().max().item():.2g}"
+        return
     predictive = stochbn.Predictive(model, posterior, DRAWS, tolerance=0, **case.options)
     prediction = predictive(x, generator=torch.Generator().manual_seed(1))
     draws = posterior.iter_draws(DRAWS, torch.Generator().manual_seed(1), quasi=True)
