@@ -185,7 +185,7 @@ def kinds(recipe: Recipe, data: Data) -> dict[str, tuple[Callable[[], Iterable[A
         "as in training": (lambda: train.loader(True), usual),
         "other augmentation": (lambda: train.loader(True), recipe.swapped),
         "sorted by class": (lambda: train.by_class().loader(False), usual),
-        f"{FEW} examples": (lambda: train.take(torch.arange(FEW)).loader(True), usual),
+        f"{FEW} examples": (lambda: train.first(FEW).loader(True), usual),
         recipe.other: (lambda: data.other.loader(True), usual),
     }
 
@@ -199,18 +199,29 @@ def plain(model: nn.Module, data: Data) -> tuple[Scores, Scores, float]:
     return score(probs, data.test.y, 1), score(tempered, data.test.y, 1), temperature
 
 
-def measure(name: str, folder: Path, rows: Path) -> dict[str, Any]:
-    """All rows of a network; each is written to the folder `rows` once it is finished, and read from there again."""
+def measure(name: str, folder: Path, rows: Path, few: int | None) -> dict[str, Any]:
+    """All rows of a network; each is written to the folder `rows` once it is finished, and read from there again.
+
+    Args:
+        name: the network's.
+        folder: where trained networks are.
+        rows: where finished rows are.
+        few: how many held-out and test examples to use; None is all.
+    """
     recipe, model = RECIPES[name], trained(name, folder)
     state = "".join(f"{key} {value.double().sum().item()!r}" for key, value in model.state_dict().items())
-    file = rows / f"{hashlib.sha256(f'{name} {state}'.encode()).hexdigest()[:12]}.json"
+    key = f"{name} {state}{few or ''}"
+    file = rows / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     data = recipe.data()
+    if few is not None:
+        parts = {part: getattr(data, part).first(few) for part in ("held_out", "test")}
+        data = data._replace(**parts)
     ways = kinds(recipe, data)
     if found["rows"].keys() == ways.keys():
         return found
     alone, tempered, temperature = plain(model, data)
-    training, _ = predict(model, None, data.train.take(torch.arange(min(2000, len(data.train)))))
+    training, _ = predict(model, None, data.train.first(2000))
     found |= {
         "about": recipe.about,
         "examples": {part: len(examples) for part, examples in data._asdict().items()},
@@ -327,6 +338,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=RECIPES, default=list(RECIPES), help="which (default: all)")
     parser.add_argument("--train-only", action="store_true", help="train the networks that are not there yet, and stop")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: all processors)")
+    parser.add_argument(
+        "--few", type=int, help="use so many held-out and test examples, for a quick look (default: all)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/harm"), help="folder for networks and finished rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for harm.json and .md")
     options = parser.parse_args()
@@ -337,7 +351,9 @@ def main() -> None:
         return
     code = version()
     (options.runs / code).mkdir(parents=True, exist_ok=True)
-    found = {name: measure(name, options.runs / "networks", options.runs / code) for name in options.networks}
+    found = {
+        name: measure(name, options.runs / "networks", options.runs / code, options.few) for name in options.networks
+    }
     for network in found.values():
         for row in network["rows"].values():
             row["criteria"] = criteria(row, network["plain"])

@@ -53,6 +53,10 @@ class Examples(NamedTuple):
         """The examples at these positions."""
         return Examples(self.x[index], self.y[index])
 
+    def first(self, count: int) -> Examples:
+        """The first of the examples, at most so many."""
+        return Examples(self.x[:count], self.y[:count])
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Consecutive batches of inputs and labels, as the network takes them."""
         for start in range(0, len(self), size):
@@ -225,7 +229,7 @@ def cifar5() -> Data:
 def cifar10() -> Data:
     """CIFAR-10; the other domain is its training images as negatives with half the contrast."""
     train, held_out = _split(_images("cifar10", "train"), 2500)
-    test = _images("cifar10", "test").take(torch.arange(5000))
+    test = _images("cifar10", "test").first(5000)
     return Data(train, held_out, test, Examples((255 - train.x) // 2 + 64, train.y))
 
 
@@ -314,7 +318,7 @@ RECIPES: dict[str, Recipe] = {
         swapped=jitter,
     ),
     "U-Net": Recipe(
-        segmentation, UNet, "MNIST digits in noise, dense labels", "negatives", epochs=5, rate=8e-3, batch_size=64,
+        segmentation, UNet, "MNIST digits in noise, dense labels", "negatives", epochs=12, rate=4e-3, batch_size=32,
         swapped=flip(),
     ),
 }  # fmt: skip
