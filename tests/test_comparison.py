@@ -42,7 +42,7 @@ def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(fi
     held_out = parts["held-out"].take(torch.arange(30))
     for method, wanted in {
         "joint": posterior,
-        "joint, calibrated": stochbn.calibrate(model, posterior, held_out.batches(250), seed=seed),
+        "joint, calibrated": stochbn.calibrate(model, posterior, held_out.batches(250), seed=seed, **NOISES),
         "joint, recentred": posterior.recentre(model),
     }.items():
         file = finished / "plain-1" / "comparison" / f"{method.replace(', ', '-')}.safetensors"
@@ -52,6 +52,10 @@ def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(fi
         predictive = stochbn.Predictive(model, wanted, 3)
         torch.testing.assert_close(tensors["known"].exp(), predict_all(predictive, parts["known"], generator).probs)
         assert len(tensors["unknown"]) == 20
+
+
+NOISES: Any = {"batch_sizes": [4, 8, 16, 32, 64, math.inf], "temperature": False}
+"""What the comparison's methods "calibrated" choose among."""
 
 
 def test_with_an_augmentation_every_draw_changes_its_input(finished: Path) -> None:
@@ -64,7 +68,7 @@ def test_with_an_augmentation_every_draw_changes_its_input(finished: Path) -> No
     train = parts["train"].shuffled(seed).take(torch.arange(128))
     posterior = fit_posterior(model, train, 16, seed, kind="joint", augment=shift)
     held_out = parts["held-out"].take(torch.arange(30)).batches(250)
-    posterior = stochbn.calibrate(model, posterior, held_out, augment=shift, seed=seed)
+    posterior = stochbn.calibrate(model, posterior, held_out, augment=shift, seed=seed, **NOISES)
     file = finished / "plain-0" / "comparison-augmented" / "joint-calibrated.safetensors"
     tensors, about = read_tensors(file, COMPARISON)
     assert about["batch_size"] == posterior.batch_size

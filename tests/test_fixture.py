@@ -43,7 +43,7 @@ def network(name: str) -> nn.Module:
 
 def probabilities(name: str, kind: Any) -> Tensor:
     model = network(name)
-    posterior = stochbn.fit(model, [images(name, 64, seed) for seed in range(30, 38)], kind=kind)
+    posterior = stochbn.fit(model, [images(name, 64, seed) for seed in range(30, 38)], kind=kind, centre="observed")
     predictive = stochbn.Predictive(model, posterior, draws=12, tolerance=0)
     probs: Tensor = predictive(images(name, 6, 99), generator=torch.Generator().manual_seed(5)).probs
     return probs

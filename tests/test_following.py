@@ -21,7 +21,9 @@ OWN = Given(
     label="kind", class_axis=0, probs=True,
 )  # fmt: skip
 TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
-A_POSTERIOR: Any = SimpleNamespace(batch_size=16)
+A_POSTERIOR: Any = SimpleNamespace(batch_size=16, noiseless=False, choice="")
+CALIBRATED: Any = SimpleNamespace(batch_size=16, noiseless=False, choice="Drawing is worth its passes.")
+QUIET: Any = SimpleNamespace(batch_size=float("inf"), noiseless=True, choice="")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -105,11 +107,23 @@ def test_after_a_fit_of_a_regression_there_is_nothing_to_calibrate() -> None:
     assert words[0] == "evaluate"
 
 
-def test_a_posterior_without_noise_is_to_be_fitted_anew_before_it_is_calibrated() -> None:
-    quiet: Any = SimpleNamespace(batch_size=float("inf"))
-    first, second = commands(after_evaluating(OWN, worse(0.01), [quiet], [None], None, ignore=255))
-    assert (first[0], second[0]) == ("fit", "calibrate")
-    assert parsed(second)["ignore"] == 255
+def test_a_posterior_without_noise_is_to_be_calibrated_and_never_to_have_less() -> None:
+    text = after_evaluating(OWN, worse(0.01), [QUIET], [None], None, ignore=255)
+    (words,) = commands(text)
+    assert words[0] == "calibrate"
+    assert parsed(words)["ignore"] == 255
+    given = Given(model="m:f", task="regression")
+    text = after_evaluating(given, worse(0.01), [QUIET], [Path("p.safetensors")], None)
+    assert not commands(text)
+    assert "has no noise, so its centre is what differs" in text
+
+
+def test_a_posterior_that_was_calibrated_is_not_told_to_be_again_on_the_same_data() -> None:
+    text = after_evaluating(OWN, worse(0.01), [CALIBRATED], [None], None)
+    assert not commands(text)
+    assert "was chosen by held-out data already, so this data differs from that" in text
+    (words,) = commands(after_evaluating(TRAINED, worse(0.01), [CALIBRATED, A_POSTERIOR], [None, None], None))
+    assert words[:2] == ["calibrate", "b c.safetensors"]
 
 
 def test_what_follows_the_calibration_of_places_says_that_there_are_such() -> None:

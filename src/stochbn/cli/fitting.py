@@ -235,7 +235,7 @@ def _table(choice: Choice, ends: bool) -> Table:
             ]
         )
     title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
-    columns = ["predictions", "noise of", "passes", "temperature", name, "beyond a temperature", ""]
+    columns = ["predictions", "noise of", "passes", "temperature", name, "beyond a temperature", "choice"]
     return Table(title, columns, rows)
 
 
