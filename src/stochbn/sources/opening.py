@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.sources.hub import HUB, DataError, load_splits
+from stochbn.sources.hub import HUB, DataError, folders_of, load_splits
 from stochbn.sources.loaders import LoaderObjects
 from stochbn.sources.networks import find
 from stochbn.sources.objects import RowObjects, Rows
@@ -70,7 +70,7 @@ def open_objects(
     elif path.is_dir() or source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         loaded, location = load_splits(source)
         name = _chosen(list(loaded), split, prefer, location)
-        rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns))
+        rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns), folders_of(location))
         shown = f"{source} ({name})" if len(loaded) > 1 else source
     else:
         raise DataError(f"there is no data {source!r}; expected {KINDS}")
@@ -117,7 +117,7 @@ def _file(path: Path, columns: Columns) -> Rows:
     finally:
         if shown:
             datasets.enable_progress_bars()
-    return TableRows(table, repr(str(path)), *_given(columns))
+    return TableRows(table, repr(str(path)), *_given(columns), (path.parent,))
 
 
 def _arrays(path: Path, columns: Columns) -> ArrayRows:
