@@ -25,13 +25,13 @@ JOINERS = "\u200c\u200d"
 def unambiguous(name: str) -> str:
     r"""A name that is valid Unicode, whatever the bytes are that it was read from; two different names stay different.
 
-    A byte that is not UTF-8, which Python reads as a lone surrogate, becomes ``\xe9``. A name that already has such an
-    escape gets its backslashes doubled, and so does one that has both.
+    A byte that is not UTF-8, which Python reads as a lone surrogate, becomes ``\xe9``, and control characters are
+    escaped alike. A name that is changed, or that already has such an escape, gets its backslashes doubled.
 
-    >>> unambiguous("a.png"), unambiguous("caf\udce9.png"), unambiguous(r"caf\xe9.png")
-    ('a.png', 'caf\\xe9.png', 'caf\\\\xe9.png')
+    >>> unambiguous("a.png"), unambiguous("no\udce9.png"), unambiguous(r"no\xe9.png")
+    ('a.png', 'no\\xe9.png', 'no\\\\xe9.png')
     """
-    if ESCAPED.search(name) or as_utf8(name) != name:
+    if ESCAPED.search(name) or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         name = "".join(map(_escaped, name.replace("\\", "\\\\")))
     return name
 
@@ -40,7 +40,7 @@ def _escaped(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return as_utf8(character)
+    return f"\\x{code:02x}" if unicodedata.category(character) == "Cc" else as_utf8(character)
 
 
 def as_utf8(value: T) -> T:
