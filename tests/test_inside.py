@@ -240,6 +240,15 @@ def test_a_text_that_names_a_file_is_no_input(data: Path) -> None:
         open_objects(str(data / "x.csv"))
 
 
+def test_nothing_of_a_file_that_cannot_be_read_goes_to_the_terminal(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (data / "x.csv").write_text('a,label\n1,0\n"\x1b[2J,3,4,5\n')
+    with pytest.raises(DataError, match="cannot be read as csv"):
+        open_objects(str(data / "x.csv"))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.timeout(20)
 def test_a_pipe_among_the_images_of_a_folder_is_an_error_of_its_row(data: Path) -> None:
     (data / "circle.png").unlink()

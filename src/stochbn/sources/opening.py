@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -107,14 +108,16 @@ def _file(path: Path, columns: Columns) -> Rows:
         raise DataError(f"{str(path)!r} ends in {ending!r}; expected {KINDS}")
     import datasets
 
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs may hold what is in the file
     try:
         table = datasets.load_dataset(reader, data_files=str(path), split="train")
     except Exception as error:  # the readers of each format raise errors of their own kinds
         cause = error.__cause__ or error
         raise DataError(f"{str(path)!r} cannot be read as {reader}: {cause}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
     return TableRows(table, repr(str(path)), *_given(columns), (path.parent,))
