@@ -4,6 +4,9 @@ export STOCHBN_SCORER='{"model": "mynet:build", "weights": "w.pt", "posterior": 
 export PYTHONPATH=/folder/of/mynet
 uvicorn examples.fastapi_service:web
 curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'  # of 4 numbers
+
+An example is numbers, or an image as {"base64": "..."}. The limits are STOCHBN_MAX_BODY (bytes), STOCHBN_MAX_ITEMS
+(examples in a request) and STOCHBN_MAX_PIXELS (of an image). The answer to a request that is too large is 413.
 """
 
 import asyncio
@@ -14,16 +17,20 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, HTTPException
 
-from stochbn.deploy import Scorer
+from stochbn.deploy import BodyLimit, Limits, Scorer
 
+limits = Limits.from_environment()
 web = FastAPI()
-score = Scorer(**json.loads(os.environ["STOCHBN_SCORER"]), threads=1)
+web.add_middleware(BodyLimit, limit=limits.body)
+score = Scorer(**{"threads": 1, "pixels": limits.pixels, **json.loads(os.environ["STOCHBN_SCORER"])})
 pool = ThreadPoolExecutor(os.cpu_count())
 
 
 @web.post("/predict")
 async def predict(inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
-    """Class, probability and uncertainties of every object."""
+    """Class, probability and uncertainties of every example."""
+    if len(inputs) > limits.items:
+        raise HTTPException(413, f"got {len(inputs)} examples, at most {limits.items} are taken at a time")
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, score.answer, inputs)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -3,6 +3,10 @@
 export PYTHONPATH=/folder/of/mynet
 serve run examples.ray_serve:app model=mynet:build weights=/data/w.pt posterior=/data/w.sbn.safetensors
 curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0.1, 0.2, 0.3, 0.4]]}'  # of 4 numbers
+
+An example is numbers, or an image as {"base64": "..."}. The limits are STOCHBN_MAX_BODY (bytes), STOCHBN_MAX_ITEMS
+(examples in a request) and STOCHBN_MAX_PIXELS (of an image), as set where the application is started. The answer to a
+request that is too large is 413. Ray's own proxy reads bodies before that, without a limit: put a server before it.
 """
 
 from itertools import accumulate
@@ -11,9 +15,11 @@ from typing import Annotated, Any
 from fastapi import Body, FastAPI, HTTPException
 from ray import serve
 
-from stochbn.deploy import Scorer
+from stochbn.deploy import BodyLimit, Limits, Scorer
 
+limits = Limits.from_environment()
 web = FastAPI()
+web.add_middleware(BodyLimit, limit=limits.body)
 
 
 @serve.deployment(max_ongoing_requests=64)
@@ -21,8 +27,9 @@ web = FastAPI()
 class Service:
     """A network and its posterior; each replica loads both once."""
 
-    def __init__(self, scorer: dict[str, Any]) -> None:
-        self.score = Scorer(**scorer, threads=1)
+    def __init__(self, scorer: dict[str, Any], limits: Limits = limits) -> None:
+        self.score = Scorer(**{"threads": 1, "pixels": limits.pixels, **scorer})
+        self.items = limits.items
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
     async def together(self, requests: list[list[Any]]) -> list[Any]:
@@ -45,7 +52,9 @@ class Service:
 
     @web.post("/predict")
     async def predict(self, inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[str, Any]]:
-        """Class, probability and uncertainties of every object."""
+        """Class, probability and uncertainties of every example."""
+        if len(inputs) > self.items:
+            raise HTTPException(413, f"got {len(inputs)} examples, at most {self.items} are taken at a time")
         answer = await self.together(inputs)
         if isinstance(answer, str):
             raise HTTPException(422, answer)
@@ -59,4 +68,4 @@ class Service:
 
 def app(arguments: dict[str, Any]) -> serve.Application:
     """The application, from the arguments of `stochbn.deploy.Scorer`."""
-    return Service.bind(arguments)
+    return Service.bind(arguments, limits)

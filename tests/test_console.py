@@ -4,6 +4,7 @@ import functools
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -128,6 +129,38 @@ def test_names_do_not_control_the_terminal(make_terminal: Callable[[str, int], T
     assert r"cat\x1b[2J" in terminal.text
     assert r"two\nlines" in terminal.text
     assert r"\udcff" in terminal.text
+
+
+@pytest.mark.parametrize("columns", [30, 200])
+@pytest.mark.parametrize("sign", ["\x1b]0;title\x07", "\x9b2J", "\u202e", "\u2066", "\u200b", "\x00", "\x08"])
+def test_nothing_that_is_shown_acts_on_the_terminal(
+    sign: str, columns: int, make_terminal: Callable[[str, int], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = make_terminal("utf-8", columns)
+    monkeypatch.setattr(console, "err", console.out)
+    printed: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *place: printed.append(message))
+    console.show_warnings()
+    name = f"a{sign}b"
+    console.say(f"Saved {name}.", name)
+    console.complain(f"{name} cannot be read")
+    for kind in (UserWarning, RuntimeWarning):
+        warnings.showwarning(name, kind, "file.py", 1)
+    console.show([Table(name, ["class", name], [[name, "1"]])])
+    with console.progress_bars() as bars:
+        console.follow(bars, f"loading {name}")(1, 1)
+    with console.status(name):
+        pass
+    for shown in (terminal.text, *printed):
+        assert sign not in shown
+        assert "a\\" in shown
+
+
+@pytest.mark.parametrize("sign", ["\n", "\r\n", "\u2028", "\x85"])
+def test_a_name_of_several_lines_stays_on_one(sign: str, make_terminal: Callable[[str, int], Terminal]) -> None:
+    terminal = make_terminal("utf-8", 200)
+    console.say(f"Saved a{sign}Error: b.\nNext: c", f"a{sign}Error: b")
+    assert len(terminal.text.splitlines()) == 2
 
 
 def test_a_sentence_is_left_to_the_terminal_to_break(make_terminal: Callable[[str, int], Terminal]) -> None:

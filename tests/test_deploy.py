@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -195,6 +197,107 @@ def test_a_row_that_cannot_be_read_has_an_error_and_no_numbers(home: Path) -> No
     assert "cannot be read as an image" in scored["error"][0]
     assert scored["error"][1] is None
     assert scored["error"][2] == "is empty"
+
+
+@pytest.fixture
+def of_images(home: Path) -> Scorer:
+    """A scorer of images, beside files that no request may reach."""
+    model = build(network("images"), {}).model
+    stochbn.fit(model, [torch.rand(64, 3, 8, 8)], 16).save("i.sbn.safetensors")
+    Path("private.png").write_bytes(encoded())
+    os.mkfifo("pipe.png")
+    return Scorer(network("images"), posterior="i.sbn.safetensors", draws=8, pixels=100)
+
+
+def encoded(size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = [
+    "private.png",
+    "missing.png",
+    "pipe.png",
+    "/etc/passwd",
+    "/no/such",
+    "file:///etc/passwd",
+    "http://127.0.0.1:9/",
+]
+WAYS: dict[str, Any] = {
+    "a text": str,
+    "a text of NumPy": np.str_,
+    "a path": Path,
+    "bytes": str.encode,
+    "an array of bytes": lambda name: np.array([name.encode()]),
+    "a path beside no bytes": lambda name: {"bytes": None, "path": name},
+    "a path alone": lambda name: {"path": name},
+    "a path as bytes": lambda name: {"bytes": name, "path": None},
+    "a URL": lambda name: {"url": name},
+    "an address of a chat": lambda name: {"image_url": {"url": name}},
+    "a list": lambda name: [name],
+    "a nested list": lambda name: [[[name, 1.0]]],
+    "an array": lambda name: np.array([name]),
+    "an array of objects": lambda name: np.array([Path(name), 1], dtype=object),
+    "base64": lambda name: {"base64": base64.b64encode(name.encode()).decode()},
+    "no base64": lambda name: {"base64": name},
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_request_opens_no_file_and_does_not_tell_whether_there_is_one(way: str, of_images: Scorer) -> None:
+    requests = [WAYS[way](name) for name in FILES]
+    rows = of_images.answer([encoded(), *requests])
+    assert rows[0]["error"] is None
+    assert all(row["error"] and "class" not in row for row in rows[1:])
+    if way != "no base64":  # of which the decoder tells the characters
+        assert len({row["error"] for row in rows[1:]}) == 1
+    for name, row in zip(FILES, rows[1:], strict=True):
+        assert name not in row["error"]
+        assert "0x" not in row["error"], "no addresses of memory"
+    column = np.empty(len(FILES), dtype=object)
+    column[:] = requests
+    scored = of_images({"image": column})
+    assert all(scored["error"])
+    assert "class" not in scored
+
+
+def test_a_request_takes_images_as_bytes_and_as_base64(of_images: Scorer) -> None:
+    content = encoded()
+    text = base64.b64encode(content).decode()
+    given = [content, bytearray(content), memoryview(content), {"bytes": content}, {"base64": text},
+             {"bytes": content, "path": "/etc/passwd"}, Image.open(io.BytesIO(content))]  # fmt: skip
+    rows = of_images.answer(given)
+    assert [row["error"] for row in rows] == [None] * len(given)
+    assert len({row["entropy"] for row in rows}) == 1
+
+
+def test_an_image_of_more_pixels_than_are_allowed_is_an_error(of_images: Scorer) -> None:
+    rows = of_images.answer([encoded((10, 10)), encoded((10, 11))])
+    assert rows[0]["error"] is None
+    assert "is an image of 110 pixels, where at most 100 are decoded" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(
+    "item", ["1.5", ["1", "2", "3", "4"], None, {}, [None] * 4, [1, 2, 3, "4"], True, [[1, 2], [3]], [1, 2, 3, 10**400],
+             [1.0, 2.0, 3.0, 1e300], 1 + 2j, [np.datetime64("2020-01-01")] * 4, [[]], object()]
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_list_of_numbers_is_an_error_of_its_row(item: Any, home: Path) -> None:
+    good = [0.1, 0.2, 0.3, 0.4]
+    rows = scorer(inputs=None).answer([good, item, [Decimal("0.1"), 0.2, 0.3, 0.4]])
+    assert rows[1]["error"]
+    assert "class" not in rows[1]
+    assert rows[0]["error"] is None
+    assert rows[2]["error"] is None
+    assert rows[2]["entropy"] == pytest.approx(rows[0]["entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("request_", ["/etc/passwd", b"/etc/passwd", {"inputs": []}, None, Path("x")])
+def test_a_request_is_a_list(request_: Any, home: Path) -> None:
+    with pytest.raises(TypeError, match="expected a list of examples"):
+        scorer(inputs=None).answer(request_)
 
 
 def test_bad_arguments_are_told(home: Path) -> None:

@@ -85,6 +85,11 @@ def test_the_figure_has_the_papers_five_curves_and_the_plain_network_in_two_file
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(curves(figure))
 
 
+@pytest.mark.parametrize("title", ["tested on o\udce9od", "$x^$", "a\x1b[2J", "$a$ and $b$", "é\u202e"])
+def test_a_title_may_be_any_name(title: str, tmp_path: Path) -> None:
+    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", entropies(), classes=5, title=title))
+
+
 def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn: list[Any]) -> None:
     given = entropies()
     given["Dropout", True] = torch.tensor([0.5, 0.25, 0.5, 1.0])

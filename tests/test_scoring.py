@@ -107,6 +107,71 @@ def test_what_was_stopped_goes_on_and_gives_the_same_table(
     assert path.read_bytes() == whole.read_bytes()
 
 
+@dataclass
+class Named(Numbers):
+    """The same with keys that are texts."""
+
+    keys: tuple[str, ...] = ()
+
+    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
+        for chunk in super().chunks(size, start):
+            yield Chunk([self.keys[int(i)] for i in chunk.keys], chunk.errors, chunk.inputs)
+
+
+FORMULAS = (
+    "=1+1",
+    "'=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "'tis",
+    "-5",
+    "3",
+    'a,"b',
+    "x" * 200_000,
+)
+
+
+@pytest.mark.parametrize("fail_at", [None, 5])
+def test_no_text_of_a_csv_is_run_by_a_spreadsheet(
+    fail_at: int | None, tmp_path: Path, predictive: stochbn.Predictive
+) -> None:
+    csv.field_size_limit(2**31 - 1)
+    x, classes = normal(len(FORMULAS), 4), ("=a", "@b", "-c")
+    settings: dict[str, Any] = {"settings": {}, "classes": classes, "batch": 1, "part": 2}
+    path = tmp_path / "p.csv"
+    if fail_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            score(predictive, Named(x, (2,), fail_at, "=name", FORMULAS), path, **settings)
+    given = list(score(predictive, Named(x, (2,), None, "=name", FORMULAS), path, **settings))
+    rows = rows_in(path)
+    assert next(iter(rows[0])) == "'=name"
+    for row in rows:
+        for name, cell in row.items():
+            assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or float(cell) == -5, (name, cell)
+    assert [row["'=name"] for row in rows][:2] == ["'=1+1", "''=1+1"]
+    assert {row["class"] for row in rows} - {""} <= {f"'{name}" for name in classes}
+    assert [row["=name"] for row in given] == list(FORMULAS)
+    assert {row["class"] for row in given} - {""} <= set(classes)
+    other = tmp_path / "p.parquet"
+    score(predictive, Named(x, (2,), None, "=name", FORMULAS), other, **settings)
+    assert [row["=name"] for row in rows_in(other)] == list(FORMULAS)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_texts_that_are_no_unicode_do_not_lose_a_table(
+    ending: str, tmp_path: Path, predictive: stochbn.Predictive
+) -> None:
+    keys, classes = ("a\ud800", "b\udce9", "c"), ("cat\udcff", "dog", "bird")
+    path = tmp_path / f"p.{ending}"
+    score(predictive, Named(normal(3, 4), (1,), None, "na\udcffme", keys), path, settings={}, classes=classes, top=3)
+    rows = rows_in(path)
+    assert [row[r"na\udcffme"] for row in rows] == [r"a\ud800", r"b\udce9", "c"]
+    assert r"cat\udcff" in (rows[0]["class"], rows[0]["class_2"], rows[0]["class_3"])
+
+
 def test_parts_of_other_settings_are_not_mixed(tmp_path: Path, predictive: stochbn.Predictive) -> None:
     x, path = normal(20, 4), tmp_path / "p.csv"
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ from stochbn.sources import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 120
+LIMITS = {"STOCHBN_MAX_BODY": "65536", "STOCHBN_MAX_ITEMS": "40"}
 MODULE = """
 import torch
 from torch import nn
@@ -120,8 +122,29 @@ def check_service(url: str) -> None:
             assert row["error"] is None
             assert row["entropy"] == pytest.approx(other["entropy"], abs=1e-5)
     assert ask(f"{url}/predict", []) == []
+    check_limits(url)
     with urllib.request.urlopen(f"{url}/healthz", timeout=5) as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
+
+
+def check_limits(url: str) -> None:
+    """A request that is too large, or of texts that name files, harms no other; the limits are those of `LIMITS`."""
+    for name in ("/etc/passwd", "/no/such/file", "http://127.0.0.1:9/"):
+        (row,) = ask(f"{url}/predict", [name])
+        assert row == {"error": ask(f"{url}/predict", [{"path": "/no"}, name])[1]["error"]}
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        ask(f"{url}/predict", [[0.0] * 4] * 41)
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        ask(f"{url}/predict", [[0.123456789] * 10_000])
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**20:  # the answer comes before the end, which is never sent
+                client.sendall(b"1000\r\n" + 4096 * b" " + b"\r\n")
+                sent += 4096
+        assert b" 413 " in client.recv(200)
 
 
 def arguments(home: Path) -> dict[str, Any]:
@@ -136,6 +159,7 @@ def test_fastapi(home: Path) -> None:
     environment = {
         "PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}",
         "STOCHBN_SCORER": json.dumps(arguments(home)),
+        **LIMITS,
     }
     url = f"http://127.0.0.1:{port}"
     with running(command, f"{url}/healthz", environment):
@@ -155,7 +179,7 @@ serve.run(app({arguments(home)!r}))
 while True:
     time.sleep(1)
 """
-    environment = {"PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {"PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}", **LIMITS}
     url = f"http://127.0.0.1:{port}"
     with running([sys.executable, "-c", script], f"{url}/healthz", environment):
         check_service(url)

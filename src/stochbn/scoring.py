@@ -8,7 +8,6 @@ seed, so that a table is the same however often its making was interrupted, and 
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import itertools
 import json
@@ -22,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochbn.dense_masks import write_masks
+from stochbn.dense_masks import Masks, write_masks
 from stochbn.files import check_file, write, write_json
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
+from stochbn.table_files import read_table, write_table
+from stochbn.texts import as_utf8
 
 __all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored"]
 
@@ -112,13 +113,9 @@ def score(
             shutil.rmtree(parts)
         raise
     written = sorted(parts.glob("part-*.jsonl"))
-    columns = _columns(written)
-    if path.suffix == ".csv":
-        write(path, lambda temporary: _write_csv(temporary, columns, written))
-    else:
-        write(path, lambda temporary: _write_parquet(temporary, columns, written))
+    write(path, lambda temporary: write_table(temporary, lambda: map(_read_part, written)))
     shutil.rmtree(parts)
-    return _read_table(path)
+    return read_table(path)
 
 
 def part_size(part: int, batch: int) -> int:
@@ -144,11 +141,15 @@ def _make_parts(
     number = next(i for i in itertools.count() if not _part(parts, i).exists())  # an engine may have left gaps
     done = sum(_length(_part(parts, i)) for i in range(number))
     progress(done, total)
+    pictures = None if masks is None else Masks(masks)
+    if pictures is not None:
+        for before in range(number):
+            pictures.add(row["mask"] for row in _read_part(_part(parts, before)) if row["error"] is None)
     if done < total:
         rows: list[Row] = []
         with contextlib.closing(ahead(iter(stream.chunks(batch, done)))) as chunks:
             for chunk in chunks:
-                rows += scored(predictor, chunk, stream.key_name, classes, top, seed, masks)
+                rows += scored(predictor, chunk, stream.key_name, classes, top, seed, pictures)
                 if strict:
                     _refuse_errors(rows[-len(chunk.keys) :])
                 done += len(chunk.keys)
@@ -196,7 +197,7 @@ def scored(
     classes: Sequence[str],
     top: int,
     seed: int,
-    masks: Path | None = None,
+    masks: Masks | None = None,
 ) -> list[Row]:
     """The rows of a chunk, predicted with the draws of a seed.
 
@@ -235,9 +236,9 @@ def parts_folder(path: Path) -> Path:
 
 
 def rows_of(
-    chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int, masks: Path | None = None
+    chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int, masks: Masks | None = None
 ) -> list[Row]:
-    """A row for each object of a chunk.
+    """A row for each object of a chunk; texts in it are valid Unicode.
 
     Raises:
         ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has.
@@ -245,16 +246,21 @@ def rows_of(
     keys = [key for key, error in zip(chunk.keys, chunk.errors, strict=True) if error is None]
     readable, predicted = len(keys), list[Row]()
     if prediction is not None:
-        predicted = _predicted(prediction, classes, top) if masks is None else write_masks(prediction, keys, masks)
+        predicted = (
+            _predicted(prediction, classes, top)
+            if masks is None
+            else write_masks(prediction, keys, masks.folder, masks.seen)
+        )
     if len(predicted) != readable:
         raise ValueError(f"the network gave predictions for {len(predicted)} objects of a batch of {readable}")
     if predicted and key_name in (*predicted[0], "error"):
         raise ValueError(f"the key's column is called {key_name!r}, as one of the predictions is; rename it")
     following = iter(predicted)
-    return [
+    rows = [
         {key_name: key, **(next(following) if error is None else {}), "error": error}
         for key, error in zip(chunk.keys, chunk.errors, strict=True)
     ]
+    return [{as_utf8(name): as_utf8(value) for name, value in row.items()} for row in rows]
 
 
 def _predicted(prediction: Any, classes: Sequence[str], top: int) -> list[Row]:
@@ -327,57 +333,3 @@ def _length(part: Path) -> int:
 def _read_part(part: Path) -> list[Row]:
     with part.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def _columns(written: Sequence[Path]) -> list[str]:
-    """The columns of a table: those of its first row that has a prediction, or of the first one."""
-    columns: list[str] = []
-    for part in written:
-        for row in _read_part(part):
-            if row["error"] is None:
-                return list(row)
-            columns = columns or list(row)
-    return columns
-
-
-def _write_csv(path: Path, columns: Sequence[str], written: Sequence[Path]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for part in written:
-            writer.writerows([_cell(row.get(column)) for column in columns] for row in _read_part(part))
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _write_parquet(path: Path, columns: Sequence[str], written: Sequence[Path]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    def kind(column: str) -> Any:
-        if column == columns[0] and numbered:
-            return pyarrow.int64()
-        text = column in (columns[0], "error", "mask") or column.startswith("class")
-        return pyarrow.string() if text else pyarrow.float32()
-
-    numbered = isinstance(_read_part(written[0])[0][columns[0]], int)
-
-    schema = pyarrow.schema([(column, kind(column)) for column in columns])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        for part in written:
-            rows = [{column: row.get(column) for column in columns} for row in _read_part(part)]
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-
-
-def _read_table(path: Path) -> Iterator[Row]:
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
-        return
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as table:
-        for rows in table.iter_batches():
-            yield from rows.to_pylist()

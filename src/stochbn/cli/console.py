@@ -11,7 +11,6 @@ import math
 import os
 import re
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,8 @@ from rich.status import Status
 from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from stochbn.texts import visible
 
 if TYPE_CHECKING:
     from stochbn.paper.tables import Table
@@ -103,8 +104,11 @@ def never_fail_to_encode() -> None:
 
 
 def readable(text: str) -> str:
-    """A line of text as the terminal can show it: control characters are escaped, and so is what its encoding lacks."""
-    text = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    """A line of text as the terminal can show it: what would control it is escaped, and so is what its encoding lacks.
+
+    All that commands show goes through here, as names and errors may come from a stranger's file.
+    """
+    text = visible(text)
     return text.encode(out.encoding, READABLE).decode(out.encoding)
 
 
@@ -113,10 +117,13 @@ def say(text: str, *bold: object) -> None:
 
     Args:
         text: the sentences.
-        bold: names in them that stand out.
+        bold: names in them that stand out; one with a line break in it stays on its line.
     """
+    names = {str(word): readable(str(word)) for word in bold if str(word)}
+    for name, word in names.items():
+        text = text.replace(name, word)
     shown = Text("\n".join(map(readable, text.split("\n"))))
-    shown.highlight_words([readable(str(word)) for word in bold], "bold")
+    shown.highlight_words(list(names.values()), "bold")
     out.print(shown, soft_wrap=True)
 
 
@@ -161,7 +168,7 @@ def show_warnings() -> None:
 
     def shown(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, UserWarning):
-            usual(message, category, *place, **more)
+            usual(readable(" ".join(str(message).split())), category, *place, **more)
         elif not out.quiet:
             err.print(Text.assemble(("Warning:", "bold yellow"), " ", _line(str(message))), soft_wrap=True)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import numbers
 import os
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,9 @@ class Scorer:
     the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
     object's changes depend on its place in the batch too.
 
+    What it is given may come from strangers: it takes numbers, arrays, images as bytes, and as base64 in a mapping
+    ``{"base64": TEXT}``. A text, a path or a URL is never opened, and becomes the error of its row.
+
     Args:
         model: where the network is built: ``package.module:function``, ``timm:NAME`` or ``hf:PATH``.
         weights: a file with its state dict; None takes the weights that it is built with.
@@ -59,6 +66,7 @@ class Scorer:
         top: how many of the most probable classes to add.
         seed: where draws come from.
         threads: threads of this process's PyTorch; None leaves them as they are.
+        pixels: the largest number of pixels of an image; None is the limit of Pillow, ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
         ValueError, OSError: the network or a file cannot be had; the message says what to do.
@@ -82,6 +90,7 @@ class Scorer:
         top: int = 1,
         seed: int = 0,
         threads: int | None = None,
+        pixels: int | None = None,
     ) -> None:
         from stochbn.augment import named
 
@@ -101,7 +110,7 @@ class Scorer:
             load_weights(built.model, weights)
         built = prepared(built, size, mean, std)
         self.preprocess, self.classes = built.preprocess, built.classes or ()
-        self.inputs, self.top, self.seed = inputs, top, seed
+        self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
         device = torch.accelerator.current_accelerator(check_available=True)
         self.predictive = Predictive(
             built.model if device is None else built.model.to(device),
@@ -121,12 +130,19 @@ class Scorer:
         return scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
 
     def answer(self, objects: Sequence[Any]) -> list[Row]:
-        """A row of predictions for each of the objects that a service was asked for: images, or (lists of) numbers.
+        """A row of predictions for each example of a request to a service.
+
+        Args:
+            objects: numbers, lists of numbers, or images as bytes or as ``{"base64": TEXT}``. Anything else becomes a
+                row with an error, which does not tell whether there is a file of that name.
 
         Raises:
             RuntimeError, ValueError: the network does not take them.
+            TypeError: it is no sequence of examples.
         """
-        columns = _Columns({"input": objects}, None)
+        if isinstance(objects, (str, bytes, bytearray, Mapping)) or not isinstance(objects, (Sequence, np.ndarray)):
+            raise TypeError(f"expected a list of examples, got {type(objects).__name__}")
+        columns = _Columns({"input": objects}, None, self.pixels)
         rows: list[Row] = []
         for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
             rows += self.rows(chunk, _Columns.key_name)
@@ -140,7 +156,7 @@ class Scorer:
         Raises:
             ValueError: the batch lacks a column, or has one that is called like a prediction's.
         """
-        columns = _Columns(batch, self.inputs)
+        columns = _Columns(batch, self.inputs, self.pixels)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
@@ -157,13 +173,13 @@ class _Columns:
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
 
-    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None) -> None:
+    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None) -> None:
         names = list(inputs or batch)
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):
             told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
             raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
-        self.columns = [batch[name] for name in names]
+        self.columns, self.pixels = [batch[name] for name in names], pixels
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -182,31 +198,55 @@ class _Columns:
         if len(values) > 1:
             return _numbers(values)
         value = values[0]
-        if isinstance(value, Mapping):  # an image as `datasets` stores it
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, Mapping):
+            value = _bytes_of(value)
         if value is None:
             raise ValueError("is empty")
         if isinstance(value, (bytes, bytearray, memoryview)):
-            import io
+            return decode(value, self.pixels)
+        from PIL import Image
 
-            return decode(io.BytesIO(value))
-        if isinstance(value, str):
-            return decode(value)
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
-            from PIL import Image
-
             return Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
-        return _numbers(value) if not hasattr(value, "convert") else value
+        return value if isinstance(value, Image.Image) else _numbers(value)
 
     def labels(self) -> Tensor | None:
         """None: a batch to predict has none that count."""
         return None
 
 
+def _bytes_of(image: Mapping[str, Any]) -> Any:
+    """The bytes of an image in base64, or as `datasets` stores images; None if it is empty.
+
+    Raises:
+        ValueError: there are none. A path in their place is never opened.
+    """
+    if isinstance(text := image.get("base64"), str):
+        try:
+            return base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"holds what is no base64: {error}") from error
+    content = image.get("bytes")
+    if isinstance(content, (bytes, bytearray, memoryview)) or (content is None and image.get("path") is None):
+        return content
+    raise ValueError("holds no bytes of an image, and no file is opened; send its bytes")
+
+
 def _numbers(values: Any) -> Tensor:
+    """A tensor of numbers alone: no text is read as one, and none as the name of a file.
+
+    Raises:
+        ValueError: there is something else.
+    """
     try:
-        tensor = torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
-    except (TypeError, ValueError) as error:
+        found = np.asarray(values)
+        if found.dtype.kind == "O" and all(isinstance(value, (numbers.Real, Decimal)) for value in found.flat):
+            found = found.astype(np.float64)  # of any size, or decimal
+        if found.dtype.kind not in "fiub":
+            raise TypeError("expected numbers, or an image as bytes; no text is opened as a file")
+        with np.errstate(over="ignore"):  # infinity has an error of its own
+            tensor = torch.from_numpy(found.astype(np.float32))
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"holds what is no number: {error}") from error
     return tensor if tensor.ndim else tensor[None]
 

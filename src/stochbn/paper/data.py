@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from stochbn.augment import reflected
-from stochbn.sources.hub import HUB, DataError, load_splits
+from stochbn.sources.hub import HUB, DataError, folders_of, load_splits
 from stochbn.sources.objects import shard_index
+from stochbn.sources.pictures import stored_picture
+from stochbn.sources.rows import undecoded
 
 __all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
 
@@ -197,11 +199,12 @@ def _decode(table: Any, location: str, report: Callable[[int, int], None]) -> Im
         return found[0]
 
     image, label = column(datasets.Image, "image"), column(datasets.ClassLabel, "label")
+    table, folders = undecoded(table), folders_of(location)
     arrays = []
     kinds: Counter[str] = Counter()
     try:
-        for picture in table[image]:
-            array, kind = _array(picture)
+        for cell in table[image]:
+            array, kind = _array(stored_picture(cell, folders) if isinstance(cell, (bytes, Mapping)) else cell)
             arrays.append(array)
             kinds[kind] += 1
             if len(arrays) % 500 == 0 or len(arrays) == len(table):

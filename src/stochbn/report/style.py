@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stochbn.files import write
+from stochbn.texts import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +21,9 @@ COLORS = {"plain": "#767676", "SBN": "#d55e00", "Deep Ensembles": "#0072b2", "Dr
 
 SEQUENCE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#000000")
 """Colours for what is no method, in the order in which they are used; of the same palette but for the brown."""
+
+NUMBER = re.compile(r"\$\\mathdefault\{[-0-9.^{}\\times ]*\}\$")
+"""A power of ten as Matplotlib writes it beside an axis."""
 
 INK = "#010203"
 """What stands for the colour of the text around it in a figure that is part of a page."""
@@ -60,6 +64,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """
     import matplotlib as mpl
 
+    _show_names_as_they_are(figure)
     files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
     with mpl.rc_context({"svg.hashsalt": "stochbn"}):
         for file in files:
@@ -77,6 +82,7 @@ def inline(figure: Figure, name: str) -> str:
     """
     import matplotlib as mpl
 
+    _show_names_as_they_are(figure)
     _recolour(figure)
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "stochbn", "svg.fonttype": "none"}):
@@ -90,6 +96,18 @@ def inline(figure: Figure, name: str) -> str:
     return re.sub(
         r'<svg (?:[\w:]+="[^"]*"\s*)*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1
     )
+
+
+def _show_names_as_they_are(figure: Figure) -> None:
+    """Escape in texts what no font has, and do not take a dollar sign in a name for a formula."""
+    from matplotlib.text import Text
+
+    for words in figure.findobj(Text):
+        assert isinstance(words, Text)
+        text = words.get_text()
+        words.set_text("\n".join(map(visible, text.split("\n"))))
+        if "$" in text and not NUMBER.fullmatch(text):
+            words.set_parse_math(False)
 
 
 def _recolour(figure: Figure) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HUB", "DataError", "load_splits"]
+__all__ = ["HUB", "DataError", "folders_of", "load_splits"]
 
 HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
 """Short names of data sets on the Hugging Face Hub."""
@@ -57,6 +57,8 @@ def load_splits(name: str) -> tuple[Any, str]:
             f"unknown data set {name!r:.200}: it is neither a folder here nor one of digits, {', '.join(HUB)}, "
             "nor a Hub name of the form owner/name"
         )
+    if local:
+        _check_description(Path(source))
     shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     hub_verbosity = huggingface_hub.logging.get_verbosity()
     try:
@@ -83,6 +85,54 @@ def load_splits(name: str) -> tuple[Any, str]:
         if shown:
             datasets.enable_progress_bars()
     return loaded, location
+
+
+def folders_of(location: str) -> tuple[Path, ...]:
+    """Where the files of a data set lie that its table may name: its folder, or its copy here if it is on the Hub.
+
+    Files of archives are where `datasets` unpacks them.
+    """
+    import datasets
+    import huggingface_hub
+
+    copies = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    own = Path(location) if _is_folder(location) else copies / f"datasets--{location.replace('/', '--')}"
+    return own, Path(datasets.config.EXTRACTED_DATASETS_PATH)
+
+
+def _check_description(folder: Path) -> None:
+    """Refuse a folder whose own description (README.md) names other data than what is in it.
+
+    Raises:
+        DataError: it does, or cannot be read.
+    """
+    import huggingface_hub
+    import yaml
+
+    readme, bare = folder / "README.md", folder / ".huggingface.yaml"
+    try:
+        told = [huggingface_hub.DatasetCard.load(readme).data.to_dict()] if readme.is_file() else []
+        told += [yaml.safe_load(bare.read_text(encoding="utf-8"))] if bare.is_file() else []
+    except Exception as error:  # the readers of YAML raise errors of many kinds
+        raise DataError(f"the description of {str(folder)!r} cannot be read: {error}") from error
+    for name in _named_files(told):
+        if "://" in name or name.startswith(("~", "/")) or Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
+            raise DataError(
+                f"the description of {str(folder)!r} names data outside the folder, {name!r:.200}: only what is in the "
+                "folder is read; change README.md, or remove it"
+            )
+
+
+def _named_files(told: Any, below: bool = False) -> Iterator[str]:
+    """All texts under ``data_files`` and ``data_dir``."""
+    if isinstance(told, dict):
+        for name, value in told.items():
+            yield from _named_files(value, below or name in ("data_files", "data_dir"))
+    elif isinstance(told, list):
+        for value in told:
+            yield from _named_files(value, below)
+    elif below and isinstance(told, str):
+        yield told
 
 
 def _reachable(address: str) -> bool:

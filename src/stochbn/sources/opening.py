@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.sources.hub import HUB, DataError, load_splits
+from stochbn.sources.hub import HUB, DataError, folders_of, load_splits
 from stochbn.sources.loaders import LoaderObjects
 from stochbn.sources.networks import find
 from stochbn.sources.objects import RowObjects, Rows
@@ -70,7 +71,7 @@ def open_objects(
     elif path.is_dir() or source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         loaded, location = load_splits(source)
         name = _chosen(list(loaded), split, prefer, location)
-        rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns))
+        rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns), folders_of(location))
         shown = f"{source} ({name})" if len(loaded) > 1 else source
     else:
         raise DataError(f"there is no data {source!r}; expected {KINDS}")
@@ -107,17 +108,19 @@ def _file(path: Path, columns: Columns) -> Rows:
         raise DataError(f"{str(path)!r} ends in {ending!r}; expected {KINDS}")
     import datasets
 
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs may hold what is in the file
     try:
         table = datasets.load_dataset(reader, data_files=str(path), split="train")
     except Exception as error:  # the readers of each format raise errors of their own kinds
         cause = error.__cause__ or error
         raise DataError(f"{str(path)!r} cannot be read as {reader}: {cause}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
-    return TableRows(table, repr(str(path)), *_given(columns))
+    return TableRows(table, repr(str(path)), *_given(columns), (path.parent,))
 
 
 def _arrays(path: Path, columns: Columns) -> ArrayRows:

@@ -65,6 +65,8 @@ class ParquetObjects:
         if not names:
             raise DataError(f"{source!r} is no Parquet file and no folder that holds any")
         names = _of_split(names, root, split, prefer, source)
+        if other := [name for name in names if not is_url(source) and not Path(name).is_file()]:
+            raise DataError(f"{other[0]!r} is no regular file; remove it from the data")
         lengths = [_length(fs, name) for name in names]
         files = tuple(fs.unstrip_protocol(name) if is_url(source) else name for name in names)
         if not sum(lengths):
@@ -78,6 +80,14 @@ class ParquetObjects:
     def key_name(self) -> str:
         """What the keys are."""
         return self.columns.key or "row"
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        """Where images may lie that the files name: the folder that was opened; with a URL there is none."""
+        if is_url(self.name):
+            return ()
+        path = Path(self.name)
+        return (path if path.is_dir() else path.parent,)
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         """The objects from one position to another, `size` at a time; a row group of a file is in memory at a time."""
@@ -108,9 +118,12 @@ class ParquetObjects:
     def _chunk(self, table: Any, start: int) -> Chunk:
         import datasets
 
-        # Without a fingerprint of our own, all of the table would be hashed to make one.
-        loaded = datasets.Dataset(table, fingerprint="rows")
-        rows = TableRows(loaded, repr(self.name), self.columns.inputs, self.columns.label, self.columns.key)
+        try:  # without a fingerprint of our own, all of the table would be hashed to make one
+            loaded = datasets.Dataset(table, fingerprint="rows")
+        except Exception as error:  # what the files say of their columns may be anything
+            raise DataError(f"{self.name!r} describes its columns wrongly: {error}") from error
+        wanted = self.columns.inputs, self.columns.label, self.columns.key
+        rows = TableRows(loaded, repr(self.name), *wanted, self._folders)
         preprocess = self.preprocess
         if preprocess is None and rows.is_picture:
             preprocess = Preprocessing()

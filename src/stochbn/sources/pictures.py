@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Preprocessing", "channels_of", "decode", "is_picture"]
+from stochbn.sources.inside import open_inside
+
+__all__ = ["Preprocessing", "channels_of", "decode", "is_picture", "stored_picture"]
+
+PROGRAMS = ("EPS",)
+"""Formats that Pillow starts another program for. They are not read."""
 
 OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's modes for the numbers of channels that a network may take."""
@@ -109,20 +117,72 @@ def channels_of(model: nn.Module) -> int:
     return first.in_channels if first is not None and first.in_channels in OF_CHANNELS else 3
 
 
-def decode(source: Any) -> Any:
-    """An image from a path or a file, decoded whole.
+def decode(source: Any, most: int | None = None) -> Any:
+    """An image, decoded whole, from its encoded bytes or from a file that is open; a name is never opened.
+
+    Args:
+        source: the bytes or the file.
+        most: the largest number of pixels. It is never more than ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has more pixels.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    if not hasattr(source, "read"):
+        raise ValueError(f"is of type {type(source).__name__}; expected an image as bytes")
+    limits = [limit for limit in (most, Image.MAX_IMAGE_PIXELS) if limit is not None]
     try:
-        with Image.open(source) as image:
-            image.load()
-            return image
+        with Image.open(source, formats=_formats()) as image:
+            pixels = image.width * image.height
+            if not limits or pixels <= min(limits):
+                image.load()
+                pixels = image.width * image.height  # of some formats, known only now
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(_too_large("more", min(limits))) from error
+    except UnidentifiedImageError as error:
+        raise ValueError("cannot be read as an image: it has no format that is known") from error
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise ValueError(f"cannot be read as an image: {error}") from error
+    if limits and pixels > min(limits):
+        raise ValueError(_too_large(str(pixels), min(limits)))
+    return image
+
+
+def _too_large(pixels: str, most: int) -> str:
+    return f"is an image of {pixels} pixels, where at most {most} are decoded; reduce it, or allow more"
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read."""
+    from PIL import Image
+
+    Image.preinit()  # the usual ones first
+    Image.init()
+    return tuple(name for name in Image.ID if name not in PROGRAMS)
+
+
+def stored_picture(cell: Any, folders: Sequence[Path]) -> Any:
+    """The image in a cell of a table: bytes, or bytes and a path as `datasets` stores them.
+
+    Args:
+        cell: what the table holds.
+        folders: where a file may lie that is named in place of bytes; see `stochbn.sources.inside.open_inside`.
+
+    Raises:
+        ValueError: there is no image, or it cannot be read.
+    """
+    if isinstance(cell, Mapping):
+        if cell.get("bytes") is None and cell.get("path") is not None:
+            with open_inside(cell["path"], folders) as file:
+                return decode(file)
+        cell = cell.get("bytes")
+    if cell is None:
+        raise ValueError("is empty")
+    return decode(cell)
 
 
 def is_picture(path: Path) -> bool:

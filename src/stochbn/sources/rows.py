@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import numbers
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.sources.pictures import decode, is_picture
+from stochbn.sources.inside import open_regular
+from stochbn.sources.pictures import decode, is_picture, stored_picture
+from stochbn.texts import unambiguous
 
-__all__ = ["ArrayRows", "FolderRows", "TableRows"]
+__all__ = ["ArrayRows", "FolderRows", "TableRows", "undecoded"]
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 SEEN = 1000
@@ -44,12 +47,13 @@ class FolderRows:
         return len(self.files)
 
     def key(self, position: int) -> str:
-        """The path within the folder."""
-        return self.files[position].as_posix()
+        """The path within the folder; bytes in it that are not UTF-8 are escaped."""
+        return unambiguous(self.files[position].as_posix())
 
     def read(self, position: int) -> Any:
         """The image."""
-        return decode(self.folder / self.files[position])
+        with open_regular(self.folder / self.files[position]) as file:
+            return decode(file)
 
     def labels(self) -> Tensor | None:
         """The numbers of the classes."""
@@ -68,16 +72,24 @@ class TableRows:
             which most are numbers is among them. Where there are none either, the first column of lists.
         label: the column of labels; None is the first of type ClassLabel, or one called ``label``.
         key: the column of keys; None numbers the rows.
+        folders: where images may lie that the table names in place of their bytes; none are opened without.
 
     Raises:
         ValueError: there are no such columns.
     """
 
     def __init__(
-        self, table: Any, name: str, inputs: tuple[str, ...] = (), label: str | None = None, key: str | None = None
+        self,
+        table: Any,
+        name: str,
+        inputs: tuple[str, ...] = (),
+        label: str | None = None,
+        key: str | None = None,
+        folders: Sequence[Path] = (),
     ) -> None:
         import datasets
 
+        table = undecoded(table)
         features = table.features
         for wanted in (*inputs, *filter(None, (label, key))):
             if wanted not in features:
@@ -95,6 +107,9 @@ class TableRows:
             raise ValueError(f"{name} has no column of images or numbers; it has {', '.join(features)}: see --input")
         if no_numbers := [column for column in self.inputs if column in texts and column not in written]:
             raise ValueError(f"the column {no_numbers[0]!r} of {name} holds text; name columns of images or numbers")
+        for column in (*self.inputs, *filter(None, (self.label, key))):
+            if _opens(features[column]) and (column not in self.inputs[:1] or column not in pictures):
+                raise ValueError(f"the column {column!r} of {name} is of files; name columns of images or numbers")
         if self.label is not None and _is_text(features[self.label]):
             table = table.class_encode_column(self.label)
         self.is_picture = self.inputs[0] in pictures
@@ -103,7 +118,7 @@ class TableRows:
         feature = table.features[self.label] if self.label is not None else None
         self.classes: tuple[str, ...] = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
         self.key_name = key or "row"
-        self.table, self.name = table, name
+        self.table, self.name, self.folders = table, name, tuple(folders)
         self._inputs = table.select_columns(list(self.inputs))
         self._cells = None if self.is_picture or len(self.inputs) > 1 else self._inputs.with_format("arrow")
         self._keys = table.select_columns([key]) if key is not None else None
@@ -121,10 +136,7 @@ class TableRows:
             return found
         row = self._inputs[position]
         if self.is_picture:
-            found = row[self.inputs[0]]
-            if found is None:
-                raise ValueError("is empty")
-            return decode(io.BytesIO(found["bytes"]) if found["bytes"] is not None else found["path"])
+            return stored_picture(row[self.inputs[0]], self.folders)
         cells = [_number(row[column], column) for column in self.inputs]
         try:
             tensor = torch.tensor(cells if len(cells) > 1 else cells[0], dtype=torch.float32)
@@ -192,7 +204,7 @@ class ArrayRows:
 
     def key(self, position: int) -> str | int:
         """The key, or the number of the row."""
-        return position if self.keys is None else str(self.keys[position])
+        return position if self.keys is None else unambiguous(str(self.keys[position]))
 
     def read(self, position: int) -> Tensor:
         """A row as a tensor."""
@@ -204,6 +216,25 @@ class ArrayRows:
     def labels(self) -> Tensor | None:
         """The labels."""
         return None if self.targets is None else torch.from_numpy(np.array(self.targets))
+
+
+def undecoded(table: Any) -> Any:
+    """A `datasets.Dataset` whose cells are what is stored; `datasets` itself would open any file or URL they name."""
+    for name, feature in table.features.items():
+        if getattr(feature, "decode", False):
+            table = table.cast_column(name, dataclasses.replace(feature, decode=False))
+    return table
+
+
+def _opens(feature: Any) -> bool:
+    """Whether a column holds images, sound or the like, at any depth, which `datasets` reads from files."""
+    if isinstance(feature, Mapping):
+        return any(map(_opens, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(_opens, feature))
+    inner = getattr(feature, "feature", None)
+    is_file = hasattr(feature, "decode") and type(feature).__name__ != "Json"
+    return is_file or (inner is not None and _opens(inner))
 
 
 def _number(value: Any, column: str) -> Any:
