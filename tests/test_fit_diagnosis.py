@@ -35,7 +35,7 @@ def trained(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.
         adam = torch.optim.Adam(network.train().parameters(), 3e-3)
         for x, y in batches:
             adam.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
+            torch.autograd.backward(nn.functional.cross_entropy(network(x), y))
             adam.step()
     return network.eval()
 
@@ -122,7 +122,7 @@ def test_what_is_said_of_classes_is_what_a_slow_comparison_finds() -> None:
     x, y = blobs(256, 5000, shift=2.0)
     (said,) = told(tabular(), [(x, y)])
     plain, other = tabular()(x), x
-    pieces = list(x.split(16))
+    pieces = list(torch.split(x, 16))
     for layer in tabular().children():
         if isinstance(layer, nn.BatchNorm1d):
             means = torch.stack([piece.mean(0) for piece in pieces])

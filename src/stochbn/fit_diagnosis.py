@@ -32,7 +32,7 @@ KEPT = 256
 """Examples that predictions are compared on, at most."""
 KEPT_BYTES = 2**26
 """What these may take at most."""
-CLASSES = 0.01
+CLASSES = 0.02
 """Mean KL divergence of class probabilities, in nats, below which a difference is not worth a warning."""
 NUMBERS = 0.02
 """Mean squared difference of other outputs, in their variances over examples, below which it is not."""

@@ -67,8 +67,8 @@ def mend(posteriors: Sequence[Posterior], *, labelled: bool = True) -> str:
         )
     if labelled:
         return (
-            "Run 'stochbn calibrate' on labelled data that the network was not trained on: it chooses between the "
-            "plain network, a temperature and draws."
+            "Calibrate it on labelled data that the network was not trained on, which chooses between the plain "
+            "network, a temperature and draws."
         )
     if posteriors and all(one.noiseless for one in posteriors):
         return "The posterior has no noise, so its centre is what differs: fit with the centre 'running'."
