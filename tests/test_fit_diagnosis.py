@@ -57,7 +57,7 @@ def stripes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     x = 2 * normal(n, 1, 16, 16, seed=seed + 1)
     x[labels == 0, :, :, :8] -= 0.4
     x[labels == 1, :, :8, :] -= 0.4
-    return x + 4, labels
+    return x + 6, labels
 
 
 def with_crops(x: Tensor, seed: int) -> Tensor:
