@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -17,12 +18,13 @@ from torch.distributed import ProcessGroup
 from stochbn.augment import Augment, check_augment
 from stochbn.choice import Choice, Totals
 from stochbn.distributed import Ranks
-from stochbn.execution import Call, NetworkChangedError, passes
+from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
+from stochbn.undisturbed import without_gradients
 
 __all__ = ["calibrate", "labels_of"]
 
@@ -133,10 +135,8 @@ def calibrate(
                 units = "labels" if task == "multilabel" else "places"
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-            try:
-                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
-            except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-                losses = _losses(network, objects_in, labels, counted, this, sizes, temperatures, SCORES[score])
+            given = labels, counted, sizes, temperatures, SCORES[score]
+            losses = repeated(functools.partial(_losses, network, objects_in, this, *given))
             totals.add(losses, counted.cpu().reshape(len(counted), -1).sum(1))
             progress(totals.units)
     totals.share(ranks)
@@ -207,20 +207,22 @@ def _described(posterior: Posterior) -> str:
     return f"{posterior!r} with a draw of the sum {sum(values.double().sum().item() for values in draw.values())!r}"
 
 
+@without_gradients
 def _losses(
     network: Network,
     inputs: NetworkInput,
+    call: Call,
     labels: Tensor,
     counted: Tensor,
-    call: Call,
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
     score: type[_Score],
+    whole: str,
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
     labels = labels.where(counted, 0)
-    with passes(network, inputs, call) as made:
+    with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()
             drawn = posterior.iter_draws(draws, torch.Generator().manual_seed(call.seed), quasi=True)

@@ -25,6 +25,7 @@ from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.statistics import NoBatchesError, mini_batches, observing
+from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
 
@@ -215,10 +216,10 @@ def fit(
             lack = error
         else:
             guard(network, first, training)
-            with observing(network, training) as observe:
-                for number, mini_batch in enumerate(itertools.chain([first], observations)):
-                    accumulator.update({**uncalled, **observe(mini_batch, ranks.place(number))})
-            frozen = set(observe.frozen)
+            observations = itertools.chain([first], observations)
+            frozen = _observed(
+                network, training, observations, ranks, lambda each: accumulator.update({**uncalled, **each})
+            )
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
         accumulator = ranks.merged(accumulator)
@@ -252,6 +253,21 @@ def fit(
             stacklevel=2,
         )
     return posterior
+
+
+@undisturbed
+def _observed(
+    network: Network,
+    training: frozenset[str],
+    batches: Iterable[NetworkInput],
+    ranks: Ranks,
+    update: Callable[[dict[str, Tensor]], None],
+) -> set[str]:
+    """Give the statistics of mini-batches to `update`, one after another; the layers that are frozen."""
+    with observing(network, training) as observe:
+        for number, batch in enumerate(batches):
+            update(observe(batch, ranks.place(number)))
+    return set(observe.frozen)
 
 
 def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
