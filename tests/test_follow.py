@@ -58,6 +58,18 @@ def one_by_one(model: nn.Module, posterior: stochbn.Posterior, draws: int, seed:
     return torch.stack(probs).mean(0)
 
 
+ATEN = torch.ops.aten
+
+
+def _thirds(h: Tensor) -> list[tuple[int, Tensor]]:
+    return list(enumerate(h.tensor_split([40, 50])))
+
+
+def _apart(first: Tensor, second: Tensor) -> Tensor:
+    """The two parts of a batch, which are not treated alike."""
+    return torch.cat([first * 2, second])
+
+
 def _repeated(model: Any, h: Tensor) -> Tensor:
     for _ in range(len(h)):
         h = h * 0.97
@@ -119,6 +131,56 @@ MIXING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "the number in a list": lambda m, h: h / torch.FloatTensor([h.shape[0]]),
     "sampled at the places of another": lambda m, h: _sampled(h, h.roll(1, 0)),
     "sampled over objects": lambda m, h: h + F.grid_sample(h.T[None, :, :, None], m.table[None, None, :4, :2]).sum(),
+    **{
+        f"the first 40 by {name}": taken
+        for name, taken in {
+            "a slice": lambda m, h: _apart(h[:40], h[40:]),
+            "negative bounds": lambda m, h: _apart(h[:-40], h[-40:]),
+            "bounds beyond all": lambda m, h: _apart(h[-(2**62) : 40], h[40 : 2**62]),
+            "an index with an ellipsis": lambda m, h: _apart(h.T[..., :40].T, h.T[..., 40:].T),
+            "aten's slice": lambda m, h: _apart(ATEN.slice.Tensor(h, 0, 0, 40), ATEN.slice.Tensor(h, 0, 40)),
+            "aten's slice from below": lambda m, h: _apart(
+                ATEN.slice.Tensor(h, 0, -(2**62), 40), ATEN.slice.Tensor(h, 0, 40, 2**62)
+            ),
+            "aten's slice by name": lambda m, h: _apart(
+                ATEN.slice.Tensor(h, dim=0, end=40), ATEN.slice.Tensor(h, dim=0, start=40)
+            ),
+            "aten's slice of the last axis": lambda m, h: _apart(
+                ATEN.slice.Tensor(h.T, -1, 0, 40).T, ATEN.slice.Tensor(h.T, 1, 40).T
+            ),
+            "tensor_split": lambda m, h: _apart(*h.tensor_split([40])),
+            "tensor_split by a tensor": lambda m, h: _apart(*torch.tensor_split(h, torch.tensor([40]))),
+            "vsplit": lambda m, h: _apart(*torch.vsplit(h, [40])),
+            "tensor_split in three": lambda m, h: torch.cat([part.tanh() if i else part for i, part in _thirds(h)]),
+            "chunk": lambda m, h: torch.cat([part * (2.0 - i) for i, part in enumerate(h.chunk(2))]),
+            "all folded into one axis": lambda m, h: _apart(h.view(-1)[:240], h.view(-1)[240:]).view(h.shape),
+            "rows of a fixed number": lambda m, h: h.reshape(6, -1).softmax(1).reshape(h.shape),
+            "columns of a fixed number": lambda m, h: h.view(6, -1).cumsum(1).view(h.shape),
+            "a place in a stack": lambda m, h: torch.stack([h, m.table[: h.shape[0]]], 1).sum(1),
+            "a view of the memory": lambda m, h: h.as_strided(h.shape, (0, 1)) + h,
+        }.items()
+    },
+    "every second one": lambda m, h: torch.cat([h[::2], h[1::2]]),
+    "selected": lambda m, h: h + h.select(0, 0) - h[-1],
+    "indexed by a list": lambda m, h: h - h[[0, 0, 0]].sum(0),
+    "index_select": lambda m, h: h - h.index_select(0, torch.tensor([0, 0])).sum(0),
+    "taken": lambda m, h: h - h.take(torch.tensor([0])),
+    "windows": lambda m, h: h - h.unfold(0, 1, 1).amax((0, 2)),
+    "scattered into a slice": lambda m, h: torch.slice_scatter(h, 2 * h[:1], 0, 0, 1),
+    "scattered into a place": lambda m, h: torch.select_scatter(h, h[0] * 2, 0, 0),
+    "filled at a place": lambda m, h: h.clone().index_fill_(0, torch.tensor([0]), 0.0),
+    "put at a place": lambda m, h: h.clone().index_put_((torch.tensor([0]),), torch.tensor(1.0)),
+    "a triangle": lambda m, h: h.tril() + h,
+    "resized": lambda m, h: h - F.interpolate(h.T[None], size=40).amax((0, 2)),
+    "pooled to a fixed number": lambda m, h: h - F.adaptive_max_pool1d(h.T[None], 2).amax((0, 2)),
+    "padded and cut": lambda m, h: h + F.pad(h, (0, 0, 37, 0))[:1],
+    "reflected": lambda m, h: h + (F.pad(h.T[None], (1, 1), "reflect")[0].T[2:] if len(h) > 1 else 0),
+    "the third largest": lambda m, h: h - h.kthvalue(min(3, len(h)), 0).values,
+    "cumulated maxima": lambda m, h: h.cummax(0).values,
+    "repeated": lambda m, h: (h.repeat(2, 1).view(-1, 12) @ torch.ones(12, 6)).repeat_interleave(2, 0)[: h.shape[0]],
+    "numbers of examples by aten": lambda m, h: h - h.sum(0) / ATEN.sym_size.int(h, 0),
+    "places looked up": lambda m, h: h + F.embedding(torch.arange(64)[: h.shape[0]], m.table),
+    "places from a longer list": lambda m, h: h * (torch.arange(64)[: h.shape[0], None] >= 5),
     "convolved": lambda m, h: h + F.conv1d(h.T[None], torch.ones(6, 6, 3) / 3, padding=1)[0].T,
 }  # fmt: skip
 """What brings objects together."""
@@ -130,6 +192,10 @@ SIZED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a branch on numel": lambda m, h: h * 2 if h.numel() > 60 else h,
     "a branch on the shape's numel": lambda m, h: h * 2 if h.shape.numel() > 60 else h,
     "a branch on nbytes": lambda m, h: h * 2 if h.nbytes > 240 else h,
+    "a branch on aten's size": lambda m, h: h * 2 if ATEN.sym_size.int(h, 0) > 8 else h,
+    "a branch on aten's number of entries": lambda m, h: h * 2 if ATEN.sym_numel.default(h) > 60 else h,
+    "a branch on the size of another": lambda m, h: h * 2 if h.is_same_size(m.table[:9]) else h,
+    "the number of pieces": lambda m, h: h * len(h.chunk(9)),
     "a loop": _repeated,
     "a logarithm": lambda m, h: h * math.log(h.shape[0] + 1),
     "bits": lambda m, h: h * (1.0 if (h.shape[0] ^ 1) > 8 else 2.0) * h.shape[0].bit_length(),
@@ -261,6 +327,18 @@ def test_an_unregistered_layer_is_seen_to_change() -> None:
     predictive(x)
     with torch.no_grad():
         model.unregistered[0].weight.mul_(3)  # type: ignore[index, union-attr]
+    found = predictive(x, generator=seeded()).probs.double()
+    torch.testing.assert_close(found, one_by_one(model, posterior, 9, 0, x), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_alike_by_chance_prove_nothing() -> None:
+    model = settled(Body(lambda m, h: h + m.places[: h.shape[0]]), 4)
+    model.places = nn.Parameter(torch.zeros(64, 6))
+    posterior = stochbn.fit(model, [normal(40, 4, seed=3)], 8)
+    predictive, x = Predictive(model, posterior, 9, tolerance=0.1, check="shape"), normal(9, 4)
+    predictive(x)
+    model.places.data.copy_(3 * normal(64, 6, seed=2))  # which leaves its version as it is
+    assert "All objects go through the network together" in predictive.explain(x)
     found = predictive(x, generator=seeded()).probs.double()
     torch.testing.assert_close(found, one_by_one(model, posterior, 9, 0, x), rtol=1e-4, atol=1e-5)
 

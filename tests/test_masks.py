@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stochbn
-from conftest import Untouched, dropout_net, normal, seeded, settled
+from conftest import Untouched, dropout_net, mlp, normal, seeded, settled
 from stochbn import MCDropout, Predictive
 from stochbn.execution.masks import Masks
 
@@ -37,6 +37,29 @@ RANDOM: dict[str, Callable[[], Tensor]] = {
     "rrelu": lambda: F.rrelu(-torch.ones(50), training=True),
     "gumbel": lambda: F.gumbel_softmax(torch.ones(5, 4)),
     "attention": lambda: F.scaled_dot_product_attention(ONES, ONES, ONES, dropout_p=0.4),
+    "randint between": lambda: torch.randint(3, 9, (20,)),
+    "randint_like": lambda: torch.randint_like(torch.ones(20), 9),
+    "randint_like between": lambda: torch.randint_like(torch.ones(20), 3, 9),
+    "random_ between": lambda: torch.ones(20).random_(3, 9),
+    "random_ to": lambda: torch.ones(20).random_(9),
+    "randperm of another type": lambda: torch.randperm(20, dtype=torch.int32),
+    "normal about tensors": lambda: torch.normal(torch.zeros(20), torch.ones(20)),
+    "normal about a tensor": lambda: torch.normal(torch.zeros(20), 2.0),
+    "normal of a deviation": lambda: torch.normal(1.0, torch.ones(20)),
+    "bernoulli_ of a tensor": lambda: torch.ones(20).bernoulli_(torch.full((20,), 0.4)),
+    "bernoulli of a number": lambda: torch.bernoulli(torch.ones(20), 0.4),
+    "poisson": lambda: torch.poisson(torch.full((20,), 3.0)),
+    "binomial": lambda: torch.binomial(torch.full((20,), 9.0), torch.full((20,), 0.4)),
+    "geometric_": lambda: torch.ones(20).geometric_(0.4),
+    "log_normal_": lambda: torch.ones(20).log_normal_(),
+    "cauchy_": lambda: torch.ones(20).cauchy_(),
+    "gamma": lambda: torch.distributions.Gamma(torch.ones(20), 2.0).sample(),
+    "dirichlet": lambda: torch.distributions.Dirichlet(torch.ones(3, 5)).rsample(),
+    "categorical": lambda: torch.distributions.Categorical(torch.ones(20, 9)).sample(),  # type: ignore[no-untyped-call]
+    "into a tensor": lambda: torch.randn(20, out=torch.empty(20)),
+    "native dropout": lambda: torch.native_dropout(torch.ones(50), 0.3, True)[0],
+    "feature alpha dropout": lambda: F.feature_alpha_dropout(torch.ones(4, 9, 2), 0.3, training=True),
+    "rrelu in place": lambda: F.rrelu_(-torch.ones(50), training=True),
     "several": lambda: torch.cat([torch.rand(3), F.dropout(torch.ones(5)), torch.randn(4)]),
 }  # fmt: skip
 
@@ -62,7 +85,61 @@ def test_what_is_not_random_uses_no_masks() -> None:
     with masks:
         F.dropout(torch.ones(5), training=False)
         torch.ones(3).softmax(0)
-    assert not masks.used
+        assert torch.equal(torch.native_dropout(torch.ones(5), 0.5, False)[0], torch.ones(5))
+        F.scaled_dot_product_attention(ONES, ONES, ONES)
+        own = torch.rand(3, generator=seeded(8))
+    assert torch.equal(own, torch.rand(3, generator=seeded(8)))
+
+
+def test_an_operation_without_a_generator_gets_the_numbers_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stochbn.execution.masks._taking_generator", lambda func: None)
+    for name in ("randn", "randint between", "several"):
+        test_masks_are_those_of_the_seed_and_leave_the_global_generator(name)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in all modes."""
+
+    def __init__(self, random: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.dropout, self.random = settled(mlp(), 4), nn.Dropout(0.2), random
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.body(x + 0.5 * self.random(x)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "random",
+    [
+        lambda x: torch.randint(0, 4, (1,)),
+        lambda x: torch.randint_like(x, 0, 4),
+        lambda x: torch.randperm(4),
+        lambda x: torch.normal(torch.zeros_like(x), 1.0),
+        lambda x: torch.rand(len(x), 1) if x.sum() > -1e9 else x,
+        lambda x: torch.poisson(x.abs()),
+    ],
+)
+def test_a_network_that_is_random_itself_takes_its_numbers_from_the_given_generator(
+    random: Callable[[Tensor], Tensor],
+) -> None:
+    model, x = Noisy(random).eval(), normal(9, 4)
+    state = torch.get_rng_state()
+    posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8)
+    again = stochbn.fit(model, [normal(96, 4, seed=3)], 8)
+    assert torch.equal(posterior.expected, again.expected)
+    for call in (
+        Predictive(model, posterior), Predictive(model, posterior, 3), Predictive(model),
+        MCDropout(model, 9), MCDropout(model, 9, posterior),
+    ):  # fmt: skip
+        first, second, other = (call(x, generator=seeded(seed)).probs for seed in (1, 1, 2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+    drawn = Predictive(model, posterior.rescale(float("inf")), 9)(x, generator=seeded(), keep_draws=True)
+    assert (drawn.log_probs.std(0) > 0).any(), "every draw has numbers of its own"
+    exact = stochbn.Exact(model, [normal(96, 4, seed=3)], 8, draws=3)
+    assert torch.equal(exact(x).probs, exact(x).probs)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Functional(nn.Module):

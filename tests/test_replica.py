@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import stochbn
 from conftest import Untouched, mixed_up, mlp, normal, seeded, settled
-from stochbn import Predictive
+from stochbn import Predictive, Settings
 from stochbn.network.replica import Network
 
 
@@ -506,3 +506,72 @@ def test_what_hides_the_number_of_objects_gets_whole_batches(way: str) -> None:
         x = normal(objects, 4, seed=objects)
         found = predictive(x, generator=seeded())
         torch.testing.assert_close(found.probs, slow(model, posterior, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.data[5].mul_(5),
+        lambda w: w.data.copy_(w.data.flip(0)),
+        lambda w: setattr(w, "data", w.data.flip(0)),
+        lambda w: setattr(w, "data", w.data[:, torch.randperm(w.shape[1], generator=seeded())].contiguous()),
+        lambda w: w.data.view(-1)[7:8].add_(9),
+        lambda w: w.detach().numpy().__setitem__(3, 1.5),
+        lambda w: setattr(w, "data", w.data.contiguous(memory_format=torch.channels_last) * 2),
+    ],
+)
+@pytest.mark.parametrize("settings", [Settings(), Settings(bfloat16=True, weights=0)])
+def test_weights_that_are_written_to_without_a_sign_are_those_of_the_call(
+    change: Callable[[Tensor], Any], settings: Settings
+) -> None:
+    model, x = settled(wide(), 2, 6, 5), normal(40, 2, 6, 5)
+    posterior = stochbn.fit(model, [normal(96, 2, 6, 5, seed=3)], 8)
+    predictive = Predictive(model, posterior, 9, tolerance=None, settings=settings, check="shape")
+    exact = Predictive(model, posterior, 9, tolerance=0, check="shape")
+    for each in (predictive, exact):
+        each(x)
+    change(model.get_parameter("3.weight"))
+    for each in (predictive, exact):
+        anew = Predictive(
+            copy.deepcopy(model), posterior, 9, tolerance=each.tolerance, settings=settings, check="shape"
+        )
+        torch.testing.assert_close(found(each, x), found(anew, x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found(exact, x), slow(model, posterior, x), rtol=1e-4, atol=1e-5)
+
+
+def wide() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 48, 3), nn.BatchNorm2d(48),
+        nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(48, 3),
+    )  # fmt: skip
+
+
+def test_writes_by_data_to_a_layer_that_is_not_registered_are_seen() -> None:
+    model = Listing()
+    settled(model, 4)
+    predictive, x = Predictive(model, fitted(model), 9, tolerance=0), normal(12, 4)
+    predictive(x)
+    model.others[0].weight.data[2:4].mul_(4)
+    check(model, predictive, x)
+
+
+class Listing(nn.Module):
+    """Keeps a layer in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.others = mlp(), [nn.Linear(4, 4)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(self.others[0](x))
+        return out
+
+
+def test_a_write_by_data_has_the_posterior_compared_with_the_weights() -> None:
+    model, x = settled(mlp(), 4), normal(12, 4)
+    predictive = Predictive(model, fitted(model), 9)
+    predictive(x)
+    model.get_parameter("0.weight").data.mul_(2)
+    with pytest.warns(UserWarning, match="has changed since this predictive was made"):
+        predictive(x)
+    predictive(x)  # it is told once

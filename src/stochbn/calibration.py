@@ -18,12 +18,13 @@ from stochbn.augment import Augment, check_augment
 from stochbn.calibration_report import Choice, Totals, Tried
 from stochbn.calibration_scores import SCORES, Score
 from stochbn.distributed import Ranks
-from stochbn.execution import Call, NetworkChangedError, passes
+from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
+from stochbn.undisturbed import without_gradients
 
 __all__ = ["calibrate", "labels_of"]
 
@@ -146,17 +147,11 @@ def calibrate(
                 units = "labels" if task == "multilabel" else "places"
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-
-            losses = []
+            made = []
             for way, noise in ((plain_call, [(plain, 1)]), (this, ways)):
-                score_them = functools.partial(
-                    _losses, network, examples, labels, counted, way, noise, temperatures, SCORES[score]
-                )
-                try:
-                    losses.append(score_them())
-                except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-                    losses.append(score_them())
-            totals.add(torch.cat(losses), counted.cpu().reshape(len(counted), -1).sum(1))
+                given = labels, counted, noise, temperatures, SCORES[score]
+                made.append(repeated(functools.partial(_losses, network, examples, way, *given)))
+            totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
             progress(totals.units)
     totals.share(ranks)
     if not totals.units:
@@ -272,20 +267,22 @@ def _described(posterior: Posterior) -> str:
     return f"{posterior!r} with a draw of the sum {sum(values.double().sum().item() for values in draw.values())!r}"
 
 
+@without_gradients
 def _losses(
     network: Network,
     inputs: NetworkInput,
+    call: Call,
     labels: Tensor,
     counted: Tensor,
-    call: Call,
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
     score: type[Score],
+    whole: str,
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
     labels = labels.where(counted, 0)
-    with passes(network, inputs, call) as made:
+    with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()
             drawn = posterior.iter_draws(draws, torch.Generator().manual_seed(call.seed), quasi=True)

@@ -25,6 +25,7 @@ from stochbn.network.layers import batch_norms, listed, running_statistics
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.statistics import Moments, observing
+from stochbn.undisturbed import undisturbed, without_gradients
 
 __all__ = ["Diagnosis", "Difference"]
 
@@ -185,6 +186,7 @@ class Diagnosis:
         best = min(changed, default=None, key=lambda one: one.mean)
         return best if best is not None and best.mean < found[0].mean / 2 else None
 
+    @undisturbed
     def _observed_again(
         self,
         network: Network,
@@ -240,13 +242,14 @@ class Diagnosis:
             return False
         return all(labels.min() >= 0 and labels.max() < outputs.shape[1] for labels in self._labels)
 
+    @without_gradients
     def _outputs(self, network: Network, draw: Mapping[str, Tensor]) -> Tensor | None:
         """``[N, ...]``, float64: the outputs for the kept examples with drawn statistics, or with the network's own."""
         if self._count < 2 or network.known.stateful:
             return None
         made = []
         try:
-            with network.copied() as replica, torch.inference_mode(False), torch.no_grad(), Masks(0):
+            with network.copied() as replica, Masks(0):
                 replica.modes(frozenset())
                 replica.statistics(draw)
                 for batch in self._examples:

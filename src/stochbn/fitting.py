@@ -26,6 +26,7 @@ from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.statistics import NoBatchesError, mini_batches, observing
+from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
 
@@ -213,15 +214,15 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             guard(network, first, training)
             own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
             total = _expected(data, first, batch_size, own)
-            with observing(network, training) as observe:
-                for number, mini_batch in enumerate(itertools.chain([first], observations)):
-                    accumulator.update({**uncalled, **observe(mini_batch, ranks.place(number))})
-                    diagnosis.keep(mini_batch)
-                    if progress is not None:
-                        progress(number + 1, total)
-                    if number + 1 >= own:
-                        break
-            frozen = set(observe.frozen)
+
+            def update(number: int, mini_batch: NetworkInput, observation: dict[str, Tensor]) -> bool:
+                accumulator.update({**uncalled, **observation})
+                diagnosis.keep(mini_batch)
+                if progress is not None:
+                    progress(number + 1, total)
+                return number + 1 < own
+
+            frozen = _observed(network, training, itertools.chain([first], observations), ranks, update)
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
         accumulator = ranks.merged(accumulator)
@@ -280,6 +281,22 @@ def _expected(data: Any, first: NetworkInput, batch_size: int | None, limit: flo
     size = getattr(data, "batch_size", None)
     pieces = size // batch_size if isinstance(size, int) and batch_size else 1
     return math.ceil(min(limit, len(data) * max(pieces, 1)))
+
+
+@undisturbed
+def _observed(
+    network: Network,
+    training: frozenset[str],
+    mini_batches: Iterable[NetworkInput],
+    ranks: Ranks,
+    update: Callable[[int, NetworkInput, dict[str, Tensor]], bool],
+) -> set[str]:
+    """Give the statistics of mini-batches to `update`, until it says no; the layers that are frozen."""
+    with observing(network, training) as observe:
+        for number, mini_batch in enumerate(mini_batches):
+            if not update(number, mini_batch, observe(mini_batch, ranks.place(number))):
+                break
+    return set(observe.frozen)
 
 
 def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:

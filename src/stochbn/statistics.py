@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from stochbn.execution.ways.channels_last import convolutions
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Network, Replica
+from stochbn.undisturbed import scope, without_gradients
 
 __all__ = ["Moments", "NoBatchesError", "Observer", "mini_batches", "observing"]
 
@@ -111,8 +112,8 @@ def mini_batches(
         )
 
 
-@contextmanager
-def observing(network: Network, training: frozenset[str]) -> Iterator[Observer]:
+@scope
+def observing(network: Network, training: frozenset[str]) -> Generator[Observer, None, None]:
     """An observer of a copy of a network, or of the network itself where it cannot be copied.
 
     A ``SyncBatchNorm`` works as an ordinary batch norm meanwhile: a mini-batch is this process's own, whatever job it
@@ -190,6 +191,7 @@ class Observer:
         self._asking = False
         self._first = True
 
+    @without_gradients
     def __call__(self, inputs: NetworkInput, number: int) -> dict[str, Tensor]:
         """The statistics of one mini-batch: for every layer that was called ``[calls, 2, C]``, float64.
 
@@ -223,13 +225,7 @@ class Observer:
 
     def _passed(self, inputs: NetworkInput) -> dict[str, Tensor]:
         self._calls.clear()
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            if self._first or self._masks.used:
-                stack.enter_context(self._masks)
-            if self._partial:
-                stack.enter_context(self._counted)
+        with self._masks, self._counted if self._partial else nullcontext():
             inputs.call(self._replica.model)
         return _collect(self._calls)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.execution.masks import Masks
-from stochbn.execution.rules import Flow
+from stochbn.execution.places import Flow
 from stochbn.execution.sizes import Sizes
 from stochbn.execution.trace import Follower, OfTheOriginal, Reads
 from stochbn.execution.watch import Unit, Watch, memory_of
@@ -35,6 +35,7 @@ class Followed:
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
         dependent: why an object's output may depend on the others; empty if it is proven not to.
+        random: whether a pass draws random numbers, or may where its code goes by values.
         sizes: for which numbers of objects this holds.
         stateful: whether a pass changes buffers or attributes.
         state: names of parameters that a pass writes to, or all where another pass may write to others.
@@ -50,6 +51,7 @@ class Followed:
 
     in_place: str = ""
     dependent: str = ""
+    random: bool = False
     sizes: Sizes = field(default_factory=lambda: Sizes(0))
     stateful: bool = False
     state: frozenset[str] = frozenset()
@@ -76,7 +78,7 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
     """
     replica = network.fresh(own_parameters=True)
     if replica is None:
-        return Followed(in_place=network.known.in_place)
+        return Followed(in_place=network.known.in_place, random=True)
     replica.modes(training)
     follower = Follower(replica, 1, _storages(network.model))
     replica.mark()
@@ -87,9 +89,13 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
         with Masks(0), Reads(follower), follower:
             replica.model(*copies.args, **copies.kwargs)
     except OfTheOriginal:
-        return Followed(in_place=_CLOSURE)
+        return Followed(in_place=_CLOSURE, random=True)
     changed = replica.changed()
-    return Followed(stateful=changed, state=_state(network.model, replica.model, follower))
+    return Followed(
+        random=follower.random or follower.branches,
+        stateful=changed,
+        state=_state(network.model, replica.model, follower),
+    )
 
 
 def follow(
@@ -109,7 +115,7 @@ def follow(
     """
     replica = network.fresh(own_parameters=True)
     if replica is None:
-        return Followed(in_place=network.known.in_place)
+        return Followed(in_place=network.known.in_place, random=True)
     replica.modes(training)
     replica.statistics({name: value.clone() for name, value in draw.items()})
     follower = Follower(replica, len(inputs), _storages(network.model))
@@ -121,7 +127,7 @@ def follow(
         with Masks(0), Reads(follower), follower:
             output = replica.model(*copies.args, **copies.kwargs)
     except OfTheOriginal:
-        return Followed(in_place=_CLOSURE)
+        return Followed(in_place=_CLOSURE, random=True)
     finally:
         watch.remove()
     follower.called = None
@@ -138,6 +144,7 @@ def follow(
     written = _written(network.model, replica.model)
     return Followed(
         dependent=dependent,
+        random=follower.random or follower.branches,
         sizes=follower.sizes,
         stateful=bool(changed) or bool(written),
         state=_state(network.model, replica.model, follower),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
+from stochbn.undisturbed import without_gradients
 
-__all__ = ["DispatchMode", "Masks", "dropping_modules"]
+__all__ = ["DispatchMode", "Masks", "arguments", "draws", "dropping_modules"]
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -30,13 +33,13 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
     """Within it, random numbers are those that ``torch.manual_seed(seed)`` would give, and no global generator is used.
 
     Args:
-        seed: of the pass.
+        seed: of the pass, or a function that gives it once it is needed.
 
     Attributes:
         used: whether random numbers were taken.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
         self.used = False
@@ -51,25 +54,80 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        bound = arguments(func, args, kwargs)
+        if not draws(bound):
+            return func(*args, **kwargs)
         self.used = True
+        if bound.get("generator") is not None:
+            return func(*args, **kwargs)
         device = kwargs.get("device")
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if device is None and tensors:
             device = tensors[0].device
-        generator = self._generator(torch.device(device or "cpu"))
+        device = torch.device(device or "cpu")
+        if device.type == "meta":  # which has no numbers
+            return func(*args, **kwargs)
+        generator = self._generator(device)
         if func.overloadpacket is torch.ops.aten.native_dropout:
             return _dropout(args[0], args[1], generator)
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            if kwargs.get("generator") is None:
-                kwargs["generator"] = generator
-            return func(*args, **kwargs)
-        drawn = getattr(func.overloadpacket, "generator", None)  # such as rand, which has another overload for it
-        return func(*args, **kwargs) if drawn is None else drawn(*args, generator=generator, **kwargs)
+        taking = _taking_generator(func)
+        if taking is None:
+            return _in_place_of_global(generator, functools.partial(func, *args, **kwargs))
+        place = [argument.name for argument in taking._schema.arguments].index("generator")
+        if taking is func and place < len(args):
+            return func(*args[:place], generator, *args[place + 1 :], **kwargs)
+        return taking(*args, **{**kwargs, "generator": generator})
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            seed = self._seed if isinstance(self._seed, int) else self._seed()
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
+
+
+def arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operation by their names, defaults included."""
+    schema = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return {**defaults, **dict(zip((argument.name for argument in schema), args, strict=False)), **kwargs}
+
+
+def draws(bound: dict[str, Any]) -> bool:
+    """Whether an operation that can draw random numbers does so with these arguments: dropout that is off does not."""
+    return bound.get("dropout_p") != 0 and bound.get("train") is not False and bound.get("training") is not False
+
+
+@functools.cache
+def _taking_generator(func: Any) -> Any:
+    """The overload of an operation that takes a generator beside the same arguments; None where there is none."""
+    wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for overload in (func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())):
+        found = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+        others = [one for one in found if one[0] != "generator"]
+        if len(others) < len(found) and others == [one for one in wanted if one[0] != "generator"]:
+            return overload
+    return None
+
+
+def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> Any:
+    """A call that takes its random numbers from PyTorch's global generator, which is given the state of another."""
+    device = generator.device
+    own = (
+        torch.default_generator
+        if device.type == "cpu"
+        else getattr(torch, device.type).default_generators[device.index or 0]
+    )
+    before = own.get_state()
+    try:
+        try:
+            own.set_state(generator.get_state())
+            result = call()
+            generator.set_state(own.get_state())
+        finally:
+            own.set_state(before)
+    finally:  # again, as an interrupt may have come in between
+        own.set_state(before)
+    return result
 
 
 def _dropout(x: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -105,17 +163,17 @@ class _Dropouts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def dropping_modules(network: Network, inputs: NetworkInput) -> set[str]:
+@without_gradients
+def dropping_modules(network: Network, inputs: NetworkInput) -> set[str] | Exception:
     """Names of the modules that call dropout with a positive rate when all but the batch norms are in training mode.
 
-    It is found out by a pass, over a copy where the network can be copied, and is empty for one that fails in training
-    mode.
+    It is found out by a pass, over a copy where the network can be copied; the error if that fails.
     """
     with network.copied() as replica:
         return _dropping(replica, inputs)
 
 
-def _dropping(replica: Replica, inputs: NetworkInput) -> set[str]:
+def _dropping(replica: Replica, inputs: NetworkInput) -> set[str] | Exception:
     replica.modes(frozenset(name for name, m in replica.modules.items() if not isinstance(m, _BatchNorm)))
     dropouts = _Dropouts()
     names = {module: name for name, module in replica.modules.items()}
@@ -131,10 +189,10 @@ def _dropping(replica: Replica, inputs: NetworkInput) -> set[str]:
         if not isinstance(module, torch.jit.ScriptModule):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        with torch.inference_mode(False), torch.no_grad(), Masks(0), dropouts:
+        with Masks(0), dropouts:
             inputs.call(replica.model)
-    except Exception:  # which the pass itself will raise, if it is not for training mode
-        return set()
+    except Exception as error:  # which the pass itself will raise, if it is not for training mode
+        return error
     finally:  # of the network itself, where it cannot be copied
         for handle in handles:
             handle.remove()

@@ -76,6 +76,7 @@ class Call:
         augment: a random change of the inputs, another one in every draw.
         clean: whether the first draw sees the inputs as they are.
         seed: where these changes come from.
+        masks: gives the seed of the random numbers that passes draw; None if the caller has masks around them.
     """
 
     task: Task
@@ -90,6 +91,7 @@ class Call:
     augment: Augment | None = None
     clean: bool = True
     seed: int = 0
+    masks: Callable[[], int] | None = lambda: 0
 
     def key(self, network: Network, inputs: NetworkInput) -> Hashable:
         """What a verdict depends on."""
@@ -118,6 +120,7 @@ class Plan:
     Attributes:
         ways: the faster ways that are taken.
         together: why objects stay together; empty if they may be taken apart.
+        random: whether passes draw random numbers, or may.
         size: how many objects go through the network together.
         least: fewer objects than this do not: the last one is repeated.
         rows: how many objects may go through the network together under different draws; 0 for one draw a pass.
@@ -130,6 +133,7 @@ class Plan:
 
     ways: frozenset[str] = frozenset()
     together: str = ""
+    random: bool = False
     size: int | None = None
     least: int = 1
     rows: int = 0
@@ -164,7 +168,8 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     if followed.dependent or followed.in_place:
         in_place = f"passes run on the network itself, as {followed.in_place}" if followed.in_place else ""
         together = in_place or followed.dependent
-        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
+        stays = dict.fromkeys(WAYS, f"objects stay together: {together}")
+        return Plan(together=together, random=followed.random, refused=stays)
     least, most = followed.sizes.low, followed.sizes.high
     if least > max(settings.rows, objects // 4):
         together = f"what the network does depends on the number of objects, {least} or more being otherwise than fewer"

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Flow", "MixedError", "flows_of", "joined"]
+from stochbn.execution.masks import arguments
+from stochbn.execution.moves import MOVES, index, moved
+from stochbn.execution.places import Flow, Lookup, MixedError, Place, constant, only, uniform
 
-
-@dataclass(frozen=True)
-class Flow:
-    """Where the objects of a batch are in a tensor.
-
-    Attributes:
-        axis: the axis along which they lie; None if the tensor does not depend on them.
-        per: how many consecutive entries of that axis belong to each object.
-        drawn: whether the tensor depends on statistics that are drawn.
-        mixed: why an entry may depend on several objects or on its place in the batch; empty if none does.
-    """
-
-    axis: int | None = None
-    per: int = 1
-    drawn: bool = False
-    mixed: str = ""
-
-    @property
-    def constant(self) -> bool:
-        """Whether the tensor is the same whatever the objects are."""
-        return self.axis is None and not self.mixed
-
-
-class MixedError(Exception):
-    """An operation brings objects together; the message says which."""
-
-
-Lookup = Callable[[Tensor], Flow]
-Place = tuple[int, int]
-"""The axis of the objects and the number of entries for each."""
+__all__ = ["flows_of"]
 
 
 def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, flow: Lookup, objects: int) -> Any:
@@ -60,16 +32,16 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
     if all(f.axis is None for f in inputs):
         return [Flow(drawn=drawn) for _ in made]
     name = func._schema.name.removeprefix("aten::")
-    base = name.removesuffix("_") if name not in _MOVES else name
-    bound = _bound(func, args, kwargs)
+    base = name.removesuffix("_") if name not in MOVES else name
+    bound = arguments(func, args, kwargs)
     if name in ("new_zeros", "new_ones", "new_empty", "new_full"):
         places: list[Place | None] = [None]
     elif base in _RULES:
         places = _RULES[base](bound, made, flow, objects)
     elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
         places = [_broadcast(tensors, out, flow, objects) for out in made]
-    elif base in _MOVES or name in _MOVES:
-        places = _moved(func, args, kwargs, made, flow, objects)
+    elif base in MOVES or name in MOVES:
+        places = moved(func, bound, args, kwargs, made, flow, objects)
     elif base in _ALONG or base in _REDUCTIONS:
         places = _over_axes(bound, made, flow, keeps=base in _ALONG)
     else:
@@ -80,22 +52,6 @@ def flows_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
     ]
 
 
-def uniform(tensor: Tensor, axis: int, objects: int) -> bool:
-    """Whether the entries of a constant along an axis are the same for every object."""
-    if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0 or not tensor.numel():
-        return True
-    if tensor.shape[axis] % objects:
-        return False
-    rows = tensor.reshape(*tensor.shape[:axis], objects, -1, *tensor.shape[axis + 1 :])
-    return bool((rows == rows.narrow(axis, 0, 1)).all())
-
-
-def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [argument.name for argument in func._schema.arguments]
-    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, objects: int) -> Place | None:
     """An elementwise operation: all that depends on objects has them on the same axis, counted from the last."""
     places = {(t.ndim - f.axis, f.per) for t in tensors if (f := flow(t)).axis is not None}
@@ -103,76 +59,15 @@ def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, objects: in
         raise MixedError("an elementwise operation on tensors with the objects on different axes")
     from_last, per = next(iter(places))
     for t in tensors:
-        if flow(t).axis is None and t.ndim >= from_last and not uniform(t, t.ndim - from_last, objects):
+        if flow(t).axis is None and t.ndim >= from_last and not uniform(t, t.ndim - from_last, objects, flow):
             raise MixedError("an elementwise operation with numbers that depend on an object's place in the batch")
     return out.ndim - from_last, per
-
-
-def _labels(tensor: Tensor, flow: Flow, objects: int) -> Tensor:
-    """The number of its object for every entry, in the layout of the tensor; -1 where there is none."""
-    shape, stride = tensor.shape, tensor.stride()
-    kept = [1 if s == 0 and axis != flow.axis else n for axis, (n, s) in enumerate(zip(shape, stride, strict=True))]
-    if flow.axis is not None and stride[flow.axis] == 0:  # objects that share their numbers have labels of their own
-        labels = torch.empty(kept, dtype=torch.int32).fill_(-1)
-    else:
-        labels = torch.empty_strided(kept, stride, dtype=torch.int32).fill_(-1)
-    if flow.axis is not None:
-        numbers = torch.arange(objects, dtype=torch.int32).repeat_interleave(flow.per)
-        labels.copy_(numbers.view([-1 if axis == flow.axis else 1 for axis in range(len(shape))]))
-    return labels.expand(shape)
-
-
-def _place_of(labels: Tensor, objects: int) -> Place | None:
-    if bool((labels == -1).all()):
-        return None
-    for axis, size in enumerate(labels.shape):
-        if size and size % objects == 0:
-            numbers = torch.arange(objects, dtype=labels.dtype).repeat_interleave(size // objects)
-            wanted = numbers.view([-1 if other == axis else 1 for other in range(labels.ndim)])
-            if bool(((labels == wanted) | (labels == -1)).all()):
-                return axis, size // objects
-    raise MixedError("an operation that moves entries between objects, or takes some objects")
-
-
-def _moved(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int
-) -> list[Place | None]:
-    """An operation that only moves entries: the same is done to the entries' labels."""
-    bound = _bound(func, args, kwargs)
-    name = func._schema.name.removeprefix("aten::")
-    if name in ("roll", "diagonal", "flip"):
-        source: Any = bound["self"]
-        dims = bound["dims"] if "dims" in bound else [bound["dim1"], bound["dim2"]]
-        if not dims or flow(source).axis in {dim % source.ndim for dim in dims}:
-            raise MixedError("an operation that takes entries by an object's place in the batch")
-
-    def label(value: Any, first: bool) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        place = flow(value)
-        if not first and not value.is_floating_point():  # where to take entries from
-            _constant(flow, value)
-            return value
-        return _labels(value, place, objects)
-
-    labelled = pytree.tree_map(lambda v: label(v, first=False), args[1:])
-    if func.overloadpacket is torch.ops.aten.constant_pad_nd:
-        labelled = [labelled[0], -1]  # the numbers between are no object's
-    moved = func(pytree.tree_map(lambda v: label(v, first=True), args[0]), *labelled, **kwargs)
-    places = [_place_of(t, objects) for t in pytree.tree_leaves(moved) if isinstance(t, Tensor)]
-    for place, out in zip(places, made, strict=True):
-        for t in pytree.tree_leaves(args):
-            if place is None or not isinstance(t, Tensor) or t.ndim != out.ndim or flow(t).axis is not None:
-                continue
-            if t.shape[place[0]] == out.shape[place[0]] and not uniform(t, place[0], objects):
-                raise MixedError("an operation that joins objects with numbers that depend on their place in the batch")
-    return places
 
 
 def _over_axes(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, *, keeps: bool) -> list[Place | None]:
     """An operation along some axes, or that reduces them; not that of the objects."""
     source: Any = bound.get("self", bound.get("input"))
-    axis, per = _only(source, flow)
+    axis, per = only(source, flow)
     others = [v for k, v in bound.items() if isinstance(v, Tensor) and v is not source]
     if any(not flow(t).constant and (flow(t).axis, flow(t).per) != (axis, per) for t in others):
         raise MixedError("an operation along an axis on tensors with the objects on different axes")
@@ -186,27 +81,13 @@ def _over_axes(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, *, k
     return [(axis - shift, per)] * len(made)
 
 
-def _only(tensor: Any, flow: Lookup) -> Place:
-    if not isinstance(tensor, Tensor) or flow(tensor).axis is None:
-        raise MixedError("an operation whose first input does not depend on the objects, but another does")
-    place = flow(tensor)
-    assert place.axis is not None
-    return place.axis, place.per
-
-
-def _constant(flow: Lookup, *tensors: Any) -> None:
-    for t in pytree.tree_leaves(tensors):
-        if isinstance(t, Tensor) and not flow(t).constant:
-            raise MixedError("an operation whose weights depend on the objects")
-
-
 def _leading(free: int) -> Callable[..., list[Place | None]]:
     """An operation on the last `free` axes, for each entry of the others."""
 
     def rule(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
         source: Any = bound.get("self", bound.get("input"))
-        axis, per = _only(source, flow)
-        _constant(flow, [v for v in bound.values() if v is not source])
+        axis, per = only(source, flow)
+        constant(flow, [v for v in bound.values() if v is not source])
         if axis >= source.ndim - free:
             raise MixedError("pooling, padding or resizing over objects")
         return [(axis, per)] * len(made)
@@ -215,39 +96,39 @@ def _leading(free: int) -> Callable[..., list[Place | None]]:
 
 
 def _convolution(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    axis, per = _only(bound["input"], flow)
-    _constant(flow, bound["weight"], bound["bias"])
+    axis, per = only(bound["input"], flow)
+    constant(flow, bound["weight"], bound["bias"])
     if axis or bound["input"].ndim != bound["weight"].ndim:
         raise MixedError("a convolution that has objects elsewhere than on its first axis")
     return [(0, per)] * len(made)
 
 
 def _batch_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    axis, per = _only(bound["input"], flow)
+    axis, per = only(bound["input"], flow)
     channels = {k: v for k, v in bound.items() if k != "input"}
     training = bound.get("training", bound.get("train", False)) or bound.get("running_mean") is None
     if axis == 1:  # the channels are the objects', as in instance normalisation
         for values in pytree.tree_leaves(channels):
-            if isinstance(values, Tensor) and (not flow(values).constant or not uniform(values, 0, objects)):
+            if isinstance(values, Tensor) and (not flow(values).constant or not uniform(values, 0, objects, flow)):
                 raise MixedError("a batch norm with objects on the axis of its channels")
     else:
-        _constant(flow, channels)
+        constant(flow, channels)
         if training:
             raise MixedError("a batch norm that normalises by its mini-batch")
     return [(axis, per), *[None] * (len(made) - 1)] if made[0].ndim > axis else [None] * len(made)
 
 
 def _layer_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    axis, per = _only(bound["input"], flow)
-    _constant(flow, bound["weight"], bound["bias"])
+    axis, per = only(bound["input"], flow)
+    constant(flow, bound["weight"], bound["bias"])
     if axis >= bound["input"].ndim - len(bound["normalized_shape"]):
         raise MixedError("a layer normalisation over objects")
     return [(axis, per)] * len(made)
 
 
 def _group_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    axis, per = _only(bound["input"], flow)
-    _constant(flow, bound["weight"], bound["bias"])
+    axis, per = only(bound["input"], flow)
+    constant(flow, bound["weight"], bound["bias"])
     if axis:
         raise MixedError("a group normalisation over objects")
     return [(axis, per)] * len(made)
@@ -265,11 +146,11 @@ def _product(first: str, second: str, *added: str) -> Callable[..., list[Place |
                 raise MixedError("a product of objects with each other")
             place = 0, left.per
         elif left.axis is not None:
-            if left.axis == a.ndim - 1 or (left.axis == 0 and a.ndim == 3 and not uniform(b, 0, objects)):
+            if left.axis == a.ndim - 1 or (left.axis == 0 and a.ndim == 3 and not uniform(b, 0, objects, flow)):
                 raise MixedError("a product that sums over objects")
             place = left.axis, left.per
         elif right.axis is not None:
-            if right.axis == rows or (right.axis == 0 and b.ndim == 3 and not uniform(a, 0, objects)):
+            if right.axis == rows or (right.axis == 0 and b.ndim == 3 and not uniform(a, 0, objects, flow)):
                 raise MixedError("a product that sums over objects")
             place = (columns if right.axis == b.ndim - 1 else 0), right.per
         else:
@@ -279,7 +160,7 @@ def _product(first: str, second: str, *added: str) -> Callable[..., list[Place |
             if not flow(values).constant:
                 if (values.ndim - (flow(values).axis or 0), flow(values).per) != (from_last, place[1]):
                     raise MixedError("a sum with objects on another axis")
-            elif values.ndim >= from_last and not uniform(values, values.ndim - from_last, objects):
+            elif values.ndim >= from_last and not uniform(values, values.ndim - from_last, objects, flow):
                 raise MixedError("a sum with numbers that depend on an object's place in the batch")
         return [place]
 
@@ -287,36 +168,26 @@ def _product(first: str, second: str, *added: str) -> Callable[..., list[Place |
 
 
 def _embedding(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    _constant(flow, bound["weight"])
-    return [_only(bound["indices"], flow)]
-
-
-def _index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    source, (first, *others) = bound["self"], bound["indices"]
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in bound["indices"]):
-        _constant(flow, bound["indices"])
-    if flow(source).axis is None and first is not None and not any(index is not None for index in others):
-        return [_only(first, flow)]
-    _constant(flow, bound["indices"])
-    return _moved(torch.ops.aten.index.Tensor, (source, bound["indices"]), {}, made, flow, objects)
+    constant(flow, bound["weight"])
+    return [only(bound["indices"], flow)]
 
 
 def _gather(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    places = {_only(bound["self"], flow), _only(bound["index"], flow)}
+    places = {only(bound["self"], flow), only(bound["index"], flow)}
     if len(places) != 1 or bound["dim"] % bound["self"].ndim in {axis for axis, _ in places}:
         raise MixedError("entries that are gathered from other objects")
     return [next(iter(places))]
 
 
 def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    places = {_only(bound[name], flow) for name in ("query", "key", "value")}
+    places = {only(bound[name], flow) for name in ("query", "key", "value")}
     mask = next((bound[k] for k in ("attn_mask", "attn_bias") if isinstance(bound.get(k), Tensor)), None)
     if mask is not None:
         if flow(mask).axis is not None:
             if mask.ndim != bound["query"].ndim:
                 raise MixedError("attention with a mask that has objects on another axis")
-            places.add(_only(mask, flow))
-        elif mask.ndim == bound["query"].ndim and not uniform(mask, 0, objects):
+            places.add(only(mask, flow))
+        elif mask.ndim == bound["query"].ndim and not uniform(mask, 0, objects, flow):
             raise MixedError("attention with a mask that depends on an object's place in the batch")
     if len(places) != 1 or next(iter(places))[0] != 0 or bound["query"].ndim < 3:
         raise MixedError("attention between objects")
@@ -324,7 +195,7 @@ def _attention(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obje
 
 
 def _grid_sampler(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    places = {_only(bound["input"], flow), _only(bound["grid"], flow)}
+    places = {only(bound["input"], flow), only(bound["grid"], flow)}
     if len(places) != 1 or next(iter(places))[0] != 0:
         raise MixedError("samples of one object at the places of another")
     return [next(iter(places))]
@@ -335,13 +206,6 @@ _POINTWISE = {
     "dropout", "masked_fill", "fill", "zero", "zeros_like", "ones_like", "full_like", "empty_like",
     "addcmul", "addcdiv", "lerp", "where", "nan_to_num", "bernoulli", "prelu", "_prelu_kernel", "threshold", "isnan",
     "log_sigmoid_forward", "glu_jvp", "rrelu_with_noise",
-}  # fmt: skip
-_MOVES = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
-    "select", "slice", "split", "split_with_sizes", "unbind", "narrow", "cat", "stack", "repeat", "flip", "roll",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "unfold", "constant_pad_nd",
-    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-    "replication_pad3d", "diagonal", "movedim", "index_select", "repeat_interleave", "unflatten", "view_as",
 }  # fmt: skip
 _REDUCTIONS = {
     "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean", "std_mean",
@@ -368,7 +232,7 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
     "baddbmm": _product("batch1", "batch2", "self"),
     "linear": lambda bound, made, flow, objects: _leading(1)({**bound, "self": bound["input"]}, made, flow, objects),
     "embedding": _embedding,
-    "index": _index,
+    "index": index,
     "gather": _gather,
     "grid_sampler_2d": _grid_sampler,
     "grid_sampler_3d": _grid_sampler,
@@ -387,12 +251,3 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
        for kind in ("bilinear", "bicubic") for end, tail in (("", ""), ("_", "_aa"))},
     "upsample_trilinear3d": _leading(3), "upsample_linear1d": _leading(1), "im2col": _leading(3), "col2im": _leading(2),
 }  # fmt: skip
-
-
-def joined(old: Flow, new: Flow) -> Flow:
-    """The flow of a tensor after an operation has written to it."""
-    if old.mixed or new.mixed:
-        return Flow(mixed=old.mixed or new.mixed, drawn=old.drawn or new.drawn)
-    if old.axis is not None and new.axis is not None and (old.axis, old.per) != (new.axis, new.per):
-        return Flow(mixed="a tensor that is written to with objects on another axis", drawn=old.drawn or new.drawn)
-    return replace(old if new.axis is None else new, drawn=old.drawn or new.drawn)

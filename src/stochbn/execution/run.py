@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stochbn.augment import Views
+from stochbn.execution.masks import Masks
 from stochbn.execution.plan import Call, Draw, Plan
 from stochbn.execution.reference import reference
 from stochbn.execution.ways import bfloat16
@@ -26,8 +28,20 @@ EARLY = 2
 """Draws that tell whether rounding matters by far."""
 
 
+PROBED = 4
+"""Objects whose first draw is made again in the slow way."""
+
+
 class NetworkChangedError(Exception):
-    """Passes changed the network that they ran on, which was not known before: the call is to be made again."""
+    """A call is to be made again: passes changed the network that they ran on, which was not known before.
+
+    Args:
+        whole: why all objects must go through the network together instead; empty if the network was changed.
+    """
+
+    def __init__(self, whole: str = "") -> None:
+        super().__init__(whole)
+        self.whole = whole
 
 
 class Passes:
@@ -43,7 +57,6 @@ class Passes:
 
     def __init__(self, network: Network, replica: Replica, inputs: NetworkInput, call: Call, plan: Plan) -> None:
         self.plan = plan
-        self.rounds_too_much = False
         self._first = True
         self._network, self._replica, self._call = network, replica, call
         self._inputs = inputs
@@ -57,6 +70,10 @@ class Passes:
         self._views: Views | None = None
         if call.augment is not None:
             self._views = Views(call.augment, len(inputs.first), call.seed, call.clean)
+        self._masks = call.masks if plan.random else None
+        self._seed: int | None = None
+        self._weights: dict[str, Tensor] | None = None
+        self._known: tuple[Tensor, Tensor] | None = None  # objects, and their raw values in the slow way
         self._begin()
 
     def _begin(self) -> None:
@@ -68,11 +85,15 @@ class Passes:
         self._replica, plan = replica, self.plan
         replica.modes(self._call.training)
         replica.mark()
+        if self._weights is None:  # copies of the weights as they are at this call
+            low = functools.partial(bfloat16.low_weights, head=plan.head)
+            make = low if plan.head else channels_last_weights if "channels_last" in plan.ways else None
+            copies = make(replica) if make is not None else {}
+            state = self._network.known.state  # what passes write to is no copy
+            self._weights = {name: copy for name, copy in copies.items() if name not in state}
+        replica.exchange(self._weights)
         if plan.head:
-            replica.exchange(bfloat16.low_weights(self._network, replica, plan.head))
             self._head = bfloat16.Head(replica, plan.head)
-        elif "channels_last" in plan.ways:
-            replica.exchange(channels_last_weights(self._network, replica))
         if plan.rows:
             self._stack = Stack(replica, plan.norms)
         if self._cache is not None:
@@ -92,8 +113,11 @@ class Passes:
             NetworkChangedError: a pass changed more of it than it may, and was not known to.
         """
         self._uninstall()
+        self._network.known.settle()
+        self._look_for_changes()
+
+    def _look_for_changes(self) -> None:
         known = self._network.known
-        known.settle()
         if not known.stateful and not known.in_place and self._replica.changed():
             known.stateful = True
             raise NetworkChangedError
@@ -118,16 +142,20 @@ class Passes:
         """
         try:
             values = self._checked(draws) if self._unchecked else self.attempt(draws)
+        except NetworkChangedError:
+            raise
         except Exception:
             if self.plan.size is None:
                 raise
             # What works on some objects need not on all. The slow way tells whether the error is the network's.
             self._change(Plan(together=self.plan.together))
             values = torch.stack([self._one(draw, self._made + i) for i, draw in enumerate(draws)])
-        self._made += len(draws)
         if self._first:
             self._first = False
             self._call.task.check(values[0])
+            if self.plan.size is not None and not self.plan.head:
+                self._compare(values[0], draws[0])
+        self._made += len(draws)
         return values
 
     def again(self) -> None:
@@ -170,7 +198,9 @@ class Passes:
         made, seen = [], self._seen(number)
         if self.plan.size is None:
             self._renew()
-            return self._restored(reference(self._replica, draw, seen, self._call.task), number)
+            with nullcontext() if self._masks is None else Masks(lambda: self._seed_of(number)):
+                values = reference(self._replica, draw, seen, self._call.task)
+            return self._restored(values, number)
         for start, stop in pieces(self._objects, self.plan.size):
             inputs = self._piece(seen, start, stop)
             self._renew()
@@ -181,6 +211,13 @@ class Passes:
         if self._cache is not None:
             self._cache.done()
         return self._restored(made[0] if len(made) == 1 else torch.cat(made), number)
+
+    def _seed_of(self, number: int) -> int:
+        """The seed of the random numbers of the draw of this number."""
+        if self._seed is None:
+            assert self._masks is not None
+            self._seed = self._masks()
+        return (self._seed + number) % 2**63
 
     def _seen(self, number: int) -> NetworkInput:
         """The inputs as the draw of this number sees them: the first tensor augmented."""
@@ -227,12 +264,12 @@ class Passes:
             self._uninstall()
             self._install(fresh)
 
-    def _change(self, plan: Plan) -> None:
-        """Go on in another way, with a new replica, as a pass that failed may have left anything in the old one."""
-        fresh = self._network.fresh() if not self._network.known.in_place else None
+    def _change(self, plan: Plan, failed: bool = True) -> None:
+        """Go on in another way, after a failure with a new replica, as it may have left anything in the old one."""
+        fresh = self._network.fresh() if failed and not self._network.known.in_place else None
         self._uninstall()
-        self.plan, self._unchecked = plan, False
-        self._replica.usable = False
+        self.plan, self._unchecked, self._weights = plan, False, None
+        self._replica.usable &= not failed
         self._replica = fresh or self._replica
         self._begin()
 
@@ -245,8 +282,7 @@ class Passes:
         values = self._rounded(draws)
         if values is not None:
             return values
-        self.rounds_too_much = True
-        self._change(exact)
+        self._change(exact, failed=False)
         return self.attempt(draws)
 
     def _rounded(self, draws: Sequence[Draw]) -> Tensor | None:
@@ -259,7 +295,9 @@ class Passes:
             return None
         early = min(EARLY, len(draws)) if self._together == 1 else len(draws)
         values = self.attempt(draws[:early])
-        full = self._exactly(draws[0], probe)
+        raw = self._slowly(draws[0], probe)
+        self._known = probe, raw
+        full = self._call.task.values(raw[None], self._call.temperature)[0][0]
         if self._matters(values, full, probe, far=early < len(draws)):
             return None
         if early == len(draws):
@@ -271,10 +309,48 @@ class Passes:
         low = self._call.task.values(values[:, probe], self._call.temperature)[0]
         return bfloat16.matters(low[0], full, low, self._call.averaged, far)
 
-    def _exactly(self, draw: Draw, probe: Tensor) -> Tensor:
-        """What is averaged of some objects under a draw, in the network's own type."""
+    def _slowly(self, draw: Draw, objects: Tensor) -> Tensor:
+        """The raw values of some objects under a draw, in the slow way."""
         self._renew()
         self._uninstall()
-        raw = reference(self._replica, draw, self._seen(self._made).take(probe), self._call.task)
+        raw = reference(self._replica, draw, self._seen(self._made).take(objects), self._call.task)
+        self._replica.restore()
+        self._look_for_changes()
         self._install(self._replica)
-        return self._call.task.values(raw[None], self._call.temperature)[0][0]
+        return raw
+
+    def _compare(self, values: Tensor, draw: Draw) -> None:
+        """Compare the first draw with what some of its objects give in the slow way, in the opposite order.
+
+        So they have other neighbours: a mistake in the proof that objects do not affect each other would show.
+
+        Raises:
+            NetworkChangedError: they differ by more than rounding.
+        """
+        last = self._objects - 1
+        some = torch.linspace(last, 0, min(max(PROBED, self.plan.least), last + 1)).round().long()
+        try:
+            some, raw = self._known or (some, self._slowly(draw, some))
+            same = _agree(values[some.to(values.device)], raw)
+        except NetworkChangedError:
+            raise
+        except Exception as error:
+            raise NetworkChangedError("it fails on some of the objects without the others") from error
+        if not same:
+            raise NetworkChangedError("some objects have other outputs beside others")
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether raw values are the same but for rounding.
+
+    Rounding grows with the values, but for those that mask a class (-1e9, minus infinity): these must be the same.
+    """
+    if first.shape != second.shape:
+        return False
+    rounding = 3e-2 if torch.is_autocast_enabled("cpu") or first.dtype.itemsize < 4 else 1e-4
+    masks = first.abs() > 1e4
+    scale = first.masked_fill(masks, 0).abs().amax().item() if first.numel() else 0.0
+    values, others = (each.masked_fill(masks, 0) for each in (first, second))
+    return torch.allclose(first[masks], second[masks], rtol=rounding) and torch.allclose(
+        values, others, rtol=0, atol=rounding * scale + 1e-30
+    )

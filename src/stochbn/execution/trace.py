@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stochbn.execution.masks import DispatchMode
-from stochbn.execution.rules import Flow, MixedError, flows_of, joined
+from stochbn.execution.masks import DispatchMode, arguments, draws
+from stochbn.execution.places import Flow, MixedError, joined
+from stochbn.execution.rules import flows_of
 from stochbn.execution.sizes import ObjectCount, Shape, Sizes, is_symbol, plain, symbols
 from stochbn.execution.watch import Frame, memory_of
 from stochbn.network.replica import Replica
@@ -34,9 +35,9 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.sizes = Sizes(objects)
         self.reasons: list[str] = []
         self.branches = False
+        self.random = False
         self.called: bool | None = None  # within a function of PyTorch's that Python calls, where that is seen
         snapshot = Snapshot.of(replica.model)
-        self.derived: set[int] = set()
         self.own = set(map(memory_of, [*snapshot.parameters, *snapshot.tensors]))
         self.irregular = ""
         self.reads_layout = False
@@ -54,7 +55,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         for norm in replica.norms.values():
             for statistic in (norm.running_mean, norm.running_var):
                 assert statistic is not None
-                self.set(statistic, Flow(drawn=True))
+                self.set(statistic, Flow(drawn=True, own=True))
                 self._statistics[id(statistic)] = norm
 
     def flow(self, tensor: Tensor) -> Flow:
@@ -62,7 +63,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         found = self._flows.get(id(tensor))
         if found is None:  # not seen before: the network's own, or an alias such as ``.data``
             written = self._contents.get(memory_of(tensor), "") if self._contents else ""
-            found = Flow(mixed=written)
+            found = Flow(mixed=written, own=memory_of(tensor) in self.own)
         return found
 
     def set(self, tensor: Tensor, flow: Flow) -> None:
@@ -79,7 +80,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         if not self.flow(tensor).constant or self.flow(tensor).drawn:
             self.reasons.append(what)
             self.branches = True
-        elif memory_of(tensor) in self.own or id(tensor) in self.derived:  # which may change without a sign
+        elif self.flow(tensor).own:  # which may change without a sign
             self.reasons.append("Python code depends on the values of a parameter or buffer")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,12 +100,14 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         outputs = func(*args, **kwargs)
         self.clock += 1
         made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
-        if any(memory_of(t) in self.own or id(t) in self.derived for t in tensors):
-            self.derived.update(map(id, made))
+        own, bound = any(self.flow(t).own for t in tensors), arguments(func, args, kwargs)
         try:
-            random = torch.Tag.nondeterministic_seeded in func.tags and not _off(func, args, kwargs)
-            if random and any(not self.flow(t).constant for t in tensors):
-                raise MixedError("random numbers are drawn")
+            if torch.Tag.nondeterministic_seeded in func.tags and draws(bound):
+                if bound.get("generator") is None:
+                    self.random = True
+                    self.reasons.append("random numbers are drawn")
+                if any(not self.flow(t).constant for t in tensors):
+                    raise MixedError("random numbers are drawn")
             if _form(args) != form:
                 raise MixedError(f"the operation {name} changes the shape of a tensor in place")
             if name == "as_strided_":  # of axes of length 1, as pooling does
@@ -119,24 +122,29 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
             flows = [
                 Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made
             ]
-        self._look_at_sizes(name, args, made, flows)
+        flows = [replace(flow, own=True) for flow in flows] if own else flows
+        self._look_at_sizes(name, bound, made, flows)
         self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
         return outputs
 
-    def _look_at_sizes(self, name: str, args: Any, made: list[Tensor], flows: list[Flow]) -> None:
+    def _look_at_sizes(self, name: str, bound: dict[str, Any], made: list[Tensor], flows: list[Flow]) -> None:
         """What goes otherwise for other numbers of objects, and the course of the pass, which must not."""
-        self.trace.append((name, [tuple(t.shape) for t, flow in zip(made, flows, strict=True) if flow.constant]))
-        flow = self.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow()
-        if flow.axis is None:
+        shapes = [
+            (flow.axis, flow.per, *(n for axis, n in enumerate(t.shape) if axis != flow.axis))
+            for t, flow in zip(made, flows, strict=True)
+            if not flow.mixed
+        ]
+        self.trace.append((name, shapes))
+        source = bound.get("self")
+        flow = self.flow(source) if isinstance(source, Tensor) else Flow()
+        if not isinstance(source, Tensor) or flow.axis is None:
             return
-        dims = args[1] if len(args) > 1 and name.startswith("squeeze") else range(args[0].ndim + 1)
-        dims = [dims] if isinstance(dims, int) else dims
-        if name.startswith("squeeze") and any(dim in (flow.axis, flow.axis - args[0].ndim) for dim in dims):
-            self.sizes.same(lambda n: n * flow.per > 1)
-        elif name in ("split", "split_with_sizes", "unbind", "unsafe_split", "chunk"):
-            dim = (args[1:] or (0,))[0] if name == "unbind" else (args[2:] or (0,))[0]
-            if dim % args[0].ndim == flow.axis:
-                self.sizes.pin()
+        dims = bound.get("dim", range(source.ndim))
+        if flow.axis in {dim % source.ndim for dim in ([dims] if isinstance(dims, int) else dims or ())}:
+            if name.startswith("squeeze"):
+                self.sizes.same(lambda n: n * flow.per > 1)
+            elif name in ("split", "split_with_sizes", "unbind", "unsafe_split", "unsafe_split_with_sizes"):
+                self.sizes.pin()  # there are as many parts
 
     def _note(self, func: Any, args: Any, kwargs: Any, made: list[Tensor], flows: list[Flow], multiplies: bool) -> None:
         drawn = any(flow.drawn for flow in flows)
@@ -219,8 +227,6 @@ class Reads(TorchFunctionMode):
             follower.reads_layout |= not follower.flow(args[0]).constant
             if attribute == "stride" and not follower.flow(args[0]).constant:
                 follower.sizes.pin()  # strides are products of sizes
-        elif attribute in ("nbytes", "size_bytes") and not follower.flow(args[0]).constant:
-            follower.sizes.pin()
         elif name in ("__getitem__", "__setitem__"):
             self._look_at_bounds(args[0], args[1])
         elif found and name not in _TAKE_SIZES and name not in _CREATING:
@@ -231,19 +237,24 @@ class Reads(TorchFunctionMode):
         finally:
             follower.called = outer
         if name in _CREATING and found:
-            self._created(result, given)
+            self._created(name, result, given)
         elif attribute in ("shape", "size", "__len__", "numel", "nelement"):
             return self._symbolic(args[0], result, attribute, args[1:], kwargs)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        counts = name == "is_same_size" or (attribute not in _OF_ANY and _counts(result))
+        if counts and not all(follower.flow(t).constant for t in tensors):
+            follower.sizes.pin()  # the number may be that of objects
         return result
 
-    def _created(self, result: Any, given: list[Any]) -> None:
+    def _created(self, name: str, result: Any, given: list[Any]) -> None:
         """A constant that is as long as there are objects is followed as one of them: its length is."""
         flow, objects = self.follower.flow(result), self.follower.objects
         if not flow.constant:
             return
         lengths = next((v for v in given if isinstance(v, (tuple, list))), given)
         axes = [result.ndim - len(lengths) + place for place, v in enumerate(lengths) if is_symbol(v)]
-        if len(axes) == 1 and not symbols(given)[0].offset:
+        stretched = name not in _STRETCHING or all(result.stride(axis) == 0 for axis in axes)
+        if len(axes) == 1 and not symbols(given)[0].offset and stretched:
             self.follower.set(result, Flow(axis=axes[0], per=result.shape[axes[0]] // objects, drawn=flow.drawn))
         else:
             self.follower.sizes.pin()
@@ -254,17 +265,15 @@ class Reads(TorchFunctionMode):
         if flow.axis is None:
             return
         entries = list(index) if isinstance(index, tuple) else [index]
-        taking = [e for e in entries if e is not None and e is not Ellipsis]
-        width = sum(e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in taking)
+        widths = [_width(entry) for entry in entries]
         axis = 0
-        for entry in entries:
-            if entry is Ellipsis:
-                axis += tensor.ndim - width
-            elif isinstance(entry, slice) and axis == flow.axis:
+        for entry, width in zip(entries, widths, strict=True):
+            if isinstance(entry, slice) and axis == flow.axis:
                 for bound in filter(None, (entry.start, entry.stop)):
                     least = -(-abs(int(bound)) // flow.per)
-                    sizes.same(functools.partial(operator.le, least))
-            axis += 0 if entry is None or entry is Ellipsis else 1
+                    for compare in (operator.le, operator.lt):  # as many are all, and more of them are not
+                        sizes.same(lambda n, compare=compare, least=least: compare(least, n))  # type: ignore[misc]
+            axis += tensor.ndim - sum(widths) if entry is Ellipsis else width
 
     def _symbolic(self, tensor: Any, result: Any, attribute: str, args: Any, kwargs: Any) -> Any:
         flow = self.follower.flow(tensor)
@@ -290,6 +299,12 @@ _CREATING = {
     "broadcast_to", "tile",
 }  # fmt: skip
 _READING = ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage", "untyped_storage", "_typed_storage")
+_STRETCHING = {"expand", "broadcast_to"}
+_OF_ANY = {
+    "dim", "ndim", "ndimension", "element_size", "itemsize", "_version", "output_nr", "get_device", "storage_offset",
+    "shape", "size", "__len__", "numel", "nelement", "stride",
+}  # fmt: skip
+"""What gives whole numbers that are not those of objects, or that are looked at by themselves."""
 _HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 
 
@@ -301,11 +316,13 @@ def _form(args: Any) -> tuple[Any, ...]:
     return args[0].shape, strides, args[0].storage_offset()
 
 
-def _off(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation that can draw random numbers draws none: dropout that is off."""
-    names = [argument.name for argument in func._schema.arguments]
-    bound = {**{a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}, **kwargs}
-    bound |= dict(zip(names, args, strict=False))
-    if "dropout_p" in bound:
-        return bool(bound["dropout_p"] == 0)
-    return "train" in bound and not bound["train"]
+def _width(entry: Any) -> int:
+    """How many axes an entry of an index is for."""
+    if entry is None or entry is Ellipsis or isinstance(entry, bool):
+        return 0
+    return entry.ndim if isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8) else 1
+
+
+def _counts(result: Any) -> bool:
+    """Whether a result is, or has in it, whole numbers."""
+    return not isinstance(result, Tensor) and any(type(leaf) is int for leaf in pytree.tree_leaves(result))

@@ -7,43 +7,49 @@ the weights: if one of these is another, it is found out anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from stochbn.execution.follow import Followed, follow, guarded
-from stochbn.execution.plan import WAYS, Call, Draw, Plan, Verdict, make_plan
+from stochbn.execution.plan import WAYS, Call, Plan, Verdict, make_plan
 from stochbn.execution.run import NetworkChangedError, Passes
-from stochbn.execution.sizes import Sizes
 from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Knowledge, Network
+from stochbn.network.knowledge import Knowledge
+from stochbn.network.replica import Network
+from stochbn.undisturbed import without_gradients
 
-__all__ = ["examine", "guard", "refuse"]
+__all__ = ["examine", "guard"]
 
 
-def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> None:
+@without_gradients
+def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> bool:
     """Find out, and note at the network, whether it can run on a copy and whether passes change it.
 
     Args:
         network: the network.
         inputs: what passes are made of.
         training: names of the modules in training mode.
+
+    Returns:
+        Whether passes draw random numbers, or may.
     """
     key, known = ("guarded", inputs.kind(), training), network.known
-    if known.in_place or known.get(key):
-        return
+    random: bool | None = True if known.in_place else known.get(key)
+    if random is not None:
+        return random
     few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
     for objects in (few, inputs):
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                _note(known, guarded(network, objects, training))
+            found = guarded(network, objects, training)
         except Exception:  # which the pass itself will raise, if it is not for the number of objects
             continue
-        known.keep(key, True)
-        return
+        _note(known, found)
+        known.keep(key, found.random)
+        return found.random
+    return True
 
 
 def _note(known: Knowledge, followed: Followed) -> None:
@@ -55,34 +61,24 @@ def _note(known: Knowledge, followed: Followed) -> None:
 def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
     """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
     if not inputs.divisible or not len(inputs):
-        guard(network, inputs, call.training)
+        random = guard(network, inputs, call.training)
         reason = "there are no objects" if inputs.divisible else "the arguments do not share a first axis of objects"
-        return Verdict(Followed(dependent=reason)), {}
+        return Verdict(Followed(dependent=reason, random=random)), {}
     if network.known.in_place:
-        return Verdict(Followed(in_place=network.known.in_place)), {}
+        return Verdict(Followed(in_place=network.known.in_place, random=True)), {}
     key, objects, known = call.key(network, inputs), len(inputs), network.known
-    refused = dict(known.get(("refused", key, call.averaged), {}))
-    if call.exact:
-        refused["bfloat16"] = "it would round more than the network's own type"
+    refused = {"bfloat16": "it would round more than the network's own type"} if call.exact else {}
     for verdict in (known.get(key), known.get((key, objects))):
         if verdict is not None and verdict.followed.sizes.hold(objects):
             return verdict, refused
     followed, at_objects = _followed(network, inputs, call)
-    if followed is None:
-        guard(network, inputs, call.training)
-        followed = Followed(dependent="it could not be followed", sizes=Sizes(objects))
+    if followed is None:  # for these objects, at least
+        random = guard(network, inputs, call.training)
+        return Verdict(Followed(dependent="it could not be followed", random=random)), refused
     _note(known, followed)
     verdict = Verdict(followed) if followed.in_place or followed.dependent else _tried(network, inputs, call, followed)
-    if verdict is None:
-        return Verdict(Followed(dependent="the outputs are not finite")), {}
     known.keep((key, objects) if at_objects else key, verdict)
     return verdict, refused
-
-
-def refuse(network: Network, inputs: NetworkInput, call: Call, way: str, reason: str) -> None:
-    """Note that a way is not for such inputs where so many draws are averaged: the more, the less it may round."""
-    key = "refused", call.key(network, inputs), call.averaged
-    network.known.keep(key, {**network.known.get(key, {}), way: reason})
 
 
 def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed | None, bool]:
@@ -135,15 +131,13 @@ def spread(inputs: NetworkInput, count: int) -> NetworkInput:
     return inputs.take(torch.linspace(0, len(inputs) - 1, count, device=inputs.device).round().long())
 
 
-def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict | None:
-    """The ways that give the same as slow passes on some objects, alone and together; None if nothing can be told."""
-    objects = len(inputs)
+def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict:
+    """The ways in which passes of some objects can be made without an error, alone and together.
+
+    What they give is compared with slow passes in every call, by `Passes`: it depends on the call's own objects.
+    """
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
-    count = max(6, 2 * min(objects // 16 | 1, 17))  # that they are independent is proven: few show a mistake
-    doubled = spread(inputs, min(max(count, followed.sizes.low), followed.sizes.high))
-    # Every second one in the opposite order: its neighbours are others than in the slow passes.
-    order = torch.arange(len(doubled) - 1, -1, -2, device=inputs.device)
-    some, draws = doubled.take(order), call.sample(2)
+    some, draws = spread(inputs, min(max(3, followed.sizes.low), followed.sizes.high)), call.sample(2)
     with network.replica() as replica:
         reasons = {
             "prefix": prefix.applies(followed),
@@ -155,42 +149,30 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
         }
     refused = {way: reason for way, reason in reasons.items() if reason}
 
-    def passed(objects: NetworkInput, plan: Plan, *blocks: Sequence[Draw]) -> list[Tensor] | None:
+    def works(refused: Mapping[str, str]) -> bool:
+        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
+        plan = _strained(plan, len(some), "pieces" not in refused and "pieces" in settings.ways)
         with network.replica() as replica:
-            passes = Passes(network, replica, objects, call, plan)
+            passes = Passes(network, replica, some, call, plan)
             try:
-                values = [passes.attempt(block) for block in blocks]
+                passes.attempt(draws)
+                passes.attempt(draws[:1])
                 passes.close()
             except NetworkChangedError:
                 raise
             except Exception:  # whatever it is, it is not this way
                 replica.usable = False
-                return None
-        return values
+                return False
+        return True
 
-    slow = passed(doubled, Plan(), draws)
-    if slow is None:
-        return Verdict(replace(followed, dependent="it fails on some of the objects without the others"))
-    if slow[0].isnan().any():
-        return None
-    wanted = slow[0][:, order]
-
-    def agree(refused: Mapping[str, str]) -> bool:
-        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
-        apart = "pieces" not in refused and "pieces" in settings.ways
-        fast = passed(some, _strained(plan, len(some), apart), draws, draws[:1])
-        return fast is not None and _agree(wanted, fast[0]) and _agree(wanted[:1], fast[1])
-
-    if not agree(refused):
+    if not works(refused):
         tried = [way for way in WAYS if way not in refused and way != "bfloat16"]
         for way in tried:
             others = {other: "not tried" for other in WAYS if other != way and other not in refused}
-            if not agree({**refused, **others}):
-                refused[way] = "it does not give what slow passes give on some of the objects"
-        if not agree(refused):
-            refused |= dict.fromkeys(tried, "the ways together do not give what slow passes give")
-            if not agree(refused):
-                return Verdict(replace(followed, dependent="some objects have other outputs beside others"), refused)
+            if not works({**refused, **others}):
+                refused[way] = "it fails on some of the objects"
+        if not works(refused):
+            refused |= dict.fromkeys(tried, "the ways together fail on some of the objects")
     return Verdict(followed, refused)
 
 
@@ -198,19 +180,3 @@ def _strained(plan: Plan, objects: int, apart: bool) -> Plan:
     """The plan with sizes that make every way take part in passes over so many objects, in pieces if `apart`."""
     size = (objects + 1) // 2 if apart else objects
     return replace(plan, size=size, rows=4 * objects if plan.rows else 0)
-
-
-def _agree(first: Tensor, second: Tensor) -> bool:
-    """Whether raw values are the same but for rounding.
-
-    Rounding grows with the values, but for those that mask a class (-1e9, minus infinity): these must be the same.
-    """
-    if first.shape != second.shape:
-        return False
-    rounding = 3e-2 if torch.is_autocast_enabled("cpu") or first.dtype.itemsize < 4 else 1e-4
-    masks = first.abs() > 1e4
-    scale = first.masked_fill(masks, 0).abs().amax().item() if first.numel() else 0.0
-    values, others = (each.masked_fill(masks, 0) for each in (first, second))
-    return torch.allclose(first[masks], second[masks], rtol=rounding) and torch.allclose(
-        values, others, rtol=0, atol=rounding * scale + 1e-30
-    )

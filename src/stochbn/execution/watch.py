@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from stochbn.execution.rules import Flow
+from stochbn.execution.places import Flow
 from stochbn.execution.sizes import plain
 from stochbn.network.replica import Replica
 from stochbn.network.snapshot import Snapshot

@@ -40,7 +40,8 @@ def copied_with(
             taken where there are some and added where not: copies that share them draw one sequence.
 
     Returns:
-        The copy, and every tensor of it that is no parameter with the one that it is of.
+        The copy, and every tensor of it that is no parameter with the one that it is of; so for parameters that are
+        not registered, as in plain lists of modules.
 
     Raises:
         Exception: it cannot be copied, or a part of it is not.
@@ -59,7 +60,10 @@ def copied_with(
         vars(shared).update(vars(parameter))
         memo[id(parameter)] = shared
     snapshot = Snapshot.of(model)
-    tensors = snapshot.tensors
+    unregistered = [parameter for parameter in snapshot.parameters if id(parameter) not in memo]
+    for parameter in unregistered:
+        memo[id(parameter)] = copy.deepcopy(parameter)
+    tensors = [*snapshot.tensors, *unregistered]
     for leaf in snapshot.leaves:
         if isinstance(leaf, GENERATORS):
             generators.setdefault(id(leaf), copy.deepcopy(leaf))

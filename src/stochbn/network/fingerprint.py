@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.network.layers import unwrap
 
-__all__ = ["Fingerprint", "Part", "Sums"]
+__all__ = ["Fingerprint", "Part", "Sums", "totals"]
 
 WHOLE = 2048
 """Entries of a parameter of which each is looked at, at most: batch norms have no more."""
@@ -142,6 +142,14 @@ class Fingerprint:
                 )
             parts[name] = Part(tuple(Sums(one[0], float(one[1]), tuple(map(float, one[2:]))) for one in parameters))
         return cls(**parts)
+
+
+def totals(parameters: Iterable[Tensor]) -> tuple[float, ...]:
+    """The sums of parameters, of all of their entries: a quick sign of writes by ``.data``, which leave no other."""
+    real = [p.detach() for p in parameters if p.is_floating_point() and not p.is_meta and p.layout == torch.strided]
+    if not real:
+        return ()
+    return tuple(torch.stack([p.sum().to(real[0].device, torch.float64) for p in real]).nan_to_num().tolist())
 
 
 def _describes_sums(numbers: Any) -> bool:

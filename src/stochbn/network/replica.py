@@ -19,8 +19,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +28,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from stochbn.network.copying import copied_with, put_in_training
+from stochbn.network.knowledge import Knowledge
 from stochbn.network.layers import buffer_names, qualified_names, unwrap
-from stochbn.network.snapshot import Snapshot, Surroundings
+from stochbn.network.snapshot import Snapshot
+from stochbn.undisturbed import scope, undisturbed, without_gradients
 
-__all__ = ["Knowledge", "Network", "Replica", "named_modules"]
+__all__ = ["Network", "Replica", "named_modules"]
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,53 +157,6 @@ class Replica:
         return {id(buffer) for norm in self.norms.values() if norm.training for buffer in norm._buffers.values()}
 
 
-class Knowledge:
-    """What has been found out about a network since it was last changed.
-
-    Attributes:
-        in_place: why passes must run on the user's own object; empty if they need not.
-        stateful: passes change the replica, so each gets one of its own.
-        state: names of parameters that passes write to, or may: replicas have copies of them.
-        parameters: the network's.
-        registered: identities of those of them that are shared; others, as in plain lists of modules, are copied.
-        buffers: the network's, but those of batch norms.
-    """
-
-    def __init__(self, snapshot: Snapshot, model: nn.Module | None = None) -> None:
-        self.in_place = ""
-        self.stateful = bool(snapshot.opaque)  # whether passes change it could not be told
-        self.state: frozenset[str] = frozenset()
-        self.parameters = snapshot.parameters
-        self.registered = frozenset() if model is None else frozenset(map(id, model.parameters()))
-        modules = [] if model is None else list(model.modules())
-        buffers = [(module, b) for module in modules for b in module._buffers.values() if b is not None]
-        self.buffers = [buffer for module, buffer in buffers if not isinstance(module, _BatchNorm)]
-        self._buffers = {id(buffer) for _, buffer in buffers}
-        self._snapshot, self._versions = snapshot, snapshot.versions(without=self._buffers)
-        self._surroundings = Surroundings(model, snapshot)
-        self._kept: dict[Hashable, Any] = {}
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether it is of a network in this state, with code that reads the same outside of it."""
-        known = self._snapshot
-        same = known.of_this(model) and known.versions(without=self._buffers) == self._versions
-        return same and self._surroundings.same()
-
-    def settle(self) -> None:
-        """Note that passes have been made, which may write outside of the network too."""
-        self._surroundings.settle()
-
-    def get(self, key: Hashable, default: Any = None) -> Any:
-        """What is kept under a key."""
-        return self._kept.get(key, default)
-
-    def keep(self, key: Hashable, value: Any, most: int = 64) -> None:
-        """Keep something, and forget the oldest of too many."""
-        self._kept[key] = value
-        for old in list(self._kept)[:-most]:
-            self._kept.pop(old, None)
-
-
 class Network:
     """A user's network, and what is kept of it between calls: one object for all that predict with it.
 
@@ -253,13 +207,14 @@ class Network:
         return Network.of, (self.model,)
 
     def weights(self) -> tuple[Any, ...]:
-        """What tells whether parameters have been written to since the last `look`; equal for equal weights."""
-        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in self.known.parameters)
+        """What tells of most writes to parameters since the last `look`, not of those by ``.data``."""
+        return tuple((*_form(p), None if p.is_inference() else p._version) for p in self.known.parameters)
 
     def state(self) -> tuple[Any, ...]:
         """What tells whether buffers have been replaced or written to, but those of batch norms."""
         return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
+    @undisturbed
     def look(self) -> Knowledge:
         """What is known of the network as it is now: nothing, if more than parameters and buffers was changed.
 
@@ -270,7 +225,7 @@ class Network:
             if self._borrows == before:
                 self.known = known
                 return known
-        with self._in_use:
+        with self._alone():
             if self._borrower != threading.get_ident():  # not from within a pass
                 self.known = self._looked()
             return self.known
@@ -278,8 +233,8 @@ class Network:
     def _looked(self) -> Knowledge:
         return self.known if self.known.is_of(self.model) else Knowledge(Snapshot.of(self.model), self.model)
 
-    @contextmanager
-    def replica(self) -> Iterator[Replica]:
+    @scope
+    def replica(self) -> Generator[Replica, None, None]:
         """A replica for one call in this thread; after an exception it is dropped."""
         if not self.known.in_place:
             replica = self._take()
@@ -291,14 +246,35 @@ class Network:
         with self._borrow() as borrowed:
             yield borrowed
 
-    @contextmanager
-    def _borrow(self) -> Iterator[Replica]:
+    @scope
+    def _alone(self) -> Generator[None, None, None]:
+        """Keep other threads from the network itself."""
+        lock: Any = self._in_use
+        nested = lock._is_owned()
+        if nested:
+            yield
+            return
+        try:
+            try:
+                lock.acquire()
+                yield
+            finally:
+                _let_go(lock)
+        finally:  # again, as an interrupt may have come in between
+            _let_go(lock)
+
+    @scope
+    def _borrow(self) -> Generator[Replica, None, None]:
         """The user's own network, for one thread at a time."""
-        with self._in_use, ExitStack() as stack:
-            stack.callback(vars(self).__setitem__, "_borrower", self._borrower)
-            self._borrower = threading.get_ident()
-            self._borrows += 1
-            yield stack.enter_context(_borrowed(self.model))
+        with self._alone():
+            before = self._borrower
+            try:
+                self._borrower = threading.get_ident()
+                self._borrows += 1
+                with _borrowed(self.model) as borrowed:
+                    yield borrowed
+            finally:
+                self._borrower = before
 
     def trained(self) -> frozenset[str]:
         """Names of the modules that are in training mode when the network is trained.
@@ -312,8 +288,8 @@ class Network:
             names &= {name for name, module in replica.modules.items() if module.training}
         return frozenset(names)
 
-    @contextmanager
-    def copied(self, *, train: bool = False) -> Iterator[Replica]:
+    @scope
+    def copied(self, *, train: bool = False) -> Generator[Replica, None, None]:
         """A replica with parameters of its own, for passes that may write to anything.
 
         Args:
@@ -329,14 +305,10 @@ class Network:
                 yield borrowed
 
     def _key(self) -> tuple[Any, ...]:
-        shared = self.known.registered
         return (
             self.known,
             self.known.state,
-            tuple(
-                (p.data_ptr(), p.dtype, None if id(p) in shared or p.is_inference() else p._version)
-                for p in self.known.parameters
-            ),
+            tuple(map(_form, self.known.parameters)),
         )
 
     def _take(self) -> Replica | None:
@@ -346,6 +318,7 @@ class Network:
         replica.refresh()
         return replica  # type: ignore[no-any-return]
 
+    @without_gradients
     def fresh(self, *, own_parameters: bool = False, generators: dict[int, Any] | None = None) -> Replica | None:
         """A new replica; None for a network that cannot be copied, which ``known.in_place`` then explains.
 
@@ -355,35 +328,56 @@ class Network:
         """
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         try:
-            with torch.inference_mode(False):
-                own = names if own_parameters else self.known.state
-                model, tensors = copied_with(self.model, own, {} if generators is None else generators)
-                return Replica(model, self.model, own, tensors)
+            own = names if own_parameters else self.known.state
+            model, tensors = copied_with(self.model, own, {} if generators is None else generators)
+            return Replica(model, self.model, own, tensors)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self.known.in_place = f"it cannot be copied ({type(error).__name__}: {reason})"
             return None
 
 
-@contextmanager
-def _borrowed(model: nn.Module) -> Iterator[Replica]:
+def _let_go(lock: Any) -> None:
+    """Release a lock of this thread's, if it has it, however often."""
+    while lock._is_owned():
+        lock.release()
+
+
+def _form(parameter: Tensor) -> tuple[Any, ...]:
+    """Where a parameter's numbers are, and how they lie."""
+    return parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
+
+
+@scope
+def _borrowed(model: nn.Module) -> Generator[Replica, None, None]:
     """The user's own network, its buffers exchanged for copies and its flags put back afterwards."""
-    stack = ExitStack()
+    undo: list[Callable[[], Any]] = []
+
+    def put_back() -> None:
+        for each in reversed(undo):
+            each()
+
     try:
-        with stack:
+        try:
             for module in model.modules():
                 own = vars(module)  # in which a name is put back at once, whatever interrupts
                 restore = own.__setitem__ if "training" in own else functools.partial(setattr, module)
-                stack.callback(restore, "training", module.training)
+                undo.append(functools.partial(restore, "training", module.training))
                 for name, parameter in module._parameters.items():
-                    stack.callback(module._parameters.__setitem__, name, parameter)
+                    undo.append(functools.partial(module._parameters.__setitem__, name, parameter))
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
-                        stack.callback(module._buffers.__setitem__, name, buffer)
-                        module._buffers[name] = buffer.clone()
-            for norm in model.modules():
-                if isinstance(norm, _BatchNorm):
-                    stack.callback(vars(norm).__setitem__, "momentum", norm.momentum)
+                        undo.append(functools.partial(module._buffers.__setitem__, name, buffer))
+                        module._buffers[name] = _cloned(buffer)
+                if isinstance(module, _BatchNorm):
+                    undo.append(functools.partial(own.__setitem__, "momentum", module.momentum))
             yield Replica(model, model)
-    finally:
-        stack.close()  # what an interrupt at the end of the block has left
+        finally:
+            put_back()
+    finally:  # again, as an interrupt may have come in between
+        put_back()
+
+
+@without_gradients
+def _cloned(buffer: Tensor) -> Tensor:
+    return buffer.clone()

@@ -19,6 +19,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.predictive.predictive import Predictive
 from stochbn.tasks import Task
+from stochbn.undisturbed import without_gradients
 
 __all__ = ["MCDropout"]
 
@@ -73,23 +74,30 @@ class MCDropout(Predictive):
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         layers = self._dropping(inputs)
         whole = "masks depend on which objects are predicted together"
-        return replace(super()._call(exact, inputs), training=layers, whole=whole)
+        return replace(super()._call(exact, inputs), training=layers, whole=whole, masks=None)
 
     def _dropping(self, inputs: NetworkInput) -> frozenset[str]:
         """The modules to put in training mode."""
         network, key = self._network, ("dropout", inputs.kind())
-        known = network.known
-        if known.get(key) is None:
+        dropping: frozenset[str] | None = network.known.get(key)
+        if dropping is None:
             layers = {n for n, m in network.model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0}
-            others = frozenset(dropping_modules(network, inputs) - layers)
-            if others and not _reads_alike(network, inputs, self.task, others.union(layers)):
+            calling = dropping_modules(network, inputs)
+            failed = isinstance(calling, Exception)
+            if isinstance(calling, Exception):
+                if not layers:
+                    raise calling
+                calling = set()
+            others = frozenset(calling - layers)
+            alike = not others or _reads_alike(network, inputs, self.task, others.union(layers))
+            if alike is False:
                 warn(
                     f"{_named(others)} of {type(network.model).__name__} call dropout themselves, but give something "
                     "else in training mode, so their dropout stays off; use torch.nn.Dropout layers there",
                 )
-                others = frozenset()
-            known.keep(key, frozenset(layers | others))
-        dropping: frozenset[str] = known.get(key)
+            dropping = frozenset(layers | others) if alike else frozenset(layers)
+            if not failed and alike is not None:  # what fails may work for other examples
+                network.known.keep(key, dropping)
         if not dropping:
             raise ValueError(
                 f"{type(network.model).__name__} has no dropout with a positive rate, so every pass would be the "
@@ -121,18 +129,22 @@ class _Masked(dict[str, Tensor]):
         self.seed = seed
 
 
-def _reads_alike(network: Network, inputs: NetworkInput, task: Task, training: frozenset[str]) -> bool:
-    """Whether a task reads values of one shape from the network with modules in training and in evaluation mode."""
+@without_gradients
+def _reads_alike(network: Network, inputs: NetworkInput, task: Task, training: frozenset[str]) -> bool | None:
+    """Whether a task reads values of one shape from the network with modules in training and in evaluation mode.
+
+    None if a pass fails.
+    """
 
     def shape(names: frozenset[str]) -> torch.Size:
-        with network.copied() as replica, torch.inference_mode(False), torch.no_grad(), Masks(0):
+        with network.copied() as replica, Masks(0):
             replica.modes(names)
             return task.raw(inputs.call(replica.model)).shape
 
     try:
         return shape(frozenset()) == shape(training)
     except Exception:
-        return False
+        return None
 
 
 def _named(names: Collection[str]) -> str:

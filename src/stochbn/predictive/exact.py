@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.execution import Call, NetworkChangedError, passes
+from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import batch_norms
 from stochbn.network.replica import Network, named_modules
@@ -17,6 +17,7 @@ from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
 from stochbn.summary import Summary
 from stochbn.tasks import make_task
+from stochbn.undisturbed import without_gradients
 
 __all__ = ["Exact"]
 
@@ -99,11 +100,9 @@ class Exact:
         norms = self._norms
         call = Call(self.task, training=norms, whole="an object is to be normalised with its mini-batch")
         ones = list(inputs.split(1))
-        try:
-            return self._predict(ones, call, Summary(self.task, keep))
-        except NetworkChangedError:  # found out once for a network: each pass then gets a copy of its own
-            return self._predict(ones, call, Summary(self.task, keep))
+        return repeated(lambda _: self._predict(ones, call, Summary(self.task, keep)))
 
+    @without_gradients
     def _predict(self, ones: list[NetworkInput], call: Call, summary: Summary) -> Any:
         with passes(self._network, self.others[0].join(ones[0]), call) as made:
             for others in self.others:

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from stochbn.augment import Augment, check_augment
 from stochbn.caller import warn
-from stochbn.execution import WAYS, Call, Draw, NetworkChangedError, Passes, Settings, passes, planned
+from stochbn.execution import WAYS, Call, Draw, Passes, Plan, Settings, passes, planned, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.summary import Summary
 from stochbn.tasks import make_task
+from stochbn.undisturbed import without_gradients
 
 __all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
 
 TOLERANCE = 0.42
 """The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
 LARGEST_TOLERANCE = 1e100
-ATTEMPTS = 8
-"""How often a call begins again where its passes are found to change the network."""
 
 
 class Predictor(Protocol):
@@ -155,7 +155,7 @@ class Predictive:
         self.settings = settings or Settings()
         self._network = Network.of(model)
         self._network.look()
-        self._weights = self._network.weights()
+        self._weights = self._seen_weights()
 
     @property
     def model(self) -> nn.Module:
@@ -180,14 +180,17 @@ class Predictive:
         inputs = network_input(self.model, x, self.inputs)
         keep = self.keep_draws if keep_draws is None else keep_draws
         generator = checked_generator(self.generator if generator is None else generator)
-        state = generator.get_state() if generator is not None else None
-        for _ in range(ATTEMPTS):
-            try:
-                return self._predict(inputs, generator, keep)
-            except NetworkChangedError:  # noqa: PERF203 - once for a network, unless other threads change it meanwhile
-                if generator is not None and state is not None:
-                    generator.set_state(state)
-        return self._predict(inputs, generator, keep)
+        state = (torch.default_generator if generator is None else generator).get_state()
+        attempts = itertools.count()
+
+        def make(whole: str) -> Any:
+            source = generator
+            if next(attempts):  # again, from the same random numbers; the global generator is never set back
+                source = torch.Generator() if generator is None else generator
+                source.set_state(state)
+            return self._predict(inputs, source, keep, whole)
+
+        return repeated(make)
 
     def predict(
         self,
@@ -235,9 +238,7 @@ class Predictive:
             x: a batch, as for a prediction.
         """
         inputs = network_input(self.model, x, self.inputs)
-        with torch.inference_mode(False), torch.no_grad():
-            self._network.look()
-            plan = planned(self._network, inputs, self._call(self._tolerance(self.keep_draws) == 0, inputs))
+        plan = self._planned(inputs)
         if self._network.known.in_place:
             where = f"on the network itself, one call at a time ({self._network.known.in_place})"
         else:
@@ -254,6 +255,7 @@ class Predictive:
         refused: dict[str, list[str]] = {}
         for way in WAYS:
             later = ", once few objects are left" if way == "stacked" and plan.draws(inputs.count) < 2 else ""
+            later = ", unless a check in the call finds its rounding too large" if way == "bfloat16" else later
             if way in plan.ways:
                 lines.append(f"{way}: taken{later}")
             else:
@@ -261,14 +263,25 @@ class Predictive:
         lines += [f"{', '.join(ways)}: not taken: {reason}" for reason, ways in refused.items()]
         return "\n".join(lines)
 
-    def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool) -> Any:
+    @without_gradients
+    def _planned(self, inputs: NetworkInput) -> Plan:
+        self._network.look()
+        return planned(self._network, inputs, self._call(self._tolerance(self.keep_draws) == 0, inputs))
+
+    @without_gradients
+    def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool, whole: str) -> Any:
         tolerance = self._tolerance(keep)
         self._network.look()
         self._compare_weights()
         call = self._call(tolerance == 0, inputs)
-        if self.augment is not None:
+
+        def seed() -> int:
             device = generator.device if generator is not None else "cpu"
-            call = replace(call, seed=int(torch.randint(2**62, (), generator=generator, device=device)))
+            return int(torch.randint(2**62, (), generator=generator, device=device))
+
+        call = replace(call, whole=whole or call.whole, masks=call.masks and seed)
+        if self.augment is not None:
+            call = replace(call, seed=seed())
         with passes(self._network, inputs, call) as made:
             if made.plan.together:  # objects that are not told apart
                 tolerance = 0.0
@@ -297,16 +310,21 @@ class Predictive:
 
     def _compare_weights(self) -> None:
         """Warn, once for a change, where the posterior is no longer one of the network's weights."""
-        if self.posterior is None or self.check == "shape":
-            return
-        weights = self._network.weights()
+        weights = self._seen_weights()
         if weights == self._weights:
             return
         self._weights = weights
+        assert self.posterior is not None
         try:
             self.posterior.check(self.model)
         except ValueError as error:
             warn(f"the network has changed since this predictive was made: {error}")
+
+    def _seen_weights(self) -> tuple[Any, ...]:
+        """What tells of other weights than before, where that is asked."""
+        if self.posterior is None or self.check == "shape":
+            return ()
+        return self._network.weights(), totals(self._network.known.parameters)
 
     def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
         return made(block)

@@ -23,6 +23,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, load
 from stochbn.predictive.ensemble import Ensemble
 from stochbn.predictive.predictive import Predictive, Predictor
+from stochbn.undisturbed import undisturbed
 
 __all__ = ["snapshots"]
 
@@ -168,6 +169,7 @@ class _Cycle:
                 self._report(min(step, self._steps))
         model.eval()
 
+    @undisturbed
     def _step(self, batch: Batch, optimiser: Optimizer, step: int) -> None:
         inputs, number = network_input(self._model, batch, self._inputs), 7919 * self._seed + step
         if self._augment is not None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from stochbn.execution.follow import Followed
 from stochbn.execution.watch import MULTIPLYING
-from stochbn.execution.ways.channels_last import sampled
 from stochbn.network.calling import NetworkInput
-from stochbn.network.replica import Network, Replica
+from stochbn.network.replica import Replica
 
 __all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounded"]
 
@@ -53,30 +52,22 @@ def applies(
     return "" if followed.last else "no layer makes the logits"
 
 
-def low_weights(network: Network, replica: Replica, head: str) -> dict[str, Tensor]:
+def low_weights(replica: Replica, head: str) -> dict[str, Tensor]:
     """The weights in bfloat16, those of convolutions in channels-last layout, of all layers but `head`.
 
-    They are kept once for a network, until its weights change.
+    Each call makes them anew, as those in channels-last layout.
     """
-    own = {
-        f"{prefix}.{name}" if prefix else name: (module, value)
-        for prefix, module in replica.modules.items()
-        if isinstance(module, MULTIPLYING) and prefix != head
-        for name, value in module._parameters.items()
-        if value is not None
-    }
-    key, now = ("bfloat16", head), (network.weights(), sampled(value for _, value in own.values()))
-    kept = network.known.get(key)
-    if kept is None or kept[0] != now:
-        weights = {}
-        for name, (module, value) in own.items():
-            planes = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and value.ndim == 4
-            layout = torch.channels_last if planes else torch.contiguous_format
-            weights[name] = value.detach().to(torch.bfloat16, memory_format=layout)
-        kept = now, weights
-        network.known.keep(key, kept)
-    found: dict[str, Tensor] = kept[1]
-    return found
+    weights = {}
+    for prefix, module in replica.modules.items():
+        if not isinstance(module, MULTIPLYING) or prefix == head:
+            continue
+        for name, value in module._parameters.items():
+            if value is not None:
+                planes = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and value.ndim == 4
+                layout = torch.channels_last if planes else torch.contiguous_format
+                key = f"{prefix}.{name}" if prefix else name
+                weights[key] = value.detach().to(torch.bfloat16, memory_format=layout)
+    return weights
 
 
 def rounded(inputs: NetworkInput) -> NetworkInput:

@@ -6,15 +6,13 @@ rounding, as sums may be taken in another order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from stochbn.execution.follow import Followed
-from stochbn.network.replica import Network, Replica
+from stochbn.network.replica import Replica
 
-__all__ = ["applies", "channels_last_weights", "convolutions", "sampled"]
+__all__ = ["applies", "channels_last_weights", "convolutions"]
 
 
 def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
@@ -26,28 +24,13 @@ def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
     return "the network's code looks at the layout of tensors" if followed.reads_layout else ""
 
 
-def channels_last_weights(network: Network, replica: Replica) -> dict[str, Tensor]:
+def channels_last_weights(replica: Replica) -> dict[str, Tensor]:
     """Copies in channels-last layout, by their names, of the weights of convolutions that are not in it.
 
-    They are kept once for a network, until its weights change.
+    Each call makes them anew: nothing tells of every write to a weight, such as by ``.data``.
     """
     own = convolutions(replica)
-    now = network.weights(), sampled(own.values())
-    kept = network.known.get("channels_last")
-    if kept is None or kept[0] != now:
-        kept = now, {name: weight.detach().clone(memory_format=torch.channels_last) for name, weight in own.items()}
-        network.known.keep("channels_last", kept)
-    weights: dict[str, Tensor] = kept[1]
-    return weights
-
-
-def sampled(tensors: Iterable[Tensor]) -> tuple[float, ...]:
-    """A few numbers of each tensor: they tell of writes that leave a tensor's version as it is, as by ``.data``."""
-    numbers: list[Tensor] = []
-    for tensor in tensors:
-        flat = tensor.detach().flatten()
-        numbers.append(flat[:: max(1, len(flat) // 16)][:16].float())
-    return tuple(torch.cat(numbers).tolist()) if numbers else ()
+    return {name: weight.detach().clone(memory_format=torch.channels_last) for name, weight in own.items()}
 
 
 def convolutions(replica: Replica) -> dict[str, Tensor]:

@@ -1,0 +1,101 @@
+"""What a call leaves on its thread, also where an interrupt arrives at any of its lines: nothing."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch._C import (
+    _get_dispatch_stack_at,
+    _get_function_stack_at,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+
+__all__ = ["scope", "undisturbed", "without_gradients"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LOCAL = threading.local()
+
+
+class _Before:
+    """The modes of this thread before a call, and what has been opened in it."""
+
+    def __init__(self) -> None:
+        self._gradients = torch.is_grad_enabled()
+        self._inference: Any = None
+        self._functions, self._dispatches = _len_torch_function_stack(), _len_torch_dispatch_stack()
+        self._opened: list[Generator[Any, None, None]] = []
+        scopes: list[list[Generator[Any, None, None]]] = _LOCAL.__dict__.setdefault("scopes", [])
+        self._depth = len(scopes)
+        scopes.append(self._opened)
+
+    def stop_gradients(self) -> None:
+        """Have the call run without gradients and outside of inference mode."""
+        if torch.is_inference_mode_enabled():
+            self._inference = torch._C._InferenceMode(False)
+            self._inference.__enter__()
+        torch._C._set_grad_enabled(False)
+
+    def restore(self) -> None:
+        """Bring all back; it may be asked for again where it was interrupted."""
+        while (count := _len_torch_function_stack()) > self._functions:
+            _get_function_stack_at(count - 1).__exit__(None, None, None)
+        while (count := _len_torch_dispatch_stack()) > self._dispatches:
+            _get_dispatch_stack_at(count - 1).__exit__(None, None, None)
+        for generator in self._opened:  # the outermost first, which ends those in it
+            generator.close()
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._gradients)
+        del _LOCAL.scopes[self._depth :]
+
+
+def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that leaves the modes of its thread as they were, and nothing open that was made with `scope`.
+
+    A ``with`` block does not promise that: an interrupt may arrive before its end is run.
+    """
+    return _leaving(function, gradients=True)
+
+
+def without_gradients(function: Callable[P, T]) -> Callable[P, T]:
+    """As `undisturbed`, and the function runs without gradients and outside of inference mode."""
+    return _leaving(function, gradients=False)
+
+
+def _leaving(function: Callable[P, T], gradients: bool) -> Callable[P, T]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        before = _Before()
+        try:
+            try:
+                if not gradients:
+                    before.stop_gradients()
+                return function(*args, **kwargs)
+            finally:
+                before.restore()
+        finally:  # again, as an interrupt may have come in between
+            before.restore()
+
+    return call
+
+
+def scope(function: Callable[P, Generator[T, None, None]]) -> Callable[P, AbstractContextManager[T]]:
+    """As ``contextlib.contextmanager``, but what an interrupt leaves open ends with the call that it is opened in."""
+
+    @functools.wraps(function)
+    def opened(*args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+        generator = function(*args, **kwargs)
+        scopes = getattr(_LOCAL, "scopes", None)
+        if scopes:
+            scopes[-1].append(generator)
+        return generator
+
+    return contextmanager(opened)
