@@ -138,9 +138,11 @@ def slow_ways(
 
 
 def slow_choice(ways: list[Way]) -> Way:
-    """The simplest of those within one standard error of the best."""
+    """The simplest of those within one standard error of the best; with a temperature if that saves a nat in all."""
     best = min(ways, key=lambda way: way.best.mean().item())
     simple = [way for way in ways if way.passes == 1]
+    if not simple[1].centre and (simple[0].best - simple[1].best).sum() > 1:
+        simple[:2] = simple[1::-1]
     for centre in ("running", "observed"):
         drawing = [way for way in ways if way.passes > 1 and way.centre == centre]
         simple += [min(drawing, key=lambda way: way.best.mean().item())] if drawing else []
@@ -285,7 +287,7 @@ def test_logits_three_times_as_large_need_a_temperature_three_times_as_large(
     one, three = Scaled(model, 1), Scaled(model, 3)
     plain = calibrate(one, fitted(one), batches, batch_sizes=sizes, temperature=True)
     large = calibrate(three, fitted(three), batches, batch_sizes=sizes, temperature=True)
-    assert 0.4 < plain.temperature < 1.3
+    assert 0.3 < plain.temperature < 1.3
     assert large.temperature == pytest.approx(3 * plain.temperature, rel=0.01)
     assert large.batch_size == plain.batch_size
     x = batches[0][0]
