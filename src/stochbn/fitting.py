@@ -211,7 +211,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         except NoBatchesError as error:
             lack = error
         else:
-            guard(network, first, training)
+            random = guard(network, first, training)
             own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
             total = _expected(data, first, batch_size, own)
 
@@ -222,7 +222,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
                     progress(number + 1, total)
                 return number + 1 < own
 
-            frozen = _observed(network, training, itertools.chain([first], observations), ranks, update)
+            frozen = _observed(network, training, random, itertools.chain([first], observations), ranks, update)
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
         accumulator = ranks.merged(accumulator)
@@ -287,12 +287,13 @@ def _expected(data: Any, first: NetworkInput, batch_size: int | None, limit: flo
 def _observed(
     network: Network,
     training: frozenset[str],
+    random: bool,
     mini_batches: Iterable[NetworkInput],
     ranks: Ranks,
     update: Callable[[int, NetworkInput, dict[str, Tensor]], bool],
 ) -> set[str]:
     """Give the statistics of mini-batches to `update`, until it says no; the layers that are frozen."""
-    with observing(network, training) as observe:
+    with observing(network, training, random) as observe:
         for number, mini_batch in enumerate(mini_batches):
             if not update(number, mini_batch, observe(mini_batch, ranks.place(number))):
                 break

@@ -113,7 +113,7 @@ def mini_batches(
 
 
 @scope
-def observing(network: Network, training: frozenset[str]) -> Generator[Observer, None, None]:
+def observing(network: Network, training: frozenset[str], random: bool = True) -> Generator[Observer, None, None]:
     """An observer of a copy of a network, or of the network itself where it cannot be copied.
 
     A ``SyncBatchNorm`` works as an ordinary batch norm meanwhile: a mini-batch is this process's own, whatever job it
@@ -122,6 +122,7 @@ def observing(network: Network, training: frozenset[str]) -> Generator[Observer,
     Args:
         network: the network.
         training: names of the modules that are in training mode; batch norms among the others are not observed.
+        random: whether passes may draw random numbers.
     """
     with network.copied(train=True) as replica:
         synchronised = [
@@ -131,7 +132,7 @@ def observing(network: Network, training: frozenset[str]) -> Generator[Observer,
         ]
         for layer in synchronised:
             layer.forward = functools.partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
-        observer = Observer(replica, training)
+        observer = Observer(replica, training, random)
         try:
             yield observer
         finally:
@@ -162,6 +163,7 @@ class Observer:
     Args:
         replica: the network to run, which is changed.
         training: names of the modules that are in training mode; batch norms among the others are not observed.
+        random: whether passes may draw random numbers; if not, that is watched in the first one alone.
 
     Attributes:
         frozen: the layers that were called and do not update their running averages in training mode.
@@ -171,9 +173,9 @@ class Observer:
             channels elsewhere than on axis 1.
     """
 
-    def __init__(self, replica: Replica, training: frozenset[str]) -> None:
+    def __init__(self, replica: Replica, training: frozenset[str], random: bool = True) -> None:
         self.frozen: list[str] = []
-        self._replica = replica
+        self._replica, self._random = replica, random
         replica.modes(training)
         self._layers = {name: layer for name, layer in replica.norms.items() if layer.training}
         self._handles = []
@@ -225,7 +227,8 @@ class Observer:
 
     def _passed(self, inputs: NetworkInput) -> dict[str, Tensor]:
         self._calls.clear()
-        with self._masks, self._counted if self._partial else nullcontext():
+        watched = self._random or self._first or self._masks.used
+        with self._masks if watched else nullcontext(), self._counted if self._partial else nullcontext():
             inputs.call(self._replica.model)
         return _collect(self._calls)
 

@@ -68,6 +68,7 @@ class Passes:
         self._generators: dict[int, Any] = {}
         self._made = 0  # draws so far, by which the inputs are augmented
         self._views: Views | None = None
+        self._view: NetworkInput | None = None  # what the first draw sees
         if call.augment is not None:
             self._views = Views(call.augment, len(inputs.first), call.seed, call.clean)
         self._masks = call.masks if plan.random else None
@@ -151,10 +152,10 @@ class Passes:
             self._change(Plan(together=self.plan.together))
             values = torch.stack([self._one(draw, self._made + i) for i, draw in enumerate(draws)])
         if self._first:
-            self._first = False
             self._call.task.check(values[0])
             if self.plan.size is not None and not self.plan.head:
                 self._compare(values[0], draws[0])
+            self._first, self._view = False, None
         self._made += len(draws)
         return values
 
@@ -223,8 +224,13 @@ class Passes:
         """The inputs as the draw of this number sees them: the first tensor augmented."""
         if self._views is None:
             return self._inputs
-        views = self._views
-        return self._inputs.with_first(lambda tensor: views(tensor, number))
+        views, first = self._views, self._first and number == self._made
+        if first and self._view is not None:  # once, as a function may change it in another way the next time
+            return self._view
+        seen = self._inputs.with_first(lambda tensor: views(tensor, number))
+        if first:
+            self._view = seen
+        return seen
 
     def _restored(self, values: Tensor, number: int) -> Tensor:
         return values if self._views is None else self._views.undo(values, self._inputs.first, number)

@@ -269,11 +269,14 @@ class Network:
         with self._alone():
             before = self._borrower
             try:
-                self._borrower = threading.get_ident()
-                self._borrows += 1
-                with _borrowed(self.model) as borrowed:
-                    yield borrowed
-            finally:
+                try:
+                    self._borrower = threading.get_ident()
+                    self._borrows += 1
+                    with _borrowed(self.model) as borrowed:
+                        yield borrowed
+                finally:
+                    self._borrower = before
+            finally:  # again, as an interrupt may have come in between
                 self._borrower = before
 
     def trained(self) -> frozenset[str]:
