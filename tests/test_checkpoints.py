@@ -50,6 +50,18 @@ def test_a_network_comes_back_bit_for_bit(network: str, dropout: float, tmp_path
         assert loaded.model(x).equal(saved.model(x))
 
 
+def test_a_network_may_be_kept_in_half_the_space(tmp_path: Path) -> None:
+    saved = checkpoint("vgg11")
+    checkpoints.save(tmp_path / "n.safetensors", saved)
+    checkpoints.save(tmp_path / "half.safetensors", saved, half=True)
+    whole, half = ((tmp_path / name).stat().st_size for name in ("n.safetensors", "half.safetensors"))
+    assert half < 0.6 * whole
+    ours, theirs = saved.model.state_dict(), checkpoints.load(tmp_path / "half.safetensors").model.state_dict()
+    for name, value in ours.items():
+        assert theirs[name].dtype == value.dtype
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3 if value.ndim > 1 else 0, atol=1e-7)
+
+
 @pytest.mark.parametrize(("network", "older"), [("resnet18-final-bn", "resnet18"), ("vgg11", "vgg11")])
 def test_networks_of_earlier_versions_are_told_by_their_weights(network: str, older: str, tmp_path: Path) -> None:
     bias = {"bias": False} if network == "vgg11" else {}

@@ -36,8 +36,13 @@ class Checkpoint:
     classes: tuple[str, ...]
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, half: bool = False) -> None:
     """Save weights and description as safetensors, whole or not at all.
+
+    Args:
+        path: of the file.
+        checkpoint: what to save.
+        half: keep the weights of convolutions and linear layers in half precision; batch norms stay as they are.
 
     Raises:
         OSError: the file cannot be written.
@@ -48,7 +53,10 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "data": checkpoint.data,
         "classes": list(checkpoint.classes),
     }
-    write_tensors(path, FORMAT, checkpoint.model.state_dict(), about)
+    tensors = checkpoint.model.state_dict()
+    if half:
+        tensors = {name: value.half() if value.ndim > 1 else value for name, value in tensors.items()}
+    write_tensors(path, FORMAT, tensors, about)
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
