@@ -138,10 +138,10 @@ def slow_ways(
 
 
 def slow_choice(ways: list[Way]) -> Way:
-    """The simplest of those within one standard error of the best; with a temperature if that saves a nat in all."""
+    """The simplest of those within one standard error of the best; with a temperature before those without."""
     best = min(ways, key=lambda way: way.best.mean().item())
     simple = [way for way in ways if way.passes == 1]
-    if not simple[1].centre and (simple[0].best - simple[1].best).sum() > 1:
+    if not simple[1].centre:  # it has a temperature
         simple[:2] = simple[1::-1]
     for centre in ("running", "observed"):
         drawing = [way for way in ways if way.passes > 1 and way.centre == centre]
@@ -204,8 +204,9 @@ def test_where_labels_follow_the_plain_network_a_temperature_is_enough(model: nn
 
 def test_where_the_plain_network_is_right_it_is_left_alone(model: nn.Module) -> None:
     found = calibrate(model, fitted(model), held_out(model, (500,)))
-    assert (found.batch_size, found.centre, found.temperature) == (math.inf, "running", 1.0)
-    assert found.choice.startswith("The plain network does as well as drawing, at one pass")
+    assert (found.batch_size, found.centre) == (math.inf, "running")
+    assert found.temperature == pytest.approx(1, rel=0.1)
+    assert found.choice.startswith("The plain network at temperature")
 
 
 def test_labels_that_follow_the_draws_ask_for_them(model: nn.Module) -> None:

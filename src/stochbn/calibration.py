@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from stochbn.augment import Augment, check_augment
-from stochbn.calibration_report import PARAMETER, Choice, Totals, Tried
+from stochbn.calibration_report import Choice, Totals, Tried
 from stochbn.calibration_scores import SCORES, Score
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, passes, repeated
@@ -62,10 +62,10 @@ def calibrate(
     The options are the plain network; the plain network with a temperature; and draws with the noise of mini-batches
     of several sizes, about the network's running statistics and about the observed ones, each with its temperature.
     All are scored on the same examples, with the same random numbers. The simplest is chosen, in passes first, of those
-    within one standard error of the best; a temperature, which costs no pass, if it pays for its one parameter
-    (Akaike's criterion). So a posterior that gains nothing beyond a temperature becomes the plain
-    network with that temperature, at one pass; ``posterior.choice`` says why. What was fitted is not lost: `calibrate`
-    begins again from there, and ``posterior.fitted()`` gives it.
+    within one standard error of the best. A temperature costs no pass, so it is preferred to none. So a posterior that
+    gains nothing beyond a temperature becomes the plain network with that temperature, at one pass;
+    ``posterior.choice`` says why. What was fitted is not lost: `calibrate` begins again from there, and
+    ``posterior.fitted()`` gives it.
 
     `held_out` is read once. Every batch goes through the network once for the plain network, once for the observed
     statistics without noise, and `draws` times for each noise about each centre: 82 passes by default, beside trials
@@ -162,7 +162,7 @@ def calibrate(
     if not totals.total.isfinite().all():
         raise ValueError("the network's output is not finite for some held-out examples; check the input for NaN")
     options = totals.options(tried, temperatures)
-    number = totals.choose(tried, PARAMETER[score])
+    number = totals.choose(tried)
     choice = Choice(score, totals.units, units, options, options[number])
     _warn_of_ends(choice, temperature)
     report(choice)

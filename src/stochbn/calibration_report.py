@@ -12,12 +12,10 @@ from torch import Tensor
 
 from stochbn.distributed import Ranks
 
-__all__ = ["PARAMETER", "Choice", "Option", "Totals", "Tried"]
+__all__ = ["Choice", "Option", "Totals", "Tried"]
 
 UNITS = {"nll": "nats", "brier": ""}
 NAMES = {"nll": "NLL", "brier": "Brier score"}
-PARAMETER = {"nll": 1.0, "brier": 0.0}
-"""What a parameter must lower the sum of the scores by: for log-likelihoods as Akaike's criterion says."""
 
 
 class Tried(NamedTuple):
@@ -188,19 +186,19 @@ class Totals:
             )
         return tuple(options)
 
-    def choose(self, tried: Sequence[Tried], parameter: float) -> int:
+    def choose(self, tried: Sequence[Tried]) -> int:
         """The simplest of the ways that may be chosen and are within one standard error of the best of them.
 
         Fewer passes are simpler, then the earlier ones in `tried`; among ways that draw, the best about each centre. A
-        temperature costs no pass: it is simpler than none where it lowers the sum of the scores by more than
-        `parameter`, which for the NLL is 1 by Akaike's criterion.
+        temperature costs no pass, so it comes before none, unless the best one lies at an end of the range: then the
+        examples do not tell which it is.
         """
         places = [self._best(one) for one in tried]
         means = [self._sums[place].item() for place in places]
         allowed = [number for number, one in enumerate(tried) if one.selectable and math.isfinite(means[number])]
         best = min(allowed, key=means.__getitem__)
         candidates = [number for number in allowed if tried[number].passes == 1]
-        if candidates[:2] == [0, 1] and means[0] - means[1] > parameter:
+        if candidates[:2] == [0, 1] and places[1] % self.shape[1] not in (0, len(tried[1].temperatures) - 1):
             candidates[:2] = [1, 0]
         for centre in ("running", "observed"):
             drawing = [n for n in allowed if tried[n].passes > 1 and tried[n].centre == centre]
