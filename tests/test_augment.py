@@ -17,6 +17,7 @@ import stochbn
 from conftest import convnet, normal, seeded, settled
 from stochbn import augment
 from stochbn.augment import Views
+from stochbn.calibration_report import Choice
 
 BOTH = augment.chain(augment.flip(), augment.shift(2))
 SHIFT = augment.shift(1)
@@ -367,13 +368,13 @@ def test_statistics_are_those_of_augmented_mini_batches() -> None:
     def doubled(x: Tensor, generator: torch.Generator) -> Tensor:
         return 2 * x
 
-    by_hand = stochbn.fit(model, [2 * x], 8, kind="factorized")
-    found = stochbn.fit(model, [x], 8, kind="factorized", augment=doubled)
+    by_hand = stochbn.fit(model, [2 * x], 8, kind="factorized", centre="observed")
+    found = stochbn.fit(model, [x], 8, kind="factorized", centre="observed", augment=doubled)
     torch.testing.assert_close(found.mean_mean, by_hand.mean_mean)
     torch.testing.assert_close(found.variance_variance, by_hand.variance_variance)
-    first, second = (stochbn.fit(model, [x], 8, kind="factorized", augment=BOTH) for _ in range(2))
+    first, second = (stochbn.fit(model, [x], 8, kind="factorized", centre="observed", augment=BOTH) for _ in range(2))
     assert first.mean_mean.equal(second.mean_mean)
-    assert not first.mean_mean.allclose(stochbn.fit(model, [x], 8, kind="factorized").mean_mean)
+    assert not first.mean_mean.allclose(stochbn.fit(model, [x], 8, kind="factorized", centre="observed").mean_mean)
 
 
 def test_every_mini_batch_is_augmented_in_another_way() -> None:
@@ -390,9 +391,10 @@ def test_noise_and_temperature_are_the_best_of_a_slow_grid(score: str, fn: augme
     labels = torch.multinomial(model(x).detach().mul(0.7).softmax(1), 1, generator=seeded())[:, 0]
     sizes = [2.0, 8.0, math.inf]
     done: list[int] = []
-    chosen = stochbn.calibrate(
-        model, given, [(x, labels)], batch_sizes=sizes, temperature=True, augment=fn, score=score,  # type: ignore[arg-type]
-        progress=done.append,
+    choices: list[Choice] = []
+    stochbn.calibrate(
+        model, given, [(x, labels)], batch_sizes=sizes, augment=fn, score=score,  # type: ignore[arg-type]
+        progress=done.append, report=choices.append,
     )  # fmt: skip
     assert done == [60]
     losses: dict[tuple[float, float], float] = {}
@@ -410,13 +412,15 @@ def test_noise_and_temperature_are_the_best_of_a_slow_grid(score: str, fn: augme
             brier = (probs - one_hot(labels, probs.shape[1])).square().sum(1).mean().item()
             nll = cross_entropy(probs.log(), labels).item()
             losses[size, temperature] = nll if score == "nll" else brier
-    size, temperature = min(losses, key=lambda key: losses[key])
-    assert chosen.batch_size == size
-    assert chosen.temperature == pytest.approx(temperature, rel=0.11)
+    drawn = [one for one in choices[0].options if one.centre]
+    assert len(drawn) == (2 if fn is None else 3)  # without augmentation, no noise is the plain network
+    for one in drawn:
+        best = min(loss for (size, _), loss in losses.items() if size == one.batch_size)
+        assert one.mean == pytest.approx(best, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_calibrating_with_augmentation_takes_48_passes() -> None:
+def test_calibrating_with_augmentation_takes_96_passes() -> None:
     model = network()
     objects: list[int] = []
 
@@ -434,7 +438,7 @@ def test_calibrating_with_augmentation_takes_48_passes() -> None:
             yield normal(64, 2, 8, 8, seed=seed), labels
 
     stochbn.calibrate(model, given, batches(), augment=counted, clean=False, temperature=True)
-    assert sum(objects) == 48 * 64
+    assert sum(objects) == 96 * 64, "five noises and none, about two centres, eight draws each"
 
 
 def test_what_cannot_be_calibrated_by_is_refused() -> None:

@@ -298,7 +298,7 @@ def test_networks_give_logits_and_work_with_sbn(name: str, arguments: dict[str, 
     model = settled(model, *shape)
     x = normal(6, *shape)
     assert model(x).shape == (6, arguments["classes"])
-    posterior = stochbn.fit(model, [normal(16, *shape, seed=1)], batch_size=4)
+    posterior = stochbn.fit(model, [normal(16, *shape, seed=1)], batch_size=4, centre="observed")
     assert list(posterior.layers) == list(batch_norms(model))
     assert not posterior.skipped
     prediction = stochbn.Predictive(model, posterior, draws=3)(x)

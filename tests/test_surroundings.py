@@ -241,7 +241,7 @@ def test_batches_of_graphs_are_taken_as_they_come() -> None:
     with pytest.raises(ValueError, match=r"share a first.*batch_size=None"):
         stochbn.fit(model, batches, inputs=3)
     before = Untouched(model)
-    posterior = stochbn.fit(model, batches, batch_size=None, inputs=3)
+    posterior = stochbn.fit(model, batches, batch_size=None, inputs=3, centre="observed")
     hidden = []
     for nodes, edges, _ in batches:
         with torch.no_grad():

@@ -39,7 +39,7 @@ def fit_posterior(
         images: its training data.
         batch_size: objects in a mini-batch whose statistics are observed.
         seed: where the order comes from, and the masks of dropout.
-        report: called with the number of mini-batches done and of all.
+        report: called with the number of images done and of all that are read.
         kind: as for `stochbn.fit`; the paper's by default.
         centre: likewise; the paper's by default.
         batches: how many mini-batches to observe, likewise; all of them by default.
@@ -52,10 +52,9 @@ def fit_posterior(
     if ranks.count > 1:
         mixed = mixed.shard(ranks.rank, ranks.count, batch_size)
 
-    whole = max(len(mixed) // batch_size, 1)
-
     def follow(done: int, total: int | None) -> None:
-        report(done, min(whole, total or whole))
+        every = len(mixed) // batch_size
+        report(done * batch_size, batch_size * min(every, total or every))
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
