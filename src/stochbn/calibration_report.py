@@ -105,8 +105,10 @@ class Choice:
         best, plain = self.drawing, self.options[0]
         beyond = f"{name} by {-best.more:.4f} \u00b1 {best.error:.4f} {unit}".rstrip()
         if best.passes > 1 and self.chosen is best:
-            gained = -best.more > best.error
-            kept = "worth its passes" if gained else "no gain, but the best of what could be chosen"
+            kept = "no gain, but the best of what could be chosen"
+            if -best.more > best.error:
+                sure = -best.more > 2 * best.error
+                kept = "worth its passes" if sure else "probably worth its passes; more examples would tell"
             return (
                 f"Drawing ({best.name}, {best.passes} passes) lowers the {beyond} beyond a temperature on "
                 f"{self.objects:,} held-out {self.units}: {kept}."

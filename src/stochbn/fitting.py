@@ -28,7 +28,7 @@ from stochbn.posteriors.accumulators import Accumulator
 from stochbn.statistics import NoBatchesError, mini_batches, observing
 from stochbn.undisturbed import undisturbed
 
-__all__ = ["fit"]
+__all__ = ["fit", "most_batches"]
 
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
@@ -174,7 +174,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             raise ValueError(f"centre must be 'running' or 'observed', got {centre!r:.40}")
         accumulator = _accumulator(kind, max_batches, directions)
         accumulator.rank = ranks.rank
-        limit = _limit(kind, max_batches, batches)
+        limit = most_batches(kind, max_batches, batches)
         layers = batch_norms(model)
         refuse_sharded(model)
         network = Network.of(model)
@@ -256,7 +256,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     return posterior
 
 
-def _limit(kind: str, max_batches: int, batches: float | None) -> float:
+def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = None) -> float:
     """How many mini-batches to observe.
 
     Raises:

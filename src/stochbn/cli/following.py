@@ -54,7 +54,8 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
     if not _has_labels(given):
         return again
     chosen = _calibrate(given, None, None if path == beside else path, augment)
-    return f"Next, choose its noise by data that the network was not trained on: {chosen}\nOr as it is. {again}"
+    choose = "choose between the plain network, a temperature and draws by data that it was not trained on"
+    return f"Next, {choose}: {chosen}\nOr as it is. {again}"
 
 
 def after_calibrating(

@@ -12,6 +12,7 @@ from torch import nn
 import stochbn
 from stochbn.augment import Augment
 from stochbn.distributed import Ranks
+from stochbn.fitting import most_batches
 from stochbn.posteriors import Posterior
 from stochbn.sources.objects import Objects
 
@@ -52,9 +53,10 @@ def fit_posterior(
     if ranks.count > 1:
         mixed = mixed.shard(ranks.rank, ranks.count, batch_size)
 
+    whole = batch_size * int(min(len(mixed) // batch_size, most_batches(kind, batches=batches)))
+
     def follow(done: int, total: int | None) -> None:
-        every = len(mixed) // batch_size
-        report(done * batch_size, batch_size * min(every, total or every))
+        report(done * batch_size, whole)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
