@@ -234,6 +234,47 @@ def test_calibrating_again_begins_from_what_was_fitted(model: nn.Module, tmp_pat
     assert again.choice == wanted.choice
 
 
+def test_a_fit_to_mini_batches_as_they_came_is_calibrated_again_and_again(model: nn.Module) -> None:
+    unknown = stochbn.fit(model, [normal(8, 4, seed=n) for n in range(3)], None)
+    first = calibrate(model, unknown, held_out(model, (800,)))
+    assert first.noiseless
+    again = reported(model, first, held_out(model, (800,)))
+    assert [one.centre for one in again.options] == ["", "", "running", "observed"]
+    assert "the noise that was fitted" in again.options[2].name
+    assert calibrate(model, unknown, [(X, Y)], batch_sizes=[math.inf]).noiseless
+
+
+def test_one_example_among_ignored_ones_tells_nothing(model: nn.Module) -> None:
+    x, y = held_out(model, (60,))[0]
+    ignored = torch.full_like(y, 255)
+    ignored[5] = y[5]
+    choice = reported(model, fitted(model), [(x, ignored)], ignore_index=255)
+    assert all(one.error == math.inf for one in choice.options if one.centre)
+
+
+def test_what_was_chosen_is_forgotten_with_another_noise_or_centre(model: nn.Module) -> None:
+    found = calibrate(model, fitted(model), held_out(model, (500,)))
+    assert found.choice
+    for other in (found.rescale(8), found.recentre(model), found.recentre_observed(), found.fitted()):
+        assert not other.choice
+    still = dataclasses.replace(found.rescale(8), choice="Drawing is worth its passes.").rescale(math.inf)
+    note = Predictive(model, still)(normal(5, 4)).note
+    assert note == "one pass without draws, so nothing is due to them: the posterior has no noise"
+
+
+def test_a_single_draw_is_drawing_too(model: nn.Module) -> None:
+    choice = reported(model, fitted(model), held_out(model, (300,)), draws=1)
+    assert [one.drawing for one in choice.options] == [False, False, *[True] * 10, False]
+
+
+def test_dropout_over_a_posterior_without_noise_draws_its_masks() -> None:
+    model = settled(dropout_net(), 4)
+    posterior = fitted(model).rescale(math.inf)
+    found = stochbn.MCDropout(model, 9, posterior, generator=seeded())(normal(6, 4))
+    assert (found.mutual_information > 0).any()
+    assert not found.note
+
+
 def test_an_augmented_average_is_compared_with_the_plain_network_but_does_not_become_it(model: nn.Module) -> None:
     def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
         return x + 2 * torch.randn(x.shape, generator=generator)
@@ -244,7 +285,7 @@ def test_an_augmented_average_is_compared_with_the_plain_network_but_does_not_be
     assert not tempered.selectable
     assert tempered.mean < choice.chosen.mean
     assert all(one.passes == 4 and one.selectable for one in others)
-    assert "no gain, but the best of what could be chosen" in str(choice)
+    assert "not worth its passes, but the best of what could be chosen" in str(choice)
 
 
 def same_draws(one: stochbn.Posterior, other: stochbn.Posterior) -> None:

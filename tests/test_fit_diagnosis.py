@@ -160,6 +160,28 @@ def test_a_loader_that_is_not_shuffled_is_told_by_name(order: str) -> None:
     assert not told(tabular(), loader((x[places], y[places]), shuffle=True))
 
 
+def test_whole_numbers_that_the_network_takes_are_no_labels() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tabular()
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            out: Tensor = self.network(x)
+            return out
+
+    data = [(blobs(64, 5000 + n)[0], torch.full((64,), n)) for n in range(20)]
+    assert not told(Beside().eval(), data, inputs=2)
+
+
+@pytest.mark.parametrize("form", [lambda y: y[:, None], lambda y: (y > 1).float()])
+def test_labels_of_other_forms_show_an_order_too(form: Callable[[Tensor], Tensor]) -> None:
+    x, y = blobs(2000, 5000)
+    order = y.argsort(stable=True)
+    (said,) = told(tabular(), loader((x[order], form(y[order])), shuffle=False))
+    assert said.startswith("the data is not shuffled: ")
+
+
 def test_data_that_begins_with_one_class_alone_is_told() -> None:
     x, y = blobs(4000, 5000)
     order = y.argsort(stable=True)

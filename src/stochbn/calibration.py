@@ -116,7 +116,7 @@ def calibrate(
     with ranks.failing_together():
         _check(model, posterior, batch_sizes, draws, task, score, augment, check)
         base = posterior.fitted() if posterior.choice else posterior
-        if base.noiseless and base.fitted_size is not None:
+        if base.noiseless:
             base = base.fitted()
         noises = _noises(model, base, batch_sizes, augment is not None)
         plain = _plain(model, base)
@@ -216,16 +216,20 @@ def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | No
         own = base.batch_size
         if own is None:
             return centres
-        batch_sizes = [math.inf] if base.noiseless else [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
-    noises = [one.rescale(size) for one in centres for size in batch_sizes]
+        batch_sizes = [own / 4, own / 2, own, 2 * own, 4 * own, math.inf]
+    noises = [_still(one) if size == math.inf else one.rescale(size) for one in centres for size in batch_sizes]
     return [one for one in noises if augmented or not one.noiseless or one.centre != "running"]
 
 
 def _plain(model: nn.Module, base: Posterior) -> Posterior:
     """A posterior whose only draw is what the network works with."""
-    running, _ = base.centred(model)
-    known = running.fitted_size is not None
-    return running.rescale(math.inf) if known else replace(running, batch_size=math.inf)
+    return _still(base.centred(model)[0])
+
+
+def _still(posterior: Posterior) -> Posterior:
+    """A posterior without its noise, of whatever size that is."""
+    known = posterior.fitted_size is not None
+    return posterior.rescale(math.inf) if known else replace(posterior, batch_size=math.inf)
 
 
 def _tried(noises: Sequence[Posterior], draws: int, temperature: bool, plain: bool, augmented: bool) -> list[Tried]:
@@ -246,7 +250,7 @@ def _tried(noises: Sequence[Posterior], draws: int, temperature: bool, plain: bo
 
 def _warn_of_ends(choice: Choice, temperature: bool) -> None:
     """Warn where the best noise or temperature is the last one that was tried."""
-    sizes = [one.batch_size for one in choice.options if one.passes > 1]
+    sizes = [one.batch_size for one in choice.options if one.drawing]
     if len(sizes) > 1 and choice.chosen.batch_size == min(sizes):
         warnings.warn(
             f"the noise of the smallest mini-batches that were tried, {min(sizes):g}, is the best: more "
@@ -255,9 +259,10 @@ def _warn_of_ends(choice: Choice, temperature: bool) -> None:
         )
     ends = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     if temperature and choice.chosen.temperature in ends:
+        few = choice.chosen.temperature < 1
         warnings.warn(
-            f"the best temperature lies at or beyond the end of the range, {choice.chosen.temperature:g}, as where few "
-            "held-out examples are classified wrongly: more of them would tell",
+            f"the best temperature lies at or beyond the end of the range, {choice.chosen.temperature:g}"
+            f"{', as where few held-out examples are classified wrongly: more of them would tell' if few else ''}",
             stacklevel=3,
         )
 

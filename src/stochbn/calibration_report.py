@@ -37,6 +37,11 @@ class Tried(NamedTuple):
     temperatures: tuple[int, ...]
     selectable: bool = True
 
+    @property
+    def drawing(self) -> bool:
+        """Whether it draws, and so takes several passes to predict with."""
+        return self.passes > 1 or (bool(self.centre) and self.batch_size != math.inf)
+
 
 class Option(NamedTuple):
     """A way to predict, at the temperature that is best for it.
@@ -70,10 +75,17 @@ class Option(NamedTuple):
         >>> Option("running", 16, 8, 1.0, 0.3, 0.0, 0.0).name
         'the noise of mini-batches of 16 about the running statistics'
         """
+        if math.isnan(self.batch_size):
+            return f"the noise that was fitted about the {self.centre} statistics"
         if not self.centre:
             return "the plain network" + ("" if self.temperature == 1 else f" at temperature {self.temperature:.2f}")
         noise = "no noise" if self.batch_size == math.inf else f"the noise of mini-batches of {self.batch_size:g}"
         return f"{noise} about the {self.centre} statistics"
+
+    @property
+    def drawing(self) -> bool:
+        """Whether it draws, and so takes several passes to predict with."""
+        return self.passes > 1 or (bool(self.centre) and self.batch_size != math.inf)
 
 
 @dataclass(frozen=True)
@@ -97,28 +109,34 @@ class Choice:
     @property
     def drawing(self) -> Option:
         """The best of the options that draw; the chosen one if it is one of them."""
-        drawing = [one for one in self.options if one.passes > 1]
-        return self.chosen if self.chosen.passes > 1 else min(drawing, key=lambda one: one.mean, default=self.chosen)
+        drawing = [one for one in self.options if one.drawing]
+        return self.chosen if self.chosen.drawing else min(drawing, key=lambda one: one.mean, default=self.chosen)
 
     def __str__(self) -> str:
         name, unit = NAMES[self.score], UNITS[self.score]
         best, plain = self.drawing, self.options[0]
-        beyond = f"{name} by {-best.more:.4f} \u00b1 {best.error:.4f} {unit}".rstrip()
-        if best.passes > 1 and self.chosen is best:
-            kept = "no gain, but the best of what could be chosen"
-            if -best.more > best.error:
-                sure = -best.more > 2 * best.error
-                kept = "worth its passes" if sure else "probably worth its passes; more examples would tell"
-            return (
-                f"Drawing ({best.name}, {best.passes} passes) lowers the {beyond} beyond a temperature on "
-                f"{self.objects:,} held-out {self.units}: {kept}."
-            )
-        told = f"{self.chosen.name[0].upper()}{self.chosen.name[1:]} does as well as drawing, at one pass"
-        if best.passes > 1:
-            told += f": drawing changes the {name} by {best.more:+.4f} \u00b1 {best.error:.4f} {unit}".rstrip()
-            told += f" beyond a temperature on {self.objects:,} held-out {self.units}"
+        on = f"beyond a temperature on {self.objects:,} held-out {self.units}"
+        if best.drawing and self.chosen is best:
+            sure = -best.more > 2 * best.error
+            verdict = "worth its passes" if sure else "probably worth its passes; more examples would tell"
+            if -best.more <= best.error:
+                verdict = "not worth its passes, but the best of what could be chosen"
+            changed = f"{'lowers' if best.more < 0 else 'raises'} the {name} by {abs(best.more):.4f}"
+            drawn = f"Drawing ({best.name}, {best.passes} passes)"
+            return f"{drawn} {changed} \u00b1 {best.error:.4f} {unit}".rstrip() + f" {on}: {verdict}."
+        told = f"{self.chosen.name[0].upper()}{self.chosen.name[1:]}"
+        if best.drawing:
+            told += f" does as well as drawing, at one pass: drawing changes the {name} by {best.more:+.4f} "
+            told += f"\u00b1 {best.error:.4f} {unit}".rstrip() + f" {on}"
+        else:
+            told += " is the best of what was tried, at one pass"
         if self.chosen is not plain and not self.chosen.centre:
-            told += f", the temperature alone by {-plain.more:+.4f} \u00b1 {plain.error:.4f} {unit}".rstrip()
+            told += (
+                f", the temperature alone by {-plain.more:+.4f}"
+                if best.drawing
+                else (f"; the temperature changes the {name} by {-plain.more:+.4f}")
+            )
+            told += f" \u00b1 {plain.error:.4f} {unit}".rstrip()
         return f"{told}."
 
 
@@ -133,6 +151,7 @@ class Totals:
     def __init__(self, noises: int, temperatures: int) -> None:
         self.shape = noises, temperatures
         self.objects = 0
+        self.counted = 0  # objects that have any unit
         self._sums = torch.zeros(noises * temperatures + 1, dtype=torch.float64)  # the last one is of the units
         self._products = torch.zeros(len(self._sums), len(self._sums), dtype=torch.float64)
 
@@ -157,11 +176,12 @@ class Totals:
         self._sums += flat.sum(1)
         self._products.addmm_(flat, flat.T)
         self.objects += len(units)
+        self.counted += int((units > 0).sum())
 
     def share(self, ranks: Ranks) -> None:
         """Add up those of all ranks."""
         self._sums, self._products = ranks.total(self._sums), ranks.total(self._products)
-        self.objects = int(ranks.total(torch.tensor(self.objects)))
+        self.objects, self.counted = ranks.total(torch.tensor([self.objects, self.counted])).tolist()
 
     def options(self, tried: Sequence[Tried], temperatures: Tensor) -> tuple[Option, ...]:
         """Each way to predict at its best temperature, beside the second one: the plain network with a temperature."""
@@ -199,11 +219,11 @@ class Totals:
         means = [self._sums[place].item() for place in places]
         allowed = [number for number, one in enumerate(tried) if one.selectable and math.isfinite(means[number])]
         best = min(allowed, key=means.__getitem__)
-        candidates = [number for number in allowed if tried[number].passes == 1]
+        candidates = [number for number in allowed if not tried[number].drawing]
         if candidates[:2] == [0, 1] and places[1] % self.shape[1] not in (0, len(tried[1].temperatures) - 1):
             candidates[:2] = [1, 0]
         for centre in ("running", "observed"):
-            drawing = [n for n in allowed if tried[n].passes > 1 and tried[n].centre == centre]
+            drawing = [n for n in allowed if tried[n].drawing and tried[n].centre == centre]
             candidates += [min(drawing, key=means.__getitem__)] if drawing else []
         near = [n for n in candidates if (means[n] - means[best]) / self.units <= self.error(places[n], places[best])]
         return near[0]
@@ -217,13 +237,13 @@ class Totals:
         """The standard error of a mean difference of a unit: that of a ratio of sums over examples."""
         if place == other:
             return 0.0
-        if self.objects < 2:
+        if self.counted < 2:
             return math.inf
         weights = torch.zeros_like(self._sums)
         more = ((self._sums[place] - self._sums[other]) / self.units).item()
         weights[place], weights[other], weights[-1] = 1, -1, -more
         squares = max((weights @ self._products @ weights).item(), 0)
-        return math.sqrt(squares * self.objects / (self.objects - 1)) / self.units
+        return math.sqrt(squares * self.counted / (self.counted - 1)) / self.units
 
 
 def _refined(losses: Tensor, temperatures: Tensor, at: int) -> float:

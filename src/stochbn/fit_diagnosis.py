@@ -349,10 +349,14 @@ def _labels(batch: Batch) -> Tensor | None:
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         labels = batch[1]
     elif isinstance(batch, Mapping):
-        labels = next((batch[key] for key in ("labels", "label") if key in batch), None)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or not labels.numel():
+        labels = next((batch[key] for key in ("labels", "label", "targets", "target") if key in batch), None)
+    if not isinstance(labels, Tensor) or labels.is_complex() or not labels.numel():
         return None
-    return labels.detach().cpu()
+    if labels.is_floating_point() and not bool(((labels == 0) | (labels == 1)).all()):
+        return None
+    labels = labels.detach().cpu().long()
+    whole: Tensor = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return whole
 
 
 def _flipped_and_shifted(padding: str) -> Callable[[Tensor], Tensor]:

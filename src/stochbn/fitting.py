@@ -196,7 +196,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             "of at least as many examples",
             stacklevel=2,
         )
-    diagnosis = Diagnosis(batch_size)
+    diagnosis = Diagnosis(batch_size, labelled=inputs is None or inputs == 1)
     with ranks.failing_together():
         network.look()
         fingerprint = Fingerprint.of(model)
@@ -278,9 +278,14 @@ def _expected(data: Any, first: NetworkInput, batch_size: int | None, limit: flo
     """How many mini-batches will be observed, as far as the length of the data tells."""
     if not isinstance(data, Sized):
         return None
-    size = getattr(data, "batch_size", None)
-    pieces = size // batch_size if isinstance(size, int) and batch_size else 1
-    return math.ceil(min(limit, len(data) * max(pieces, 1)))
+    if batch_size is None:
+        return math.ceil(min(limit, len(data)))
+    size, examples = getattr(data, "batch_size", None), getattr(data, "dataset", None)
+    if not isinstance(size, int):
+        return None
+    full, rest = divmod(len(examples), size) if isinstance(examples, Sized) else (len(data), 0)
+    last = 0 if getattr(data, "drop_last", False) else rest // batch_size
+    return math.ceil(min(limit, full * (size // batch_size) + last))
 
 
 @undisturbed

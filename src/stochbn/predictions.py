@@ -71,7 +71,8 @@ class Prediction:
             raise ValueError("the predictions to join are of different tasks")
         try:
             columns = [torch.cat(column) for column in zip(*(p.averages for p in predictions), strict=True)]
-            return predictions[0].of(columns, torch.cat(kept, dim=1) if kept else None)
+            joined = predictions[0].of(columns, torch.cat(kept, dim=1) if kept else None)
+            return joined if len({p.note for p in predictions}) == 1 else replace(joined, note="")
         except RuntimeError as error:
             raise ValueError(f"the predictions differ in their classes or draws: {error}") from error
 

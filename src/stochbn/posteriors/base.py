@@ -260,8 +260,8 @@ class Posterior(ABC):
             )
         if math.isinf(batch_size):  # the noise is kept at the size that it was fitted at, and not drawn
             fitted = size if self.fitted_size is None else self.fitted_size
-            return replace(self._scaled(size / fitted), batch_size=math.inf, fitted_size=fitted)
-        return replace(self._scaled(size / batch_size), batch_size=batch_size)
+            return replace(self._scaled(size / fitted), batch_size=math.inf, fitted_size=fitted, choice="")
+        return replace(self._scaled(size / batch_size), batch_size=batch_size, choice="")
 
     def fitted(self) -> Self:
         """The posterior as `stochbn.fit` made it, at temperature 1: without what `stochbn.calibrate` chose.
@@ -271,6 +271,8 @@ class Posterior(ABC):
         unscaled = self
         if self.fitted_size is not None and self.batch_size != self.fitted_size:
             unscaled = self.rescale(self.fitted_size)
+        elif self.noiseless:  # of mini-batches as they came
+            unscaled = replace(self, batch_size=None)
         return replace(unscaled, temperature=1.0, choice="")
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
@@ -310,13 +312,14 @@ class Posterior(ABC):
         if len(unusable) == len(self.layers):
             return self, unusable
         observed = self.expected if self.observed is None else self.observed
-        return replace(self._moved(*torch.cat(parts, dim=1)), centre="running", observed=observed), unusable
+        moved = self._moved(*torch.cat(parts, dim=1))
+        return replace(moved, centre="running", observed=observed, choice=""), unusable
 
     def recentre_observed(self) -> Self:
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
         if self.observed is None:
             return self
-        return replace(self._moved(*self.observed), centre="observed", observed=None)
+        return replace(self._moved(*self.observed), centre="observed", observed=None, choice="")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.

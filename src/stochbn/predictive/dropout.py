@@ -105,6 +105,11 @@ class MCDropout(Predictive):
             )
         return dropping
 
+    @property
+    def _once(self) -> bool:
+        """Never: draws differ in their masks."""
+        return False
+
     def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
         device = generator.device if generator is not None else "cpu"
         seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()

@@ -299,7 +299,7 @@ class Predictive:
                     made.keep(waiting)
         prediction = summary.prediction()
         if self._once and self.posterior is not None:
-            reason = self.posterior.choice or "the posterior was rescaled to no noise"
+            reason = self.posterior.choice if "at one pass" in self.posterior.choice else "the posterior has no noise"
             prediction = replace(prediction, note=f"one pass without draws, so nothing is due to them: {reason}")
         return prediction
 
