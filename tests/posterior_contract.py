@@ -79,7 +79,11 @@ def nearly_same(one: stochbn.Posterior, other: stochbn.Posterior) -> None:
     if isinstance(one, stochbn.Factorized | stochbn.FactorizedLog):
         for name in one._tensors():
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12)
-        other = dataclasses.replace(other, **{name: getattr(one, name) for name in one._tensors()})
+        names = one._tensors()
+        if one.observed is not None:
+            torch.testing.assert_close(one.observed, other.observed, rtol=1e-12, atol=1e-12)
+            names = [*names, "observed"]
+        other = dataclasses.replace(other, **{name: getattr(one, name) for name in names})
     same(one, other)
 
 
