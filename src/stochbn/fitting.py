@@ -119,8 +119,8 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             docs/posteriors.md.
         centre: what draws have as their mean and expected variance. ``"running"``: the running statistics that the
             network works with, so that without noise predictions are the plain network's. ``"observed"``, as in the
-            paper: the averages over the observed mini-batches. Layers whose running statistics are not finite, or
-            whose running variances are negative, always have the observed ones.
+            paper: the averages over the observed mini-batches. Layers whose running statistics are not finite,
+            have negative variances, or are still the 0 and 1 that they began as, always have the observed ones.
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
@@ -249,7 +249,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         fingerprint=fingerprint,
     )
     if centre == "running":
-        posterior, _ = posterior.centred(model)
+        posterior, _ = posterior.centred(model, begun=False)
     if ranks.rank == 0:
         for text in diagnosis.warnings(network, posterior, training):
             warnings.warn(text, stacklevel=2)

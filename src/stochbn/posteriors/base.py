@@ -296,16 +296,22 @@ class Posterior(ABC):
             )
         return centred
 
-    def centred(self, model: nn.Module) -> tuple[Self, list[str]]:
+    def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, list[str]]:
         """The same noise about the running statistics, where a layer has usable ones, and the names of other layers.
 
         A layer whose running statistics are not finite, or whose variances are negative, stays where it is.
+
+        Args:
+            model: the network.
+            begun: whether the 0 and 1 that running statistics begin as are usable.
         """
         layers = batch_norms(model)
         parts, unusable = [], []
         for name, own in zip(self.layers, torch.split(self.expected, list(self.layers.values()), dim=1), strict=True):
             running = torch.stack([part.detach().cpu().double() for part in running_statistics(layers[name])])
             usable = bool(running.isfinite().all()) and bool((running[1] >= 0).all())
+            if not begun and not running[0].any() and bool((running[1] == 1).all()):
+                usable = False
             parts.append(running if usable else own)
             if not usable:
                 unusable.append(name)
