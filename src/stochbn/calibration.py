@@ -115,9 +115,7 @@ def calibrate(
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
         _check(model, posterior, batch_sizes, draws, task, score, augment, check)
-        base = posterior.fitted() if posterior.choice else posterior
-        if base.noiseless:
-            base = base.fitted()
+        base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
         noises = _noises(model, base, batch_sizes, augment is not None)
         plain = _plain(model, base)
     if ranks.count > 1:

@@ -18,6 +18,11 @@ UNITS = {"nll": "nats", "brier": ""}
 NAMES = {"nll": "NLL", "brier": "Brier score"}
 
 
+def _draws(way: Tried | Option) -> bool:
+    """Whether a way to predict draws, of the statistics or of the input."""
+    return way.passes > 1 or (bool(way.centre) and way.batch_size != math.inf)
+
+
 class Tried(NamedTuple):
     """A way to predict that `calibrate` tries.
 
@@ -40,7 +45,7 @@ class Tried(NamedTuple):
     @property
     def drawing(self) -> bool:
         """Whether it draws, and so takes several passes to predict with."""
-        return self.passes > 1 or (bool(self.centre) and self.batch_size != math.inf)
+        return _draws(self)
 
 
 class Option(NamedTuple):
@@ -85,7 +90,7 @@ class Option(NamedTuple):
     @property
     def drawing(self) -> bool:
         """Whether it draws, and so takes several passes to predict with."""
-        return self.passes > 1 or (bool(self.centre) and self.batch_size != math.inf)
+        return _draws(self)
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def _told(found: Difference, better: Difference | None, posterior: Posterior, ne
             "training (pass augment=); or layers were frozen in training (pass them as deterministic=)"
         )
     about = (
-        "Draws have the network's own statistics as their centre, but the noise of these mini-batches"
+        "Draws have the network's own statistics as their centre; their noise is that of these mini-batches"
         if posterior.centre == "running"
         else 'Draws have these statistics as their centre; centre="running" keeps the network\'s own'
     )

@@ -213,7 +213,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         else:
             random = guard(network, first, training)
             own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
-            total = _expected(data, first, batch_size, own)
+            total = _expected(data, batch_size, own)
 
             def update(number: int, mini_batch: NetworkInput, observation: dict[str, Tensor]) -> bool:
                 accumulator.update({**uncalled, **observation})
@@ -274,7 +274,7 @@ def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = Non
     return batches
 
 
-def _expected(data: Any, first: NetworkInput, batch_size: int | None, limit: float) -> int | None:
+def _expected(data: Any, batch_size: int | None, limit: float) -> int | None:
     """How many mini-batches will be observed, as far as the length of the data tells."""
     if not isinstance(data, Sized):
         return None
