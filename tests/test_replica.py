@@ -5,7 +5,6 @@ import copy
 import functools
 import gc
 import random
-import sys
 import threading
 import types
 import weakref
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from conftest import Untouched, mixed_up, mlp, normal, seeded, settled
+from conftest import Untouched, count_lines, mixed_up, mlp, normal, seeded, settled
 from stochbn import Predictive, Settings
 from stochbn.network.replica import Network
 
@@ -252,29 +251,6 @@ def test_an_interrupt_at_any_line_leaves_all_as_it_was(
             count_lines(lambda: found(predictive, x), stop, error)
         before.check()
         torch.testing.assert_close(found(predictive, x), wanted, rtol=1e-4, atol=1e-5)
-
-
-def count_lines(call: Callable[[], Any], stop: int | None, error: type[BaseException]) -> int:
-    """Run a call, and raise at the line of that number among the package's own."""
-    lines = 0
-
-    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
-        nonlocal lines
-        if "/src/stochbn/" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            lines += 1
-            if lines == stop:
-                raise error
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(previous)
-    return lines
 
 
 def test_what_is_kept_of_a_dead_network_and_of_a_dead_thread_is_freed() -> None:

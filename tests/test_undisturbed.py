@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import threading
-import types
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import stochbn
-from conftest import Untouched, mlp, normal, seeded, settled
+from conftest import Untouched, count_lines, mlp, normal, seeded, settled
 from stochbn.execution.masks import Masks
 from stochbn.network.replica import Network
 from stochbn.undisturbed import scope, undisturbed, without_gradients
@@ -51,26 +49,7 @@ def calls(model: nn.Module) -> dict[str, Callable[[], Any]]:
 
 def interrupted(call: Callable[[], Any], stop: int | None) -> int:
     """Run a call, interrupted at the line of that number among the package's own and contextlib's; how many it had."""
-    lines = 0
-
-    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
-        nonlocal lines
-        name = frame.f_code.co_filename
-        if "/src/stochbn/" not in name and not name.endswith("contextlib.py"):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == stop:
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(previous)
-    return lines
+    return count_lines(call, stop, KeyboardInterrupt, "contextlib.py")
 
 
 def modes() -> tuple[int, int, bool, bool]:
