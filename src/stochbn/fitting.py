@@ -260,8 +260,9 @@ def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = Non
     """How many mini-batches to observe.
 
     Raises:
-        TypeError, ValueError: `batches` is no whole number of at least 1, nor infinite.
+        TypeError, ValueError: there is no such kind, or `batches` is no whole number of at least 1, nor infinite.
     """
+    _check_kind(kind)
     if batches is None:
         keeps = "max_batches" in inspect.signature(KINDS[kind].accumulator).parameters
         return max(KEPT, max_batches) if keeps else MOMENTS
@@ -272,6 +273,11 @@ def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = Non
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
     return batches
+
+
+def _check_kind(kind: str) -> None:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
 
 
 def _expected(data: Any, batch_size: int | None, limit: float) -> int | None:
@@ -311,8 +317,7 @@ def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumul
     Raises:
         TypeError, ValueError: there is no such kind, or it cannot have these settings.
     """
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
+    _check_kind(kind)
     options = {"max_batches": (max_batches, 2), "directions": (directions, 1)}
     for name, (value, least) in options.items():
         if value is None and name == "directions":
