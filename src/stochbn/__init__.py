@@ -8,7 +8,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import augment, conformal, deploy, export, metrics
+from stochbn import augment, conformal, deploy, export, metrics, shift
 from stochbn.calibration import calibrate
 from stochbn.execution import Settings
 from stochbn.fitting import fit
@@ -17,6 +17,7 @@ from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Post
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
 from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
 from stochbn.sharing import from_pretrained
+from stochbn.shift import adapt
 
 __all__ = [
     "Empirical",
@@ -32,6 +33,7 @@ __all__ = [
     "Prediction",
     "Predictive",
     "Settings",
+    "adapt",
     "augment",
     "calibrate",
     "choose_augmentation",
@@ -42,6 +44,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "metrics",
+    "shift",
     "snapshots",
 ]
 

@@ -208,7 +208,7 @@ def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | No
     """
     centres = [base]
     if batch_sizes is None:
-        others = (base.centred(model)[0], base.recentre_observed())
+        others = (base.centred(model)[0], base.recentre_observed(), base)
         centres = [base if base.centre == one.centre else one for one in others]
         centres = list({one.centre: one for one in centres}.values())
         own = base.batch_size

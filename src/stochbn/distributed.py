@@ -133,6 +133,10 @@ class Ranks:
         shards = [safetensors.torch.load(text) for text in self._gather(safetensors.torch.save(own))]
         return {name: torch.cat([shard[name] for shard in shards]) for name in tensors}
 
+    def of_first(self, data: bytes) -> bytes:
+        """The bytes of rank 0, on every rank."""
+        return self._gather(data if self.rank == 0 else b"")[0]
+
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any rank has."""
         if self.count == 1:

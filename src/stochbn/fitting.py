@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, overload
 
@@ -15,27 +14,25 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.augment import Augment, Views, check_augment
+from stochbn.augment import Augment, check_augment
 from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
+from stochbn.fit_data import KEPT, accumulator_of, augmented, expected_batches, most_batches
 from stochbn.fit_diagnosis import Diagnosis
 from stochbn.network.calling import Batch, InputsOf, NetworkInput
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
-from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior
-from stochbn.posteriors.accumulators import Accumulator
+from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior
+from stochbn.shift.keeping import Keeper
 from stochbn.statistics import NoBatchesError, mini_batches, observing
+from stochbn.tasks import make_task
 from stochbn.undisturbed import undisturbed
 
-__all__ = ["fit", "most_batches"]
+__all__ = ["fit"]
 
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
-KEPT = 512
-"""Mini-batches that kinds which keep them observe."""
-MOMENTS = 5000
-"""Mini-batches that give standard deviations to 1 %: the relative standard error of one is 1 / sqrt(2 n)."""
 
 
 @overload
@@ -93,6 +90,11 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     progress: Callable[[int, int | None], object] | None = None,
     max_batches: int = KEPT,
     directions: int | None = None,
+    reference: bool = True,
+    task: str = "classification",
+    logits: Any = None,
+    class_axis: int | None = None,
+    output: Literal["logits", "probs"] | None = None,
 ) -> Posterior:
     """Fit a distribution over the batch-norm statistics of a trained network, by passes over some of its training data.
 
@@ -148,6 +150,14 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             with their cube.
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
+        reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
+            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 4,096 of these examples,
+            without `augment`, and about 600 bytes for every channel.
+        task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
+            labels or of numbers.
+        logits: where the logits are in the network's output, likewise.
+        class_axis: the axis of the classes in the output, likewise.
+        output: ``"probs"`` for a network whose output has been through a softmax, likewise.
 
     Returns:
         The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
@@ -172,7 +182,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     with ranks.failing_together():
         if centre not in ("running", "observed"):
             raise ValueError(f"centre must be 'running' or 'observed', got {centre!r:.40}")
-        accumulator = _accumulator(kind, max_batches, directions)
+        accumulator = accumulator_of(kind, max_batches, directions)
         accumulator.rank = ranks.rank
         limit = most_batches(kind, max_batches, batches)
         layers = batch_norms(model)
@@ -180,13 +190,14 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
+        read_as = make_task(task, logits, class_axis, output)
     options: dict[str, Any] = {
         "kind": kind,
         "batch_size": batch_size,
         "max_batches": max_batches,
         "directions": directions,
     }
-    options |= {"centre": centre, "batches": limit, "deterministic": chosen}
+    options |= {"centre": centre, "batches": limit, "deterministic": chosen, "reference": reference}
     ranks.check_same({**options, "augment": "given" if augment else None})
     synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
     if batch_size is None and synchronised and ranks.count > 1 and ranks.rank == 0:
@@ -204,8 +215,11 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         training, skipped = _modes(network, chosen)
         watched = diagnosis.watched(data) if isinstance(data, Iterable) and not isinstance(data, Tensor) else data
         observations = mini_batches(model, watched, batch_size, inputs)  # type: ignore[arg-type]  # which it refuses
+        keeper = Keeper(sum(layer.num_features for layer in layers.values()), ranks)
+        if reference:
+            observations = keeper.watched(observations)
         if augment is not None:
-            observations = _augmented(observations, augment, ranks)
+            observations = augmented(observations, augment, ranks)
         try:
             first = next(observations)
         except NoBatchesError as error:
@@ -213,7 +227,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         else:
             random = guard(network, first, training)
             own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
-            total = _expected(data, batch_size, own)
+            total = expected_batches(data, batch_size, own)
 
             def update(number: int, mini_batch: NetworkInput, observation: dict[str, Tensor]) -> bool:
                 accumulator.update({**uncalled, **observation})
@@ -250,48 +264,13 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     )
     if centre == "running":
         posterior, _ = posterior.centred(model, begun=False)
+    if reference:
+        with ranks.failing_together():
+            posterior = replace(posterior, reference=keeper.reference(network, read_as, set(posterior.layers)))
     if ranks.rank == 0:
         for text in diagnosis.warnings(network, posterior, training):
             warnings.warn(text, stacklevel=2)
     return posterior
-
-
-def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = None) -> float:
-    """How many mini-batches to observe.
-
-    Raises:
-        TypeError, ValueError: there is no such kind, or `batches` is no whole number of at least 1, nor infinite.
-    """
-    _check_kind(kind)
-    if batches is None:
-        keeps = "max_batches" in inspect.signature(KINDS[kind].accumulator).parameters
-        return max(KEPT, max_batches) if keeps else MOMENTS
-    if batches == math.inf:
-        return math.inf
-    if not isinstance(batches, int) or isinstance(batches, bool):
-        raise TypeError(f"batches must be a whole number of mini-batches, or math.inf, got {batches!r:.60}")
-    if batches < 1:
-        raise ValueError(f"batches must be at least 1, got {batches}")
-    return batches
-
-
-def _check_kind(kind: str) -> None:
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
-
-
-def _expected(data: Any, batch_size: int | None, limit: float) -> int | None:
-    """How many mini-batches will be observed, as far as the length of the data tells."""
-    if not isinstance(data, Sized):
-        return None
-    if batch_size is None:
-        return math.ceil(min(limit, len(data)))
-    size, examples = getattr(data, "batch_size", None), getattr(data, "dataset", None)
-    if not isinstance(size, int):
-        return None
-    full, rest = divmod(len(examples), size) if isinstance(examples, Sized) else (len(data), 0)
-    last = 0 if getattr(data, "drop_last", False) else rest // batch_size
-    return math.ceil(min(limit, full * (size // batch_size) + last))
 
 
 @undisturbed
@@ -309,32 +288,6 @@ def _observed(
             if not update(number, mini_batch, observe(mini_batch, ranks.place(number))):
                 break
     return set(observe.frozen)
-
-
-def _accumulator(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
-    """What mini-batches are added to.
-
-    Raises:
-        TypeError, ValueError: there is no such kind, or it cannot have these settings.
-    """
-    _check_kind(kind)
-    options = {"max_batches": (max_batches, 2), "directions": (directions, 1)}
-    for name, (value, least) in options.items():
-        if value is None and name == "directions":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    own = inspect.signature(KINDS[kind].accumulator).parameters
-    return KINDS[kind].accumulator(**{name: value for name, (value, _) in options.items() if name in own})
-
-
-def _augmented(mini_batches: Iterable[NetworkInput], augment: Augment, ranks: Ranks) -> Iterator[NetworkInput]:
-    """Mini-batches with their first tensor changed at random."""
-    for number, mini_batch in enumerate(mini_batches):
-        view = Views(augment, len(mini_batch.first), 7919 * ranks.place(number), clean=False)
-        yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]
 
 
 def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[str], dict[str, str]]:

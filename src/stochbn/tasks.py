@@ -38,6 +38,8 @@ class Task(ABC):
     """Whether objects may be done early by default: where the scale of an error is known."""
     spread: ClassVar[bool] = False
     """Whether the variance over draws is part of the prediction."""
+    binned: ClassVar[bool] = False
+    """Whether `mix` gives numbers, of which the mix is the shares in bins, and not shares themselves."""
 
     place: Any = None
     class_axis: int | None = None
@@ -72,6 +74,10 @@ class Task(ABC):
     def keep(self, raw: Tensor, temperature: float) -> Tensor:
         """What of raw values ``[S, N, C, ...]`` is kept of every draw."""
         return self.values(raw, temperature)[0]
+
+    def mix(self, raw: Tensor) -> Tensor:
+        """What raw values ``[N, C, ...]`` say of the mix of a group of examples: shares ``[N, K, ...]``, or numbers."""
+        return self.values(raw[None], 1.0)[0][0]
 
 
 def _floating(values: Any, what: str) -> Tensor:
@@ -236,6 +242,12 @@ class Regression(Task):
     name: ClassVar[str] = "regression"
     early: ClassVar[bool] = False
     spread: ClassVar[bool] = True
+    binned: ClassVar[bool] = True
+
+    def mix(self, raw: Tensor) -> Tensor:
+        """The numbers, ``[N, D, ...]``."""
+        numbers = raw[:, 0]
+        return numbers if numbers.ndim > 1 else numbers[:, None]
 
     def raw(self, output: Any) -> Tensor:
         """``[N, 1, ...]``, the numbers, or ``[N, 2, ...]``, the means and log-variances."""

@@ -12,7 +12,7 @@ from torch import nn
 import stochbn
 from stochbn.augment import Augment
 from stochbn.distributed import Ranks
-from stochbn.fitting import most_batches
+from stochbn.fit_data import most_batches
 from stochbn.posteriors import Posterior
 from stochbn.sources.objects import Objects
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,18 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stochbn.files import write_tensors
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
-from stochbn.posteriors.checks import check_draws, check_fields, positive
+from stochbn.posteriors.adaptation import Adaptation
+from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
+from stochbn.posteriors.reference import Reference
+from stochbn.posteriors.saved import save
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT", "TINY", "Posterior"]
+__all__ = ["TINY", "Posterior"]
 
-FORMAT = "stochbn.posterior/3"
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -48,10 +51,13 @@ class Posterior(ABC):
         temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
         fingerprint: of the weights that it was fitted with; None if they are not known.
         centre: what draws have as their mean and expected variance: ``"running"``, the network's own running
-            statistics, or ``"observed"``, the averages over the observed mini-batches.
+            statistics; ``"observed"``, the averages over the observed mini-batches; or ``"adapted"``, what
+            `stochbn.adapt` made of the network's own.
         observed: ``[2, D]``, float64: these averages, means and variances, where the centre is another one; else None.
         fitted_size: the size of the mini-batches that were observed, to which `fitted` goes back.
         choice: why `stochbn.calibrate` chose this noise, centre and temperature, in a sentence.
+        reference: what new data is compared with; None if it was left out.
+        adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
     """
 
     kind: ClassVar[str]
@@ -65,10 +71,12 @@ class Posterior(ABC):
     skipped: Mapping[str, str] = field(default_factory=dict)
     temperature: float = 1.0
     fingerprint: Fingerprint | None = None
-    centre: Literal["running", "observed"] = "observed"
+    centre: Literal["running", "observed", "adapted"] = "observed"
     observed: Tensor | None = None
     fitted_size: float | None = None
     choice: str = ""
+    reference: Reference | None = None
+    adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -81,6 +89,8 @@ class Posterior(ABC):
             object.__setattr__(self, "fitted_size", self.batch_size)
         if self.fitted_size is not None and not positive(self.fitted_size):
             raise ValueError(f"fitted_size must be positive and finite, or None, got {self.fitted_size!r:.40}")
+        if self.reference is not None and self.reference.layers.items() - self.layers.items():
+            raise ValueError("the reference must be of layers that are drawn, with their channels")
         if not isinstance(self.choice, str):
             raise ValueError(f"choice must be a sentence, got {self.choice!r:.40}")
 
@@ -88,7 +98,8 @@ class Posterior(ABC):
         size = f"of {self.batch_size:g}" if self.batch_size is not None else "as they came"
         noise = f"the noise of mini-batches {size} about the {self.centre} statistics"
         if self.noiseless:
-            noise = "no noise: the plain network" if self.centre == "running" else "no noise, the observed statistics"
+            noise = f"no noise, the {self.centre} statistics"
+            noise = "no noise: the plain network" if self.centre == "running" else noise
         return (
             f"<{type(self).__name__}: {self.channels} channels in {len(self.layers)} layers, from {self.mini_batches} "
             f"mini-batches; {noise}, temperature {self.temperature:.4g}>"
@@ -202,32 +213,7 @@ class Posterior(ABC):
         Raises:
             ValueError: it does not; the message names the first difference.
         """
-        found = {name: layer.num_features for name, layer in batch_norms(model).items()}
-        network = type(unwrap(model)).__name__
-        advice = "it was fitted to another network; fit one to this network, or load the one that belongs to it"
-        for name, channels in self.layers.items():
-            if name not in found:
-                raise ValueError(
-                    f"the posterior has a layer {name!r} that {network} has not (its batch-norm "
-                    f"layers are {listed(found)}): {advice}"
-                )
-            if found[name] != channels:
-                raise ValueError(
-                    f"the posterior has {channels} channels for layer {name!r}, {network} has {found[name]}: {advice}"
-                )
-        unknown = [name for name in found if name not in self.layers and name not in self.skipped]
-        if unknown:
-            raise ValueError(
-                f"{network} has batch-norm layers that the posterior does not know ({listed(unknown)}): {advice}"
-            )
-        if not weights or self.fingerprint is None:
-            return
-        if difference := self.fingerprint.difference(Fingerprint.of(model)):
-            raise ValueError(
-                f"the posterior was fitted to a {network} with other weights ({difference} differ), so its statistics "
-                "are not those of this network; fit again, load the posterior that belongs to these weights, or pass "
-                'check="shape" to Predictive or calibrate to use it nevertheless'
-            )
+        check_network(self, model, weights)
 
     def rescale(self, batch_size: float) -> Self:
         """The noise that mini-batches of another size have: more for a smaller one, none for ``math.inf``.
@@ -319,13 +305,41 @@ class Posterior(ABC):
             return self, unusable
         observed = self.expected if self.observed is None else self.observed
         moved = self._moved(*torch.cat(parts, dim=1))
-        return replace(moved, centre="running", observed=observed, choice=""), unusable
+        return replace(moved, centre="running", observed=observed, choice="", adaptation=None), unusable
+
+    def adapted(self, mean: Tensor, variance: Tensor, about: Adaptation) -> Self:
+        """The same noise about statistics ``[D]`` each, in float64, which `stochbn.adapt` has found."""
+        observed = self.expected if self.observed is None else self.observed
+        moved = self._moved(mean, variance)
+        return replace(moved, centre="adapted", observed=observed, choice="", adaptation=about)
+
+    def write_to(self, model: nn.Module) -> nn.Module:
+        """A copy of the network whose running statistics are the centre of this posterior.
+
+        It needs no stochbn to run, and any exporter takes it. It is without wrappers, and `model` stays as it is.
+
+        Raises:
+            ValueError: a posterior of another network.
+        """
+        self.check(model)
+        if self.temperature != 1:
+            text = f"the copy is without the temperature: divide its logits by {self.temperature:.4g}"
+            warnings.warn(text, stacklevel=2)
+        written = copy.deepcopy(unwrap(model))
+        layers = batch_norms(written)
+        parts = torch.split(self.expected, list(self.layers.values()), dim=1)
+        with torch.no_grad():
+            for name, part in zip(self.layers, parts, strict=True):
+                for statistic, value in zip(running_statistics(layers[name]), part, strict=True):
+                    statistic.copy_(value)
+        return written
 
     def recentre_observed(self) -> Self:
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
         if self.observed is None:
             return self
-        return replace(self._moved(*self.observed), centre="observed", observed=None, choice="")
+        moved = self._moved(*self.observed)
+        return replace(moved, centre="observed", observed=None, choice="", adaptation=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.
@@ -333,15 +347,7 @@ class Posterior(ABC):
         Raises:
             OSError: the file cannot be written.
         """
-        tensors = self._tensors()
-        about = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
-        about |= {"kind": self.kind, "layers": list(self.layers.items()), "skipped": dict(self.skipped)}
-        about["dtype"] = str(self.dtype).removeprefix("torch.")
-        about["fingerprint"] = self.fingerprint and self.fingerprint.description()
-        held = {name: getattr(self, name) for name in tensors}
-        if about.pop("observed") is not None:
-            held["observed"] = self.observed
-        write_tensors(path, FORMAT, held, about)
+        save(self, path)
 
     def push_to_hub(
         self,

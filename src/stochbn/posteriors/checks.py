@@ -8,15 +8,17 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from stochbn.network.fingerprint import Fingerprint
+from stochbn.network.layers import batch_norms, listed, unwrap
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["check_draws", "check_fields", "positive"]
+__all__ = ["check_draws", "check_fields", "check_network", "positive"]
 
-CENTRES = ("running", "observed")
+CENTRES = ("running", "observed", "adapted")
 """What draws can be centred on."""
 LARGEST = 2**31 - 1
 """What numbers of channels, mini-batches and draws may be at most; anything near it is a mistake."""
@@ -58,7 +60,46 @@ def check_fields(posterior: Posterior) -> None:
     if not isinstance(posterior.fingerprint, Fingerprint | None):
         raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(posterior.fingerprint).__name__}")
     if posterior.centre not in CENTRES:
-        raise ValueError(f"centre must be 'running' or 'observed', got {posterior.centre!r:.40}")
+        raise ValueError(f"centre must be 'running', 'observed' or 'adapted', got {posterior.centre!r:.40}")
+
+
+def check_network(posterior: Posterior, model: nn.Module, weights: bool) -> None:
+    """Refuse a network that a posterior does not belong to.
+
+    Args:
+        posterior: the posterior.
+        model: the network, wrapped or not.
+        weights: also compare the weights' fingerprint, if the posterior has one.
+
+    Raises:
+        ValueError: other batch-norm layers or weights; the message names the first difference.
+    """
+    found = {name: layer.num_features for name, layer in batch_norms(model).items()}
+    network = type(unwrap(model)).__name__
+    advice = "it was fitted to another network; fit one to this network, or load the one that belongs to it"
+    for name, channels in posterior.layers.items():
+        if name not in found:
+            raise ValueError(
+                f"the posterior has a layer {name!r} that {network} has not (its batch-norm "
+                f"layers are {listed(found)}): {advice}"
+            )
+        if found[name] != channels:
+            raise ValueError(
+                f"the posterior has {channels} channels for layer {name!r}, {network} has {found[name]}: {advice}"
+            )
+    unknown = [name for name in found if name not in posterior.layers and name not in posterior.skipped]
+    if unknown:
+        raise ValueError(
+            f"{network} has batch-norm layers that the posterior does not know ({listed(unknown)}): {advice}"
+        )
+    if not weights or posterior.fingerprint is None:
+        return
+    if difference := posterior.fingerprint.difference(Fingerprint.of(model)):
+        raise ValueError(
+            f"the posterior was fitted to a {network} with other weights ({difference} differ), so its statistics "
+            "are not those of this network; fit again, load the posterior that belongs to these weights, or pass "
+            'check="shape" to Predictive or calibrate to use it nevertheless'
+        )
 
 
 def check_draws(n: int) -> None:

@@ -1,0 +1,100 @@
+"""What an adapted posterior was adapted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stochbn.network.layers import listed
+
+__all__ = ["Adaptation"]
+
+MOVED = 0.05
+"""Mean shift, in standard deviations, from which on statistics are said to have moved."""
+LISTED = 3
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `stochbn.adapt` concluded from unlabelled examples.
+
+    Attributes:
+        examples: how many there were.
+        guarded: whether another mix of classes was taken out. It cannot be where a posterior has no reference.
+        look: the p-value of the inputs' look, as `stochbn.shift.Monitor` gives it; 1 without a guard.
+        mixed: the p-value of the mix of classes, likewise.
+        mix: the mix that the adapted network finds, such as the share of each class; empty without a guard.
+        usual: that of the training data.
+        evidence: how far each layer's statistics are from the usual, beside what chance gives, where 1 is usual.
+        moved: by how many standard deviations each layer's means were moved, in the root of the mean square.
+    """
+
+    examples: int
+    guarded: bool
+    look: float
+    mixed: float
+    mix: tuple[float, ...]
+    usual: tuple[float, ...]
+    evidence: Mapping[str, float]
+    moved: Mapping[str, float]
+
+    def __str__(self) -> str:
+        examples = f"{self.examples:,} example{'s' if self.examples > 1 else ''}"
+        if not self.guarded:
+            return f"Adapted to {examples} without a guard: another mix of classes counts as another look."
+        most = sorted(self.evidence, key=self.evidence.__getitem__, reverse=True)[:LISTED]
+        far = max(self.moved.values(), default=0.0)
+        if self.look > 0.01 and far < MOVED:
+            look = f"The look of the inputs has not changed (p = {self.look:.2g}), so the statistics stay"
+        else:
+            look = (
+                f"The look of the inputs has changed (p = {self.look:.2g}), most in {listed(most)}; means were moved "
+                f"by up to {far:.2g} standard deviations"
+            )
+        return f"From {examples}: {look}. {self._mix()}."
+
+    @property
+    def distance(self) -> float:
+        """Half the sum of absolute differences between the two mixes: the share of examples of another class."""
+        return sum(abs(a - b) for a, b in zip(self.mix, self.usual, strict=True)) / 2
+
+    def _mix(self) -> str:
+        if not self.mix:
+            return "The task has no mix of classes to compare"
+        first = max(range(len(self.mix)), key=lambda k: self.mix[k] - self.usual[k])
+        if self.mixed > 0.01:
+            return f"The mix of classes has not been seen to change (p = {self.mixed:.2g})"
+        return (
+            f"The mix of classes has changed (p = {self.mixed:.2g}): {self.mix[first]:.2f} of class {first}, "
+            f"which is {self.usual[first]:.2f} in training"
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Its attributes, for a file."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_description(cls, about: Any) -> Adaptation:
+        """The one of a file.
+
+        Raises:
+            ValueError: something is missing, or cannot be.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(about, dict) or about.keys() != names:
+            raise ValueError(f"adaptation must have {', '.join(sorted(names))}, got {about!r:.60}")
+        numbers = [about["look"], about["mixed"], about["examples"]]
+        for name in ("evidence", "moved"):
+            if not isinstance(about[name], dict):
+                raise ValueError(f"adaptation's {name} must be a mapping, got {about[name]!r:.60}")
+            numbers += about[name].values()
+        for name in ("mix", "usual"):
+            if not isinstance(about[name], list | tuple):
+                raise ValueError(f"adaptation's {name} must be a list, got {about[name]!r:.60}")
+            numbers += about[name]
+        if not all(isinstance(one, (int, float)) and abs(one) < 1e300 for one in numbers):
+            raise ValueError("adaptation must have finite numbers alone")
+        if len(about["mix"]) != len(about["usual"]):
+            raise ValueError("adaptation must have two mixes of one length")
+        return cls(**{**about, "mix": tuple(about["mix"]), "usual": tuple(about["usual"])})

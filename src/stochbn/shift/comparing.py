@@ -1,0 +1,115 @@
+"""How unusual mini-batches are: p-values of their look and of their mix, beside mini-batches of training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stochbn.network.layers import listed
+from stochbn.posteriors.reference import SIZES, Reference
+from stochbn.shift.estimate import GROUPS, distances
+from stochbn.shift.guard import Guard
+from stochbn.tasks import Task, make_task
+
+__all__ = ["Comparison", "Reading"]
+
+UNUSUAL = 0.01
+"""The p-value from which on a mini-batch is said to be unusual."""
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How unusual a mini-batch is.
+
+    Attributes:
+        examples: how many it has.
+        p: of both p-values together: how often a mini-batch of training data is as unusual.
+        look: the p-value of the inputs' look, with another mix of classes taken out.
+        mixed: the p-value of the mix of classes. It tells little where the look has changed.
+        layers: how many times its usual distance each layer is away, in squares.
+        mix: the mean of the network's predictions, such as the share of each class.
+        each: ``[N]``: the p-value of each example's look.
+        alarm: whether a monitor sounds the alarm, see `stochbn.shift.Monitor`.
+    """
+
+    examples: int
+    p: float
+    look: float
+    mixed: float
+    layers: Mapping[str, float]
+    mix: tuple[float, ...]
+    each: Tensor
+    alarm: bool = False
+
+    def __str__(self) -> str:
+        size = f"{self.examples} example{'s' if self.examples > 1 else ''}"
+        if self.look <= UNUSUAL:
+            most = sorted(self.layers, key=self.layers.__getitem__, reverse=True)[:NAMED]
+            what = f"the look of the inputs is unusual (p = {self.look:.2g}), most in {listed(most)}"
+        elif self.mixed <= UNUSUAL:
+            what = f"the mix of classes is unusual (p = {self.mixed:.2g}), the look of the inputs is not"
+        else:
+            what = f"neither look nor mix is unusual (p = {self.p:.2g})"
+        return f"{'Alarm: in' if self.alarm else 'In'} {size} {what}."
+
+
+class Comparison:
+    """Compares rows and mixes of mini-batches with a reference.
+
+    Args:
+        reference: what is usual.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.task: Task = make_task(**reference.task)
+        self.guards = {name: Guard(layer) for name, layer in reference.of_layers()}
+        self._largest = SIZES[len(reference.quantiles) - 1]
+
+    def distances(self, means: Mapping[str, Tensor], mixes: Tensor, examples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """How unusual mini-batches of one size are: p-values of look and mix, each ``[B]``, and layers ``[B, L]``.
+
+        Mini-batches of more examples than there are usual distances for are compared with the largest of those.
+
+        Args:
+            means: ``[B, 2C]`` for every layer.
+            mixes: ``[B, K]``.
+            examples: in a mini-batch.
+        """
+        size = min(examples, self._largest)
+        found, mix = distances(self.guards, means, self.reference.reduced(mixes), self.reference.spread, size)
+        levels, quantiles = self.reference.between(size)
+        logs = found.clamp(min=1e-30).log()
+        look = ((logs.mean(2) - levels[:, 0]) / levels[:, 1]).amax(1)
+        return _p_value(look, quantiles[0]), _p_value(mix, quantiles[1]), (logs[:, 0] - levels[0, 2:]).exp()
+
+    def reading(self, rows: Mapping[str, Tensor], mixes: Tensor) -> Reading:
+        """How unusual one mini-batch is.
+
+        Args:
+            rows: ``[N, 2C]`` for every layer.
+            mixes: ``[N, K]``.
+        """
+        means = {name: rows[name].mean(0, keepdim=True) for name in self.guards}
+        look, mixed, layers = self.distances(means, mixes.mean(0, keepdim=True), len(mixes))
+        each = self.distances({name: rows[name] for name in self.guards}, mixes, 1)[0]
+        p = [float(look), float(mixed)] if mixes.shape[1] else [float(look)]
+        return Reading(
+            examples=len(mixes),
+            p=min(1.0, len(p) * min(p)),
+            look=float(look),
+            mixed=float(mixed) if mixes.shape[1] else 1.0,
+            layers=dict(zip(self.guards, layers[0].tolist(), strict=True)),
+            mix=tuple(mixes.mean(0).tolist()),
+            each=each,
+        )
+
+
+def _p_value(values: Tensor, quantiles: Tensor) -> Tensor:
+    """How often what has these quantiles is at least as large; never 0."""
+    below = torch.searchsorted(quantiles.contiguous(), values.contiguous()) / len(quantiles)
+    return (1 - below).clamp(min=1 / (2 * GROUPS + 1))

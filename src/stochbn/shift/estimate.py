@@ -1,0 +1,155 @@
+"""Making a `Reference` from the rows and mixes of training examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochbn.posteriors.reference import SIZES, Layer, Reference
+from stochbn.shift.guard import Guard
+from stochbn.tasks import Task
+
+__all__ = ["distances", "make_reference"]
+
+DIRECTIONS = 64
+"""Directions of the covariance that are kept, at most; and components of the mix."""
+PER_DIRECTION = 16
+"""Examples that each direction needs."""
+OVERSAMPLED = 16
+LEAST_OWN = 0.05
+"""The share of a variance that is a channel's own, at least."""
+LEAST_VARIANCE = 1e-4
+"""The least variance of a row's entry, as a share of the mean variance of all entries of its kind."""
+RIDGE = 1e-3
+GROUPS = 512
+"""Mini-batches of each size whose distances are taken from each half of the examples."""
+QUANTILES = 257
+
+
+def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, edges: Tensor, task: Task) -> Reference:
+    """The reference of training examples.
+
+    Usual distances are those of one half of the examples from what the other half gives, so they are not too small.
+
+    Args:
+        rows: ``[N, 2C]`` for every layer.
+        mixes: ``[N, K]``.
+        edges: between bins of numbers, see `Reference`.
+        task: what outputs were taken to mean.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole, usual, basis, spread = _fitted(rows, mixes)
+        kept = _usual_distances(rows, mixes)
+    layers = {name: row.shape[1] // 2 for name, row in rows.items()}
+
+    def joined(part: str) -> Tensor:
+        return torch.cat([getattr(one, part).unflatten(-1, (2, -1)) for one in whole.values()], -1).contiguous()
+
+    return Reference(
+        layers=layers,
+        examples=len(mixes),
+        task={"name": task.name, "place": task.place, "class_axis": task.class_axis, "output": task.output},
+        usual=usual,
+        basis=basis,
+        spread=spread,
+        edges=edges.float(),
+        centre=joined("centre"),
+        own=joined("own"),
+        mixing=joined("mixing"),
+        directions=joined("directions"),
+        strengths=torch.stack([one.strengths for one in whole.values()], 1),
+        levels=kept[0],
+        quantiles=kept[1],
+    )
+
+
+def _fitted(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[dict[str, Layer], Tensor, Tensor, Tensor]:
+    """All layers, the usual mix, its basis, and what makes it white."""
+    usual = mixes.mean(0)
+    centred = mixes - usual
+    basis = torch.eye(mixes.shape[1])
+    if mixes.shape[1] > DIRECTIONS:
+        basis = torch.svd_lowrank(centred, DIRECTIONS, niter=4)[2]
+    reduced = (centred @ basis).double()
+    count = max(mixes.shape[1], 1)
+    gram = reduced.T @ reduced / len(mixes)
+    identity = torch.eye(len(gram), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(gram + 1e-4 * identity)
+    spread = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+    solver = torch.linalg.inv(gram + RIDGE / count * identity)
+    layers = {name: _layer(row, reduced, solver) for name, row in rows.items()}
+    return layers, usual, basis, spread.float()
+
+
+def _layer(rows: Tensor, reduced: Tensor, solver: Tensor) -> Layer:
+    count, width = rows.shape
+    centre = rows.mean(0)
+    centred = rows - centre
+    mixing = (solver @ (reduced.T @ centred.double()) / count).float()
+    left = centred - reduced.float() @ mixing
+    variance = left.square().mean(0)
+    floor = LEAST_VARIANCE * variance.view(2, -1).mean(1).clamp(min=1e-12)
+    variance = torch.maximum(variance, floor.repeat_interleave(width // 2))
+    number = min(DIRECTIONS, max(1, count // PER_DIRECTION), width // 2)
+    _, values, vectors = torch.svd_lowrank(left / variance.sqrt(), min(number + OVERSAMPLED, width, count), niter=4)
+    loadings = (vectors * (values / count**0.5)).T[:number]
+    share = (1 - loadings.square().sum(0)).clamp(min=LEAST_OWN)
+    own = (variance * share).sqrt()
+    _, strengths, directions = torch.linalg.svd(loadings / share.sqrt(), full_matrices=False)
+    padding = DIRECTIONS - number  # the same number in every layer, so that they fit into one tensor
+    directions = torch.cat([directions, directions.new_zeros(padding, width)])
+    strengths = torch.cat([strengths.square(), strengths.new_zeros(padding)])
+    return Layer(centre, own, mixing, directions, strengths)
+
+
+def distances(
+    guards: Mapping[str, Guard], means: Mapping[str, Tensor], change: Tensor, spread: Tensor, size: float
+) -> tuple[Tensor, Tensor]:
+    """How far mini-batches are from what is usual, ``[B, 2, L]`` in every layer and ``[B]`` in their mix.
+
+    Args:
+        guards: of all layers.
+        means: ``[B, 2C]`` for every layer, the mean rows of mini-batches.
+        change: ``[B, M]``, their reduced mixes.
+        spread: what makes these white.
+        size: examples in a mini-batch.
+    """
+    found = []
+    for name, guard in guards.items():
+        white = guard.left(means[name], change)
+        look = size * white.square().mean(-1)
+        apart = size * guard.apart(white).square().sum(-1) / max(guard.freedom, 1)
+        found.append(torch.stack([look, apart], -1))
+    return torch.stack(found, -1), size * (change @ spread).square().sum(-1)
+
+
+def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[Tensor, Tensor]:
+    """`Reference.levels` and `Reference.quantiles`."""
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    found: list[list[Any]] = [[] for size in SIZES if size <= max(1, len(mixes) // 8)]
+    for own, other in (halves, halves[::-1]):
+        layers, usual, basis, spread = _fitted({name: row[other] for name, row in rows.items()}, mixes[other])
+        guards = {name: Guard(layer) for name, layer in layers.items()}
+        count = len(mixes[own])
+        for number in range(len(found)):
+            size = SIZES[number]
+            weights = torch.zeros(GROUPS, count)
+            weights.scatter_(1, torch.rand(GROUPS, count).topk(size, 1).indices, 1 / size)
+            means = {name: weights @ row[own] for name, row in rows.items()}
+            change = (weights @ mixes[own] - usual) @ basis
+            found[number].append(distances(guards, means, change, spread, size))
+    levels, quantiles = [], []
+    for parts in found:
+        logs = torch.cat([part[0] for part in parts]).clamp(min=1e-30).log()
+        mix = torch.cat([part[1] for part in parts])
+        overall = logs.mean(2)
+        level = torch.stack([overall.mean(0), overall.std(0).clamp(min=1e-6)], 1)
+        levels.append(torch.cat([level, logs.mean(0)], 1))
+        look = ((overall - level[:, 0]) / level[:, 1]).amax(1)
+        shares = torch.linspace(0, 1, QUANTILES)
+        quantiles.append(torch.stack([look.quantile(shares), mix.quantile(shares)]))
+    return torch.stack(levels), torch.stack(quantiles)

@@ -1,0 +1,114 @@
+"""The alarm: whether the data at work is still like the training data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from stochbn.network.calling import Batch, InputsOf, network_input
+from stochbn.network.replica import Network
+from stochbn.posteriors import Posterior
+from stochbn.shift.comparing import Comparison, Reading
+from stochbn.shift.looking import looking
+from stochbn.shift.mixes import mixes_of
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Watches a stream of mini-batches, and sounds the alarm when they are no longer like the training data.
+
+    Each mini-batch takes one pass in evaluation mode. Its statistics in all batch norms are compared with those of
+    mini-batches of training examples of the same size, which `stochbn.fit` has noted. That gives two p-values: of the
+    inputs' look, and of the mix of classes. The alarm adds up evidence over mini-batches. While the data stays as in
+    training and mini-batches are independent, false alarms are at least `every` mini-batches apart on average (the
+    Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023).
+
+    Args:
+        posterior: what `stochbn.fit` returned, with its reference.
+        every: how many mini-batches there are between two false alarms, on average, at least.
+        inputs: what the network takes of a batch, as for `stochbn.Predictive`.
+
+    Attributes:
+        evidence: what has been added up; the alarm sounds from `every` on.
+        seen: how many mini-batches have been seen since the start, or `reset`.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or a posterior without a reference.
+    """
+
+    def __init__(self, posterior: Posterior, *, every: float = 1000, inputs: InputsOf = None) -> None:
+        if not isinstance(posterior, Posterior):
+            raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
+        if posterior.reference is None:
+            raise ValueError(
+                "this posterior has no reference to compare new data with: it was fitted with reference=False, by an "
+                "earlier release or to too few examples; fit again"
+            )
+        if not isinstance(every, (int, float)) or isinstance(every, bool):
+            raise TypeError(f"every must be a number of mini-batches, got {every!r:.40}")
+        if not 1 < every < math.inf:
+            raise ValueError(f"every must be a number of mini-batches above 1, got {every!r:.40}")
+        self._posterior, self._every, self._inputs = posterior, float(every), inputs
+        self._comparison = Comparison(posterior.reference)
+        self.evidence, self.seen = 0.0, 0
+
+    def look(self, model: nn.Module, batch: Batch) -> Reading:
+        """How unusual a mini-batch is on its own; the stream does not count it.
+
+        Args:
+            model: the network.
+            batch: the mini-batch, without labels or with them behind the inputs.
+
+        Raises:
+            ValueError: a posterior of another network, a mini-batch without examples, or one that the network cannot
+                process.
+        """
+        self._posterior.check(model)
+        inputs = network_input(model, batch, self._inputs)
+        if not inputs.divisible or not len(inputs):
+            raise ValueError("expected a mini-batch of at least one example, with the examples on the first axis")
+        network = Network.of(model)
+        network.look()
+        with looking(network) as look:
+            rows, output = look(inputs)
+        if missing := [name for name in self._comparison.guards if name not in rows]:
+            raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
+        mixes = mixes_of(self._comparison.task, output, self._comparison.reference.edges)
+        if not all(bool(values.isfinite().all()) for values in (*rows.values(), mixes)):
+            raise ValueError("the mini-batch gives activations that are not finite; check the input for NaN")
+        if not len(self._comparison.reference.usual):
+            mixes = mixes[:, :0]
+        return self._comparison.reading(rows, mixes)
+
+    def update(self, model: nn.Module, batch: Batch) -> Reading:
+        """How unusual the next mini-batch of the stream is, and whether the alarm sounds.
+
+        Args:
+            model: the network.
+            batch: as for `look`.
+
+        Raises:
+            ValueError: as `look`.
+        """
+        reading = self.look(model, batch)
+        self.evidence = (1 + self.evidence) * _e_value(reading.p)
+        self.seen += 1
+        return replace(reading, alarm=self.evidence >= self._every)
+
+    def reset(self) -> None:
+        """Begin anew, as after the posterior was adapted."""
+        self.evidence, self.seen = 0.0, 0
+
+
+def _e_value(p: float) -> float:
+    """What a p-value is worth as evidence: ``kappa p^(kappa - 1)``, averaged over kappa from 0 to 1.
+
+    Its mean is at most 1 where p is uniform (Vovk and Wang, 2021, section 2).
+    """
+    if p > 1 - 1e-6:
+        return 0.5
+    log = math.log(p)
+    return (1 - p + p * log) / (p * log**2)
