@@ -29,7 +29,7 @@ from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
 from stochbn.texts import as_utf8
 
-__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored"]
+__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored", "without_nan"]
 
 Row = dict[str, Any]
 """A line of the table; None where there is nothing to say."""
@@ -212,15 +212,15 @@ def scored(
         prediction = predicted(chunk.inputs)
     except ValueError:
         # An input that is no number spoils the others' predictions where the network does not take it.
-        usable = _without_nan(chunk)
+        usable = without_nan(chunk)
         if usable is chunk:
             raise
         chunk, prediction = usable, predicted(usable.inputs)
     return rows_of(chunk, prediction, key_name, classes, top, masks)
 
 
-def _without_nan(chunk: Chunk) -> Chunk:
-    """The chunk itself, or one in which objects with an input that is not finite have an error."""
+def without_nan(chunk: Chunk) -> Chunk:
+    """The chunk itself, or one in which examples with an input that is not finite have an error."""
     if not isinstance(chunk.inputs, Tensor) or chunk.inputs.isfinite().all():
         return chunk
     finite = chunk.inputs.flatten(1).isfinite().all(1)

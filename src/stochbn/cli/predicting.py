@@ -13,13 +13,12 @@ import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
+from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, settings_of, size_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from stochbn.paper.data import Images
-    from stochbn.sources import Chunk, Stream
 
 __all__ = ["predict"]
 
@@ -96,7 +95,7 @@ def predict(
         subject = Subject.one(given)
         fitted = subject.need_posterior(posterior)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
-        stream = _stream(subject, data, engine)
+        stream = stream_of(subject, data, engine)
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
         read = {field.name: str(getattr(given, field.name)) for field in fields(given)} | {"masks": str(masks)}
         fitted_in = posterior or subject.posterior
@@ -134,26 +133,6 @@ def predict(
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
-
-
-def _stream(subject: Subject, data: str | None, engine: str) -> Stream:
-    """The objects; Parquet files as what other processes can share.
-
-    Raises:
-        ValueError: the engine, or a URL, needs Parquet files and a network of the user's own.
-    """
-    from stochbn.sources import holds_parquet, is_url
-
-    source = data or subject.data
-    parquet = source is not None and holds_parquet(source)
-    if subject.open_parquet is not None and source is not None and parquet:
-        return subject.open_parquet(source, "test")
-    if engine == "ray" or (data is not None and is_url(data)):
-        asked = "--engine ray" if engine == "ray" else data
-        raise ValueError(f"{asked} takes Parquet files, and a network of --model; got --data {source}")
-    objects = subject.load(data, "test")
-    stream: Stream = objects if hasattr(objects, "chunks") else _Images(objects)
-    return stream
 
 
 def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
@@ -221,26 +200,3 @@ def _digest(what: nn.Module | Path | None) -> str:
             digest.update(name.encode())
             digest.update(safetensors.torch.save({"": tensor.detach().cpu().contiguous().clone()}))
     return digest.hexdigest()
-
-
-class _Images:
-    """A data set of images in memory as a stream; keys are their numbers."""
-
-    key_name = "image"
-
-    def __init__(self, images: Images) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
-        """The images from a position on."""
-        import torch
-
-        from stochbn.sources import Chunk
-
-        rest = self._images.take(torch.arange(start, len(self)))
-        for inputs, labels in rest.batches(size):
-            yield Chunk(list(range(start, start + len(labels))), [None] * len(labels), inputs)
-            start += len(labels)
