@@ -198,6 +198,7 @@ def test_data_like_the_training_data_leaves_the_network_as_it_is(fitted: tuple[s
         torch.testing.assert_close(after[name], tensor, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:this data is not like")
 def test_the_network_that_is_written_predicts_as_the_adapted_posterior_without_noise(fitted: tuple[str, ...]) -> None:
     run("adapt", *fitted, "--data", "dim.npz", "--weights-out", "a.safetensors")
     adapted = stochbn.load("w.adapted.sbn.safetensors")
@@ -254,3 +255,96 @@ def test_what_adapt_cannot_do_is_told_before_the_work(
     Path("w.sbn.safetensors").unlink()
     assert "there is no posterior" in told(*adapt)
     assert not Path("w.adapted.sbn.safetensors").exists()
+
+
+def about(path: str) -> Any:
+    """What a Parquet file says of itself."""
+    return json.loads(pyarrow.parquet.read_schema(path).metadata[b"stochbn"])
+
+
+def wrong(path: str) -> float:
+    """The share of wrong classes in a table of predictions of `pictures`."""
+    found = pyarrow.parquet.read_table(path).to_pydict()["class"]
+    names = ["bird", "cat", "dog"]
+    return float(np.mean([names.index(one) != i % 3 for i, one in enumerate(found)]))
+
+
+def test_predictions_of_changed_data_end_with_a_warning_that_says_what_to_do(fitted: tuple[str, ...]) -> None:
+    with pytest.warns(UserWarning, match="not like the training data") as caught:
+        run("predict", *fitted, "--data", "dim.npy", "--out", "p.parquet", "--draws", 4)
+    (warning,) = caught
+    text = str(warning.message)
+    assert "in 192 examples the look of the inputs is unusual (p = " in text
+    assert "most in '1'" in text or "most in '4'" in text
+    assert "stochbn adapt --model" in text
+    assert text.endswith("--data dim.npy")
+    found = about("p.parquet")
+    assert found["shift"]["p"] <= 0.01
+    assert found["shift"]["examples"] == 192
+    assert found["adaptation"] is None
+    assert (found["draws"], found["seed"]) == (4, 0)
+
+
+def test_predictions_of_data_like_the_training_data_have_no_warning(fitted: tuple[str, ...]) -> None:
+    run("predict", *fitted, "--data", "like.npy", "--out", "p.parquet", "--draws", 4)
+    assert about("p.parquet")["shift"]["p"] > 0.01
+
+
+def test_another_mix_of_classes_is_told_from_another_look(fitted: tuple[str, ...]) -> None:
+    pixels, labels = pictures(300, 2)
+    np.save("cats.npy", pixels[labels == 1].transpose(0, 3, 1, 2))
+    with pytest.warns(UserWarning, match="the mix of classes is unusual .* would leave the network as it is"):
+        run("predict", *fitted, "--data", "cats.npy", "--out", "p.parquet", "--draws", 4)
+
+
+def test_a_posterior_is_adapted_to_the_data_before_its_predictions(fitted: tuple[str, ...]) -> None:
+    with pytest.warns(UserWarning, match="not like the training data"):
+        run("predict", *fitted, "--data", "dim.npy", "--out", "p.parquet", "--draws", 4)
+    text = run("predict", *fitted, "--data", "dim.npy", "--out", "q.parquet", "--draws", 4, "--adapt", 192)
+    assert "The posterior was adapted to this data first. From 192 examples: The look of the inputs has" in text
+    assert wrong("p.parquet") > 0.2
+    assert wrong("q.parquet") < 0.1
+    assert about("q.parquet")["adaptation"].startswith("From 192 examples")
+    assert about("q.parquet")["shift"] is None
+    run("adapt", *fitted, "--data", "dim.npy")
+    adapted = "--posterior", "w.adapted.sbn.safetensors"
+    run("predict", *fitted, "--data", "dim.npy", "--out", "r.parquet", "--draws", 4, *adapted)
+    assert pyarrow.parquet.read_table("r.parquet").equals(pyarrow.parquet.read_table("q.parquet"))
+
+
+def test_a_run_that_adapts_does_not_go_on_with_the_parts_of_one_that_does_not(
+    fitted: tuple[str, ...],
+    told: Callable[..., str],  # noqa: F811
+) -> None:
+    x = np.load("like.npy").astype(np.float32) / 255
+    x[-1] = np.nan
+    np.save("x.npy", x)
+    predict = "predict", *fitted, "--data", "x.npy", "--out", "p.parquet", "--batch", 20, "--part", 20, "--draws", 4
+    assert "without --strict" in told(*predict, "--strict")
+    assert "of a run with other options" in told(*predict, "--adapt", 100)
+    run(*predict)
+    assert about("p.parquet")["shift"]["examples"] == 20, "of a forward pass"
+    assert "without --strict" in told(*predict, "--strict", "--adapt", 100)
+    run(*predict, "--adapt", 100)
+    run(*predict[:-6], "--batch", 20, "--part", 20, "--draws", 4, "--adapt", 100, "--out", "q.parquet")
+    assert pyarrow.parquet.read_table("p.parquet").equals(pyarrow.parquet.read_table("q.parquet"))
+
+
+def test_workers_of_ray_cannot_adapt(fitted: tuple[str, ...], told: Callable[..., str]) -> None:  # noqa: F811
+    text = told("predict", *fitted, "--data", "dim.npy", "--out", "p.csv", "--engine", "ray", "--adapt", 10)
+    assert "--adapt is for --engine local" in text
+    assert "run 'stochbn adapt' first" in text
+
+
+def test_what_cannot_be_compared_is_predicted_all_the_same(own: tuple[str, ...]) -> None:
+    name = own[1].partition(":")[0]
+    np.save("x.npy", np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))
+    save_file(build(f"{name}:twice", {}).model.state_dict(), "t.safetensors")
+    twice = "--model", f"{name}:twice", "--weights", "t.safetensors"
+    text = run("fit", *twice, "--data", "x.npy", "--centre", "observed")
+    assert "New data cannot be compared with it" in text
+    run("predict", *twice, "--data", "x.npy", "--out", "t.parquet", "--draws", 4)
+    assert about("t.parquet")["shift"] is None
+    run("fit", *own, "--data", f"{name}:odd", "--out", "o.sbn.safetensors", "--centre", "observed")
+    run("predict", *own, "--posterior", "o.sbn.safetensors", "--data", f"{name}:odd", "--out", "o.parquet")
+    assert about("o.parquet")["shift"]["examples"] == 250

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["sampled", "stream_of"]
 
 BATCH = 128
-"""Examples of a sample that are in a batch, at most, but for a loader of the user's own, which has batches."""
+"""Examples of a sample that are in a batch, at most."""
 
 
 def stream_of(subject: Subject, data: str | None, engine: str = "local") -> Stream:
@@ -37,7 +37,7 @@ def stream_of(subject: Subject, data: str | None, engine: str = "local") -> Stre
     return stream
 
 
-def sampled(stream: Stream, count: int, seed: int) -> list[Any]:
+def sampled(stream: Stream, count: int, seed: int, size: int = BATCH) -> list[Any]:
     """Inputs of some examples that can be read, in batches.
 
     They are taken at random where the data can be read in any order. Of Parquet files and loaders they are the first
@@ -47,6 +47,7 @@ def sampled(stream: Stream, count: int, seed: int) -> list[Any]:
         stream: the data.
         count: how many to take, at most; a loader gives whole batches.
         seed: where the order comes from.
+        size: of the batches; a loader of the user's own has batches of its own sizes.
     """
     from torch import Tensor
 
@@ -54,7 +55,7 @@ def sampled(stream: Stream, count: int, seed: int) -> list[Any]:
 
     mixed: Any = stream.shuffled(seed) if hasattr(stream, "shuffled") else stream
     found, left = [], count
-    for chunk in mixed.chunks(min(BATCH, count)):
+    for chunk in mixed.chunks(min(size, count)):
         inputs = without_nan(chunk).inputs
         if inputs is not None:
             found.append(inputs[:left] if isinstance(inputs, Tensor) else inputs)
