@@ -336,6 +336,7 @@ def test_workers_of_ray_cannot_adapt(fitted: tuple[str, ...], told: Callable[...
     assert "run 'stochbn adapt' first" in text
 
 
+@pytest.mark.filterwarnings("ignore:these mini-batches have other statistics")
 def test_what_cannot_be_compared_is_predicted_all_the_same(own: tuple[str, ...]) -> None:
     name = own[1].partition(":")[0]
     np.save("x.npy", np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))

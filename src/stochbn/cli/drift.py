@@ -82,7 +82,7 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
     if reading.look > UNUSUAL:
         advice = f"probabilities may be off, and '{adapt}' would leave the network as it is"
     else:
-        advice = f"adapt the network to examples like these, without labels: {adapt}"
+        advice = f"check what it is, or adapt the network to examples like these, without labels: {adapt}"
     return f"this data is not like the training data: {found[0].lower()}{found[1:]}; {advice}"
 
 
