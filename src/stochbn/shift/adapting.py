@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,15 @@ __all__ = ["Adapter", "adapt"]
 
 ERRORS = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 """The standard errors of the mix, round by round."""
+MOST_ROUNDS = 24
+SETTLED = 0.005
+"""The share of examples whose class changes from one round to the next below which the mix stays."""
 PRIOR = 64
 """What the source counts for without a guard, in examples."""
+TOGETHER = 512
+"""Examples that go through the network together, at most."""
+TOGETHER_BYTES = 2**26
+"""What their inputs may take."""
 LEAST_VARIANCE = 0.3
 """An adapted variance is at least this share of the smaller one of the source's and of what is seen."""
 CHANGED = 0.2
@@ -66,7 +73,8 @@ def adapt(
     Each batch norm's running statistics are moved by as much as the look of the new examples differs, with what another
     mix of classes explains taken out first, see `stochbn.shift.guard`. Without evidence of another look the centre is
     the network's own, exactly. Layers behind others see what the adapted ones give them. The noise stays. That takes
-    six passes over the examples, which stay in memory; eight examples are enough to begin with, and more are better.
+    six passes over the examples or some more, until the mix stays, at most 24. The examples stay in memory. Eight are
+    enough to begin with, and more are better.
 
     What was concluded is in the posterior's ``adaptation``, which prints as sentences.
 
@@ -74,8 +82,8 @@ def adapt(
         model: the network.
         posterior: one fitted to it. With a reference, which `stochbn.fit` makes, the mix of classes is taken care of;
             without one all that differs counts as another look, of which a warning tells.
-        batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. One
-            batch of the size that fits into memory is best, as each layer then sees all examples at once.
+        batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. Up to
+            512 examples, or 64 MiB of them, go through the network together; more go one group after another.
         prior: so many examples of the training data are added to the new ones, at the source's statistics: the shift is
             multiplied by ``n / (n + prior)``. None is 0 with a reference, where the evidence decides, and else 64.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
@@ -93,7 +101,7 @@ def adapt(
             f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
             "pass [tensor] to treat one tensor as a single batch"
         )
-    adapter._all_of([adapter._input(batch) for batch in batches])
+    adapter._all_of(list(_joined(adapter._input(batch) for batch in batches)))
     adapted = adapter.posterior
     adapter._warn(adapted)
     return adapted
@@ -164,11 +172,8 @@ class Adapter:
         network.look()
         with looking(network) as look:
             self._read(look, [inputs])
-            part = None
-            for error in ERRORS if before is None else ERRORS[-2:]:
-                part = self._pass(look, inputs, before, error)
-        assert part is not None
-        self._seen = part.plus(before)
+            for error in self._rounds(ERRORS if before is None else ERRORS[-1:]):
+                self._seen = self._pass(look, inputs, before, error).plus(before)
         return self.posterior
 
     @property
@@ -211,11 +216,11 @@ class Adapter:
         network.look()
         with looking(network) as look:
             self._read(look, batches)
-            for error in ERRORS:
+            for error in self._rounds(ERRORS):
                 for number, inputs in enumerate(batches):
                     others = _sum(part for other, part in enumerate(parts) if other != number)
                     parts[number] = self._pass(look, inputs, others, error)
-        self._seen = _sum(parts)
+                self._seen = _sum(parts)
 
     def _read(self, look: Looker, batches: list[NetworkInput]) -> None:
         """How unusual the examples are to the network as it is."""
@@ -272,11 +277,17 @@ class Adapter:
             return self._moved[name]
 
         _, output = look(inputs, rule)
-        part = _Part(count, sums, self._mixes(output).sum(0))
-        if len(part.mixes):
-            together = part.plus(others)
-            self._mix = together.mixes / together.examples
-        return part
+        return _Part(count, sums, self._mixes(output).sum(0))
+
+    def _rounds(self, errors: Sequence[float]) -> Iterator[float]:
+        """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
+        for number in range(MOST_ROUNDS):
+            yield errors[min(number, len(errors) - 1)]
+            if self._seen is None or not len(self._seen.mixes):
+                return
+            before, self._mix = self._mix, self._seen.mixes / self._seen.examples
+            if number >= len(errors) - 1 and float((self._mix - before).abs().sum()) / 2 < SETTLED:
+                return
 
     def _warn(self, adapted: Posterior) -> None:
         """Warn of what the evidence does not tell."""
@@ -297,6 +308,22 @@ class Adapter:
                 "adapted network on labelled examples, or adapt to examples of all classes",
                 stacklevel=3,
             )
+
+
+def _joined(batches: Iterable[NetworkInput]) -> Iterator[NetworkInput]:
+    """Batches joined to groups that go through the network together, as far as they are alike."""
+    group: NetworkInput | None = None
+    for inputs in batches:
+        if group is not None:
+            size = sum(tensor.nbytes for one in (group, inputs) for tensor in one.tensors())
+            alike = group.kind() == inputs.kind()
+            if alike and len(group) + len(inputs) <= TOGETHER and size <= TOGETHER_BYTES:
+                group = group.join(inputs)
+                continue
+            yield group
+        group = inputs
+    if group is not None:
+        yield group
 
 
 def _sum(parts: Iterable[_Part | None]) -> _Part | None:
