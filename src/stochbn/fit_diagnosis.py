@@ -24,6 +24,7 @@ from stochbn.network.calling import Batch, NetworkInput, read_output
 from stochbn.network.layers import batch_norms, listed, running_statistics
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
+from stochbn.posteriors.base import BEGUN, BROKEN
 from stochbn.statistics import Moments, observing
 from stochbn.undisturbed import undisturbed, without_gradients
 
@@ -104,26 +105,32 @@ class Diagnosis:
             self._count += len(mini_batch)
             self._bytes += size
 
-    def warnings(self, network: Network, posterior: Posterior, training: frozenset[str]) -> list[str]:
+    def warnings(
+        self, network: Network, posterior: Posterior, training: frozenset[str], unusable: Mapping[str, str]
+    ) -> list[str]:
         """What to warn of.
 
         Args:
             network: the network that was fitted.
             posterior: what came out.
             training: names of the modules that were in training mode.
+            unusable: layers whose running statistics were to be the centre and cannot, and what these are.
         """
+        told = list(_off_centre(posterior, unusable))
         if order := self.unshuffled():
             return [
+                *told,
                 f"the data is not shuffled: {order}, so mini-batches do not vary as in training and their noise is "
-                "wrong; pass a DataLoader with shuffle=True"
+                "wrong; pass a DataLoader with shuffle=True",
             ]
         if label := self.one_label(network):
             return [
+                *told,
                 f"all examples that were read have the label {label}, so the noise is that of mini-batches of one "
-                "class; pass a DataLoader with shuffle=True, or data of all classes"
+                "class; pass a DataLoader with shuffle=True, or data of all classes",
             ]
-        if not all(map(_settled, batch_norms(network.model).values())):
-            return []
+        if told or not all(map(_settled, batch_norms(network.model).values())):
+            return told
         found = self.difference(network, posterior)
         if found is None:
             return []
@@ -261,6 +268,17 @@ class Diagnosis:
         except Exception:  # what a prediction would raise, which is not for a fit to tell
             return None
         return outputs if outputs.isfinite().all() else None
+
+
+def _off_centre(posterior: Posterior, unusable: Mapping[str, str]) -> Iterator[str]:
+    """What to tell of layers whose running statistics are no centre; nothing where no layer was ever trained."""
+    for why, plain in ((BROKEN, "are NaN or wrong"), (BEGUN, "are not what draws vary about")):
+        names = [name for name, found in unusable.items() if found == why]
+        if names and (why == BROKEN or len(names) < len(posterior.layers)):
+            yield (
+                f"the running statistics of {listed(names)} are {why}, so draws of these layers are centred on what "
+                f"was observed; the plain network uses them as they are, so its predictions {plain}"
+            )
 
 
 def _told(found: Difference, better: Difference | None, posterior: Posterior, network: Network) -> str:

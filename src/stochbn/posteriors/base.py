@@ -23,10 +23,12 @@ from stochbn.posteriors.checks import check_draws, check_fields, positive
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT", "TINY", "Posterior"]
+__all__ = ["BEGUN", "BROKEN", "FORMAT", "TINY", "Posterior"]
 
 FORMAT = "stochbn.posterior/3"
 TINY = torch.finfo(torch.float32).tiny
+BROKEN, BEGUN = "not finite, or have negative variances", "still the 0 and 1 that they began as"
+"""What running statistics are that no draw can have as its centre."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -291,13 +293,12 @@ class Posterior(ABC):
         centred, unusable = self.centred(model)
         if unusable:
             raise ValueError(
-                f"the running statistics of {type(unwrap(model)).__name__} are not finite, or have negative variances: "
-                f"{listed(unusable)}"
+                f"the running statistics of {type(unwrap(model)).__name__} are {BROKEN}: {listed(unusable)}"
             )
         return centred
 
-    def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, list[str]]:
-        """The same noise about the running statistics, where a layer has usable ones, and the names of other layers.
+    def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, dict[str, str]]:
+        """The same noise about the running statistics, where a layer has usable ones, and what those of others are.
 
         A layer whose running statistics are not finite, or whose variances are negative, stays where it is.
 
@@ -306,15 +307,15 @@ class Posterior(ABC):
             begun: whether the 0 and 1 that running statistics begin as are usable.
         """
         layers = batch_norms(model)
-        parts, unusable = [], []
+        parts: list[Tensor] = []
+        unusable: dict[str, str] = {}
         for name, own in zip(self.layers, torch.split(self.expected, list(self.layers.values()), dim=1), strict=True):
             running = torch.stack([part.detach().cpu().double() for part in running_statistics(layers[name])])
-            usable = bool(running.isfinite().all()) and bool((running[1] >= 0).all())
-            if not begun and not running[0].any() and bool((running[1] == 1).all()):
-                usable = False
-            parts.append(running if usable else own)
-            if not usable:
-                unusable.append(name)
+            if not bool(running.isfinite().all()) or bool((running[1] < 0).any()):
+                unusable[name] = BROKEN
+            elif not begun and not running[0].any() and bool((running[1] == 1).all()):
+                unusable[name] = BEGUN
+            parts.append(own if name in unusable else running)
         if len(unusable) == len(self.layers):
             return self, unusable
         observed = self.expected if self.observed is None else self.observed
