@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -353,6 +355,21 @@ def test_a_grid_of_one_is_what_is_chosen(model: nn.Module) -> None:
     same_draws(found, posterior.rescale(12.5))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4, 16, math.inf), torch.tensor([4, 16, math.inf]), np.array([4, 16, math.inf], "float32"),
+        (size for size in (4, 16, math.inf)), dict.fromkeys([4, 16, math.inf]).keys(), [4, 16, 4.0, math.inf, 16],
+        map(Fraction, (4, 16)), {16, 4}, torch.tensor([4, 16]), np.array([4, 16]),
+    ],
+    ids=lambda sizes: type(sizes).__name__,
+)  # fmt: skip
+def test_sizes_to_try_may_come_from_any_iterable_and_each_is_tried_once(sizes: Any, model: nn.Module) -> None:
+    choice = reported(model, fitted(model), [(X, Y)], batch_sizes=sizes, draws=2)
+    assert sorted(one.batch_size for one in choice.options[2:]) == [4, 16]
+    assert all(type(one.batch_size) in (int, float) for one in choice.options)
+
+
 def test_no_noise_can_be_chosen_and_is_then_the_plain_network(model: nn.Module) -> None:
     posterior = fitted(model)
     found = calibrate(model, posterior, held_out(model, (300,), temperature=0.1), batch_sizes=[2, math.inf])
@@ -637,8 +654,22 @@ def test_no_held_out_objects_are_refused(model: nn.Module) -> None:
     ("changes", "error", "message"),
     [
         ({"batch_sizes": []}, ValueError, "batch_sizes is empty"),
-        ({"batch_sizes": [4, 0]}, ValueError, "batch_size must be a positive number, got 0"),
-        ({"batch_sizes": [math.nan]}, ValueError, "batch_size must be a positive number, got nan"),
+        ({"batch_sizes": iter(())}, ValueError, "batch_sizes is empty"),
+        ({"batch_sizes": [4, 0]}, ValueError, "batch_sizes must be positive numbers, got 0 among them"),
+        ({"batch_sizes": (-2.5,)}, ValueError, r"batch_sizes must be positive numbers, got -2\.5 among them"),
+        ({"batch_sizes": [math.nan]}, ValueError, "batch_sizes must be positive numbers, got nan among them"),
+        ({"batch_sizes": torch.tensor([8.0, math.nan])}, ValueError, "got nan among them"),
+        ({"batch_sizes": [10**400]}, ValueError, "batch_sizes must be positive numbers, got 10000"),
+        ({"batch_sizes": [True]}, TypeError, "got True among them"),
+        ({"batch_sizes": [8, "16"]}, TypeError, "got '16' among them"),
+        ({"batch_sizes": torch.ones(2, 2)}, TypeError, r"got \[1\.0, 1\.0\] among them"),
+        ({"batch_sizes": 8}, TypeError, r"batch_sizes must be positive numbers, such as \[8, .*, got 8"),
+        ({"batch_sizes": torch.tensor(8)}, TypeError, r"got tensor\(8\)"),
+        ({"batch_sizes": np.array(8)}, TypeError, r"got array\(8\)"),
+        ({"batch_sizes": "8"}, TypeError, "got '8'"),
+        ({"batch_sizes": ""}, TypeError, "got ''"),
+        ({"batch_sizes": b"8"}, TypeError, "got b'8'"),
+        ({"batch_sizes": {8: 1}}, TypeError, "got {8: 1}"),
         ({"draws": 0}, ValueError, "draws must be at least 1"),
         ({"draws": 2.0}, TypeError, "draws must be a whole number"),
         ({"draws": True}, TypeError, "draws must be a whole number"),
@@ -652,7 +683,11 @@ def test_no_held_out_objects_are_refused(model: nn.Module) -> None:
 def test_bad_arguments_are_refused(
     changes: dict[str, Any], error: type[Exception], message: str, model: nn.Module
 ) -> None:
-    arguments: dict[str, Any] = {"model": model, "posterior": fitted(model), "held_out": [(X, Y)]}
+    def unread() -> Iterator[Any]:
+        raise AssertionError("it was read")
+        yield
+
+    arguments: dict[str, Any] = {"model": model, "posterior": fitted(model), "held_out": unread()}
     with pytest.raises(error, match=message):
         calibrate(**{**arguments, **changes})
 

@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.checks import positive
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
 from stochbn.undisturbed import without_gradients
@@ -39,7 +41,7 @@ def calibrate(
     posterior: Posterior,
     held_out: Iterable[Batch],
     *,
-    batch_sizes: Sequence[float] | None = None,
+    batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
     task: Literal["classification", "binary", "multilabel"] = "classification",
@@ -77,7 +79,8 @@ def calibrate(
         posterior: one fitted to it.
         held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on.
             On training data the network is right, and no noise always seems best.
-        batch_sizes: the noises to choose among, by the size of mini-batches, about the centre of `posterior`; the plain
+        batch_sizes: the noises to choose among, by the size of mini-batches, about the centre of `posterior`: any
+            iterable of positive numbers, which is read once, and a size that it repeats is tried once. The plain
             network is among the options where ``math.inf`` is. None is a quarter, a half, one, two and four times the
             posterior's own size about both centres, and ``math.inf``.
         temperature: also choose what logits are divided by, from 0.25 to 4, for each option; otherwise it is the
@@ -114,15 +117,16 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        _check(model, posterior, batch_sizes, draws, task, score, augment, check)
+        _check(model, posterior, draws, task, score, augment, check)
+        sizes = None if batch_sizes is None else _sizes(batch_sizes)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
-        noises = _noises(model, base, batch_sizes, augment is not None)
+        noises = _noises(model, base, sizes, augment is not None)
         plain = _plain(model, base)
     if ranks.count > 1:
-        asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
+        asked = {"batch_sizes": sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
         ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
     temperatures = torch.cat([TEMPERATURES, torch.tensor([posterior.temperature], dtype=torch.float64)])
-    selectable = augment is None and (batch_sizes is None or math.inf in batch_sizes)
+    selectable = augment is None and (sizes is None or math.inf in sizes)
     tried = _tried(noises, draws, temperature, selectable, augment is not None)
     totals = Totals(1 + len(noises), len(temperatures))
     units = "examples"
@@ -172,7 +176,6 @@ def calibrate(
 def _check(
     model: nn.Module,
     posterior: Posterior,
-    batch_sizes: Sequence[float] | None,
     draws: int,
     task: str,
     score: str,
@@ -196,15 +199,39 @@ def _check(
             f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "
             "for a regression choose it with the batch size of fit, and see stochbn.conformal.intervals"
         )
-    if batch_sizes is not None and not len(batch_sizes):
+
+
+def _sizes(batch_sizes: Iterable[float]) -> list[float]:
+    """The sizes of mini-batches to try, each once.
+
+    Raises:
+        TypeError, ValueError: they are no positive numbers, or there are none.
+    """
+    values: Any = batch_sizes.tolist() if isinstance(batch_sizes, Tensor) else batch_sizes
+    try:
+        each = iter(values)
+    except TypeError:  # a number, or a tensor or an array without axes
+        each = None
+    if each is None or isinstance(values, (str, bytes, Mapping)):
+        raise TypeError(f"batch_sizes must be positive numbers, such as [8, 16, math.inf], got {batch_sizes!r:.60}")
+    found: dict[float, None] = {}
+    for size in each:
+        if not isinstance(size, Real) or isinstance(size, bool):
+            raise TypeError(f"batch_sizes must be positive numbers, got {size!r:.40} among them")
+        number = size if isinstance(size, int) else float(size)
+        if not positive(number) and number != math.inf:
+            raise ValueError(f"batch_sizes must be positive numbers, got {size!r:.40} among them")
+        found[number] = None
+    if not found:
         raise ValueError("batch_sizes is empty; name at least one, or leave it out")
+    return list(found)
 
 
 def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | None, augmented: bool) -> list[Posterior]:
     """The posteriors to choose among, those about the running statistics first; without the plain network itself.
 
     Raises:
-        TypeError, ValueError: `batch_sizes` has what is no size, or the posterior's own is not known.
+        ValueError: the posterior's own size is not known.
     """
     centres = [base]
     if batch_sizes is None:
