@@ -764,6 +764,51 @@ def test_noise_is_chosen_for_labels_of_their_own(task: str, dtype: torch.dtype) 
         stochbn.calibrate(model, posterior, [(x, labels + 1)], task=task)  # type: ignore[arg-type]
 
 
+class Shaped(nn.Module):
+    """A network with one logit, whose output is brought into a shape."""
+
+    def __init__(self, network: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.network, self.shape = network, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(x).reshape(len(x), *self.shape)
+        return out
+
+
+@pytest.mark.parametrize("score", ["nll", "brier"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+@pytest.mark.parametrize("examples", [1, 30])
+def test_binary_labels_may_have_the_axis_of_the_logit(score: str, dtype: torch.dtype, examples: int) -> None:
+    """30 examples at 30 temperatures, which must not be taken for each other."""
+    assert len(TEMPERATURES) + 1 == 30
+    inner = settled(mlp(classes=1), 4)
+    x, labels = normal(examples, 4, seed=2), torch.arange(examples) % 3 % 2
+    for shape, axis in (((1,), None), ((), None), ((1, 1), -1)):
+        model = Shaped(inner, *shape)
+        posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+        settings: dict[str, Any] = {"task": "binary", "score": score, "class_axis": axis, "draws": 3}
+        settings["ignore_index"] = 0 if examples > 1 else None
+        places = labels[:, None] if len(shape) == 2 else labels
+        wanted = reported(model, posterior, [(x, places)], **settings)
+        found = reported(model, posterior, [(x, places[..., None].to(dtype))], **settings)
+        assert found == wanted
+        assert found.units == "examples"
+        with pytest.raises(ValueError, match="expected labels"):
+            reported(model, posterior, [(x, places[..., None, None])], **settings)
+        with pytest.raises(ValueError, match="expected labels"):
+            reported(model, posterior, [(x, places[..., None].expand(*places.shape, 2))], **settings)
+
+
+def test_dense_binary_labels_may_have_the_axis_of_the_logit() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)), 2, 1, 4)
+    x = normal(9, 2, 1, 4, seed=2)
+    posterior, labels = stochbn.fit(model, [x], 4), (x[:, :1] > 0).long()
+    wanted = reported(model, posterior, [(x, labels[:, 0])], task="binary", draws=2)
+    assert reported(model, posterior, [(x, labels)], task="binary", draws=2) == wanted
+    assert (wanted.objects, wanted.units) == (36, "places")
+
+
 @pytest.mark.parametrize("score", ["nll", "brier"])
 def test_ignored_labels_do_not_count(score: str) -> None:
     model = settled(mlp(), 4)

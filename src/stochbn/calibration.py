@@ -87,8 +87,8 @@ def calibrate(
             posterior's own for all.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
-            dense ``[N, ...]``; ``"binary"`` with 0 and 1; ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of
-            which each counts as an object.
+            dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
+            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
         class_axis: the axis of the classes in the output; None is axis 1.
@@ -146,8 +146,10 @@ def calibrate(
             if not examples.divisible or not len(examples):
                 continue
             network.look()
-            if labels.ndim > 1:
-                units = "labels" if task == "multilabel" else "places"
+            if task == "multilabel":
+                units = "labels"
+            elif labels.numel() > len(examples):
+                units = "places"
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
             made = []
@@ -312,7 +314,7 @@ def _losses(
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
-    labels = labels.where(counted, 0)
+    labels, axis = labels.where(counted, 0), call.task.class_axis
     with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()
@@ -321,6 +323,8 @@ def _losses(
             while block := list(itertools.islice(drawn, made.draws)):
                 for raw in made(block):
                     each = torch.stack([torch.zeros_like(raw), raw], 1) if call.task.name == "multilabel" else raw
+                    if call.task.name == "binary" and labels.ndim == raw.ndim:  # they may have the axis of the logit
+                        labels, counted = (one.squeeze(1 if axis is None else axis) for one in (labels, counted))
                     total.add(each, labels)
             scores = total.of_each(labels)
             scores *= counted.to(scores.device)
