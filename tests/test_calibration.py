@@ -264,6 +264,24 @@ def test_what_was_chosen_is_forgotten_with_another_noise_or_centre(model: nn.Mod
     assert note == "one pass without draws, so nothing is due to them: the posterior has no noise"
 
 
+@pytest.mark.parametrize("change", [None, lambda x, generator: x + 1])
+def test_every_option_takes_as_many_draws_as_it_is_told_to_have_passes(
+    change: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    own = stochbn.Joint.iter_draws
+
+    def counted(self: stochbn.Joint, n: int, *args: Any, **options: Any) -> Iterator[dict[str, Tensor]]:
+        if options.get("quasi"):
+            drawn.append(n)
+        return own(self, n, *args, **options)
+
+    monkeypatch.setattr(stochbn.Joint, "iter_draws", counted)
+    choice = reported(model, fitted(model), [(X, Y)], draws=3, augment=change)
+    assert drawn == [one.passes for one in choice.options[1:]]
+    assert sum(drawn) == (1 + 5 * 3 + 5 * 3 + 1 if change is None else 1 + 6 * 3 + 6 * 3)
+
+
 def test_a_single_draw_is_drawing_too(model: nn.Module) -> None:
     choice = reported(model, fitted(model), held_out(model, (300,)), draws=1)
     assert [one.drawing for one in choice.options] == [False, False, *[True] * 10, False]

@@ -138,7 +138,7 @@ def calibrate(
         augment=augment,
         clean=clean,
     )
-    ways = [(one, 1 if one.noiseless and augment is None else draws) for one in noises]
+    ways = list(zip([plain, *noises], (one.passes for one in tried[1:]), strict=True))  # of each row of the scores
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
@@ -153,7 +153,7 @@ def calibrate(
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
             made = []
-            for way, noise in ((plain_call, [(plain, 1)]), (this, ways)):
+            for way, noise in ((plain_call, ways[:1]), (this, ways[1:])):
                 given = labels, counted, noise, temperatures, SCORES[score]
                 made.append(repeated(functools.partial(_losses, network, examples, way, *given)))
             totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
@@ -170,8 +170,7 @@ def calibrate(
     choice = Choice(score, totals.units, units, options, options[number])
     _warn_of_ends(choice, temperature)
     report(choice)
-    row = tried[number].row
-    chosen = noises[row - 1] if row else plain
+    chosen, _ = ways[tried[number].row]
     return replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
 
 
