@@ -462,5 +462,5 @@ def test_the_network_that_is_written_predicts_as_the_posterior_without_noise() -
         torch.testing.assert_close(written(x).softmax(1), wanted, rtol=1e-5, atol=1e-6)
         unchanged = fitted().write_to(network())
         torch.testing.assert_close(unchanged(x), network()(x))
-    with pytest.warns(UserWarning, match=r"divide its logits by 1\.5"):
+    with pytest.warns(UserWarning, match=r"divide the logits of this copy by 1\.5"):
         dataclasses.replace(posterior, temperature=1.5).write_to(network())

@@ -122,7 +122,8 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         centre: what draws have as their mean and expected variance. ``"running"``: the running statistics that the
             network works with, so that without noise predictions are the plain network's. ``"observed"``, as in the
             paper: the averages over the observed mini-batches. Layers whose running statistics are not finite,
-            have negative variances, or are still the 0 and 1 that they began as, always have the observed ones.
+            have negative variances, or are still the 0 and 1 that they began as, always have the observed ones; a
+            warning names them, unless no layer was ever trained.
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
@@ -262,13 +263,14 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         skipped=skipped,
         fingerprint=fingerprint,
     )
+    unusable: dict[str, str] = {}
     if centre == "running":
-        posterior, _ = posterior.centred(model, begun=False)
-    if reference:
+        posterior, unusable = posterior.centred(model, begun=False)
+    if reference and not unusable:
         with ranks.failing_together():
             posterior = replace(posterior, reference=keeper.reference(network, read_as, set(posterior.layers)))
     if ranks.rank == 0:
-        for text in diagnosis.warnings(network, posterior, training):
+        for text in diagnosis.warnings(network, posterior, training, unusable):
             warnings.warn(text, stacklevel=2)
     return posterior
 
