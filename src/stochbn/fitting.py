@@ -152,7 +152,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
-            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 4,096 of these examples,
+            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 2,048 of these examples,
             without `augment`, and about 600 bytes for every channel.
         task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
             labels or of numbers.
