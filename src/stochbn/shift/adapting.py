@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from stochbn.distributed import Ranks
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import listed
 from stochbn.network.replica import Network
@@ -67,6 +69,7 @@ def adapt(
     *,
     prior: float | None = None,
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
 ) -> Posterior:
     """Move a posterior's centre to unlabelled examples of data that has changed, if their look has changed.
 
@@ -87,6 +90,9 @@ def adapt(
         prior: so many examples of the training data are added to the new ones, at the source's statistics: the shift is
             multiplied by ``n / (n + prior)``. None is 0 with a reference, where the evidence decides, and else 64.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
+        group: in a job of several processes (ranks), the process group whose ranks adapt together: each passes its own
+            examples, in as many groups as the others, and every one gets the posterior that one process
+            would adapt to all of them together. None is this process's examples alone.
 
     Returns:
         The same posterior about other statistics: ``centre`` is ``"adapted"``.
@@ -95,15 +101,22 @@ def adapt(
         TypeError, ValueError: a wrong argument, a posterior of another network, no examples, examples that the network
             cannot process, or activations that are not finite.
     """
-    adapter = Adapter(model, posterior, prior=prior, inputs=inputs)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
-            "pass [tensor] to treat one tensor as a single batch"
-        )
-    adapter._all_of(list(_joined(adapter._input(batch) for batch in batches)))
+    ranks = Ranks.of(group, "adapted")
+    with ranks.failing_together():
+        adapter = Adapter(model, posterior, prior=prior, inputs=inputs)
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
+                "pass [tensor] to treat one tensor as a single batch"
+            )
+        groups = list(_joined(adapter._input(batch) for batch in batches))
+    ranks.check_same({"prior": prior, "groups of examples": len(groups)})
+    with ranks.failing_together():
+        adapter._ranks = ranks
+        adapter._all_of(groups)
     adapted = adapter.posterior
-    adapter._warn(adapted)
+    if ranks.rank == 0:
+        adapter._warn(adapted)
     return adapted
 
 
@@ -141,6 +154,7 @@ class Adapter:
         if half_life is not None and not 0 < half_life < 1e12:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
+        self._ranks = Ranks(None)
         self._source, unusable = posterior.centred(model)
         if unusable:
             raise ValueError(
@@ -238,7 +252,8 @@ class Adapter:
         joined = {name: torch.cat(values) for name, values in rows.items()}
         if not all(bool(values.isfinite().all()) for values in (*joined.values(), *mixes)):
             raise ValueError("the examples give activations that are not finite; check them for NaN")
-        self._reading = self._comparison.reading(joined, torch.cat(mixes))
+        together = self._ranks.joined({"mixes": torch.cat(mixes)})["mixes"]
+        self._reading = self._comparison.reading(self._ranks.joined(joined), together)
 
     def _mixes(self, output: Any) -> Tensor:
         """``[N, K]``: the mixes of an output."""
@@ -249,7 +264,7 @@ class Adapter:
     def _pass(self, look: Looker, inputs: NetworkInput, others: _Part | None, error: float) -> _Part:
         """Send a batch through the network while its layers are adapted to it and to what was seen of others."""
         sums: dict[str, Tensor] = {}
-        count = len(inputs)
+        count = float(self._ranks.total(torch.tensor(float(len(inputs)))))
         examples = count + (0.0 if others is None else others.examples)
         change = None if self._comparison is None else self._comparison.reference.reduced(self._mix)
         weight = examples / (examples + self._prior)
@@ -258,7 +273,7 @@ class Adapter:
             guard = None if self._comparison is None else self._comparison.guards.get(name)
             if name not in self._source.layers or (self._comparison is not None and guard is None):
                 return None
-            sums[name] = rows.sum(0)
+            sums[name] = self._ranks.total(rows.sum(0))
             mean = (sums[name] + (0.0 if others is None else others.rows[name])) / examples
             if not bool(mean.isfinite().all()):
                 raise ValueError(f"the examples give activations that are not finite in {name!r}; check them for NaN")
@@ -277,7 +292,7 @@ class Adapter:
             return self._moved[name]
 
         _, output = look(inputs, rule)
-        return _Part(count, sums, self._mixes(output).sum(0))
+        return _Part(count, sums, self._ranks.total(self._mixes(output).sum(0)))
 
     def _rounds(self, errors: Sequence[float]) -> Iterator[float]:
         """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
