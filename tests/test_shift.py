@@ -179,6 +179,21 @@ def test_the_network_and_the_posterior_stay_as_they_were() -> None:
     assert torch.equal(fitted().expected, expected)
 
 
+def test_calibrating_an_adapted_posterior_may_choose_its_centre() -> None:
+    posterior = adapted(foggy(pictures(128, 3)[0]))
+    held_out, labels = pictures(400, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calibrated = stochbn.calibrate(network(), posterior, [(foggy(held_out), labels)])
+        unchanged = stochbn.calibrate(network(), posterior, [(held_out, labels)])
+    assert calibrated.centre == "adapted"
+    assert calibrated.adaptation == posterior.adaptation
+    assert unchanged.centre != "adapted"
+    assert "adapted" in repr(calibrated)
+    again = stochbn.Predictive(network(), calibrated.rescale(math.inf))(foggy(held_out))
+    assert again.note != ""
+
+
 # Without a reference, by the closed form
 
 
