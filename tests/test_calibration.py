@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -262,6 +264,24 @@ def test_what_was_chosen_is_forgotten_with_another_noise_or_centre(model: nn.Mod
     assert note == "one pass without draws, so nothing is due to them: the posterior has no noise"
 
 
+@pytest.mark.parametrize("change", [None, lambda x, generator: x + 1])
+def test_every_option_takes_as_many_draws_as_it_is_told_to_have_passes(
+    change: Any, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    own = stochbn.Joint.iter_draws
+
+    def counted(self: stochbn.Joint, n: int, *args: Any, **options: Any) -> Iterator[dict[str, Tensor]]:
+        if options.get("quasi"):
+            drawn.append(n)
+        return own(self, n, *args, **options)
+
+    monkeypatch.setattr(stochbn.Joint, "iter_draws", counted)
+    choice = reported(model, fitted(model), [(X, Y)], draws=3, augment=change)
+    assert drawn == [one.passes for one in choice.options[1:]]
+    assert sum(drawn) == (1 + 5 * 3 + 5 * 3 + 1 if change is None else 1 + 6 * 3 + 6 * 3)
+
+
 def test_a_single_draw_is_drawing_too(model: nn.Module) -> None:
     choice = reported(model, fitted(model), held_out(model, (300,)), draws=1)
     assert [one.drawing for one in choice.options] == [False, False, *[True] * 10, False]
@@ -351,6 +371,21 @@ def test_a_grid_of_one_is_what_is_chosen(model: nn.Module) -> None:
     found = calibrate(model, posterior, held_out(model), batch_sizes=(12.5,))
     assert found.batch_size == 12.5
     same_draws(found, posterior.rescale(12.5))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4, 16, math.inf), torch.tensor([4, 16, math.inf]), np.array([4, 16, math.inf], "float32"),
+        (size for size in (4, 16, math.inf)), dict.fromkeys([4, 16, math.inf]).keys(), [4, 16, 4.0, math.inf, 16],
+        map(Fraction, (4, 16)), {16, 4}, torch.tensor([4, 16]), np.array([4, 16]),
+    ],
+    ids=lambda sizes: type(sizes).__name__,
+)  # fmt: skip
+def test_sizes_to_try_may_come_from_any_iterable_and_each_is_tried_once(sizes: Any, model: nn.Module) -> None:
+    choice = reported(model, fitted(model), [(X, Y)], batch_sizes=sizes, draws=2)
+    assert sorted(one.batch_size for one in choice.options[2:]) == [4, 16]
+    assert all(type(one.batch_size) in (int, float) for one in choice.options)
 
 
 def test_no_noise_can_be_chosen_and_is_then_the_plain_network(model: nn.Module) -> None:
@@ -444,7 +479,8 @@ def test_predictions_divide_the_logits_of_every_draw_by_the_temperature(temperat
     hot = dataclasses.replace(posterior, temperature=temperature)
     found = Predictive(model, hot, 5, generator=seeded())(x, keep_draws=True)
     scaled = Scaled(model, 1 / temperature)
-    other = dataclasses.replace(posterior, layers={f"network.{name}": n for name, n in posterior.layers.items()})
+    layers = {f"network.{name}": n for name, n in posterior.layers.items()}
+    other = dataclasses.replace(posterior, layers=layers, reference=None)
     wanted = Predictive(scaled, other, 5, generator=seeded())(x, keep_draws=True)
     torch.testing.assert_close(found.probs, wanted.probs)
     torch.testing.assert_close(found.expected_entropy, wanted.expected_entropy)
@@ -457,9 +493,8 @@ def test_dropout_with_a_posterior_uses_its_temperature_too() -> None:
     model = settled(dropout_net(), 4)
     posterior = dataclasses.replace(fitted(model), temperature=2.0)
     scaled = Scaled(model, 0.5)
-    other = dataclasses.replace(
-        posterior, temperature=1.0, layers={f"network.{name}": n for name, n in posterior.layers.items()}
-    )
+    layers = {f"network.{name}": n for name, n in posterior.layers.items()}
+    other = dataclasses.replace(posterior, temperature=1.0, layers=layers, reference=None)
     x = normal(6, 4, seed=3)
     found = stochbn.MCDropout(model, 5, posterior, generator=seeded())(x).probs
     torch.testing.assert_close(found, stochbn.MCDropout(scaled, 5, other, generator=seeded())(x).probs)
@@ -637,8 +672,22 @@ def test_no_held_out_objects_are_refused(model: nn.Module) -> None:
     ("changes", "error", "message"),
     [
         ({"batch_sizes": []}, ValueError, "batch_sizes is empty"),
-        ({"batch_sizes": [4, 0]}, ValueError, "batch_size must be a positive number, got 0"),
-        ({"batch_sizes": [math.nan]}, ValueError, "batch_size must be a positive number, got nan"),
+        ({"batch_sizes": iter(())}, ValueError, "batch_sizes is empty"),
+        ({"batch_sizes": [4, 0]}, ValueError, "batch_sizes must be positive numbers, got 0 among them"),
+        ({"batch_sizes": (-2.5,)}, ValueError, r"batch_sizes must be positive numbers, got -2\.5 among them"),
+        ({"batch_sizes": [math.nan]}, ValueError, "batch_sizes must be positive numbers, got nan among them"),
+        ({"batch_sizes": torch.tensor([8.0, math.nan])}, ValueError, "got nan among them"),
+        ({"batch_sizes": [10**400]}, ValueError, "batch_sizes must be positive numbers, got 10000"),
+        ({"batch_sizes": [True]}, TypeError, "got True among them"),
+        ({"batch_sizes": [8, "16"]}, TypeError, "got '16' among them"),
+        ({"batch_sizes": torch.ones(2, 2)}, TypeError, r"got \[1\.0, 1\.0\] among them"),
+        ({"batch_sizes": 8}, TypeError, r"batch_sizes must be positive numbers, such as \[8, .*, got 8"),
+        ({"batch_sizes": torch.tensor(8)}, TypeError, r"got tensor\(8\)"),
+        ({"batch_sizes": np.array(8)}, TypeError, r"got array\(8\)"),
+        ({"batch_sizes": "8"}, TypeError, "got '8'"),
+        ({"batch_sizes": ""}, TypeError, "got ''"),
+        ({"batch_sizes": b"8"}, TypeError, "got b'8'"),
+        ({"batch_sizes": {8: 1}}, TypeError, "got {8: 1}"),
         ({"draws": 0}, ValueError, "draws must be at least 1"),
         ({"draws": 2.0}, TypeError, "draws must be a whole number"),
         ({"draws": True}, TypeError, "draws must be a whole number"),
@@ -652,7 +701,11 @@ def test_no_held_out_objects_are_refused(model: nn.Module) -> None:
 def test_bad_arguments_are_refused(
     changes: dict[str, Any], error: type[Exception], message: str, model: nn.Module
 ) -> None:
-    arguments: dict[str, Any] = {"model": model, "posterior": fitted(model), "held_out": [(X, Y)]}
+    def unread() -> Iterator[Any]:
+        raise AssertionError("it was read")
+        yield
+
+    arguments: dict[str, Any] = {"model": model, "posterior": fitted(model), "held_out": unread()}
     with pytest.raises(error, match=message):
         calibrate(**{**arguments, **changes})
 
@@ -727,6 +780,51 @@ def test_noise_is_chosen_for_labels_of_their_own(task: str, dtype: torch.dtype) 
             assert one.mean == pytest.approx(losses[one.batch_size], rel=1e-4)
     with pytest.raises(ValueError, match="labels must lie between 0 and 1"):
         stochbn.calibrate(model, posterior, [(x, labels + 1)], task=task)  # type: ignore[arg-type]
+
+
+class Shaped(nn.Module):
+    """A network with one logit, whose output is brought into a shape."""
+
+    def __init__(self, network: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.network, self.shape = network, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(x).reshape(len(x), *self.shape)
+        return out
+
+
+@pytest.mark.parametrize("score", ["nll", "brier"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+@pytest.mark.parametrize("examples", [1, 30])
+def test_binary_labels_may_have_the_axis_of_the_logit(score: str, dtype: torch.dtype, examples: int) -> None:
+    """30 examples at 30 temperatures, which must not be taken for each other."""
+    assert len(TEMPERATURES) + 1 == 30
+    inner = settled(mlp(classes=1), 4)
+    x, labels = normal(examples, 4, seed=2), torch.arange(examples) % 3 % 2
+    for shape, axis in (((1,), None), ((), None), ((1, 1), -1)):
+        model = Shaped(inner, *shape)
+        posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
+        settings: dict[str, Any] = {"task": "binary", "score": score, "class_axis": axis, "draws": 3}
+        settings["ignore_index"] = 0 if examples > 1 else None
+        places = labels[:, None] if len(shape) == 2 else labels
+        wanted = reported(model, posterior, [(x, places)], **settings)
+        found = reported(model, posterior, [(x, places[..., None].to(dtype))], **settings)
+        assert found == wanted
+        assert found.units == "examples"
+        with pytest.raises(ValueError, match="expected labels"):
+            reported(model, posterior, [(x, places[..., None, None])], **settings)
+        with pytest.raises(ValueError, match="expected labels"):
+            reported(model, posterior, [(x, places[..., None].expand(*places.shape, 2))], **settings)
+
+
+def test_dense_binary_labels_may_have_the_axis_of_the_logit() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)), 2, 1, 4)
+    x = normal(9, 2, 1, 4, seed=2)
+    posterior, labels = stochbn.fit(model, [x], 4), (x[:, :1] > 0).long()
+    wanted = reported(model, posterior, [(x, labels[:, 0])], task="binary", draws=2)
+    assert reported(model, posterior, [(x, labels)], task="binary", draws=2) == wanted
+    assert (wanted.objects, wanted.units) == (36, "places")
 
 
 @pytest.mark.parametrize("score", ["nll", "brier"])

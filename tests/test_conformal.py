@@ -186,3 +186,36 @@ def test_ten_objects_are_enough_for_nine_tenths_but_for_rounding() -> None:
     probs, labels = predictions(9)
     scores = 1 - probs.gather(1, labels[:, None])
     assert conformal.lac(probs, labels, 0.9).threshold == scores.max().item()
+
+
+@pytest.mark.parametrize("method", ["lac", "aps", "raps"])
+def test_weights_keep_the_coverage_where_the_mix_of_classes_has_changed(method: str) -> None:
+    generator = seeded(4)
+    old, new = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.05, 0.15, 0.8])
+    missed = {False: [], True: []}  # type: dict[bool, list[float]]
+    for _ in range(40):
+        parts = []
+        for mix, count in ((old, 800), (new, 1500)):
+            labels = torch.multinomial(mix, count, replacement=True, generator=generator)
+            logits = torch.randn(count, 3, generator=generator)
+            logits[range(count), labels] += torch.tensor([2.5, 1.5, 0.3])[labels]  # the rare class is a difficult one
+            parts.append((logits.softmax(1), labels))
+        for weighted in missed:
+            weights = new / old if weighted else None
+            sets = getattr(conformal, method)(*parts[0], 0.9, weights=weights)
+            missed[weighted].append(conformal.evaluate(sets(parts[1][0]), parts[1][1])["coverage"])
+    assert np.mean(missed[False]) < 0.87
+    assert 0.89 < np.mean(missed[True]) < 0.93
+
+
+def test_equal_weights_change_nothing_and_wrong_ones_are_refused() -> None:
+    probs, labels = normal(200, 4).softmax(1), torch.arange(200) % 4
+    plain, weighted = conformal.lac(probs, labels), conformal.lac(probs, labels, weights=torch.full((4,), 3.0))
+    assert torch.equal(plain(probs), weighted(probs))
+    for wrong in ([1.0, 1.0], [1.0, -1.0, 1.0, 1.0], [0.0] * 4, [math.nan] * 4):
+        with pytest.raises(ValueError, match="weight"):
+            conformal.lac(probs, labels, weights=wrong)
+    everything = conformal.lac(probs, labels, weights=[1e6, 1.0, 1.0, 1e-9])
+    assert not everything(probs).all()
+    with pytest.raises(ValueError, match="no held-out object is of a class"):
+        conformal.lac(probs[labels < 3], labels[labels < 3], weights=[0.0, 0.0, 0.0, 1.0])

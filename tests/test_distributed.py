@@ -274,6 +274,35 @@ def test_a_network_in_ddp_is_fitted_as_itself(folder: Path) -> None:
     nearly_same(stochbn.load(folder / "posterior-1"), stochbn.fit(network(), [data()], 6, "factorized"))
 
 
+def adapt_shards(rank: int, folder: Path, sizes: tuple[int, ...]) -> None:
+    model = network()
+    posterior = stochbn.load(folder / "fitted.safetensors")
+    group = dist.group.WORLD
+    found = stochbn.adapt(model, posterior, [shard(rank, sizes) + 2], group=group)
+    found.save(folder / f"adapted-{rank}.safetensors")
+
+
+def test_ranks_adapt_to_what_one_process_does(folder: Path) -> None:
+    model = network()
+    posterior = stochbn.fit(model, [normal(320, 4, seed=8)])
+    posterior.save(folder / "fitted.safetensors")
+    alone = stochbn.adapt(model, posterior, [data(80) + 2])
+    assert not any(run(2, folder, adapt_shards, (48, 32)))
+    for rank in range(2):
+        found = stochbn.load(folder / f"adapted-{rank}.safetensors")
+        torch.testing.assert_close(found.expected, alone.expected, rtol=1e-4, atol=1e-5)
+        assert found.adaptation is not None
+        assert alone.adaptation is not None
+        assert found.adaptation.examples == 80
+        assert found.adaptation.look == pytest.approx(alone.adaptation.look)
+
+
+def test_a_rank_that_cannot_adapt_is_told_of_everywhere(folder: Path) -> None:
+    stochbn.fit(network(), [normal(320, 4, seed=8)]).save(folder / "fitted.safetensors")
+    errors = run(2, folder, adapt_shards, (48, 0))
+    assert all("at least one example" in error for error in errors)
+
+
 def fit_alone(rank: int, folder: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import stochbn
 from conftest import normal, seeded
 from stochbn.augment import flip
+from stochbn.fit_diagnosis import Diagnosis
 
 CLASSES = 4
 
@@ -116,6 +117,31 @@ def test_data_of_another_domain_is_told_with_what_it_does(labelled: bool) -> Non
     assert 'centre="running" keeps the network\'s own' in said
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (with_crops(stripes(1000, 5000)[0], 3), stripes(1000, 5000)[1], "these mini-batches have other statistics"),
+        (3 * stripes(1000, 5000)[0], torch.zeros(1000).long(), "all examples that were read have the label 0"),
+        (*stripes(1000, 5000), ""),
+    ],
+)
+def test_the_plain_network_predicts_the_kept_examples_once(
+    x: Tensor, y: Tensor, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: list[Tensor | None] = []
+    own = Diagnosis._outputs
+
+    def counted(self: Diagnosis, network: Any, draw: Any) -> Tensor | None:
+        found: Tensor | None = own(self, network, draw)
+        plain.extend([found] if not draw else [])
+        return found
+
+    monkeypatch.setattr(Diagnosis, "_outputs", counted)
+    said = told(pictures(False), [(x, y)])
+    assert [one.startswith(message) for one in said] == ([True] if message else [])
+    assert len(plain) == 1
+
+
 @torch.no_grad()
 def test_what_is_said_of_classes_is_what_a_slow_comparison_finds() -> None:
     """With the statistics of mini-batches, whose variances and the variance of whose means are that of all examples."""
@@ -207,8 +233,6 @@ def test_networks_that_were_hardly_trained_are_not_judged() -> None:
 
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(2, 20))
 def test_shuffled_labels_are_never_called_unshuffled_by_much(seed: int, classes: int, size: int) -> None:
-    from stochbn.fit_diagnosis import Diagnosis
-
     labels = torch.randint(classes, (600,), generator=seeded(seed))
     diagnosis = Diagnosis(size)
     for _ in diagnosis.watched([(torch.zeros(300), labels[:300]), (torch.zeros(300), labels[300:])]):

@@ -535,11 +535,11 @@ def trained(steps: int, momentum: float = 0.1) -> nn.Sequential:
 DATA = [3 * normal(64, 4, seed=i) + 1 for i in range(4)]
 
 
-def far(model: nn.Module) -> str:
+def far(model: nn.Module, **options: Any) -> str:
     """The warning of a fit, if there is one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(model, DATA)
+        fit(model, DATA, **options)
     assert len(caught) <= 1
     assert all(str(w.filename) == __file__ for w in caught), "the warning should point at the caller"
     return str(caught[0].message) if caught else ""
@@ -575,7 +575,7 @@ def test_data_of_another_kind_is_told() -> None:
         fit(model, [batch * 5 for batch in DATA])
 
 
-def test_running_statistics_that_are_not_finite_are_fitted_afresh_without_a_word() -> None:
+def test_running_statistics_that_are_not_finite_are_fitted_afresh_about_the_observed_centre() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = trained(100)
@@ -583,9 +583,44 @@ def test_running_statistics_that_are_not_finite_are_fitted_afresh_without_a_word
     model.get_buffer("4.running_var")[2] = float("nan")
     found = fit(model, DATA)
     assert torch.equal(found.expected, wanted.expected)
-    assert not far(model)
-    with pytest.raises(ValueError, match="not finite"):
+    assert not far(model), "the observed centre was asked for"
+    with pytest.raises(ValueError, match="not finite, or have negative variances: '4'"):
         found.recentre(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.5])
+@pytest.mark.parametrize("layers", [["4"], ["1", "4"], ["1", "4", "7"]])
+def test_layers_that_cannot_have_the_running_centre_are_named_once(bad: float, layers: list[str]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = trained(100)
+    usual = stochbn.fit(model, DATA)
+    for layer in layers:
+        model.get_buffer(f"{layer}.running_var").fill_(bad)
+    told = far(model, centre="running")
+    names = ", ".join(map(repr, layers))
+    assert told.startswith(f"the running statistics of {names} are not finite, or have negative variances, so draws of")
+    assert "centred on what was observed" in told
+    assert "its predictions are NaN or wrong" in told
+    with pytest.warns(UserWarning, match="centred on what was observed"):
+        found = stochbn.fit(model, DATA)
+    sizes = list(found.layers.values())
+    parts = (torch.split(one.expected, sizes, dim=1) for one in (found, usual.recentre_observed(), usual))
+    for name, own, observed, running in zip(found.layers, *parts, strict=True):
+        assert torch.allclose(own, observed if name in layers else running, rtol=1e-12)
+
+
+def test_layers_that_were_never_trained_are_named_unless_none_was() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = trained(100)
+        assert not far(trained(0), centre="running")
+    assert not far(model, centre="running")
+    layer = model.get_submodule("4")
+    assert isinstance(layer, nn.BatchNorm1d)
+    layer.reset_running_stats()
+    told = far(model, centre="running")
+    assert told.startswith("the running statistics of '4' are still the 0 and 1 that they began as, so draws of")
 
 
 def test_the_global_generator_is_never_set_back(monkeypatch: pytest.MonkeyPatch) -> None:

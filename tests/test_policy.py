@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import stochbn
-from conftest import Untouched, convnet, normal, seeded, settled
+from conftest import Untouched, Wrapped, convnet, dense_net, normal, seeded, settled
 from stochbn import Predictive, augment, choose_augmentation, metrics
 
 FLIP, SHIFT = augment.flip(), augment.shift(2)
@@ -17,6 +17,14 @@ FLIP, SHIFT = augment.flip(), augment.shift(2)
 
 def ruined(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator)
+
+
+def noisy(size: float) -> Any:
+    def add(x: Tensor, generator: torch.Generator) -> Tensor:
+        return x + size * torch.randn(x.shape, generator=generator)
+
+    add.inverse = lambda values, generator: values  # type: ignore[attr-defined]  # it moves nothing
+    return add
 
 
 def slow(pools: list[Tensor], first: Tensor | None, labels: Tensor, count: int) -> list[int]:
@@ -85,3 +93,27 @@ def test_what_cannot_be_chosen_from_is_refused(arguments: dict[str, Any], messag
     given: dict[str, Any] = {"held_out": [(normal(20, 2, 8, 8), torch.zeros(20).long())], "candidates": [FLIP]}
     with pytest.raises(ValueError, match=message):
         choose_augmentation(model, None, **{**given, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.arange(20) % 3, r"expected labels \[40\] for .* got \[20\]"),
+        (torch.arange(40)[:, None] % 3, r"expected labels \[40\] for .* got \[40, 1\]"),
+        (torch.arange(40) % 4, "labels must lie between 0 and 2 for 3 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_the_output_are_refused(labels: Tensor, message: str) -> None:
+    model = settled(convnet(), 2, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        choose_augmentation(model, None, [(normal(40, 2, 8, 8), labels)], [FLIP, SHIFT])
+
+
+def test_the_classes_of_a_dense_output_may_be_on_another_axis() -> None:
+    model = settled(dense_net(), 2, 3, 3)
+    x, labels = normal(40, 2, 3, 3), torch.randint(3, (40, 3, 3), generator=seeded(2))
+    candidates = [noisy(3.0), FLIP, noisy(0.1)]
+    wanted = choose_augmentation(model, None, [(x, labels)], candidates, class_axis=1)
+    last = Wrapped(model, lambda out: out.movedim(1, -1))
+    found = choose_augmentation(last, None, [(x, labels)], candidates, class_axis=-1)
+    assert found.augmentations == wanted.augmentations

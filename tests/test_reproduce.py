@@ -85,6 +85,7 @@ def executed(run: Path | None, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     if run is not None:
         monkeypatch.setenv("STOCHBN_RUN", str(run))
     monkeypatch.setenv("STOCHBN_NOTEBOOK_OUT", str(folder))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm, where there is no ipywidgets
     notebook = read_notebook()
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     return notebook

@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.checks import positive
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
 from stochbn.undisturbed import without_gradients
@@ -39,7 +41,7 @@ def calibrate(
     posterior: Posterior,
     held_out: Iterable[Batch],
     *,
-    batch_sizes: Sequence[float] | None = None,
+    batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
     task: Literal["classification", "binary", "multilabel"] = "classification",
@@ -77,15 +79,16 @@ def calibrate(
         posterior: one fitted to it.
         held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on.
             On training data the network is right, and no noise always seems best.
-        batch_sizes: the noises to choose among, by the size of mini-batches, about the centre of `posterior`; the plain
+        batch_sizes: the noises to choose among, by the size of mini-batches, about the centre of `posterior`: any
+            iterable of positive numbers, which is read once, and a size that it repeats is tried once. The plain
             network is among the options where ``math.inf`` is. None is a quarter, a half, one, two and four times the
             posterior's own size about both centres, and ``math.inf``.
         temperature: also choose what logits are divided by, from 0.25 to 4, for each option; otherwise it is the
             posterior's own for all.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
-            dense ``[N, ...]``; ``"binary"`` with 0 and 1; ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of
-            which each counts as an object.
+            dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
+            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
         class_axis: the axis of the classes in the output; None is axis 1.
@@ -114,15 +117,16 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        _check(model, posterior, batch_sizes, draws, task, score, augment, check)
+        _check(model, posterior, draws, task, score, augment, check)
+        sizes = None if batch_sizes is None else _sizes(batch_sizes)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
-        noises = _noises(model, base, batch_sizes, augment is not None)
+        noises = _noises(model, base, sizes, augment is not None)
         plain = _plain(model, base)
     if ranks.count > 1:
-        asked = {"batch_sizes": batch_sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
+        asked = {"batch_sizes": sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
         ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
     temperatures = torch.cat([TEMPERATURES, torch.tensor([posterior.temperature], dtype=torch.float64)])
-    selectable = augment is None and (batch_sizes is None or math.inf in batch_sizes)
+    selectable = augment is None and (sizes is None or math.inf in sizes)
     tried = _tried(noises, draws, temperature, selectable, augment is not None)
     totals = Totals(1 + len(noises), len(temperatures))
     units = "examples"
@@ -134,7 +138,7 @@ def calibrate(
         augment=augment,
         clean=clean,
     )
-    ways = [(one, 1 if one.noiseless and augment is None else draws) for one in noises]
+    ways = list(zip([plain, *noises], (one.passes for one in tried[1:]), strict=True))  # of each row of the scores
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
@@ -142,12 +146,14 @@ def calibrate(
             if not examples.divisible or not len(examples):
                 continue
             network.look()
-            if labels.ndim > 1:
-                units = "labels" if task == "multilabel" else "places"
+            if task == "multilabel":
+                units = "labels"
+            elif labels.numel() > len(examples):
+                units = "places"
             this = replace(call, seed=seed + ranks.place(number))
             counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
             made = []
-            for way, noise in ((plain_call, [(plain, 1)]), (this, ways)):
+            for way, noise in ((plain_call, ways[:1]), (this, ways[1:])):
                 given = labels, counted, noise, temperatures, SCORES[score]
                 made.append(repeated(functools.partial(_losses, network, examples, way, *given)))
             totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
@@ -164,15 +170,13 @@ def calibrate(
     choice = Choice(score, totals.units, units, options, options[number])
     _warn_of_ends(choice, temperature)
     report(choice)
-    row = tried[number].row
-    chosen = noises[row - 1] if row else plain
+    chosen, _ = ways[tried[number].row]
     return replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
 
 
 def _check(
     model: nn.Module,
     posterior: Posterior,
-    batch_sizes: Sequence[float] | None,
     draws: int,
     task: str,
     score: str,
@@ -196,15 +200,39 @@ def _check(
             f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "
             "for a regression choose it with the batch size of fit, and see stochbn.conformal.intervals"
         )
-    if batch_sizes is not None and not len(batch_sizes):
+
+
+def _sizes(batch_sizes: Iterable[float]) -> list[float]:
+    """The sizes of mini-batches to try, each once.
+
+    Raises:
+        TypeError, ValueError: they are no positive numbers, or there are none.
+    """
+    values: Any = batch_sizes.tolist() if isinstance(batch_sizes, Tensor) else batch_sizes
+    try:
+        each = iter(values)
+    except TypeError:  # a number, or a tensor or an array without axes
+        each = None
+    if each is None or isinstance(values, (str, bytes, Mapping)):
+        raise TypeError(f"batch_sizes must be positive numbers, such as [8, 16, math.inf], got {batch_sizes!r:.60}")
+    found: dict[float, None] = {}
+    for size in each:
+        if not isinstance(size, Real) or isinstance(size, bool):
+            raise TypeError(f"batch_sizes must be positive numbers, got {size!r:.40} among them")
+        number = size if isinstance(size, int) else float(size)
+        if not positive(number) and number != math.inf:
+            raise ValueError(f"batch_sizes must be positive numbers, got {size!r:.40} among them")
+        found[number] = None
+    if not found:
         raise ValueError("batch_sizes is empty; name at least one, or leave it out")
+    return list(found)
 
 
 def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | None, augmented: bool) -> list[Posterior]:
     """The posteriors to choose among, those about the running statistics first; without the plain network itself.
 
     Raises:
-        TypeError, ValueError: `batch_sizes` has what is no size, or the posterior's own is not known.
+        ValueError: the posterior's own size is not known.
     """
     centres = [base]
     if batch_sizes is None:
@@ -285,7 +313,7 @@ def _losses(
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses = []
-    labels = labels.where(counted, 0)
+    labels, axis = labels.where(counted, 0), call.task.class_axis
     with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()
@@ -294,6 +322,8 @@ def _losses(
             while block := list(itertools.islice(drawn, made.draws)):
                 for raw in made(block):
                     each = torch.stack([torch.zeros_like(raw), raw], 1) if call.task.name == "multilabel" else raw
+                    if call.task.name == "binary" and labels.ndim == raw.ndim:  # they may have the axis of the logit
+                        labels, counted = (one.squeeze(1 if axis is None else axis) for one in (labels, counted))
                     total.add(each, labels)
             scores = total.of_each(labels)
             scores *= counted.to(scores.device)

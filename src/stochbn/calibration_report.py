@@ -27,7 +27,7 @@ class Tried(NamedTuple):
     """A way to predict that `calibrate` tries.
 
     Attributes:
-        centre: ``"running"`` or ``"observed"``, of the draws; empty for the plain network.
+        centre: ``"running"``, ``"observed"`` or ``"adapted"``, of the draws; empty for the plain network.
         batch_size: the size of the mini-batches whose noise the draws have; ``math.inf`` is no noise.
         passes: how many an example takes.
         row: of the scores.
@@ -52,7 +52,7 @@ class Option(NamedTuple):
     """A way to predict, at the temperature that is best for it.
 
     Attributes:
-        centre: ``"running"`` or ``"observed"``, of the draws; empty for the plain network.
+        centre: ``"running"``, ``"observed"`` or ``"adapted"``, of the draws; empty for the plain network.
         batch_size: the effective mini-batch size; ``math.inf`` is no noise.
         passes: how many an example takes.
         temperature: what logits are divided by, refined between those that were tried.
@@ -227,7 +227,7 @@ class Totals:
         candidates = [number for number in allowed if not tried[number].drawing]
         if candidates[:2] == [0, 1] and places[1] % self.shape[1] not in (0, len(tried[1].temperatures) - 1):
             candidates[:2] = [1, 0]
-        for centre in ("running", "observed"):
+        for centre in dict.fromkeys(one.centre for one in tried):
             drawing = [n for n in allowed if tried[n].drawing and tried[n].centre == centre]
             candidates += [min(drawing, key=means.__getitem__)] if drawing else []
         near = [n for n in candidates if (means[n] - means[best]) / self.units <= self.error(places[n], places[best])]

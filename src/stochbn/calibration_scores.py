@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["SCORES", "Score"]
+__all__ = ["SCORES", "Score", "check_labels"]
 
 
 class Score(ABC):
@@ -46,7 +46,7 @@ class Brier(Score):
     """The Brier score: the squared distance of the probabilities from those of certainty of the label."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        _check_labels(logits, labels)
+        check_labels(logits, labels)
         if logits.dtype.itemsize < 4:
             logits = logits.float()
         each = torch.stack([(logits / t).softmax(1) for t in self.temperatures.tolist()])
@@ -67,21 +67,25 @@ SCORES: dict[str, type[Score]] = {"nll": NLL, "brier": Brier}
 
 def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
     """``[T, N, ...]``, float64: the log-probability of each label under each temperature."""
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
     labels = labels.to(logits.device)[:, None].long()
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     return torch.stack([(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in temperatures.tolist()]).double()
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Refuse labels that do not fit logits."""
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Refuse labels that do not fit logits ``[N, K, ...]``.
+
+    Raises:
+        ValueError: they have another shape than ``[N, ...]``, or are no classes.
+    """
     if labels.shape != logits[:, 0].shape:
         raise ValueError(
             f"expected labels {list(logits[:, 0].shape)} for the network's logits {list(logits.shape)}, got "
             f"{list(labels.shape)}"
         )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if labels.numel() and (labels.min() < 0 or labels.max() >= logits.shape[1]):
         raise ValueError(
             f"labels must lie between 0 and {logits.shape[1] - 1} for {logits.shape[1]} classes, found "
             f"{labels.min().item()} to {labels.max().item()}"

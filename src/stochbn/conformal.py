@@ -30,7 +30,7 @@ class Sets:
 
     Attributes:
         method: ``"lac"``, ``"aps"`` or ``"raps"``.
-        threshold: the highest score in a set.
+        threshold: the highest score in a set; of each class ``[K]`` where held-out objects were weighted.
         classes: K.
         coverage: how often sets hold the truth, at least, of exchangeable objects.
         penalty: of `raps`, for each rank beyond the free ones.
@@ -39,7 +39,7 @@ class Sets:
     """
 
     method: Literal["lac", "aps", "raps"]
-    threshold: float
+    threshold: float | Tensor
     classes: int
     coverage: float
     penalty: float = 0.0
@@ -58,7 +58,8 @@ class Sets:
         probs = _probabilities(probs)
         if probs.shape[1] != self.classes:
             raise ValueError(f"expected probabilities of {self.classes} classes, as fitted, got {list(probs.shape)}")
-        return self._scores(probs) <= self.threshold
+        threshold = self.threshold.to(probs.device) if isinstance(self.threshold, Tensor) else self.threshold
+        return self._scores(probs) <= threshold
 
     def _scores(self, probs: Tensor) -> Tensor:
         """``[N, K]``, float64: how badly each class fits."""
@@ -99,32 +100,39 @@ class Intervals:
         return torch.stack([mean - self.factor * std, mean + self.factor * std])
 
 
-def lac(probs: Any, labels: Any, coverage: float = 0.9) -> Sets:
+def lac(probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None) -> Sets:
     """The smallest sets on average, of all classes above one probability; the difficult objects' are the poorest.
 
     Args:
         probs: ``[N, K]``, predicted for held-out objects.
         labels: ``[N]``, their classes.
         coverage: how often sets are to hold the truth.
+        weights: how many times as frequent each class is in new data as among the held-out objects, ``[K]``, where the
+            mix of classes alone has changed; such as ``mix / usual`` of a posterior's ``adaptation``. Sets then hold
+            the truth as often as asked for in the new mix (Tibshirani et al., 2019, and Podkopaev and Ramdas, 2021).
+            None is the same mix.
 
     Raises:
-        TypeError, ValueError: no probabilities, labels that do not fit, or too few objects for the coverage.
+        TypeError, ValueError: no probabilities, labels or weights that do not fit, or too few objects for the coverage.
 
     Source: Sadinle, Lei and Wasserman, 2019, "Least ambiguous set-valued classifiers".
 
     >>> lac([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]], [0, 1, 2], 0.75)([[0.5, 0.4, 0.1]])
     tensor([[ True, False, False]])
     """
-    return _fitted("lac", probs, labels, coverage)
+    return _fitted("lac", probs, labels, coverage, weights)
 
 
-def aps(probs: Any, labels: Any, coverage: float = 0.9, *, generator: torch.Generator | None = None) -> Sets:
+def aps(
+    probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None, generator: torch.Generator | None = None
+) -> Sets:
     """Sets that adapt to how difficult an object is: the most probable classes until their sum is the threshold.
 
     Args:
         probs: ``[N, K]``, predicted for held-out objects.
         labels: ``[N]``, their classes.
         coverage: how often sets are to hold the truth.
+        weights: as for `lac`.
         generator: has sets randomised, so that the coverage is as asked for and not above; held-out objects take from
             it first, then each call.
 
@@ -133,7 +141,7 @@ def aps(probs: Any, labels: Any, coverage: float = 0.9, *, generator: torch.Gene
 
     Source: Romano, Sesia and Candes, 2020, "Classification with valid and adaptive coverage".
     """
-    return _fitted("aps", probs, labels, coverage, generator=generator)
+    return _fitted("aps", probs, labels, coverage, weights, generator=generator)
 
 
 def raps(
@@ -143,6 +151,7 @@ def raps(
     *,
     penalty: float = 0.01,
     free: int = 5,
+    weights: Any = None,
     generator: torch.Generator | None = None,
 ) -> Sets:
     """As `aps`, with a penalty on classes of a low rank, which keeps sets small where there are many classes.
@@ -153,6 +162,7 @@ def raps(
         coverage: how often sets are to hold the truth.
         penalty: what each rank beyond the free ones adds to a class's score; at least 0.
         free: how many of the most probable classes have no penalty.
+        weights: as for `lac`.
         generator: as for `aps`.
 
     Raises:
@@ -163,7 +173,7 @@ def raps(
     """
     if not 0 <= penalty < math.inf or not isinstance(free, int) or free < 0:
         raise ValueError(f"expected a penalty and a number of free ranks of at least 0, got {penalty!r} and {free!r}")
-    return _fitted("raps", probs, labels, coverage, penalty=penalty, free=free, generator=generator)
+    return _fitted("raps", probs, labels, coverage, weights, penalty=penalty, free=free, generator=generator)
 
 
 def intervals(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> Intervals:
@@ -219,13 +229,37 @@ def evaluate(sets: Tensor, labels: Any) -> dict[str, float]:
     }
 
 
-def _fitted(method: Literal["lac", "aps", "raps"], probs: Any, labels: Any, coverage: float, **options: Any) -> Sets:
+def _fitted(
+    method: Literal["lac", "aps", "raps"], probs: Any, labels: Any, coverage: float, weights: Any, **options: Any
+) -> Sets:
     _probabilities(probs)
     probs, labels = checked_predictions(probs, labels)
     probs = probs.double()
     unfitted = Sets(method, math.inf, probs.shape[1], float(coverage), **options)
     scores = unfitted._scores(probs).gather(1, labels[:, None])[:, 0]
-    return Sets(method, _threshold(scores, coverage), probs.shape[1], float(coverage), **options)
+    threshold: float | Tensor = _threshold(scores, coverage)
+    if weights is not None:
+        threshold = _weighted_threshold(scores, labels, weights, probs.shape[1], coverage)
+    return Sets(method, threshold, probs.shape[1], float(coverage), **options)
+
+
+def _weighted_threshold(scores: Tensor, labels: Tensor, weights: Any, classes: int, coverage: float) -> Tensor:
+    """``[K]``: for each class that a new object may have, the weighted quantile of the scores and its own, unknown one.
+
+    It is infinite where the weight of the new object's class is too large beside that of all held-out ones.
+    """
+    weights = torch.as_tensor(weights).double().to(scores.device)
+    if weights.shape != (classes,):
+        raise ValueError(f"expected a weight for each of {classes} classes, got {list(weights.shape)}")
+    if not weights.isfinite().all() or (weights < 0).any() or not weights.any():
+        raise ValueError("weights must be finite and not negative, and not all 0")
+    ordered, order = scores.sort()
+    total = weights[labels[order]].cumsum(0)
+    if not total[-1]:
+        raise ValueError("no held-out object is of a class that has a weight; pass some of these classes")
+    needed = coverage * (total[-1] + weights) * (1 - 1e-12)
+    place = torch.searchsorted(total, needed)
+    return torch.cat([ordered, ordered.new_tensor([math.inf])])[place]
 
 
 def _threshold(scores: Tensor, coverage: float) -> float:

@@ -7,6 +7,7 @@ not as it was shown to the network. `Diagnosis` keeps some of the examples of a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from stochbn.network.calling import Batch, NetworkInput, read_output
 from stochbn.network.layers import batch_norms, listed, running_statistics
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
+from stochbn.posteriors.base import BEGUN, BROKEN
 from stochbn.statistics import Moments, observing
 from stochbn.undisturbed import undisturbed, without_gradients
 
@@ -104,30 +106,38 @@ class Diagnosis:
             self._count += len(mini_batch)
             self._bytes += size
 
-    def warnings(self, network: Network, posterior: Posterior, training: frozenset[str]) -> list[str]:
+    def warnings(
+        self, network: Network, posterior: Posterior, training: frozenset[str], unusable: Mapping[str, str]
+    ) -> list[str]:
         """What to warn of.
 
         Args:
             network: the network that was fitted.
             posterior: what came out.
             training: names of the modules that were in training mode.
+            unusable: layers whose running statistics were to be the centre and cannot, and what these are.
         """
+        told = list(_off_centre(posterior, unusable))
         if order := self.unshuffled():
             return [
+                *told,
                 f"the data is not shuffled: {order}, so mini-batches do not vary as in training and their noise is "
-                "wrong; pass a DataLoader with shuffle=True"
+                "wrong; pass a DataLoader with shuffle=True",
             ]
-        if label := self.one_label(network):
+        plain = functools.cache(lambda: self._outputs(network, {}))
+        if label := self.one_label(plain):
             return [
+                *told,
                 f"all examples that were read have the label {label}, so the noise is that of mini-batches of one "
-                "class; pass a DataLoader with shuffle=True, or data of all classes"
+                "class; pass a DataLoader with shuffle=True, or data of all classes",
             ]
-        if not all(map(_settled, batch_norms(network.model).values())):
-            return []
-        found = self.difference(network, posterior)
+        settled = all(map(_settled, batch_norms(network.model).values()))
+        if told or not settled or (outputs := plain()) is None:
+            return told
+        found = self.difference(outputs, network, posterior)
         if found is None:
             return []
-        return [_told(found, self.augmented(network, posterior, training), posterior, network)]
+        return [_told(found, self.augmented(outputs, network, posterior, training), posterior, network)]
 
     def unshuffled(self) -> str:
         """What is wrong with the order of the examples; empty if nothing can be said against it."""
@@ -149,21 +159,20 @@ class Diagnosis:
         )
         return f"{what}, and two examples of all {100 * overall:.0f} % of the time"
 
-    def one_label(self, network: Network) -> str:
-        """The only label of all examples, where the network has several classes; empty otherwise."""
+    def one_label(self, plain: Callable[[], Tensor | None]) -> str:
+        """The only label of all examples, where the plain network has several classes; empty otherwise."""
         labels = torch.cat(self._labels) if self._labels else torch.empty(0)
         if len(labels) < 4 * (self._size or 16) or (labels != labels[0]).any():
             return ""
-        outputs = self._outputs(network, {})
+        outputs = plain()
         several = labels[0] >= 0 and outputs is not None and outputs.ndim == 2 and 1 < outputs.shape[1] > int(labels[0])
         return str(int(labels[0])) if several else ""
 
-    def difference(self, network: Network, posterior: Posterior) -> Difference | None:
-        """How far predictions with the observed statistics are from the network's own; None where nothing can be said.
+    def difference(self, plain: Tensor, network: Network, posterior: Posterior) -> Difference | None:
+        """How far predictions with the observed statistics are from the plain ones; None where nothing can be said.
 
         It is None too where the difference is small, or what running averages differ by from their expectation.
         """
-        plain = self._outputs(network, {})
         found = self._compared(plain, network, posterior.recentre_observed(), None)
         if found is None or found.mean - ERRORS * found.error <= (NUMBERS if found.changed is None else CLASSES):
             return None
@@ -173,13 +182,14 @@ class Diagnosis:
             return None
         return found
 
-    def augmented(self, network: Network, posterior: Posterior, training: frozenset[str]) -> Difference | None:
+    def augmented(
+        self, plain: Tensor, network: Network, posterior: Posterior, training: frozenset[str]
+    ) -> Difference | None:
         """The difference with random flips and padded crops, where it is less than half; None if it is not."""
         if not all(batch.first.ndim == 4 and min(batch.first.shape[2:]) >= 8 for batch in self._examples):
             return None
-        plain = self._outputs(network, {})
         kinds = (None, "zeros", "reflect")
-        found = [self._observed_again(network, posterior, training, plain, kind) for kind in kinds]
+        found = [self._observed_again(plain, network, posterior, training, kind) for kind in kinds]
         if found[0] is None:
             return None
         changed = [one for one in found[1:] if one is not None]
@@ -188,12 +198,7 @@ class Diagnosis:
 
     @undisturbed
     def _observed_again(
-        self,
-        network: Network,
-        posterior: Posterior,
-        training: frozenset[str],
-        plain: Tensor | None,
-        padding: str | None,
+        self, plain: Tensor, network: Network, posterior: Posterior, training: frozenset[str], padding: str | None
     ) -> Difference | None:
         """The difference with statistics of the kept mini-batches alone, augmented with such padding."""
         moments: dict[str, Moments] = {}
@@ -212,11 +217,9 @@ class Diagnosis:
         return self._compared(plain, network, posterior._moved(mean, variance.clamp(min=0)), None, exact=True)
 
     def _compared(
-        self, plain: Tensor | None, network: Network, posterior: Posterior, seed: int | None, exact: bool = False
+        self, plain: Tensor, network: Network, posterior: Posterior, seed: int | None, exact: bool = False
     ) -> Difference | None:
         """The difference under a draw of a seed, or at what is expected."""
-        if plain is None:
-            return None
         if seed is not None:
             draw = next(posterior.iter_draws(1, torch.Generator().manual_seed(seed)))
         else:
@@ -261,6 +264,17 @@ class Diagnosis:
         except Exception:  # what a prediction would raise, which is not for a fit to tell
             return None
         return outputs if outputs.isfinite().all() else None
+
+
+def _off_centre(posterior: Posterior, unusable: Mapping[str, str]) -> Iterator[str]:
+    """What to tell of layers whose running statistics are no centre; nothing where no layer was ever trained."""
+    for why, plain in ((BROKEN, "are NaN or wrong"), (BEGUN, "are not what draws vary about")):
+        names = [name for name, found in unusable.items() if found == why]
+        if names and (why == BROKEN or len(names) < len(posterior.layers)):
+            yield (
+                f"the running statistics of {listed(names)} are {why}, so draws of these layers are centred on what "
+                f"was observed; the plain network uses them as they are, so its predictions {plain}"
+            )
 
 
 def _told(found: Difference, better: Difference | None, posterior: Posterior, network: Network) -> str:

@@ -122,7 +122,8 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         centre: what draws have as their mean and expected variance. ``"running"``: the running statistics that the
             network works with, so that without noise predictions are the plain network's. ``"observed"``, as in the
             paper: the averages over the observed mini-batches. Layers whose running statistics are not finite,
-            have negative variances, or are still the 0 and 1 that they began as, always have the observed ones.
+            have negative variances, or are still the 0 and 1 that they began as, always have the observed ones; a
+            warning names them, unless no layer was ever trained.
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
@@ -151,7 +152,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
-            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 4,096 of these examples,
+            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 2,048 of these examples,
             without `augment`, and about 600 bytes for every channel.
         task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
             labels or of numbers.
@@ -262,13 +263,14 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         skipped=skipped,
         fingerprint=fingerprint,
     )
+    unusable: dict[str, str] = {}
     if centre == "running":
-        posterior, _ = posterior.centred(model, begun=False)
-    if reference:
+        posterior, unusable = posterior.centred(model, begun=False)
+    if reference and not unusable:
         with ranks.failing_together():
             posterior = replace(posterior, reference=keeper.reference(network, read_as, set(posterior.layers)))
     if ranks.rank == 0:
-        for text in diagnosis.warnings(network, posterior, training):
+        for text in diagnosis.warnings(network, posterior, training, unusable):
             warnings.warn(text, stacklevel=2)
     return posterior
 

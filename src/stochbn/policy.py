@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stochbn.augment import Augment, turns
 from stochbn.calibration import labels_of
+from stochbn.calibration_scores import check_labels
 from stochbn.network.calling import Batch
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import Predictive
@@ -83,7 +84,9 @@ def choose_augmentation(
         truth.append(labels_of(batch, "classification").cpu())
         for predictive, kept in zip(predictives, rows, strict=True):
             generator = torch.Generator().manual_seed(seed + 7919 * number)
-            kept.append(predictive(batch, generator=generator).log_probs.cpu())
+            found = predictive(batch, generator=generator)
+            kept.append(found.log_probs.movedim(found.class_axis + 1, 2).cpu())
+            check_labels(kept[-1][0], truth[-1])
         progress(sum(map(len, truth)))
     if not truth:
         raise ValueError("there are no held-out objects: the iterable is empty or already used up")

@@ -27,9 +27,11 @@ from stochbn.posteriors.saved import save
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TINY", "Posterior"]
+__all__ = ["BEGUN", "BROKEN", "TINY", "Posterior"]
 
 TINY = torch.finfo(torch.float32).tiny
+BROKEN, BEGUN = "not finite, or have negative variances", "still the 0 and 1 that they began as"
+"""What running statistics are that no draw can have as its centre."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -277,13 +279,12 @@ class Posterior(ABC):
         centred, unusable = self.centred(model)
         if unusable:
             raise ValueError(
-                f"the running statistics of {type(unwrap(model)).__name__} are not finite, or have negative variances: "
-                f"{listed(unusable)}"
+                f"the running statistics of {type(unwrap(model)).__name__} are {BROKEN}: {listed(unusable)}"
             )
         return centred
 
-    def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, list[str]]:
-        """The same noise about the running statistics, where a layer has usable ones, and the names of other layers.
+    def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, dict[str, str]]:
+        """The same noise about the running statistics, where a layer has usable ones, and what those of others are.
 
         A layer whose running statistics are not finite, or whose variances are negative, stays where it is.
 
@@ -292,15 +293,15 @@ class Posterior(ABC):
             begun: whether the 0 and 1 that running statistics begin as are usable.
         """
         layers = batch_norms(model)
-        parts, unusable = [], []
+        parts: list[Tensor] = []
+        unusable: dict[str, str] = {}
         for name, own in zip(self.layers, torch.split(self.expected, list(self.layers.values()), dim=1), strict=True):
             running = torch.stack([part.detach().cpu().double() for part in running_statistics(layers[name])])
-            usable = bool(running.isfinite().all()) and bool((running[1] >= 0).all())
-            if not begun and not running[0].any() and bool((running[1] == 1).all()):
-                usable = False
-            parts.append(running if usable else own)
-            if not usable:
-                unusable.append(name)
+            if not bool(running.isfinite().all()) or bool((running[1] < 0).any()):
+                unusable[name] = BROKEN
+            elif not begun and not running[0].any() and bool((running[1] == 1).all()):
+                unusable[name] = BEGUN
+            parts.append(own if name in unusable else running)
         if len(unusable) == len(self.layers):
             return self, unusable
         observed = self.expected if self.observed is None else self.observed
@@ -323,8 +324,7 @@ class Posterior(ABC):
         """
         self.check(model)
         if self.temperature != 1:
-            text = f"the copy is without the temperature: divide its logits by {self.temperature:.4g}"
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(f"divide the logits of this copy by {self.temperature:.4g}, the temperature", stacklevel=2)
         written = copy.deepcopy(unwrap(model))
         layers = batch_norms(written)
         parts = torch.split(self.expected, list(self.layers.values()), dim=1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from stochbn.distributed import Ranks
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import listed
 from stochbn.network.replica import Network
@@ -23,8 +25,15 @@ __all__ = ["Adapter", "adapt"]
 
 ERRORS = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 """The standard errors of the mix, round by round."""
+MOST_ROUNDS = 24
+SETTLED = 0.005
+"""The share of examples whose class changes from one round to the next below which the mix stays."""
 PRIOR = 64
 """What the source counts for without a guard, in examples."""
+TOGETHER = 512
+"""Examples that go through the network together, at most."""
+TOGETHER_BYTES = 2**26
+"""What their inputs may take."""
 LEAST_VARIANCE = 0.3
 """An adapted variance is at least this share of the smaller one of the source's and of what is seen."""
 CHANGED = 0.2
@@ -60,13 +69,15 @@ def adapt(
     *,
     prior: float | None = None,
     inputs: InputsOf = None,
+    group: ProcessGroup | None = None,
 ) -> Posterior:
     """Move a posterior's centre to unlabelled examples of data that has changed, if their look has changed.
 
     Each batch norm's running statistics are moved by as much as the look of the new examples differs, with what another
     mix of classes explains taken out first, see `stochbn.shift.guard`. Without evidence of another look the centre is
     the network's own, exactly. Layers behind others see what the adapted ones give them. The noise stays. That takes
-    six passes over the examples, which stay in memory; eight examples are enough to begin with, and more are better.
+    six passes over the examples or some more, until the mix stays, at most 24. The examples stay in memory. Eight are
+    enough to begin with, and more are better.
 
     What was concluded is in the posterior's ``adaptation``, which prints as sentences.
 
@@ -74,11 +85,14 @@ def adapt(
         model: the network.
         posterior: one fitted to it. With a reference, which `stochbn.fit` makes, the mix of classes is taken care of;
             without one all that differs counts as another look, of which a warning tells.
-        batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. One
-            batch of the size that fits into memory is best, as each layer then sees all examples at once.
+        batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. Up to
+            512 examples, or 64 MiB of them, go through the network together; more go one group after another.
         prior: so many examples of the training data are added to the new ones, at the source's statistics: the shift is
             multiplied by ``n / (n + prior)``. None is 0 with a reference, where the evidence decides, and else 64.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
+        group: in a job of several processes (ranks), the process group whose ranks adapt together: each passes its own
+            examples, in as many groups as the others, and every one gets the posterior that one process
+            would adapt to all of them together. None is this process's examples alone.
 
     Returns:
         The same posterior about other statistics: ``centre`` is ``"adapted"``.
@@ -87,15 +101,22 @@ def adapt(
         TypeError, ValueError: a wrong argument, a posterior of another network, no examples, examples that the network
             cannot process, or activations that are not finite.
     """
-    adapter = Adapter(model, posterior, prior=prior, inputs=inputs)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
-            "pass [tensor] to treat one tensor as a single batch"
-        )
-    adapter._all_of([adapter._input(batch) for batch in batches])
+    ranks = Ranks.of(group, "adapted")
+    with ranks.failing_together():
+        adapter = Adapter(model, posterior, prior=prior, inputs=inputs)
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
+                "pass [tensor] to treat one tensor as a single batch"
+            )
+        groups = list(_joined(adapter._input(batch) for batch in batches))
+    ranks.check_same({"prior": prior, "groups of examples": len(groups)})
+    with ranks.failing_together():
+        adapter._ranks = ranks
+        adapter._all_of(groups)
     adapted = adapter.posterior
-    adapter._warn(adapted)
+    if ranks.rank == 0:
+        adapter._warn(adapted)
     return adapted
 
 
@@ -133,6 +154,7 @@ class Adapter:
         if half_life is not None and not 0 < half_life < 1e12:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
+        self._ranks = Ranks(None)
         self._source, unusable = posterior.centred(model)
         if unusable:
             raise ValueError(
@@ -164,11 +186,8 @@ class Adapter:
         network.look()
         with looking(network) as look:
             self._read(look, [inputs])
-            part = None
-            for error in ERRORS if before is None else ERRORS[-2:]:
-                part = self._pass(look, inputs, before, error)
-        assert part is not None
-        self._seen = part.plus(before)
+            for error in self._rounds(ERRORS if before is None else ERRORS[-1:]):
+                self._seen = self._pass(look, inputs, before, error).plus(before)
         return self.posterior
 
     @property
@@ -211,11 +230,11 @@ class Adapter:
         network.look()
         with looking(network) as look:
             self._read(look, batches)
-            for error in ERRORS:
+            for error in self._rounds(ERRORS):
                 for number, inputs in enumerate(batches):
                     others = _sum(part for other, part in enumerate(parts) if other != number)
                     parts[number] = self._pass(look, inputs, others, error)
-        self._seen = _sum(parts)
+                self._seen = _sum(parts)
 
     def _read(self, look: Looker, batches: list[NetworkInput]) -> None:
         """How unusual the examples are to the network as it is."""
@@ -233,7 +252,8 @@ class Adapter:
         joined = {name: torch.cat(values) for name, values in rows.items()}
         if not all(bool(values.isfinite().all()) for values in (*joined.values(), *mixes)):
             raise ValueError("the examples give activations that are not finite; check them for NaN")
-        self._reading = self._comparison.reading(joined, torch.cat(mixes))
+        together = self._ranks.joined({"mixes": torch.cat(mixes)})["mixes"]
+        self._reading = self._comparison.reading(self._ranks.joined(joined), together)
 
     def _mixes(self, output: Any) -> Tensor:
         """``[N, K]``: the mixes of an output."""
@@ -244,7 +264,7 @@ class Adapter:
     def _pass(self, look: Looker, inputs: NetworkInput, others: _Part | None, error: float) -> _Part:
         """Send a batch through the network while its layers are adapted to it and to what was seen of others."""
         sums: dict[str, Tensor] = {}
-        count = len(inputs)
+        count = float(self._ranks.total(torch.tensor(float(len(inputs)))))
         examples = count + (0.0 if others is None else others.examples)
         change = None if self._comparison is None else self._comparison.reference.reduced(self._mix)
         weight = examples / (examples + self._prior)
@@ -253,7 +273,7 @@ class Adapter:
             guard = None if self._comparison is None else self._comparison.guards.get(name)
             if name not in self._source.layers or (self._comparison is not None and guard is None):
                 return None
-            sums[name] = rows.sum(0)
+            sums[name] = self._ranks.total(rows.sum(0))
             mean = (sums[name] + (0.0 if others is None else others.rows[name])) / examples
             if not bool(mean.isfinite().all()):
                 raise ValueError(f"the examples give activations that are not finite in {name!r}; check them for NaN")
@@ -272,11 +292,17 @@ class Adapter:
             return self._moved[name]
 
         _, output = look(inputs, rule)
-        part = _Part(count, sums, self._mixes(output).sum(0))
-        if len(part.mixes):
-            together = part.plus(others)
-            self._mix = together.mixes / together.examples
-        return part
+        return _Part(count, sums, self._ranks.total(self._mixes(output).sum(0)))
+
+    def _rounds(self, errors: Sequence[float]) -> Iterator[float]:
+        """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
+        for number in range(MOST_ROUNDS):
+            yield errors[min(number, len(errors) - 1)]
+            if self._seen is None or not len(self._seen.mixes):
+                return
+            before, self._mix = self._mix, self._seen.mixes / self._seen.examples
+            if number >= len(errors) - 1 and float((self._mix - before).abs().sum()) / 2 < SETTLED:
+                return
 
     def _warn(self, adapted: Posterior) -> None:
         """Warn of what the evidence does not tell."""
@@ -297,6 +323,22 @@ class Adapter:
                 "adapted network on labelled examples, or adapt to examples of all classes",
                 stacklevel=3,
             )
+
+
+def _joined(batches: Iterable[NetworkInput]) -> Iterator[NetworkInput]:
+    """Batches joined to groups that go through the network together, as far as they are alike."""
+    group: NetworkInput | None = None
+    for inputs in batches:
+        if group is not None:
+            size = sum(tensor.nbytes for one in (group, inputs) for tensor in one.tensors())
+            alike = group.kind() == inputs.kind()
+            if alike and len(group) + len(inputs) <= TOGETHER and size <= TOGETHER_BYTES:
+                group = group.join(inputs)
+                continue
+            yield group
+        group = inputs
+    if group is not None:
+        yield group
 
 
 def _sum(parts: Iterable[_Part | None]) -> _Part | None:

@@ -24,7 +24,7 @@ LEAST_OWN = 0.05
 LEAST_VARIANCE = 1e-4
 """The least variance of a row's entry, as a share of the mean variance of all entries of its kind."""
 RIDGE = 1e-3
-GROUPS = 512
+GROUPS = 256
 """Mini-batches of each size whose distances are taken from each half of the examples."""
 QUANTILES = 257
 

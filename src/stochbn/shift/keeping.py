@@ -21,7 +21,7 @@ from stochbn.undisturbed import undisturbed
 
 __all__ = ["Keeper"]
 
-EXAMPLES = 4096
+EXAMPLES = 2048
 """Examples that a reference is made from, at most."""
 LEAST = 64
 """Examples that it needs."""
