@@ -89,13 +89,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     model = build(f"{name}:network", {}).model.train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(8):
-        for batch in torch.randperm(len(x)).split(20):
-            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        for batch in torch.split(torch.randperm(len(x)), 20):
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
             optimizer.step()
     with torch.no_grad():
-        for batch in torch.randperm(len(x)).repeat(4).split(20):
+        for batch in torch.split(torch.randperm(len(x)).repeat(4), 20):
             model(x[batch])
     save_file(model.state_dict(), "w.safetensors")
     for kind, dim in (("like", False), ("dim", True)):
