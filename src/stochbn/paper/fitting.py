@@ -97,6 +97,8 @@ def reference_of(
         ranks: those that fit together; the first one reads the examples.
         settings: what the output means, as for `fit_posterior`.
     """
+    if posterior.centred(model, begun=False)[1]:  # as stochbn.fit does
+        return None
     about = [settings.get(name) for name in ("logits", "class_axis", "output")]
     task = make_task(settings.get("task", "classification"), *about)
     keeper = Keeper(posterior.channels, ranks)
