@@ -118,6 +118,18 @@ def run(*args: object) -> str:
     return " ".join(result.stdout.split())
 
 
+def of_numbers(own: tuple[str, ...], function: str) -> tuple[str, ...]:
+    """The options for a network of numbers, whose running statistics are those of x.npy."""
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    np.save("x.npy", x)
+    reference = own[1].replace("network", function)
+    model = build(reference, {}).model.train()
+    for _ in range(60):
+        model(torch.from_numpy(x))
+    save_file(model.state_dict(), "n.safetensors")
+    return "--model", reference, "--weights", "n.safetensors"
+
+
 def network(own: tuple[str, ...], weights: str = "w.safetensors") -> nn.Module:
     model = build(own[1], {}).model
     load_weights(model, weights)
@@ -136,9 +148,7 @@ def test_a_fit_keeps_what_the_output_means(own: tuple[str, ...]) -> None:
     reference = stochbn.load("w.sbn.safetensors").reference
     assert reference is not None
     assert reference.usual.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
-    numbers = ("--model", own[1].replace("network", "numbers"), "--task", "regression")
-    np.save("x.npy", np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))
-    run("fit", *numbers, "--data", "x.npy", "--out", "n.sbn.safetensors")
+    run("fit", *of_numbers(own, "numbers"), "--data", "x.npy", "--task", "regression")
     reference = stochbn.load("n.sbn.safetensors").reference
     assert reference is not None
     assert reference.edges.shape == (1, 9), "of the numbers that it predicts"
@@ -338,10 +348,8 @@ def test_workers_of_ray_cannot_adapt(fitted: tuple[str, ...], told: Callable[...
 @pytest.mark.filterwarnings("ignore:these mini-batches have other statistics")
 def test_what_cannot_be_compared_is_predicted_all_the_same(own: tuple[str, ...]) -> None:
     name = own[1].partition(":")[0]
-    np.save("x.npy", np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))
-    save_file(build(f"{name}:twice", {}).model.state_dict(), "t.safetensors")
-    twice = "--model", f"{name}:twice", "--weights", "t.safetensors"
-    text = run("fit", *twice, "--data", "x.npy", "--centre", "observed")
+    twice = of_numbers(own, "twice")
+    text = run("fit", *twice, "--data", "x.npy")
     assert "New data cannot be compared with it" in text
     run("predict", *twice, "--data", "x.npy", "--out", "t.parquet", "--draws", 4)
     assert about("t.parquet")["shift"] is None
