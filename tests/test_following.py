@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 from stochbn import cli
-from stochbn.cli.following import after_calibrating, after_evaluating, after_fitting, command
+from stochbn.cli.drift import alarm
+from stochbn.cli.following import after_adapting, after_calibrating, after_evaluating, after_fitting, command
 from stochbn.cli.subject import Given
 from stochbn.posteriors import Posterior
 from stochbn.report.words import made_worse
+from stochbn.shift import Reading
 
 OWN = Given(
     model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
@@ -65,6 +69,30 @@ def test_what_follows_a_fit_can_be_typed(given: Given, named: bool) -> None:
     for words in commands(after_fitting(given, None if named else path, path, "flip,shift:4")):
         assert parsed(words)["augment"] == "flip,shift:4"
         assert ("--posterior" in words) == named
+
+
+@pytest.mark.parametrize("given", [OWN, Given(networks=[Path("b c.safetensors")])])
+def test_what_follows_an_adaptation_can_be_typed(given: Given) -> None:
+    predict, evaluate = map(parsed, commands(after_adapting(given, "new photos", Path("p q.safetensors"))))
+    assert predict["posterior"] == evaluate["posterior"] == "p q.safetensors"
+    assert (predict["data"], predict["split"]) == ("new photos", given.split)
+    assert (evaluate["data"], evaluate["split"]) == ("LABELLED-NEW-DATA", None)
+
+
+def test_the_alarm_names_a_command_that_can_be_typed() -> None:
+    reading = Reading(
+        examples=20, p=0.002, look=0.001, mixed=0.5, layers={"a": 3.0, "b": 1.0}, mix=(), each=torch.ones(20)
+    )
+    text = alarm(OWN, reading, "new photos", Path("p q.safetensors"))
+    assert text is not None
+    assert "the look of the inputs is unusual (p = 0.001), most in 'a', 'b'" in text
+    (words,) = commands(text[text.index("stochbn ") :])
+    found = parsed(words)
+    assert (found["data"], found["split"], found["posterior"]) == ("new photos", "train", "p q.safetensors")
+    mixed = alarm(OWN, dataclasses.replace(reading, look=0.5, mixed=0.001), None, None)
+    assert mixed is not None
+    assert "the mix of classes is unusual" in mixed
+    assert alarm(OWN, dataclasses.replace(reading, p=0.02), None, None) is None
 
 
 def test_an_evaluation_that_found_the_nll_worse_says_what_mends_it() -> None:

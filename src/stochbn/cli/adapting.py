@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stochbn.cli.console import say, status
+from stochbn.cli.drift import adapted_to
 from stochbn.cli.following import after_adapting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Data, Override, PosteriorFile, Seed
-from stochbn.cli.streams import sampled, stream_of
+from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
@@ -54,8 +55,6 @@ def adapt(
     ones. With the reference that 'stochbn fit' keeps, another mix of classes is told from another look of the
     inputs. The command says what it concluded.
     """
-    import stochbn
-
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:
         raise ValueError(needs("--out"))
@@ -68,15 +67,13 @@ def adapt(
         if weights_out.suffix != ENDING:
             raise ValueError(f"--weights-out must end in {ENDING}, got {str(weights_out)!r}")
         check_file(weights_out, inputs)
-        if weights_out.absolute() == target.absolute():
+        if weights_out.resolve() == target.resolve():
             raise ValueError(f"--out and --weights-out are both {str(target)!r}; name two files")
     subject = Subject.one(given)
     fitted = subject.need_posterior(posterior)
-    batches = sampled(stream_of(subject, data), examples, seed)
-    if not batches:
-        raise ValueError(f"none of the first {examples} examples of {data or subject.data} can be read")
+    stream = stream_of(subject, data)
     with status(f"adapting {subject.name}"):
-        adapted = stochbn.adapt(subject.model, fitted, batches)
+        adapted = adapted_to(subject, fitted, stream, examples, seed)
     if weights_out is not None:
         _write_network(given, adapted.write_to(subject.model), weights_out)
     adapted.save(target)
@@ -84,7 +81,7 @@ def adapt(
     if weights_out is not None:
         what = "network" if given.networks else "weights"
         say(f"Saved the network with these statistics as {weights_out}; use it in place of the {what}.", weights_out)
-    say(after_adapting(given, target))
+    say(after_adapting(given, data, target))
 
 
 def _write_network(given: Given, model: nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What predict does about data that has changed: it adapts first, or compares some examples and warns."""
+"""What commands do about data that has changed: they adapt to some of it, or compare it and warn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ UNUSUAL = 0.01
 
 
 def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: int, seed: int) -> Posterior:
-    """A posterior that is adapted to some of the data that is to be predicted.
+    """A posterior that is adapted to some of the data.
+
+    Args:
+        subject: the network.
+        posterior: its posterior.
+        stream: the data.
+        count: how many examples to take, at most.
+        seed: where the choice of examples comes from.
 
     Raises:
         ValueError: none of these examples can be read, or as `stochbn.adapt`.
@@ -34,7 +41,7 @@ def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: in
 
     batches = sampled(stream, count, seed)
     if not batches:
-        raise ValueError(f"there is nothing to adapt to: of {min(count, len(stream))} examples none can be read")
+        raise ValueError(f"there is nothing to adapt to: none of {min(count, len(stream))} examples can be read")
     return stochbn.adapt(subject.model, posterior, batches)
 
 
@@ -78,7 +85,7 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
     if reading.p > UNUSUAL:
         return None
     found = str(reading).removesuffix(".")
-    adapt = command("adapt", given, data=data, posterior=posterior)
+    adapt = command("adapt", given, data=data, split=given.split, posterior=posterior)
     if reading.look > UNUSUAL:
         advice = f"probabilities may be off, and '{adapt}' would leave the network as it is"
     else:

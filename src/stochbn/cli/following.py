@@ -83,14 +83,15 @@ def after_calibrating(
     return f"Next: {command('evaluate', given, **options, dense=dense, ignore=ignore)}"
 
 
-def after_adapting(given: Given, path: Path) -> str:
+def after_adapting(given: Given, data: str | None, path: Path) -> str:
     """What to run on a posterior that was adapted.
 
     Args:
         given: the options about the network.
+        data: what it was adapted to, if it was named.
         path: where it is.
     """
-    predict = command("predict", given, data="NEW-DATA", out="predictions.parquet", posterior=path)
+    predict = command("predict", given, data=data, split=given.split, out="predictions.parquet", posterior=path)
     evaluate = command("evaluate", given, data="LABELLED-NEW-DATA", posterior=path)
     return f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
 
