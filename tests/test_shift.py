@@ -506,3 +506,11 @@ def test_threads_share_a_monitor() -> None:
         list(pool.map(lambda _: shared.update(network(), x), range(40)))
     assert (shared.seen, shared.evidence) == (40, alone.evidence)
     assert pickle.loads(pickle.dumps(shared)).seen == 40
+
+
+def test_evidence_stays_finite_however_long_the_alarm_sounds() -> None:
+    monitor, x = stochbn.shift.Monitor(fitted()), foggy(pictures(16, 9)[0])
+    monitor.evidence = 1e299
+    readings = [monitor.update(network(), x) for _ in range(4)]
+    assert readings[-1].alarm
+    assert math.isfinite(monitor.evidence)

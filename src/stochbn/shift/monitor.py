@@ -17,6 +17,8 @@ from stochbn.shift.mixes import mixes_of
 
 __all__ = ["Monitor"]
 
+MOST = 1e300
+"""The most evidence that is added up, so that it stays finite in a service that runs on after the alarm."""
 _COUNTING = threading.Lock()
 """Held while a mini-batch is counted, as threads may share a monitor."""
 
@@ -99,7 +101,7 @@ class Monitor:
         """
         reading = self.look(model, batch)
         with _COUNTING:
-            self.evidence = (1 + self.evidence) * _e_value(reading.p)
+            self.evidence = min((1 + self.evidence) * _e_value(reading.p), MOST)
             self.seen += 1
             return replace(reading, alarm=self.evidence >= self._every)
 
