@@ -199,7 +199,11 @@ def test_a_posterior_is_adapted_to_unlabelled_data(data: str, fitted: tuple[str,
     assert "stochbn predict --model" in text
     assert "--posterior w.adapted.sbn.safetensors" in text
     assert error_of(network(fitted), "dim.npz") > 0.2
-    assert error_of(network(fitted, "a.safetensors"), "dim.npz") < 0.1
+    error = error_of(network(fitted, "a.safetensors"), "dim.npz")
+    assert error < 0.1
+    run("evaluate", *fitted[:2], "--weights", "a.safetensors", "--data", "dim.npz", "--out", "r")
+    (row,) = json.loads(Path("r/results.json").read_text())["scores"]
+    assert row["error"] == pytest.approx(100 * error)
 
 
 def test_data_like_the_training_data_leaves_the_network_as_it_is(fitted: tuple[str, ...]) -> None:
