@@ -74,7 +74,7 @@ def test_what_follows_a_fit_can_be_typed(given: Given, named: bool) -> None:
 @pytest.mark.parametrize("given", [OWN, Given(networks=[Path("b c.safetensors")])])
 def test_what_follows_an_adaptation_can_be_typed(given: Given) -> None:
     predict, evaluate = map(parsed, commands(after_adapting(given, "new photos", Path("p q.safetensors"))))
-    assert [predict["posterior"]] == evaluate["posteriors"] == ["p q.safetensors"]
+    assert [predict["posterior"]] == [str(path) for path in evaluate["posteriors"]] == ["p q.safetensors"]
     assert (predict["data"], predict["split"]) == ("new photos", given.split)
     assert (evaluate["data"], evaluate["split"]) == ("LABELLED-NEW-DATA", None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import pickle
 import warnings
@@ -514,3 +515,12 @@ def test_evidence_stays_finite_however_long_the_alarm_sounds() -> None:
     readings = [monitor.update(network(), x) for _ in range(4)]
     assert readings[-1].alarm
     assert math.isfinite(monitor.evidence)
+
+
+def test_a_reading_is_described_in_json() -> None:
+    reading = stochbn.shift.Monitor(fitted()).look(network(), pictures(16, 9)[0])
+    far = dataclasses.replace(reading, layers={"1": math.inf})
+    for one in (reading, far):
+        found = one.description()
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["p"] == reading.p

@@ -95,7 +95,5 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
 
 def recorded(posterior: Posterior, reading: Reading | None) -> Mapping[str, Any]:
     """What a table of predictions remembers about the data."""
-    shift = None
-    if reading is not None:
-        shift = {name: getattr(reading, name) for name in ("examples", "p", "look", "mixed", "layers")}
-    return {"adaptation": None if posterior.adaptation is None else str(posterior.adaptation), "shift": shift}
+    adaptation = None if posterior.adaptation is None else str(posterior.adaptation)
+    return {"adaptation": adaptation, "shift": None if reading is None else reading.description()}

@@ -155,10 +155,8 @@ class Scorer:
         """
         if self.monitor is None:
             raise ValueError("nothing is watched: make the Scorer with monitor=True")
-        reading, latest = self._reading, None
-        if reading is not None:
-            latest = {name: getattr(reading, name) for name in ("examples", "p", "look", "mixed", "layers")}
-            latest["says"] = str(reading)
+        reading = self._reading
+        latest = None if reading is None else {**reading.description(), "says": str(reading)}
         told = {"alarm": reading is not None and reading.alarm, "evidence": self.monitor.evidence}
         return {**told, "batches": self.monitor.seen, "latest": latest}
 

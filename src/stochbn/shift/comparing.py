@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,11 @@ class Reading:
         else:
             what = f"neither look nor mix is unusual (p = {self.p:.2g})"
         return f"{'Alarm: in' if self.alarm else 'In'} {size} {what}."
+
+    def description(self) -> dict[str, Any]:
+        """The numbers that are about all examples together, for JSON, which has no infinity."""
+        found = {name: getattr(self, name) for name in ("examples", "p", "look", "mixed")}
+        return {**found, "layers": {name: min(value, sys.float_info.max) for name, value in self.layers.items()}}
 
 
 class Comparison:
