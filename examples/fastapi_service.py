@@ -7,6 +7,9 @@ curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": [
 
 An example is numbers, or an image as {"base64": "..."}. The limits are STOCHBN_MAX_BODY (bytes), STOCHBN_MAX_ITEMS
 (examples in a request) and STOCHBN_MAX_PIXELS (of an image). The answer to a request that is too large is 413.
+
+With "monitor": true in STOCHBN_SCORER, curl localhost:8000/shift tells whether the examples of all requests are still
+like the training data. Each worker process of uvicorn watches its own.
 """
 
 import asyncio
@@ -35,6 +38,15 @@ async def predict(inputs: Annotated[list[Any], Body(embed=True)]) -> list[dict[s
         return await asyncio.get_running_loop().run_in_executor(pool, score.answer, inputs)
     except (RuntimeError, TypeError, ValueError) as error:
         raise HTTPException(422, str(error)) from error
+
+
+@web.get("/shift")
+def shift() -> dict[str, Any]:
+    """Whether the examples are still like the training data, and whether the alarm sounds."""
+    try:
+        return score.shift()
+    except ValueError as error:
+        raise HTTPException(404, str(error)) from error
 
 
 @web.get("/healthz")

@@ -270,6 +270,7 @@ def test_predictions_are_a_csv_with_a_line_for_each_image(trained: Trained) -> N
     assert f"Saved {len(known)} predictions" in words(text)
 
 
+@pytest.mark.filterwarnings("ignore:this data is not like the training data")
 def test_predictions_are_those_of_the_library(trained: Trained) -> None:
     stochbn_("predict", trained.networks[0], "--data", "digits:5-9", "--draws", 3, "--seed", 8, "--out", "p.csv")
     unknown = data.load("digits:5-9", "test")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -311,6 +313,55 @@ def test_bad_arguments_are_told(home: Path) -> None:
         scorer()({**columns_of(), "entropy": columns_of()["x0"]})
     with pytest.raises(FileNotFoundError):
         scorer(posterior="missing")
+
+
+def settle() -> None:
+    """Have the network's running statistics be those of its data, as after training, and fit it again."""
+    inputs = torch.from_numpy(np.stack([columns_of()[f"x{i}"] for i in range(4)], 1))
+    model = build(network(), {}).model.train()
+    for _ in range(60):
+        model(inputs)
+    save_file(model.eval().state_dict(), "w.safetensors")
+    stochbn.fit(model, [inputs], 16).save("w.sbn.safetensors")
+
+
+def test_a_scorer_watches_what_it_predicts(home: Path) -> None:
+    settle()
+    watched, plain = scorer(inputs=None, monitor=True), scorer(inputs=None)
+    assert watched.shift() == {"alarm": False, "evidence": 0, "batches": 0, "latest": None}
+    x = columns_of()
+    inputs = np.stack([x[f"x{i}"] for i in range(4)], 1)
+    for rows in (inputs[:16], inputs[16:17], inputs[20:60]):
+        assert watched.answer(rows.tolist()) == plain.answer(rows.tolist())
+    found = watched.shift()
+    assert (found["batches"], found["latest"]["examples"]) == (3, 40)
+    assert not found["alarm"]
+    assert "is unusual" in found["latest"]["says"]
+    assert json.loads(json.dumps(found)) == found
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: watched.answer((3 * inputs[i : i + 16] + 2).tolist()), range(12)))
+    found = watched.shift()
+    assert found["batches"] == 15
+    assert found["alarm"]
+    assert "the look of the inputs is unusual" in found["latest"]["says"]
+
+
+def test_what_a_scorer_cannot_watch_is_predicted_all_the_same(home: Path) -> None:
+    settle()
+    watched = scorer(inputs=None, monitor=True)
+    rows = watched.answer([[1.0, float("nan"), 0.0, 0.0], [0.0, 1.0, 2.0, 3.0], "no number"])
+    assert [row["error"] is None for row in rows] == [False, True, False]
+    assert watched.shift()["latest"]["examples"] == 1
+    watched.answer([["none of these", 1.0]])
+    watched.answer([[3e38, -3e38, 3e38, 0.0]])
+    assert watched.shift()["batches"] == 1
+    with pytest.raises(ValueError, match="make the Scorer with monitor=True"):
+        scorer().shift()
+    with pytest.raises(ValueError, match="name a posterior"):
+        scorer(posterior=None, monitor=True)
+    stochbn.fit(build(network(), {}).model, [torch.randn(40, 4)], 16).save("few.sbn.safetensors")
+    with pytest.raises(ValueError, match="no reference to compare"):
+        scorer(posterior="few.sbn.safetensors", monitor=True)
 
 
 def test_export_is_under_deploy_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,42 @@ CHANCE = {
 """The NLL (nats) of one who guesses, or for the regression of a network that is far too sure."""
 
 
-@pytest.mark.parametrize("name", CHANCE)
-@pytest.mark.filterwarnings("ignore")
-def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def loaded(name: str) -> Any:
+    """The module of an example."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = module.main()
+    return module
+
+
+@pytest.mark.parametrize("name", CHANCE)
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    results = loaded(name).main()
     printed = capsys.readouterr().out
     assert "SBN" in printed
     assert max(results["plain"], results["SBN"]) < CHANCE[name]
     assert results.get("coverage", 0.9) > 0.75
 
 
+def test_a_deployment_that_drifts_is_adapted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    results = loaded("drifting_deployment").main()
+    printed = capsys.readouterr().out
+    assert "no alarm" in printed
+    assert "the alarm sounds" in printed
+    assert "The look of the inputs has changed" in printed
+    assert results["alarm"]
+    assert results["as in training"] < 0.06
+    assert results["drifted"] > 0.2
+    assert results["adapted"] < results["drifted"] / 2
+    assert results["written back"] < results["drifted"] / 2
+
+
 def test_every_example_is_tested() -> None:
     services = {"fastapi_service", "ray_serve"}  # of tests/test_serving.py
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == CHANCE.keys() | services
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == CHANCE.keys() | services | {"drifting_deployment"}

@@ -57,7 +57,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("served.py").write_text(MODULE)
     sys.modules.pop("served", None)
-    model = build("served:network", {}).model
+    model = build("served:network", {}).model.train()
+    for seed in range(60):
+        model(normal(96, 4, seed=seed))
+    model.eval()
     save_file(model.state_dict(), "w.safetensors")
     stochbn.fit(model, [normal(96, 4)], 16).save("w.sbn.safetensors")
     return tmp_path
@@ -158,12 +161,16 @@ def test_fastapi(home: Path) -> None:
     command = [sys.executable, "-m", "uvicorn", "fastapi_service:web", "--port", str(port)]
     environment = {
         "PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}",
-        "STOCHBN_SCORER": json.dumps(arguments(home)),
+        "STOCHBN_SCORER": json.dumps(arguments(home) | {"monitor": True}),
         **LIMITS,
     }
     url = f"http://127.0.0.1:{port}"
     with running(command, f"{url}/healthz", environment):
         check_service(url)
+        for _ in range(12):
+            ask(f"{url}/predict", (3 * normal(16, 4) + 2).tolist())
+        with urllib.request.urlopen(f"{url}/shift", timeout=5) as answer:
+            assert json.loads(answer.read())["alarm"]
 
 
 @needs("ray", "fastapi")

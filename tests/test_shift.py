@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pickle
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -514,3 +516,14 @@ def test_the_network_that_is_written_predicts_as_the_posterior_without_noise() -
         torch.testing.assert_close(unchanged(x), network()(x))
     with pytest.warns(UserWarning, match=r"divide the logits of this copy by 1\.5"):
         dataclasses.replace(posterior, temperature=1.5).write_to(network())
+
+
+def test_threads_share_a_monitor() -> None:
+    x = pictures(16, 9)[0]
+    alone, shared = stochbn.shift.Monitor(fitted()), stochbn.shift.Monitor(fitted())
+    for _ in range(40):
+        alone.update(network(), x)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: shared.update(network(), x), range(40)))
+    assert (shared.seen, shared.evidence) == (40, alone.evidence)
+    assert pickle.loads(pickle.dumps(shared)).seen == 40

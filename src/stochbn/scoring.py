@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
 from stochbn.texts import as_utf8
 
-__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored"]
+__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored", "without_nan"]
 
 Row = dict[str, Any]
 """A line of the table; None where there is nothing to say."""
@@ -61,6 +61,7 @@ def score(
     path: Path,
     *,
     settings: dict[str, Any],
+    about: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
     top: int = 1,
     batch: int = 250,
@@ -81,6 +82,7 @@ def score(
         stream: the objects.
         path: the file, of which the ending says the format.
         settings: whatever else the result depends on, as JSON; parts of other settings are not continued.
+        about: what a Parquet file says of itself in its metadata, as JSON.
         classes: the names of the classes.
         top: how many of the most probable classes to write.
         batch: objects in a forward pass.
@@ -99,9 +101,9 @@ def score(
     check_table(path)
     part = part_size(part, batch)
     total = len(stream)
-    about = {**settings, "total": total, "top": top, "batch": batch, "part": part, "seed": seed}
+    claimed = {**settings, "total": total, "top": top, "batch": batch, "part": part, "seed": seed}
     parts = parts_folder(path)
-    _claim(parts, about)
+    _claim(parts, claimed)
     try:
         if engine is not None:
             _take_parts(engine, parts, total, part, strict, progress)
@@ -113,7 +115,7 @@ def score(
             shutil.rmtree(parts)
         raise
     written = sorted(parts.glob("part-*.jsonl"))
-    write(path, lambda temporary: write_table(temporary, lambda: map(_read_part, written)))
+    write(path, lambda temporary: write_table(temporary, lambda: map(_read_part, written), about))
     shutil.rmtree(parts)
     return read_table(path)
 
@@ -212,15 +214,15 @@ def scored(
         prediction = predicted(chunk.inputs)
     except ValueError:
         # An input that is no number spoils the others' predictions where the network does not take it.
-        usable = _without_nan(chunk)
+        usable = without_nan(chunk)
         if usable is chunk:
             raise
         chunk, prediction = usable, predicted(usable.inputs)
     return rows_of(chunk, prediction, key_name, classes, top, masks)
 
 
-def _without_nan(chunk: Chunk) -> Chunk:
-    """The chunk itself, or one in which objects with an input that is not finite have an error."""
+def without_nan(chunk: Chunk) -> Chunk:
+    """The chunk itself, or one in which examples with an input that is not finite have an error."""
     if not isinstance(chunk.inputs, Tensor) or chunk.inputs.isfinite().all():
         return chunk
     finite = chunk.inputs.flatten(1).isfinite().all(1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ LONGEST_CELL = 2**31 - 1
 """Characters of a cell of a CSV file that are read, at most."""
 
 
-def write_table(path: Path, parts: Parts) -> None:
+def write_table(path: Path, parts: Parts, about: Mapping[str, Any] | None = None) -> None:
     """Write rows as CSV or Parquet, by the ending of the path.
 
     In CSV, texts that a spreadsheet would run as formulas begin with an apostrophe; see `stochbn.texts.in_spreadsheet`.
-    In Parquet, texts are as they are.
+    In Parquet, texts are as they are, and what the table is about is JSON under the key ``stochbn`` of its metadata.
     """
     columns = _columns(parts())
     if path.suffix == ".csv":
         _write_csv(path, columns, parts())
     else:
-        _write_parquet(path, columns, parts())
+        _write_parquet(path, columns, parts(), about)
 
 
 def read_table(path: Path) -> Iterator[Row]:
@@ -72,7 +73,9 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _write_parquet(path: Path, columns: Sequence[str], parts: Iterable[Sequence[Row]]) -> None:
+def _write_parquet(
+    path: Path, columns: Sequence[str], parts: Iterable[Sequence[Row]], about: Mapping[str, Any] | None
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -86,6 +89,8 @@ def _write_parquet(path: Path, columns: Sequence[str], parts: Iterable[Sequence[
         return pyarrow.string() if text else pyarrow.float32()
 
     schema = pyarrow.schema([(column, kind(column)) for column in columns])
+    if about is not None:
+        schema = schema.with_metadata({"stochbn": json.dumps(about)})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for rows in chain([first], parts):
             cells = [{column: row.get(column) for column in columns} for row in rows]

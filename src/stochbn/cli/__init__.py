@@ -1,4 +1,4 @@
-"""The command line: fit, calibrate, evaluate, predict and export a network of one's own; the paper's experiments."""
+"""The command line: commands about a network of one's own, from fit to export; the paper's experiments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from stochbn.cli import project
+from stochbn.cli.adapting import adapt
 from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
 from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
@@ -24,14 +25,14 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Calibrated uncertainty for trained, batch-normalised networks: Stochastic Batch Normalization (SBN).\n\n"
     "Start with 'stochbn demo'. With a network of your own: fit a posterior over its batch-norm statistics to training "
-    "data, calibrate it on held-out data, evaluate both, predict.",
+    "data, calibrate it on held-out data, evaluate both, predict. If the data changes, adapt.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 paper = typer.Typer(no_args_is_help=True)
-for command in (demo, fit, calibrate, diagnose, evaluate, predict, export, bench):
+for command in (demo, fit, calibrate, diagnose, evaluate, predict, adapt, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
 for command in (train, fit, evaluate, predict, reproduce, report, redraw, compare, ablate, augment):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from stochbn.files import check_file
 if TYPE_CHECKING:
     from stochbn.calibration_report import Choice
     from stochbn.paper.tables import Table
+    from stochbn.posteriors import Posterior
 
 __all__ = ["calibrate", "fit"]
 
@@ -52,6 +54,13 @@ def fit(
         Path | None, Override("--out", help="File for it. (default: beside the weights, WEIGHTS.sbn.safetensors)")
     ] = None,
     augment: Augmentation = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference/--no-reference",
+            help="Also keep what these examples look like: what 'stochbn adapt' and the alarm of predict compare with.",
+        ),
+    ] = True,
     seed: Seed = 0,
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data.
@@ -60,7 +69,7 @@ def fit(
     the random changes of training; or use --augment.
     """
     from stochbn.augment import named
-    from stochbn.paper.fitting import fit_posterior
+    from stochbn.paper.fitting import fit_posterior, reference_of
 
     changes = named(augment) if augment is not None else None
     beside = given.networks[0] if given.networks else given.weights
@@ -77,15 +86,20 @@ def fit(
             posterior = fit_posterior(
                 subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks,
                 centre=centre,  # type: ignore[arg-type]
-                batches=batches,
+                batches=batches, reference=reference and not subject.augments, settings=subject.settings,
             )  # fmt: skip
+        if reference and subject.augments:  # new data has no random changes, so what it is compared with has none
+            shown = subject.load(data, "reference").shuffled(seed)
+            posterior = replace(
+                posterior, reference=reference_of(subject.model, posterior, shown, ranks, subject.settings)
+            )
         if ranks.rank:
             return
         posterior.save(target)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"
-        f"{_shown(subject, augment)}.\n"
+        f"{_shown(subject, augment)}.{_compared(posterior, reference)}\n"
         f"{after_fitting(given, beside and default_posterior(beside), target, augment)}",
         target,
     )
@@ -200,6 +214,16 @@ def calibrate(
         target,
     )
     say(again)
+
+
+def _compared(posterior: Posterior, asked: bool) -> str:
+    """That there is nothing to compare new data with, where that was asked for."""
+    if not asked or posterior.reference is not None:
+        return ""
+    return (
+        " New data cannot be compared with it: that needs 64 examples, running statistics that were trained, and a "
+        "batch norm that is called once in a pass."
+    )
 
 
 def _shown(subject: Subject, augment: str | None) -> str:

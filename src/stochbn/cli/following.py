@@ -13,7 +13,7 @@ from stochbn.report.words import mend
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
 
-__all__ = ["after_calibrating", "after_evaluating", "after_fitting", "command"]
+__all__ = ["after_adapting", "after_calibrating", "after_evaluating", "after_fitting", "command"]
 
 ANEW = ("split",)
 """Options that are left out: the next command is about other data, of which columns may be called alike."""
@@ -81,6 +81,18 @@ def after_calibrating(
     posterior = None if path == beside else path
     options: dict[str, Any] = {"data": data, "posterior": posterior, "augment": augment}
     return f"Next: {command('evaluate', given, **options, dense=dense, ignore=ignore)}"
+
+
+def after_adapting(given: Given, path: Path) -> str:
+    """What to run on a posterior that was adapted.
+
+    Args:
+        given: the options about the network.
+        path: where it is.
+    """
+    predict = command("predict", given, data="NEW-DATA", out="predictions.parquet", posterior=path)
+    evaluate = command("evaluate", given, data="LABELLED-NEW-DATA", posterior=path)
+    return f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
 
 
 def after_evaluating(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stochbn.cli.console import follow, progress_bars, say, show
+from stochbn.cli.console import follow, progress_bars, say, show, status
+from stochbn.cli.drift import adapted_to, alarm, compared, recorded
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
+from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, settings_of, size_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from stochbn.paper.data import Images
-    from stochbn.sources import Chunk, Stream
 
 __all__ = ["predict"]
 
@@ -48,6 +49,10 @@ def predict(
         ),
     ] = None,
     augment: Augmentation = None,
+    adapt: Annotated[
+        int | None,
+        Override("--adapt", min=1, help="First adapt to so many of these examples, such as 512; see 'stochbn adapt'."),
+    ] = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
@@ -71,6 +76,9 @@ def predict(
     Regression gives mean and standard deviation. Run it again to go on after it was stopped, killed even: rows are kept
     in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
     are then in the current folder.
+
+    With a posterior that can be compared with ('stochbn fit --reference'), one more pass over up to 256 of the examples
+    finds out whether they are like the training data; a warning at the end tells if they are not.
     """
     from stochbn.augment import named
     from stochbn.deploy.engine import check_ray, ray_engine
@@ -82,6 +90,11 @@ def predict(
 
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine must be local or ray, got {engine!r}")
+    if adapt is not None and engine == "ray":
+        raise ValueError(
+            "--adapt is for --engine local, as each worker of Ray loads the posterior from its file: run 'stochbn "
+            "adapt' first, and name its file with --posterior"
+        )
     if workers > 1 and engine != "ray":
         raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
@@ -95,11 +108,18 @@ def predict(
             check_ray()
         subject = Subject.one(given)
         fitted = subject.need_posterior(posterior)
+        stream = stream_of(subject, data, engine)
+        reading = None
+        if adapt is not None:
+            with status("adapting"):
+                fitted = adapted_to(subject, fitted, stream, adapt, seed)
+        elif engine == "local":
+            reading = compared(subject, fitted, stream, batch, seed)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
-        stream = _stream(subject, data, engine)
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
         read = {field.name: str(getattr(given, field.name)) for field in fields(given)} | {"masks": str(masks)}
         fitted_in = posterior or subject.posterior
+        read["adapt"] = str(adapt)
         files = {"weights": _digest(subject.model), "posterior": _digest(fitted_in)}
         elsewhere = None
         if engine == "ray":
@@ -113,6 +133,7 @@ def predict(
                 stream,
                 table,
                 settings={**read, **files, **chosen, "data": getattr(stream, "name", data), "files": _state(data)},
+                about={**chosen, "seed": seed, **recorded(fitted, reading)},
                 classes=subject.classes,
                 top=top,
                 batch=batch,
@@ -130,30 +151,15 @@ def predict(
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
     if fitted.noiseless and fitted.choice and changes is None:
         say(f"One pass without draws, so mutual information is 0. {fitted.choice}")
+    if adapt is not None:
+        say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:
         say(f"{failed} objects could not be read: the column 'error' says why.")
-
-
-def _stream(subject: Subject, data: str | None, engine: str) -> Stream:
-    """The objects; Parquet files as what other processes can share.
-
-    Raises:
-        ValueError: the engine, or a URL, needs Parquet files and a network of the user's own.
-    """
-    from stochbn.sources import holds_parquet, is_url
-
-    source = data or subject.data
-    parquet = source is not None and holds_parquet(source)
-    if subject.open_parquet is not None and source is not None and parquet:
-        return subject.open_parquet(source, "test")
-    if engine == "ray" or (data is not None and is_url(data)):
-        asked = "--engine ray" if engine == "ray" else data
-        raise ValueError(f"{asked} takes Parquet files, and a network of --model; got --data {source}")
-    objects = subject.load(data, "test")
-    stream: Stream = objects if hasattr(objects, "chunks") else _Images(objects)
-    return stream
+    told = alarm(given, reading, data, posterior) if reading is not None else None
+    if told is not None:
+        warnings.warn(told, stacklevel=2)
 
 
 def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
@@ -221,26 +227,3 @@ def _digest(what: nn.Module | Path | None) -> str:
             digest.update(name.encode())
             digest.update(safetensors.torch.save({"": tensor.detach().cpu().contiguous().clone()}))
     return digest.hexdigest()
-
-
-class _Images:
-    """A data set of images in memory as a stream; keys are their numbers."""
-
-    key_name = "image"
-
-    def __init__(self, images: Images) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
-        """The images from a position on."""
-        import torch
-
-        from stochbn.sources import Chunk
-
-        rest = self._images.take(torch.arange(start, len(self)))
-        for inputs, labels in rest.batches(size):
-            yield Chunk(list(range(start, start + len(labels))), [None] * len(labels), inputs)
-            start += len(labels)

@@ -26,6 +26,7 @@ __all__ = ["Given", "Subject", "about_networks", "needs", "numbers_of", "setting
 
 PREFERRED = {
     "train": ("train",),
+    "reference": ("train",),
     "test": ("test", "validation", "valid", "val"),
     "held-out": ("validation", "valid", "val"),
 }
@@ -246,6 +247,8 @@ class Subject:
 
     def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:
         """Open data, or what the network was trained on; needs it ``train``, ``test`` or ``held-out``.
+
+        What is needed as a ``reference`` is that of ``train``, shown as at test time.
 
         Raises:
             ValueError: none is named and none is known.

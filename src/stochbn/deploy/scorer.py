@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stochbn.posteriors import load
 from stochbn.predictive import Predictive
-from stochbn.scoring import Row, scored
+from stochbn.scoring import Row, scored, without_nan
+from stochbn.shift import Monitor, Reading
 from stochbn.sources import Chunk, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
 
@@ -67,6 +68,9 @@ class Scorer:
         seed: where draws come from.
         threads: threads of this process's PyTorch; None leaves them as they are.
         pixels: the largest number of pixels of an image; None is the limit of Pillow, ``PIL.Image.MAX_IMAGE_PIXELS``.
+        monitor: whether to watch what is predicted with a `stochbn.shift.Monitor`, for one more pass over each batch;
+            `shift` then tells what it found. It needs a posterior with a reference. A posterior that was adapted is
+            still compared with the training data, so the alarm goes on.
 
     Raises:
         ValueError, OSError: the network or a file cannot be had; the message says what to do.
@@ -91,6 +95,7 @@ class Scorer:
         seed: int = 0,
         threads: int | None = None,
         pixels: int | None = None,
+        monitor: bool = False,
     ) -> None:
         from stochbn.augment import named
 
@@ -111,10 +116,15 @@ class Scorer:
         built = prepared(built, size, mean, std)
         self.preprocess, self.classes = built.preprocess, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
+        fitted = None if posterior is None else load(Path(posterior))
+        if monitor and fitted is None:
+            raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
+        self.monitor = Monitor(fitted) if monitor and fitted is not None else None
+        self._reading: Reading | None = None
         device = torch.accelerator.current_accelerator(check_available=True)
         self.predictive = Predictive(
             built.model if device is None else built.model.to(device),
-            None if posterior is None else load(Path(posterior)),
+            fitted,
             draws,
             tolerance=tolerance,
             augment=None if augment is None else named(augment),
@@ -127,7 +137,40 @@ class Scorer:
         Raises:
             ValueError: the prediction is none of so many objects.
         """
-        return scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+        rows = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+        if self.monitor is not None:
+            self._watch(self.monitor, chunk)
+        return rows
+
+    def shift(self) -> dict[str, Any]:
+        """Whether what was predicted is like the training data, for a service to tell; any thread may ask.
+
+        Returns:
+            ``alarm``, ``evidence`` and ``batches``, as `stochbn.shift.Monitor` has them, and ``latest``: how unusual
+            the latest batch is, with ``examples``, ``p``, ``look``, ``mixed`` and ``layers``, and a sentence under
+            ``says``. None before the first batch.
+
+        Raises:
+            ValueError: it was made without ``monitor=True``.
+        """
+        if self.monitor is None:
+            raise ValueError("nothing is watched: make the Scorer with monitor=True")
+        reading, latest = self._reading, None
+        if reading is not None:
+            latest = {name: getattr(reading, name) for name in ("examples", "p", "look", "mixed", "layers")}
+            latest["says"] = str(reading)
+        told = {"alarm": reading is not None and reading.alarm, "evidence": self.monitor.evidence}
+        return {**told, "batches": self.monitor.seen, "latest": latest}
+
+    def _watch(self, monitor: Monitor, chunk: Chunk) -> None:
+        """Have the monitor see a chunk, as far as it can."""
+        inputs = without_nan(chunk).inputs
+        if inputs is None:
+            return
+        try:
+            self._reading = monitor.update(self.predictive.model, inputs)
+        except (RuntimeError, TypeError, ValueError):  # what is predicted need not be what can be compared
+            return
 
     def answer(self, objects: Sequence[Any]) -> list[Row]:
         """A row of predictions for each example of a request to a service.

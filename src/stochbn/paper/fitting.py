@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,10 +13,15 @@ import stochbn
 from stochbn.augment import Augment
 from stochbn.distributed import Ranks
 from stochbn.fit_data import most_batches
+from stochbn.network.calling import network_input
+from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
+from stochbn.posteriors.reference import Reference
+from stochbn.shift.keeping import BATCH, EXAMPLES, Keeper
 from stochbn.sources.objects import Objects
+from stochbn.tasks import make_task
 
-__all__ = ["fit_posterior"]
+__all__ = ["fit_posterior", "reference_of"]
 
 
 def fit_posterior(
@@ -32,6 +37,8 @@ def fit_posterior(
     deterministic: Collection[str] = (),
     augment: Augment | None = None,
     ranks: Ranks | None = None,
+    reference: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
 
@@ -47,6 +54,8 @@ def fit_posterior(
         deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
         augment: how mini-batches are changed at random, likewise.
         ranks: those that fit together, each to its share of the images.
+        reference: whether to keep what new data is compared with, as for `stochbn.fit`.
+        settings: what the output means: ``task``, ``logits``, ``class_axis`` and ``output``, likewise.
     """
     ranks = ranks or Ranks(None)
     mixed = images.shuffled(seed)
@@ -71,4 +80,32 @@ def fit_posterior(
             augment=augment,
             group=ranks.group,
             progress=follow,
+            reference=reference,
+            **(settings or {}),
         )
+
+
+def reference_of(
+    model: nn.Module, posterior: Posterior, examples: Objects, ranks: Ranks, settings: Mapping[str, Any]
+) -> Reference | None:
+    """What new data is compared with, made from other examples than those of the fit; None where that cannot be.
+
+    Args:
+        model: the network.
+        posterior: what was fitted.
+        examples: the examples, in a random order; the first 4,096 are used.
+        ranks: those that fit together; the first one reads the examples.
+        settings: what the output means, as for `fit_posterior`.
+    """
+    if posterior.centred(model, begun=False)[1]:  # as stochbn.fit does
+        return None
+    about = [settings.get(name) for name in ("logits", "class_axis", "output")]
+    task = make_task(settings.get("task", "classification"), *about)
+    keeper = Keeper(posterior.channels, ranks)
+    if not ranks.rank:
+        batches = (network_input(model, inputs) for inputs, _ in examples.first(EXAMPLES).batches(BATCH))
+        for _ in keeper.watched(batches):
+            pass
+    network = Network.of(model)
+    network.look()
+    return keeper.reference(network, task, set(posterior.layers))

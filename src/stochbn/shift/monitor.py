@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +17,9 @@ from stochbn.shift.mixes import mixes_of
 
 __all__ = ["Monitor"]
 
+_COUNTING = threading.Lock()
+"""Held while a mini-batch is counted, as threads may share a monitor."""
+
 
 class Monitor:
     """Watches a stream of mini-batches, and sounds the alarm when they are no longer like the training data.
@@ -24,7 +28,7 @@ class Monitor:
     mini-batches of training examples of the same size, which `stochbn.fit` has noted. That gives two p-values: of the
     inputs' look, and of the mix of classes. The alarm adds up evidence over mini-batches. While the data stays as in
     training and mini-batches are independent, false alarms are at least `every` mini-batches apart on average (the
-    Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023).
+    Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023). One monitor serves many threads.
 
     Args:
         posterior: what `stochbn.fit` returned, with its reference.
@@ -94,13 +98,15 @@ class Monitor:
             ValueError: as `look`.
         """
         reading = self.look(model, batch)
-        self.evidence = (1 + self.evidence) * _e_value(reading.p)
-        self.seen += 1
-        return replace(reading, alarm=self.evidence >= self._every)
+        with _COUNTING:
+            self.evidence = (1 + self.evidence) * _e_value(reading.p)
+            self.seen += 1
+            return replace(reading, alarm=self.evidence >= self._every)
 
     def reset(self) -> None:
         """Begin anew, as after the posterior was adapted."""
-        self.evidence, self.seen = 0.0, 0
+        with _COUNTING:
+            self.evidence, self.seen = 0.0, 0
 
 
 def _e_value(p: float) -> float:

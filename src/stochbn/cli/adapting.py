@@ -1,0 +1,102 @@
+"""The command that adapts a posterior to unlabelled examples of data that has changed: adapt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stochbn.cli.console import say, status
+from stochbn.cli.following import after_adapting
+from stochbn.cli.inputs import default_posterior
+from stochbn.cli.options import Data, Override, PosteriorFile, Seed
+from stochbn.cli.streams import sampled, stream_of
+from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.files import check_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["adapt"]
+
+ENDING = ".safetensors"
+
+
+@about_networks()
+def adapt(
+    given: Given,
+    data: Data = None,
+    posterior: PosteriorFile = None,
+    path: Annotated[
+        Path | None,
+        Override(
+            "--out", help="File for the new posterior. (default: beside the weights, WEIGHTS.adapted.sbn.safetensors)"
+        ),
+    ] = None,
+    weights_out: Annotated[
+        Path | None,
+        Override(
+            "--weights-out",
+            help="Also write the network with the adapted statistics as its own: a .safetensors file for --weights, "
+            "which needs no stochbn.",
+        ),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=1, help="Examples to adapt to, at most. They stay in memory.")
+    ] = 512,
+    seed: Seed = 0,
+) -> None:
+    """Adapt a posterior to unlabelled examples of new data, if their look has changed; write the new posterior.
+
+    Labels are not needed, and not used. Examples are taken at random; of Parquet files and loaders they are the first
+    ones. With the reference that 'stochbn fit' keeps, another mix of classes is told from another look of the
+    inputs. The command says what it concluded.
+    """
+    import stochbn
+
+    beside = given.networks[0] if given.networks else given.weights
+    if path is None and beside is None:
+        raise ValueError(needs("--out"))
+    target = path or default_posterior(beside or Path()).with_suffix("").with_suffix(f".adapted.sbn{ENDING}")
+    fitted_in = posterior or (default_posterior(beside) if beside is not None else None)
+    inputs = [*given.files, data, fitted_in]
+    if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
+        check_file(target, inputs)
+    if weights_out is not None:
+        if weights_out.suffix != ENDING:
+            raise ValueError(f"--weights-out must end in {ENDING}, got {str(weights_out)!r}")
+        check_file(weights_out, inputs)
+        if weights_out.absolute() == target.absolute():
+            raise ValueError(f"--out and --weights-out are both {str(target)!r}; name two files")
+    subject = Subject.one(given)
+    fitted = subject.need_posterior(posterior)
+    batches = sampled(stream_of(subject, data), examples, seed)
+    if not batches:
+        raise ValueError(f"none of the first {examples} examples of {data or subject.data} can be read")
+    with status(f"adapting {subject.name}"):
+        adapted = stochbn.adapt(subject.model, fitted, batches)
+    if weights_out is not None:
+        _write_network(given, adapted.write_to(subject.model), weights_out)
+    adapted.save(target)
+    say(f"{adapted.adaptation}\nSaved the posterior as {target}.", target)
+    if weights_out is not None:
+        what = "network" if given.networks else "weights"
+        say(f"Saved the network with these statistics as {weights_out}; use it in place of the {what}.", weights_out)
+    say(after_adapting(given, target))
+
+
+def _write_network(given: Given, model: nn.Module, path: Path) -> None:
+    """Write a network as the command line reads it again: its state dict, or a file like that of 'paper train'."""
+    from stochbn.files import write_bytes
+
+    if given.networks:
+        from stochbn.paper import checkpoints
+
+        checkpoints.save(path, replace(checkpoints.load(given.networks[0]), model=model))
+        return
+    import safetensors.torch
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_bytes(path, safetensors.torch.save(tensors))

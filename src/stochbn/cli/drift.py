@@ -1,0 +1,94 @@
+"""What predict does about data that has changed: it adapts first, or compares some examples and warns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stochbn.cli.following import command
+from stochbn.cli.streams import sampled
+from stochbn.cli.subject import Given, Subject
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stochbn.posteriors import Posterior
+    from stochbn.shift import Reading
+    from stochbn.sources import Stream
+
+__all__ = ["adapted_to", "alarm", "compared", "recorded"]
+
+COMPARED = 256
+"""Examples that are compared with the training data, at most."""
+UNUSUAL = 0.01
+"""The p-value from which on data is said to be unlike the training data."""
+
+
+def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: int, seed: int) -> Posterior:
+    """A posterior that is adapted to some of the data that is to be predicted.
+
+    Raises:
+        ValueError: none of these examples can be read, or as `stochbn.adapt`.
+    """
+    import stochbn
+
+    batches = sampled(stream, count, seed)
+    if not batches:
+        raise ValueError(f"there is nothing to adapt to: of {min(count, len(stream))} examples none can be read")
+    return stochbn.adapt(subject.model, posterior, batches)
+
+
+def compared(subject: Subject, posterior: Posterior, stream: Stream, size: int, seed: int) -> Reading | None:
+    """How unusual some of the data is, beside the training data; None where that cannot be told.
+
+    It is a help and no more, so nothing that goes wrong here keeps anything from being predicted. A posterior that was
+    adapted already is of data that is unlike the training data, so nothing is compared.
+
+    Args:
+        subject: the network.
+        posterior: its posterior.
+        stream: the data.
+        size: examples that a forward pass takes.
+        seed: where the choice of examples comes from.
+    """
+    import torch
+
+    from stochbn.shift import Monitor
+
+    if posterior.reference is None or posterior.centre == "adapted":
+        return None
+    try:
+        count = min(COMPARED, size)
+        batches = sampled(stream, count, seed, count)
+        tensors = all(isinstance(batch, torch.Tensor) for batch in batches)
+        return Monitor(posterior).look(subject.model, torch.cat(batches) if tensors else batches[0])
+    except Exception:  # the data and the network are the user's, and may raise anything
+        return None
+
+
+def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | None) -> str | None:
+    """A sentence about data that is unlike the training data, and what to do; None where it is not.
+
+    Args:
+        given: the options about the network.
+        reading: of the data.
+        data: what it is called, if it was named.
+        posterior: the file of the posterior, if it was named.
+    """
+    if reading.p > UNUSUAL:
+        return None
+    found = str(reading).removesuffix(".")
+    adapt = command("adapt", given, data=data, posterior=posterior)
+    if reading.look > UNUSUAL:
+        advice = f"probabilities may be off, and '{adapt}' would leave the network as it is"
+    else:
+        advice = f"check what it is, or adapt the network to examples like these, without labels: {adapt}"
+    return f"this data is not like the training data: {found[0].lower()}{found[1:]}; {advice}"
+
+
+def recorded(posterior: Posterior, reading: Reading | None) -> Mapping[str, Any]:
+    """What a table of predictions remembers about the data."""
+    shift = None
+    if reading is not None:
+        shift = {name: getattr(reading, name) for name in ("examples", "p", "look", "mixed", "layers")}
+    return {"adaptation": None if posterior.adaptation is None else str(posterior.adaptation), "shift": shift}
