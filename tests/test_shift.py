@@ -478,6 +478,16 @@ def test_batches_that_cannot_be_are_refused(batches: Any, match: str) -> None:
         stochbn.adapt(network(), fitted(), batches)
 
 
+def test_a_batch_that_fails_does_not_count() -> None:
+    adapter = stochbn.shift.Adapter(network(), fitted())
+    before = adapter.update(foggy(pictures(32, 3)[0])).expected
+    bad = foggy(pictures(32, 4)[0])
+    bad[3, 0, 2, 2] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        adapter.update(bad)
+    assert torch.equal(adapter.posterior.expected, before)
+
+
 def test_other_wrong_arguments_are_refused() -> None:
     x = pictures(8, 3)[0]
     with pytest.raises(TypeError, match="posterior"):
