@@ -286,6 +286,8 @@ class Adapter:
             guard = None if self._comparison is None else self._comparison.guards.get(name)
             if name not in self._source.layers or (self._comparison is not None and guard is None):
                 return None
+            if others is not None and name not in others.rows:
+                raise ValueError(f"the layer {name!r} was called for some of the batches only; pass those alone")
             sums[name] = self._ranks.total(rows.sum(0))
             mean = (sums[name] + (0.0 if others is None else others.rows[name])) / examples
             if not bool(mean.isfinite().all()):
