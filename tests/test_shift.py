@@ -381,6 +381,27 @@ def test_an_output_that_the_task_cannot_read_gives_no_mix() -> None:
     assert "no mix" in str(found.adaptation)
 
 
+# What the reference is made of
+
+
+def test_a_reference_of_examples_as_they_are_at_test_time() -> None:
+    data = [foggy(part) for part in parts(pictures(640, 1)[0], 64)]
+    clean = pictures(640, 8)[0]
+    posterior = stochbn.fit(network(), data, reference=parts(clean, 64))
+    assert posterior.reference is not None
+    assert posterior.reference.examples == 640
+    assert stochbn.shift.Monitor(posterior).look(network(), pictures(32, 9)[0]).look > 0.01
+    changed = stochbn.fit(network(), parts(clean, 64), augment=lambda x, generator: foggy(x)).reference
+    assert changed is not None
+    torch.testing.assert_close(changed.centre, posterior.reference.centre)
+    with pytest.raises(TypeError, match="reference must be"):
+        stochbn.fit(network(), data, reference="all")
+
+
+def test_few_examples_give_no_reference() -> None:
+    assert stochbn.fit(network(), [pictures(48, 1)[0]]).reference is None
+
+
 # Files
 
 
@@ -456,6 +477,16 @@ def test_evidence_is_fair_where_nothing_has_changed() -> None:
 def test_batches_that_cannot_be_are_refused(batches: Any, match: str) -> None:
     with pytest.raises((TypeError, ValueError, RuntimeError), match=match):
         stochbn.adapt(network(), fitted(), batches)
+
+
+def test_a_batch_that_fails_does_not_count() -> None:
+    adapter = stochbn.shift.Adapter(network(), fitted())
+    before = adapter.update(foggy(pictures(32, 3)[0])).expected
+    bad = foggy(pictures(32, 4)[0])
+    bad[3, 0, 2, 2] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        adapter.update(bad)
+    assert torch.equal(adapter.posterior.expected, before)
 
 
 def test_other_wrong_arguments_are_refused() -> None:

@@ -90,7 +90,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     progress: Callable[[int, int | None], object] | None = None,
     max_batches: int = KEPT,
     directions: int | None = None,
-    reference: bool = True,
+    reference: bool | Iterable[Batch] = True,
     task: str = "classification",
     logits: Any = None,
     class_axis: int | None = None,
@@ -152,8 +152,10 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
-            `stochbn.shift.Monitor`. That takes one pass in evaluation mode over the first 2,048 of these examples,
-            without `augment`, and about 600 bytes for every channel.
+            `stochbn.shift.Monitor`: some 600 bytes for every channel. True makes it of the first 2,048 examples of
+            `data`, without `augment`, which takes a pass in evaluation mode over these. Where `data` is augmented
+            itself, pass batches of examples as they are at test time instead. They should be of the same mix of
+            classes, and need not be labelled. False leaves it out.
         task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
             labels or of numbers.
         logits: where the logits are in the network's output, likewise.
@@ -192,13 +194,16 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
         read_as = make_task(task, logits, class_axis, output)
+        if not isinstance(reference, Iterable | bool) or isinstance(reference, Tensor | str):
+            raise TypeError(f"reference must be True, False or an iterable of batches, got {type(reference).__name__}")
     options: dict[str, Any] = {
         "kind": kind,
         "batch_size": batch_size,
         "max_batches": max_batches,
         "directions": directions,
     }
-    options |= {"centre": centre, "batches": limit, "deterministic": chosen, "reference": reference}
+    options |= {"centre": centre, "batches": limit, "deterministic": chosen}
+    options |= {"reference": reference if isinstance(reference, bool) else "given"}
     ranks.check_same({**options, "augment": "given" if augment else None})
     synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
     if batch_size is None and synchronised and ranks.count > 1 and ranks.rank == 0:
@@ -217,7 +222,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         watched = diagnosis.watched(data) if isinstance(data, Iterable) and not isinstance(data, Tensor) else data
         observations = mini_batches(model, watched, batch_size, inputs)  # type: ignore[arg-type]  # which it refuses
         keeper = Keeper(sum(layer.num_features for layer in layers.values()), ranks)
-        if reference:
+        if reference is True:
             observations = keeper.watched(observations)
         if augment is not None:
             observations = augmented(observations, augment, ranks)
@@ -266,8 +271,10 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     unusable: dict[str, str] = {}
     if centre == "running":
         posterior, unusable = posterior.centred(model, begun=False)
-    if reference and not unusable:
+    if reference is not False and not unusable:
         with ranks.failing_together():
+            if reference is not True:
+                keeper.read(mini_batches(model, reference, None, inputs))
             posterior = replace(posterior, reference=keeper.reference(network, read_as, set(posterior.layers)))
     if ranks.rank == 0:
         for text in diagnosis.warnings(network, posterior, training, unusable):

@@ -102,6 +102,10 @@ class Reference:
                 )
             if not tensor.isfinite().all():
                 raise ValueError(f"the reference's {name} must be finite")
+        if not 1 <= s <= len(SIZES) or self.quantiles.shape[-1] < 2:
+            raise ValueError(f"the reference's quantiles must be of 1 to {len(SIZES)} sizes, got {s}")
+        if len(self.edges) and k != len(self.edges) * (self.edges.shape[1] + 1):
+            raise ValueError(f"the reference's edges make {len(self.edges)} times 10 bins, but its mix has {k}")
         if (self.own <= 0).any() or (self.strengths < 0).any():
             raise ValueError("the reference's own must be positive, and its strengths not negative")
 

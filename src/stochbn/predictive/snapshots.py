@@ -124,7 +124,7 @@ def snapshots(
             first = number * (epochs + 1)
             cycle.train(batches, range(first, first + epochs), optimizer)
             _set_pass(batches, first + epochs)
-            posterior = fit(current, batches, batch_size, kind, inputs=inputs, augment=augment)
+            posterior = fit(current, batches, batch_size, kind, inputs=inputs, augment=augment, reference=False)
             if files is not None:
                 posterior.save(files[1])
                 _store(current, files[0], about)

@@ -54,12 +54,17 @@ class _Part:
     rows: dict[str, Tensor]
     mixes: Tensor
 
-    def plus(self, other: _Part | None, weight: float = 1.0) -> _Part:
-        """Both together, the other one's examples with a weight."""
+    def plus(self, other: _Part | None) -> _Part:
+        """Both together."""
         if other is None:
             return self
-        rows = {name: row + weight * other.rows[name] for name, row in self.rows.items() if name in other.rows}
-        return _Part(self.examples + weight * other.examples, rows, self.mixes + weight * other.mixes)
+        rows = {name: row + other.rows[name] for name, row in self.rows.items()}
+        return _Part(self.examples + other.examples, rows, self.mixes + other.mixes)
+
+    def times(self, weight: float) -> _Part:
+        """The same examples with another weight."""
+        rows = {name: weight * row for name, row in self.rows.items()}
+        return _Part(weight * self.examples, rows, weight * self.mixes)
 
 
 def adapt(
@@ -175,13 +180,21 @@ class Adapter:
         """Fold in a batch of unlabelled examples, and return the posterior that is adapted to all so far.
 
         Raises:
-            TypeError, ValueError: as `adapt`.
+            TypeError, ValueError: as `adapt`; the batch then does not count.
         """
+        state = dict(vars(self))
+        self._moved, self._statistics, self._evidence = {}, {}, {}
+        try:
+            return self._folded(batch)
+        except BaseException:
+            vars(self).update(state)
+            raise
+
+    def _folded(self, batch: Batch) -> Posterior:
         inputs = self._input(batch)
         before = self._seen
         if before is not None and self._half_life is not None:
-            weight = 0.5 ** (len(inputs) / self._half_life)
-            before = _Part(0.0, dict.fromkeys(before.rows, torch.zeros(())), torch.zeros(())).plus(before, weight)
+            before = before.times(0.5 ** (len(inputs) / self._half_life))
         network = Network.of(self._model)
         network.look()
         with looking(network) as look:
@@ -273,6 +286,8 @@ class Adapter:
             guard = None if self._comparison is None else self._comparison.guards.get(name)
             if name not in self._source.layers or (self._comparison is not None and guard is None):
                 return None
+            if others is not None and name not in others.rows:
+                raise ValueError(f"the layer {name!r} was called for some of the batches only; pass those alone")
             sums[name] = self._ranks.total(rows.sum(0))
             mean = (sums[name] + (0.0 if others is None else others.rows[name])) / examples
             if not bool(mean.isfinite().all()):

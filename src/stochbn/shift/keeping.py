@@ -49,12 +49,23 @@ class Keeper:
     def watched(self, mini_batches: Iterable[NetworkInput]) -> Iterator[NetworkInput]:
         """The same mini-batches, which are kept while there is room."""
         for inputs in mini_batches:
-            size = sum(tensor.nbytes for tensor in inputs.tensors())
-            if self._count < self._most and self._bytes + size <= INPUT_BYTES and inputs.divisible:
-                self._inputs.append(inputs.map(lambda tensor: tensor.detach().clone()))
-                self._count += len(inputs)
-                self._bytes += size
+            self._keep(inputs)
             yield inputs
+
+    def read(self, mini_batches: Iterable[NetworkInput]) -> None:
+        """Keep mini-batches until there is no more room."""
+        for inputs in mini_batches:
+            if not self._keep(inputs):
+                return
+
+    def _keep(self, inputs: NetworkInput) -> bool:
+        size = sum(tensor.nbytes for tensor in inputs.tensors())
+        room = self._count < self._most and self._bytes + size <= INPUT_BYTES
+        if room and inputs.divisible:
+            self._inputs.append(inputs.map(lambda tensor: tensor.detach().clone()))
+            self._count += len(inputs)
+            self._bytes += size
+        return room
 
     def reference(self, network: Network, task: Task, layers: Collection[str]) -> Reference | None:
         """The reference, the same on all ranks; None where there are too few examples, or no layer is usable.
