@@ -117,9 +117,9 @@ def predict(
             reading = compared(subject, fitted, stream, batch, seed)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
-        read = {field.name: str(getattr(given, field.name)) for field in fields(given)} | {"masks": str(masks)}
+        read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
+        read |= {"masks": str(masks), "adapt": str(adapt)}
         fitted_in = posterior or subject.posterior
-        read["adapt"] = str(adapt)
         files = {"weights": _digest(subject.model), "posterior": _digest(fitted_in)}
         elsewhere = None
         if engine == "ray":
