@@ -1,6 +1,6 @@
 """The methods of `shift.py`: what each makes of unlabelled examples, and how it then predicts others.
 
-All but the yardstick Tent need no gradients. Each method takes a `Subject` and the examples to adapt to, and returns a
+All but the yardstick Tent need no gradients. Each method takes the examples that were `Seen`, and returns a
 function from other examples to probabilities. Methods for streams take the batches one after another.
 """
 
@@ -24,7 +24,7 @@ from stochbn import Posterior, Predictive, conformal, metrics
 from stochbn.conformal import Sets
 from stochbn.shift import Adapter
 
-__all__ = ["METHODS", "STREAMS", "Method", "Predict", "Stream", "Subject", "seed_of"]
+__all__ = ["METHODS", "STREAMS", "Method", "Predict", "Seen", "Stream", "Subject", "seed_of"]
 
 DRAWS = 8
 """Draws of the methods with noise, for every example."""
@@ -63,13 +63,30 @@ class Subject:
         posterior = stochbn.fit(model, data.train.loader(True), augment=recipe.augment)
         unset = cls(name, model, posterior, 1.0, {})
         inputs, labels = next(data.held_out.batches(len(data.held_out)))
-        probs = _plain(unset, inputs)(inputs)
+        probs = _plain(Seen(unset, inputs))(inputs)
         temperature = metrics.calibrated_nll(probs, labels, (probs, labels))["temperature"]
         chosen = replace(unset, temperature=temperature)
-        found = {"plain": probs, "tempered": _tempered(chosen, inputs)(inputs)}
-        found["noise"] = _source_noise(chosen, inputs[:1000])(inputs[:1000])
+        found = {"plain": probs, "tempered": _tempered(Seen(chosen, inputs))(inputs)}
+        found["noise"] = _source_noise(Seen(chosen, inputs))(inputs[:1000])
         sets = {kind: conformal.lac(one, labels[: len(one)], 0.9) for kind, one in found.items()}
         return replace(chosen, sets=sets)
+
+
+class Seen:
+    """Unlabelled examples that a network is to be adapted to.
+
+    Attributes:
+        subject: the network.
+        examples: ``[n, ...]``.
+    """
+
+    def __init__(self, subject: Subject, examples: Tensor) -> None:
+        self.subject, self.examples = subject, examples
+
+    @functools.cached_property
+    def adapted(self) -> Posterior:
+        """The posterior after `stochbn.adapt` with its defaults."""
+        return adapted(self.subject.model, self.subject.posterior, self.examples)
 
 
 @dataclass(frozen=True)
@@ -77,14 +94,14 @@ class Method:
     """A method.
 
     Attributes:
-        adapt: from a subject and examples to predictions.
+        adapt: from the examples to predictions.
         adapting: forward passes over each example that is adapted to; a backward pass counts as two.
         predicting: passes over each example that is predicted.
         sets: which conformal sets it uses.
-        slow: whether it is left out where there are many cells.
+        slow: whether every third cell of a regime is enough.
     """
 
-    adapt: Callable[[Subject, Tensor], Predict]
+    adapt: Callable[[Seen], Predict]
     adapting: int = 0
     predicting: int = 1
     sets: str = "plain"
@@ -104,12 +121,12 @@ def predicted(model: nn.Module, temperature: float, inputs: Tensor) -> Tensor:
     return probs
 
 
-def _plain(subject: Subject, examples: Tensor) -> Predict:
-    return functools.partial(predicted, subject.model, 1.0)
+def _plain(seen: Seen) -> Predict:
+    return functools.partial(predicted, seen.subject.model, 1.0)
 
 
-def _tempered(subject: Subject, examples: Tensor) -> Predict:
-    return functools.partial(predicted, subject.model, subject.temperature)
+def _tempered(seen: Seen) -> Predict:
+    return functools.partial(predicted, seen.subject.model, seen.subject.temperature)
 
 
 def _noisy(subject: Subject, posterior: Posterior) -> Predict:
@@ -122,8 +139,8 @@ def _noisy(subject: Subject, posterior: Posterior) -> Predict:
     return predict
 
 
-def _source_noise(subject: Subject, examples: Tensor) -> Predict:
-    return _noisy(subject, subject.posterior)
+def _source_noise(seen: Seen) -> Predict:
+    return _noisy(seen.subject, seen.subject.posterior)
 
 
 @torch.no_grad()
@@ -150,37 +167,36 @@ def with_statistics(model: nn.Module, examples: Tensor, share: float) -> nn.Modu
     return copied
 
 
-def _prediction_time(subject: Subject, examples: Tensor) -> Predict:
-    return functools.partial(predicted, with_statistics(subject.model, examples, 1.0), 1.0)
+def _prediction_time(seen: Seen) -> Predict:
+    return functools.partial(predicted, with_statistics(seen.subject.model, seen.examples, 1.0), 1.0)
 
 
-def _blended(subject: Subject, examples: Tensor) -> Predict:
-    share = len(examples) / (len(examples) + PSEUDO)
-    return functools.partial(predicted, with_statistics(subject.model, examples, share), 1.0)
+def _blended(seen: Seen) -> Predict:
+    share = len(seen.examples) / (len(seen.examples) + PSEUDO)
+    return functools.partial(predicted, with_statistics(seen.subject.model, seen.examples, share), 1.0)
 
 
-def _tent(subject: Subject, examples: Tensor) -> Predict:
+def _tent(seen: Seen) -> Predict:
     """Minimise the entropy by the layers' weights and biases (Wang et al., 2021), on one batch."""
-    model = copy.deepcopy(subject.model).requires_grad_(False)
+    model = copy.deepcopy(seen.subject.model).requires_grad_(False)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     for layer in layers:
         layer.train().requires_grad_(True)
     optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters()], lr=TENT_RATE)
     for _ in range(TENT_STEPS):
-        logs = model(examples).log_softmax(1)
+        logs = model(seen.examples).log_softmax(1)
         loss = -(logs.exp() * logs).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return functools.partial(predicted, with_statistics(model, examples, 1.0), 1.0)
+    return functools.partial(predicted, with_statistics(model, seen.examples, 1.0), 1.0)
 
 
-def adapted(subject: Subject, examples: Tensor, *, prior: float | None = None, guard: bool = True) -> Posterior:
+def adapted(model: nn.Module, posterior: Posterior, examples: Tensor, prior: float | None = None) -> Posterior:
     """The posterior after `stochbn.adapt`, without its warnings."""
-    posterior = subject.posterior if guard else replace(subject.posterior, reference=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return stochbn.adapt(subject.model, posterior, [examples], prior=prior)
+        return stochbn.adapt(model, posterior, [examples], prior=prior)
 
 
 def centre_of(subject: Subject, posterior: Posterior) -> Predict:
@@ -188,20 +204,21 @@ def centre_of(subject: Subject, posterior: Posterior) -> Predict:
     return functools.partial(predicted, posterior.rescale(math.inf).write_to(subject.model).eval(), 1.0)
 
 
-def _adapt(subject: Subject, examples: Tensor) -> Predict:
-    return centre_of(subject, adapted(subject, examples))
+def _adapt(seen: Seen) -> Predict:
+    return centre_of(seen.subject, seen.adapted)
 
 
-def _adapt_noise(subject: Subject, examples: Tensor) -> Predict:
-    return _noisy(subject, adapted(subject, examples))
+def _adapt_noise(seen: Seen) -> Predict:
+    return _noisy(seen.subject, seen.adapted)
 
 
-def _adapt_prior(subject: Subject, examples: Tensor) -> Predict:
-    return centre_of(subject, adapted(subject, examples, prior=16))
+def _adapt_prior(seen: Seen) -> Predict:
+    return centre_of(seen.subject, adapted(seen.subject.model, seen.subject.posterior, seen.examples, 16))
 
 
-def _unguarded(subject: Subject, examples: Tensor) -> Predict:
-    return centre_of(subject, adapted(subject, examples, guard=False))
+def _unguarded(seen: Seen) -> Predict:
+    unguarded = replace(seen.subject.posterior, reference=None)
+    return centre_of(seen.subject, adapted(seen.subject.model, unguarded, seen.examples))
 
 
 METHODS: dict[str, Method] = {
@@ -212,9 +229,9 @@ METHODS: dict[str, Method] = {
     "Tent": Method(_tent, 3 * TENT_STEPS + 1, slow=True),
     "SBN": Method(_source_noise, 0, DRAWS, "noise", slow=True),
     "adapt": Method(_adapt, 7),
-    "adapt + noise": Method(_adapt_noise, 7, DRAWS, "noise", slow=True),
-    "adapt, prior = 16": Method(_adapt_prior, 7),
-    "adapt, no guard": Method(_unguarded, 7),
+    "adapt + noise": Method(_adapt_noise, 7, DRAWS, "noise"),
+    "adapt, prior = 16": Method(_adapt_prior, 7, slow=True),
+    "adapt, no guard": Method(_unguarded, 7, slow=True),
 }
 """All methods by their names in tables."""
 
@@ -237,7 +254,7 @@ class Stream:
         """Predictions after one more batch; methods without a memory use that batch alone."""
         if self._adapter is not None:
             return centre_of(self._subject, self._adapter.update(examples))
-        return METHODS[self._method].adapt(self._subject, examples)
+        return METHODS[self._method].adapt(Seen(self._subject, examples))
 
 
 STREAMS = ("plain", "plain + temperature", "prediction-time BN", "blend, N = 16", "adapt")
