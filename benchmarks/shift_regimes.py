@@ -299,7 +299,8 @@ def alarms(subject: Subject, data: Data, groups: int) -> dict[str, object]:
         data: its data.
         groups: mini-batches of each corruption; of clean ones there are as many as the test data gives.
     """
-    parts = [pixels for pixels in data.test.x.split(GROUP) if len(pixels) == GROUP]
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))  # MNIST is sorted by writers
+    parts = [data.test.x[chosen] for chosen in order.split(GROUP) if len(chosen) == GROUP]
     clean_groups = parts[: max(groups, 20) * 40]
     monitor = Monitor(subject.posterior)
     sounded = 0
