@@ -91,14 +91,15 @@ def by_classes(found: dict[str, Any]) -> Figure:
     for row, (kind, words) in enumerate({"two classes": "clean", "two classes, severity 5": "severity 5"}.items()):
         for axes, (name, network) in zip(grid[row], found.items(), strict=True):
             methods = network["regimes"][kind]["methods"]
-            most = 1.0
+            most, right = 1.0, 1.0
             for method, marker in (("prediction-time BN", "s"), ("adapt", "o")):
                 cells = methods[method]["by_cell"]
                 before = [methods["plain"]["by_cell"][cell]["error"] for cell in cells]
                 after = [one["error"] for one in cells.values()]
                 axes.scatter(before, after, 16, LINES[method][0], marker, alpha=0.75, label=method, linewidths=0)
-                most = max(most, *before, *after)
-            axes.plot([0, most], [0, most], ":", color="black", lw=0.8)
+                most, right = max(most, *after), max(right, *before)
+            axes.plot([0, right], [0, right], ":", color="black", lw=0.8, label="as the plain network")
+            axes.set(xlim=(-0.04 * right, 1.04 * right), ylim=(-0.04 * most, 1.04 * max(most, right)))
             axes.set_title(f"{name}, two classes, {words}", fontsize=9)
             axes.set_xlabel("error of the plain network, %")
             _finish(axes, "error after adapting, %" if axes is grid[row][0] else "")
