@@ -263,10 +263,11 @@ def _network_table(name: str, network: dict[str, Any]) -> Table:
             about = METHODS[method]
             changes = ["", "", ""]
             if method != "plain":
+                several = len(one["by_cell"]) > 1
                 changes = [
-                    f"{one['error_change']:+.2f} ± {one['error_change_se']:.2f}",
+                    f"{one['error_change']:+.2f}" + (f" ± {one['error_change_se']:.2f}" if several else ""),
                     f"{one['error_worst']:+.1f}",
-                    f"{one['nll_change']:+.3f} ± {one['nll_change_se']:.3f}",
+                    f"{one['nll_change']:+.3f}" + (f" ± {one['nll_change_se']:.3f}" if several else ""),
                 ]
             scores = [f"{one['error']:.2f}", f"{one['nll']:.3f}", f"{one['ece']:.2f}", *changes]
             scores += [f"{one['coverage']:.1f}", f"{one['size']:.2f}", f"{about.adapting} + {about.predicting}"]
