@@ -163,7 +163,7 @@ def _criteria(network: dict[str, Any]) -> Iterator[Criterion]:
 
 
 def _ratio(value: float, base: float) -> float:
-    return value / base if base else math.inf
+    return value / base if base else (math.inf if value else 0.0)
 
 
 def noise(network: dict[str, Any]) -> str:
