@@ -13,7 +13,15 @@ import pytest
 import stochbn
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README", "results/README", "benchmarks/README", "docs/posteriors", "docs/augmentation", "docs/export")
+NAMES = (
+    "README",
+    "results/README",
+    "benchmarks/README",
+    "docs/posteriors",
+    "docs/augmentation",
+    "docs/export",
+    "docs/shift",
+)
 DOCUMENTS = [ROOT / f"{name}.md" for name in NAMES]
 
 
