@@ -60,7 +60,8 @@ class Subject:
     @classmethod
     def of(cls, name: str, model: nn.Module, recipe: Recipe, data: Data) -> Subject:
         """Fit, and choose on held-out data."""
-        posterior = stochbn.fit(model, data.train.loader(True), augment=recipe.augment)
+        held_out = data.held_out.batches(250)
+        posterior = stochbn.fit(model, data.train.loader(True), augment=recipe.augment, reference=held_out)
         unset = cls(name, model, posterior, 1.0, {})
         inputs, labels = next(data.held_out.batches(len(data.held_out)))
         probs = _plain(Seen(unset, inputs))(inputs)

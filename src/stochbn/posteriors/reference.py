@@ -57,10 +57,11 @@ class Reference:
         mixing: ``[M, 2, D]``, how rows change with the reduced mix.
         directions: ``[R, 2, D]``, orthonormal in each layer.
         strengths: ``[R, L]``, the variances along them, beside 1.
-        levels: ``[S, 2, 2 + L]``, for each of the `SIZES` that there are, and for two distances: of the look, and of
-            what of it no mix explains. First come the mean and the standard deviation, over mini-batches, of the mean
-            over layers of a distance's logarithm. Then comes the mean logarithm of each layer.
-        quantiles: ``[S, 2, Q]``: the usual distances of mini-batches, in look and in mix.
+        levels: ``[S, 2, 2, L]``, for each of the `SIZES` that there are: the mean and the standard deviation, over
+            mini-batches, of the logarithm of two distances in each layer: of the look, and of what of it no mix
+            explains.
+        quantiles: ``[S, 3, Q]``: the usual distances of mini-batches: in look, in look where they are of one or two
+            classes alone, and in mix.
     """
 
     layers: Mapping[str, int]
@@ -91,8 +92,8 @@ class Reference:
             "mixing": (m, 2, channels),
             "directions": (r, 2, channels),
             "strengths": (r, count),
-            "levels": (s, 2, 2 + count),
-            "quantiles": (s, 2, self.quantiles.shape[-1]),
+            "levels": (s, 2, 2, count),
+            "quantiles": (s, 3, self.quantiles.shape[-1]),
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
@@ -106,6 +107,8 @@ class Reference:
             raise ValueError(f"the reference's quantiles must be of 1 to {len(SIZES)} sizes, got {s}")
         if len(self.edges) and k != len(self.edges) * (self.edges.shape[1] + 1):
             raise ValueError(f"the reference's edges make {len(self.edges)} times 10 bins, but its mix has {k}")
+        if (self.levels[:, 1] <= 0).any():
+            raise ValueError("the reference's levels must have positive standard deviations")
         if (self.own <= 0).any() or (self.strengths < 0).any():
             raise ValueError("the reference's own must be positive, and its strengths not negative")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochbn.network.layers import listed
 from stochbn.posteriors.reference import SIZES, Reference
-from stochbn.shift.estimate import GROUPS, distances
+from stochbn.shift.estimate import GROUPS, distances, excess
 from stochbn.shift.guard import Guard
 from stochbn.tasks import Task, make_task
 
@@ -80,7 +80,9 @@ class Comparison:
     def distances(self, means: Mapping[str, Tensor], mixes: Tensor, examples: int) -> tuple[Tensor, Tensor, Tensor]:
         """How unusual mini-batches of one size are: p-values of look and mix, each ``[B]``, and layers ``[B, L]``.
 
-        Mini-batches of more examples than there are usual distances for are compared with the largest of those.
+        Where the mix is unusual, the look is compared with that of mini-batches of one or two classes, as rows depend
+        on the mix not quite linearly. Mini-batches of more examples than there are usual distances for are compared
+        with the largest of those.
 
         Args:
             means: ``[B, 2C]`` for every layer.
@@ -88,11 +90,11 @@ class Comparison:
             examples: in a mini-batch.
         """
         size = min(examples, self._largest)
-        found, mix = distances(self.guards, means, self.reference.reduced(mixes), self.reference.spread, size)
-        levels, quantiles = self.reference.between(size)
-        logs = found.clamp(min=1e-30).log()
-        look = ((logs.mean(2) - levels[:, 0]) / levels[:, 1]).amax(1)
-        return _p_value(look, quantiles[0]), _p_value(mix, quantiles[1]), (logs[:, 0] - levels[0, 2:]).exp()
+        logs, mix = distances(self.guards, means, self.reference.reduced(mixes), self.reference.spread, size)
+        levels, (usual, of_few_classes, mixed) = self.reference.between(size)
+        far, p_mix = excess(logs, levels), _p_value(mix, mixed)
+        look = torch.where(p_mix > UNUSUAL, _p_value(far, usual), _p_value(far, of_few_classes))
+        return look, p_mix, (logs[:, 0] - levels[0, 0]).exp()
 
     def reading(self, rows: Mapping[str, Tensor], mixes: Tensor) -> Reading:
         """How unusual one mini-batch is.

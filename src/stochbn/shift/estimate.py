@@ -12,7 +12,7 @@ from stochbn.posteriors.reference import SIZES, Layer, Reference
 from stochbn.shift.guard import Guard
 from stochbn.tasks import Task
 
-__all__ = ["distances", "make_reference"]
+__all__ = ["distances", "excess", "make_reference"]
 
 DIRECTIONS = 64
 """Directions of the covariance that are kept, at most; and components of the mix."""
@@ -24,9 +24,9 @@ LEAST_OWN = 0.05
 LEAST_VARIANCE = 1e-4
 """The least variance of a row's entry, as a share of the mean variance of all entries of its kind."""
 RIDGE = 1e-3
-GROUPS = 256
+GROUPS = 512
 """Mini-batches of each size whose distances are taken from each half of the examples."""
-QUANTILES = 257
+QUANTILES = 513
 
 
 def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, edges: Tensor, task: Task) -> Reference:
@@ -109,7 +109,7 @@ def _layer(rows: Tensor, reduced: Tensor, solver: Tensor) -> Layer:
 def distances(
     guards: Mapping[str, Guard], means: Mapping[str, Tensor], change: Tensor, spread: Tensor, size: float
 ) -> tuple[Tensor, Tensor]:
-    """How far mini-batches are from what is usual, ``[B, 2, L]`` in every layer and ``[B]`` in their mix.
+    """How far mini-batches are from what is usual: logarithms ``[B, 2, L]`` in every layer, and ``[B]`` in their mix.
 
     Args:
         guards: of all layers.
@@ -124,32 +124,62 @@ def distances(
         look = size * white.square().mean(-1)
         apart = size * guard.apart(white).square().sum(-1) / max(guard.freedom, 1)
         found.append(torch.stack([look, apart], -1))
-    return torch.stack(found, -1), size * (change @ spread).square().sum(-1)
+    return torch.stack(found, -1).clamp(min=1e-30).log(), size * (change @ spread).square().sum(-1)
+
+
+def excess(logs: Tensor, levels: Tensor) -> Tensor:
+    """``[B]``: how far mini-batches are in all layers together: squared, beyond the mean, in standard deviations.
+
+    It grows where one layer is far from usual, and where many are a little.
+
+    Args:
+        logs: ``[B, 2, L]``, as `distances` gives them.
+        levels: ``[2, 2, L]``: their usual means and standard deviations.
+    """
+    return ((logs - levels[0]) / levels[1]).amax(1).clamp(min=0).square().sum(1)
 
 
 def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[Tensor, Tensor]:
     """`Reference.levels` and `Reference.quantiles`."""
     halves = [slice(0, None, 2), slice(1, None, 2)]
-    found: list[list[Any]] = [[] for size in SIZES if size <= max(1, len(mixes) // 8)]
+    sizes = [size for size in SIZES if size <= max(1, len(mixes) // 8)]
+    usual_ones: list[list[Any]] = [[] for _ in sizes]
+    others: list[list[Any]] = [[] for _ in sizes]
     for own, other in (halves, halves[::-1]):
         layers, usual, basis, spread = _fitted({name: row[other] for name, row in rows.items()}, mixes[other])
         guards = {name: Guard(layer) for name, layer in layers.items()}
-        count = len(mixes[own])
-        for number in range(len(found)):
-            size = SIZES[number]
-            weights = torch.zeros(GROUPS, count)
-            weights.scatter_(1, torch.rand(GROUPS, count).topk(size, 1).indices, 1 / size)
-            means = {name: weights @ row[own] for name, row in rows.items()}
-            change = (weights @ mixes[own] - usual) @ basis
-            found[number].append(distances(guards, means, change, spread, size))
-    levels, quantiles = [], []
-    for parts in found:
-        logs = torch.cat([part[0] for part in parts]).clamp(min=1e-30).log()
-        mix = torch.cat([part[1] for part in parts])
-        overall = logs.mean(2)
-        level = torch.stack([overall.mean(0), overall.std(0).clamp(min=1e-6)], 1)
-        levels.append(torch.cat([level, logs.mean(0)], 1))
-        look = ((overall - level[:, 0]) / level[:, 1]).amax(1)
-        shares = torch.linspace(0, 1, QUANTILES)
-        quantiles.append(torch.stack([look.quantile(shares), mix.quantile(shares)]))
+        mine = {name: row[own] for name, row in rows.items()}
+        for number, size in enumerate(sizes):
+            for found, weights in (
+                (usual_ones, _groups(len(mixes[own]), size)),
+                (others, _groups_of_few_classes(mixes[own], size)),
+            ):
+                means = {name: weights @ row for name, row in mine.items()}
+                change = (weights @ mixes[own] - usual) @ basis
+                found[number].append(distances(guards, means, change, spread, size))
+    levels, quantiles, shares = [], [], torch.linspace(0, 1, QUANTILES)
+    for same, mixed in zip(usual_ones, others, strict=True):
+        logs = torch.cat([logs for logs, _ in same])
+        level = torch.stack([logs.mean(0), logs.std(0).clamp(min=1e-3)])
+        looks = [excess(torch.cat([logs for logs, _ in parts]), level) for parts in (same, mixed)]
+        mix = torch.cat([mix for _, mix in same])
+        quantiles.append(torch.stack([values.quantile(shares) for values in (*looks, mix)]))
+        levels.append(level)
     return torch.stack(levels), torch.stack(quantiles)
+
+
+def _groups(count: int, size: int) -> Tensor:
+    """``[GROUPS, count]``: weights that make means over random mini-batches."""
+    members = torch.rand(GROUPS, count).topk(size, 1).indices
+    return torch.zeros(GROUPS, count).scatter_(1, members, 1 / size)
+
+
+def _groups_of_few_classes(mixes: Tensor, size: int) -> Tensor:
+    """The same of one or two classes that the network predicts, as long as there are examples of them."""
+    if not mixes.shape[1]:
+        return _groups(len(mixes), size)
+    predicted = mixes.argmax(1)
+    classes = predicted[torch.randint(len(predicted), (GROUPS, 2))]
+    inside = (predicted == classes[:, :1]) | (predicted == classes[:, 1:])
+    members = (torch.rand(GROUPS, len(mixes)) + inside).topk(size, 1).indices
+    return torch.zeros(GROUPS, len(mixes)).scatter_(1, members, 1 / size)

@@ -100,8 +100,11 @@ class Monitor:
             ValueError: as `look`.
         """
         reading = self.look(model, batch)
+        worth = _e_value(reading.look)
+        if reading.mix:
+            worth = (worth + _e_value(reading.mixed)) / 2
         with _COUNTING:
-            self.evidence = min((1 + self.evidence) * _e_value(reading.p), MOST)
+            self.evidence = min((1 + self.evidence) * worth, MOST)
             self.seen += 1
             return replace(reading, alarm=self.evidence >= self._every)
 
