@@ -162,6 +162,17 @@ def test_a_fit_leaves_the_reference_out_or_says_that_there_is_none(own: tuple[st
     assert "New data cannot be compared with it: that needs 64 examples" in run("fit", *own, "--data", "few.npy")
 
 
+def test_a_reference_of_held_out_examples(own: tuple[str, ...]) -> None:
+    found = np.load("train.npz")["inputs"]
+    np.save("held.npy", found[:200])
+    run("fit", *own, "--data", "train.npz", "--reference", "held.npy")
+    reference = stochbn.load("w.sbn.safetensors").reference
+    assert reference is not None
+    assert reference.examples == 200
+    with pytest.raises(ValueError, match="cannot be given together"):
+        run("fit", *own, "--data", "train.npz", "--reference", "held.npy", "--no-reference")
+
+
 @pytest.mark.filterwarnings("ignore:these mini-batches have other statistics")
 def test_what_new_data_is_compared_with_has_no_random_changes(own: tuple[str, ...]) -> None:
     name = own[1].partition(":")[0]

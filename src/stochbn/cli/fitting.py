@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,12 +54,14 @@ def fit(
     ] = None,
     augment: Augmentation = None,
     reference: Annotated[
-        bool,
-        typer.Option(
-            "--reference/--no-reference",
-            help="Also keep what these examples look like: what 'stochbn adapt' and the alarm of predict compare with.",
+        str | None,
+        Override(
+            "--reference",
+            help="Examples that the network was not trained on, named like --data, which need no labels: what 'stochbn "
+            "adapt' and the alarm of predict compare new data with. (default: examples of --data, without changes)",
         ),
-    ] = True,
+    ] = None,
+    no_reference: Annotated[bool, typer.Option("--no-reference", help="Leave that out.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data.
@@ -69,37 +70,39 @@ def fit(
     the random changes of training; or use --augment.
     """
     from stochbn.augment import named
-    from stochbn.paper.fitting import fit_posterior, reference_of
+    from stochbn.paper.fitting import fit_posterior
 
     changes = named(augment) if augment is not None else None
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:
         raise ValueError(needs("--out"))
+    if reference is not None and no_reference:
+        raise ValueError("--reference and --no-reference cannot be given together")
     target = path or default_posterior(beside or Path())
     if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
-        check_file(target, [*given.files, data])
+        check_file(target, [*given.files, data, reference])
     with job() as ranks, ranks.failing_together():
         subject = Subject.one(given)
         objects = subject.load(data, "train")
+        compared: Any = not no_reference
+        if reference is not None:
+            compared = subject.load(reference, "held-out", "--reference")
+        elif compared and subject.augments:  # new data has no random changes, so what it is compared with has none
+            compared = subject.load(data, "reference")
         with progress_bars() as bars:
             move = follow(bars, "fitting")
             posterior = fit_posterior(
                 subject.model, objects, batch_size, seed, move, kind=kind, augment=changes, ranks=ranks,
                 centre=centre,  # type: ignore[arg-type]
-                batches=batches, reference=reference and not subject.augments, settings=subject.settings,
+                batches=batches, reference=compared, settings=subject.settings,
             )  # fmt: skip
-        if reference and subject.augments:  # new data has no random changes, so what it is compared with has none
-            shown = subject.load(data, "reference").shuffled(seed)
-            posterior = replace(
-                posterior, reference=reference_of(subject.model, posterior, shown, ranks, subject.settings)
-            )
         if ranks.rank:
             return
         posterior.save(target)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"
-        f"{_shown(subject, augment)}.{_compared(posterior, reference)}\n"
+        f"{_shown(subject, augment)}.{_compared(posterior, not no_reference)}\n"
         f"{after_fitting(given, beside and default_posterior(beside), target, augment)}",
         target,
     )

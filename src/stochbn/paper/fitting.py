@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,15 +13,12 @@ import stochbn
 from stochbn.augment import Augment
 from stochbn.distributed import Ranks
 from stochbn.fit_data import most_batches
-from stochbn.network.calling import network_input
-from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
-from stochbn.posteriors.reference import Reference
-from stochbn.shift.keeping import BATCH, EXAMPLES, Keeper
 from stochbn.sources.objects import Objects
-from stochbn.tasks import make_task
 
-__all__ = ["fit_posterior", "reference_of"]
+__all__ = ["fit_posterior"]
+
+REFERENCE_BATCH = 256
 
 
 def fit_posterior(
@@ -37,7 +34,7 @@ def fit_posterior(
     deterministic: Collection[str] = (),
     augment: Augment | None = None,
     ranks: Ranks | None = None,
-    reference: bool = True,
+    reference: bool | Objects = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Posterior:
     """Fit a posterior on training images in a random order, which the seed determines.
@@ -54,7 +51,7 @@ def fit_posterior(
         deterministic: layers that are ordinary batch norms, as for `stochbn.fit`.
         augment: how mini-batches are changed at random, likewise.
         ranks: those that fit together, each to its share of the images.
-        reference: whether to keep what new data is compared with, as for `stochbn.fit`.
+        reference: whether to keep what new data is compared with, as for `stochbn.fit`; or the examples to make it of.
         settings: what the output means: ``task``, ``logits``, ``class_axis`` and ``output``, likewise.
     """
     ranks = ranks or Ranks(None)
@@ -80,32 +77,10 @@ def fit_posterior(
             augment=augment,
             group=ranks.group,
             progress=follow,
-            reference=reference,
+            reference=reference if isinstance(reference, bool) else _inputs_of(reference.shuffled(seed)),
             **(settings or {}),
         )
 
 
-def reference_of(
-    model: nn.Module, posterior: Posterior, examples: Objects, ranks: Ranks, settings: Mapping[str, Any]
-) -> Reference | None:
-    """What new data is compared with, made from other examples than those of the fit; None where that cannot be.
-
-    Args:
-        model: the network.
-        posterior: what was fitted.
-        examples: the examples, in a random order; the first 4,096 are used.
-        ranks: those that fit together; the first one reads the examples.
-        settings: what the output means, as for `fit_posterior`.
-    """
-    if posterior.centred(model, begun=False)[1]:  # as stochbn.fit does
-        return None
-    about = [settings.get(name) for name in ("logits", "class_axis", "output")]
-    task = make_task(settings.get("task", "classification"), *about)
-    keeper = Keeper(posterior.channels, ranks)
-    if not ranks.rank:
-        batches = (network_input(model, inputs) for inputs, _ in examples.first(EXAMPLES).batches(BATCH))
-        for _ in keeper.watched(batches):
-            pass
-    network = Network.of(model)
-    network.look()
-    return keeper.reference(network, task, set(posterior.layers))
+def _inputs_of(examples: Objects) -> Iterator[Any]:
+    return (inputs for inputs, _ in examples.batches(REFERENCE_BATCH))
