@@ -128,15 +128,16 @@ def distances(
 
 
 def excess(logs: Tensor, levels: Tensor) -> Tensor:
-    """``[B]``: how far mini-batches are in all layers together: squared, beyond the mean, in standard deviations.
+    """``[B]``: how far mini-batches are in all layers together: standard deviations above the mean, to the power of 4.
 
-    It grows where one layer is far from usual, and where many are a little.
+    The sum over layers grows where one layer is far from usual, and where many are a little. Of the powers from 1 to 6,
+    and the maximum, the fourth found most corruptions of held-out training data.
 
     Args:
         logs: ``[B, 2, L]``, as `distances` gives them.
         levels: ``[2, 2, L]``: their usual means and standard deviations.
     """
-    return ((logs - levels[0]) / levels[1]).amax(1).clamp(min=0).square().sum(1)
+    return ((logs - levels[0]) / levels[1]).amax(1).clamp(min=0).pow(4).sum(1)
 
 
 def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[Tensor, Tensor]:
