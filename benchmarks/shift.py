@@ -1,9 +1,9 @@
 """What becomes of a network when the data changes, and what `stochbn.adapt` and `stochbn.shift.Monitor` do about it.
 
-Three of the networks of `harm_networks.py` meet corrupted images, other mixes of classes, both, and streams. In each
-case, a cell, ten methods are shown unlabelled examples and then predict other ones, whose labels score them. What is
-chosen (a temperature, thresholds of conformal sets) is chosen on held-out clean data, a part of the training data. No
-choice sees test data. Run it as::
+Three of the networks of `harm_networks.py`, and the ResNet-18 of `results/trained`, meet corrupted images, other mixes
+of classes, both, and streams. In each case, a cell, ten methods are shown unlabelled examples and then predict other
+ones, whose labels score them. What is chosen (a temperature, thresholds of conformal sets) is chosen on held-out clean
+data, a part of the training data. No choice sees test data. Run it as::
 
     STOCHBN_DATA=... python benchmarks/shift.py --threads 1
 
@@ -26,8 +26,9 @@ from typing import Any
 
 import shift_figures
 import torch
-from harm_networks import RECIPES, Data, trained
+from harm_networks import Data
 from shift_methods import METHODS, Seen, Stream, Subject
+from shift_networks import with_recipe
 from shift_regimes import TESTS, Cell, Regime, alarms, regimes
 from shift_report import alarm_scores, criteria, report
 from torch import Tensor
@@ -37,11 +38,11 @@ from stochbn import conformal, metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.paper.timing import machine, seconds
 
-NETWORKS = {"LeNet-5": 1, "ResNet-20": 2, "VGG-11": 1}
+NETWORKS = {"LeNet-5": 1, "ResNet-20": 2, "VGG-11": 1, "ResNet-18": 1}
 """The networks, and which share of the cells of most regimes is measured: one in so many."""
 SLOW = 3
 """Slow methods take part in one in so many cells; where not all cells are kept, at severity 5 alone."""
-GROUPS = {"LeNet-5": 30, "ResNet-20": 15, "VGG-11": 15}
+GROUPS = {"LeNet-5": 30, "ResNet-20": 15, "VGG-11": 15, "ResNet-18": 15}
 """Mini-batches of each corruption for the alarm."""
 
 CELL_SCORES = ("error", "coverage")
@@ -115,7 +116,7 @@ def summary(cells: dict[str, Any], plain: dict[str, Any], pooled: list[Scored]) 
 
 def network_of(name: str, folder: Path, rows: Path, few: int | None) -> dict[str, Any]:
     """All regimes of a network; each is written to the folder `rows` once it is finished, and read from there again."""
-    recipe, model = RECIPES[name], trained(name, folder)
+    recipe, model = with_recipe(name, folder)
     data: Data = recipe.data()
     thin = NETWORKS[name] if few is None else 15
     file = rows / f"{name.lower()}{'' if few is None else f'-{few}'}.json"
@@ -183,7 +184,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.networks:
-        trained(name, options.runs / "networks")
+        with_recipe(name, options.runs / "networks")
     code = version()
     rows = options.runs / code
     rows.mkdir(parents=True, exist_ok=True)

@@ -369,7 +369,9 @@ def test_a_regression_has_a_mix_of_bins_and_is_adapted() -> None:
     posterior = stochbn.fit(model, [normal(640, 3)], task="regression")
     assert posterior.reference is not None
     assert len(posterior.reference.usual) == 10
-    assert adapted_of(model, posterior, normal(64, 3, seed=1) + 2).centre == "adapted"
+    found = adapted_of(model, posterior, normal(64, 3, seed=1) + 2)
+    assert found.centre == "adapted"
+    assert "tenths of the predicted numbers" in str(found.adaptation)
 
 
 def test_an_output_that_the_task_cannot_read_gives_no_mix() -> None:

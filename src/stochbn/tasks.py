@@ -40,6 +40,8 @@ class Task(ABC):
     """Whether the variance over draws is part of the prediction."""
     binned: ClassVar[bool] = False
     """Whether `mix` gives numbers, of which the mix is the shares in bins, and not shares themselves."""
+    part: ClassVar[tuple[str, str]] = ("class", "classes")
+    """What the mix is of, one and several."""
 
     place: Any = None
     class_axis: int | None = None
@@ -199,6 +201,7 @@ class Multilabel(Task):
     """Any number of K labels, each with a logit (or probability) of its own: ``[N, K, ...]``."""
 
     name: ClassVar[str] = "multilabel"
+    part: ClassVar[tuple[str, str]] = ("label", "labels")
 
     def raw(self, output: Any) -> Tensor:
         """The logits ``[N, K, ...]``, with the labels moved to axis 1."""
@@ -243,6 +246,7 @@ class Regression(Task):
     early: ClassVar[bool] = False
     spread: ClassVar[bool] = True
     binned: ClassVar[bool] = True
+    part: ClassVar[tuple[str, str]] = ("tenth", "tenths of the predicted numbers")
 
     def mix(self, raw: Tensor) -> Tensor:
         """The numbers, ``[N, D, ...]``."""

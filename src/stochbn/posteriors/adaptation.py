@@ -27,6 +27,7 @@ class Adaptation:
         mix: the mix that the adapted network finds, such as the share of each class; empty without a guard.
         usual: that of the training data.
         evidence: how far each layer's statistics are from the usual, beside what chance gives, where 1 is usual.
+        parts: what the mix is of, one and several, such as ``("class", "classes")``.
         moved: by how many standard deviations each layer's means were moved, in the root of the mean square.
     """
 
@@ -36,6 +37,7 @@ class Adaptation:
     mixed: float
     mix: tuple[float, ...]
     usual: tuple[float, ...]
+    parts: tuple[str, str]
     evidence: Mapping[str, float]
     moved: Mapping[str, float]
 
@@ -60,13 +62,14 @@ class Adaptation:
         return sum(abs(a - b) for a, b in zip(self.mix, self.usual, strict=True)) / 2
 
     def _mix(self) -> str:
+        one, several = self.parts
         if not self.mix:
             return "The task has no mix of classes to compare"
         first = max(range(len(self.mix)), key=lambda k: self.mix[k] - self.usual[k])
         if self.mixed > 0.01:
-            return f"The mix of classes has not been seen to change (p = {self.mixed:.2g})"
+            return f"The mix of {several} has not been seen to change (p = {self.mixed:.2g})"
         return (
-            f"The mix of classes has changed (p = {self.mixed:.2g}): {self.mix[first]:.2f} of class {first}, "
+            f"The mix of {several} has changed (p = {self.mixed:.2g}): {self.mix[first]:.2f} of {one} {first}, "
             f"which is {self.usual[first]:.2f} in training"
         )
 
@@ -89,6 +92,9 @@ class Adaptation:
             if not isinstance(about[name], dict):
                 raise ValueError(f"adaptation's {name} must be a mapping, got {about[name]!r:.60}")
             numbers += about[name].values()
+        parts = about["parts"]
+        if not isinstance(parts, list | tuple) or [type(one) for one in parts] != [str, str]:
+            raise ValueError(f"adaptation's parts must be two names, got {parts!r:.60}")
         for name in ("mix", "usual"):
             if not isinstance(about[name], list | tuple):
                 raise ValueError(f"adaptation's {name} must be a list, got {about[name]!r:.60}")
@@ -97,4 +103,4 @@ class Adaptation:
             raise ValueError("adaptation must have finite numbers alone")
         if len(about["mix"]) != len(about["usual"]):
             raise ValueError("adaptation must have two mixes of one length")
-        return cls(**{**about, "mix": tuple(about["mix"]), "usual": tuple(about["usual"])})
+        return cls(**{**about, **{name: tuple(about[name]) for name in ("mix", "usual", "parts")}})

@@ -219,6 +219,7 @@ class Adapter:
             mixed=1.0 if self._reading is None else self._reading.mixed,
             mix=tuple(self._mix.tolist()) if guarded else (),
             usual=tuple(self._comparison.reference.usual.tolist()) if self._comparison is not None else (),
+            parts=("class", "classes") if self._comparison is None else self._comparison.task.part,
             evidence=dict(self._evidence) if guarded else {},
             moved={name: float(one[0].square().mean().sqrt()) for name, one in self._moved.items()},
         )

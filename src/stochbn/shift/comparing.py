@@ -35,6 +35,7 @@ class Reading:
         layers: how many times its usual distance each layer is away, in squares.
         mix: the mean of the network's predictions, such as the share of each class.
         each: ``[N]``: the p-value of each example's look.
+        parts: what the mix is of, such as ``"classes"``.
         alarm: whether a monitor sounds the alarm, see `stochbn.shift.Monitor`.
     """
 
@@ -45,6 +46,7 @@ class Reading:
     layers: Mapping[str, float]
     mix: tuple[float, ...]
     each: Tensor
+    parts: str = "classes"
     alarm: bool = False
 
     def __str__(self) -> str:
@@ -53,7 +55,7 @@ class Reading:
             most = sorted(self.layers, key=self.layers.__getitem__, reverse=True)[:NAMED]
             what = f"the look of the inputs is unusual (p = {self.look:.2g}), most in {listed(most)}"
         elif self.mixed <= UNUSUAL:
-            what = f"the mix of classes is unusual (p = {self.mixed:.2g}), the look of the inputs is not"
+            what = f"the mix of {self.parts} is unusual (p = {self.mixed:.2g}), the look of the inputs is not"
         else:
             what = f"neither look nor mix is unusual (p = {self.p:.2g})"
         return f"{'Alarm: in' if self.alarm else 'In'} {size} {what}."
@@ -115,6 +117,7 @@ class Comparison:
             layers=dict(zip(self.guards, layers[0].tolist(), strict=True)),
             mix=tuple(mixes.mean(0).tolist()),
             each=each,
+            parts=self.task.part[1],
         )
 
 

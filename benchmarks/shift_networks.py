@@ -1,0 +1,47 @@
+"""The networks of `shift.py`: some of `harm_networks.py`, and the committed ResNet-18 of the paper's experiments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from harm_networks import CROPS, RECIPES, Data, Examples, Recipe, trained
+from torch import nn
+
+from stochbn.paper import checkpoints, networks
+from stochbn.paper.data import load
+
+__all__ = ["with_recipe"]
+
+FILE = Path(__file__).parents[1] / "results" / "trained" / "resnet18" / "plain-0" / "network.safetensors"
+
+
+def with_recipe(name: str, folder: Path) -> tuple[Recipe, nn.Module]:
+    """A network in evaluation mode, with the recipe that it was trained by.
+
+    Args:
+        name: of `shift.NETWORKS`.
+        folder: where trained networks of `harm_networks` are, or are put after training.
+    """
+    if name != "ResNet-18":
+        return RECIPES[name], trained(name, folder)
+    model: nn.Module = checkpoints.load(FILE).model.eval()
+    return COMMITTED, model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _cifar5() -> Data:
+    """The first five classes of CIFAR-10, divided as for the committed ResNet-18; the others are the other five."""
+    train, held_out = load("cifar10:0-4", "train").held_out(0.1, seed=0)
+    parts = train, held_out, load("cifar10:0-4", "test"), load("cifar10:5-9", "train")
+    return Data(*(Examples(part.pixels, part.labels) for part in parts))
+
+
+COMMITTED = Recipe(
+    _cifar5,
+    lambda: networks.build("resnet18", classes=5, width=0.25),
+    "CIFAR-10 (JPEG copy), classes 0-4, flips and crops, 60 epochs",
+    "classes 5-9",
+    epochs=60,
+    rate=1e-3,
+    augment=CROPS,
+)
