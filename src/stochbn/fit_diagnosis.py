@@ -37,7 +37,7 @@ KEPT_BYTES = 2**26
 """What these may take at most."""
 CLASSES = 0.02
 """Mean KL divergence of class probabilities, in nats, below which a difference is not worth a warning."""
-NUMBERS = 0.02
+NUMBERS = 0.05
 """Mean squared difference of other outputs, in their variances over examples, below which it is not."""
 ERRORS = 2.0
 """How many standard errors a difference must be above chance."""
@@ -299,7 +299,8 @@ def _told(found: Difference, better: Difference | None, posterior: Posterior, ne
             "training (pass augment=); or layers were frozen in training (pass them as deterministic=)"
         )
     about = (
-        "Draws have the network's own statistics as their centre; their noise is that of these mini-batches"
+        "Draws have the network's own statistics as their centre (recentre_observed() gives them these); their noise "
+        "is that of these mini-batches"
         if posterior.centre == "running"
         else 'Draws have these statistics as their centre; centre="running" keeps the network\'s own'
     )

@@ -154,8 +154,9 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
             `stochbn.shift.Monitor`: some 600 bytes for every channel. True makes it of the first 2,048 examples of
             `data`, without `augment`, which takes a pass in evaluation mode over these. Where `data` is augmented
-            itself, pass batches of examples as they are at test time instead. They should be of the same mix of
-            classes, and need not be labelled. False leaves it out.
+            itself, or where there are held-out examples, pass batches of at least 256 examples as they are at test time
+            instead. They should be of the same mix of classes, and need not be labelled. Of their inputs 256 MiB are
+            kept at most, which are 440 pictures of 224 pixels. False leaves it out.
         task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
             labels or of numbers.
         logits: where the logits are in the network's output, likewise.
@@ -224,6 +225,8 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         keeper = Keeper(sum(layer.num_features for layer in layers.values()), ranks)
         if reference is True:
             observations = keeper.watched(observations)
+        elif reference is not False:
+            keeper.read(mini_batches(model, reference, None, inputs))
         if augment is not None:
             observations = augmented(observations, augment, ranks)
         try:
@@ -273,9 +276,9 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         posterior, unusable = posterior.centred(model, begun=False)
     if reference is not False and not unusable:
         with ranks.failing_together():
-            if reference is not True:
-                keeper.read(mini_batches(model, reference, None, inputs))
-            posterior = replace(posterior, reference=keeper.reference(network, read_as, set(posterior.layers)))
+            asked = reference is not True
+            kept = keeper.reference(network, read_as, set(posterior.layers), asked)
+            posterior = replace(posterior, reference=kept)
     if ranks.rank == 0:
         for text in diagnosis.warnings(network, posterior, training, unusable):
             warnings.warn(text, stacklevel=2)

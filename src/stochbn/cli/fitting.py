@@ -224,7 +224,7 @@ def _compared(posterior: Posterior, asked: bool) -> str:
     if not asked or posterior.reference is not None:
         return ""
     return (
-        " New data cannot be compared with it: that needs 64 examples, running statistics that were trained, and a "
+        " New data cannot be compared with it: that needs 256 examples, running statistics that were trained, and a "
         "batch norm that is called once in a pass."
     )
 

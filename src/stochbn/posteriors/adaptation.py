@@ -10,8 +10,8 @@ from stochbn.network.layers import listed
 
 __all__ = ["Adaptation"]
 
-MOVED = 0.05
-"""Mean shift, in standard deviations, from which on statistics are said to have moved."""
+UNUSUAL = 0.01
+"""The p-value up to which a change is said to be one."""
 LISTED = 3
 
 
@@ -26,9 +26,10 @@ class Adaptation:
         mixed: the p-value of the mix of classes, likewise.
         mix: the mix that the adapted network finds, such as the share of each class; empty without a guard.
         usual: that of the training data.
-        evidence: how far each layer's statistics are from the usual, beside what chance gives, where 1 is usual.
+        evidence: the squared distance of each layer's statistics over what chance gives; 1 is usual.
         parts: what the mix is of, one and several, such as ``("class", "classes")``.
-        moved: by how many standard deviations each layer's means were moved, in the root of the mean square.
+        moved: by how many standard deviations each layer's means were moved, in the root of the mean square. Empty
+            where nothing was moved.
     """
 
     examples: int
@@ -47,26 +48,30 @@ class Adaptation:
             return f"Adapted to {examples} without a guard: another mix of classes counts as another look."
         most = sorted(self.evidence, key=self.evidence.__getitem__, reverse=True)[:LISTED]
         far = max(self.moved.values(), default=0.0)
-        if self.look > 0.01 and far < MOVED:
-            look = f"The look of the inputs has not changed (p = {self.look:.2g}), so the statistics stay"
-        else:
+        if not self.moved:
             look = (
-                f"The look of the inputs has changed (p = {self.look:.2g}), most in {listed(most)}; means were moved "
+                f"There is no evidence that the look of the inputs has changed (p = {self.look:.2g}): nothing was moved"
+            )
+        else:
+            sure = "has changed" if self.look <= UNUSUAL else "may have changed"
+            look = (
+                f"The look of the inputs {sure} (p = {self.look:.2g}), most in {listed(most)}; means were moved "
                 f"by up to {far:.2g} standard deviations"
             )
         return f"From {examples}: {look}. {self._mix()}."
 
     @property
     def distance(self) -> float:
-        """Half the sum of absolute differences between the two mixes: the share of examples of another class."""
-        return sum(abs(a - b) for a, b in zip(self.mix, self.usual, strict=True)) / 2
+        """Half the sum of absolute differences between the two mixes, as a share of the usual one: from 0 to 1."""
+        apart = sum(abs(a - b) for a, b in zip(self.mix, self.usual, strict=True)) / 2
+        return min(1.0, apart / max(sum(self.usual), 1e-12))
 
     def _mix(self) -> str:
         one, several = self.parts
         if not self.mix:
             return "The task has no mix of classes to compare"
         first = max(range(len(self.mix)), key=lambda k: self.mix[k] - self.usual[k])
-        if self.mixed > 0.01:
+        if self.mixed > UNUSUAL:
             return f"The mix of {several} has not been seen to change (p = {self.mixed:.2g})"
         return (
             f"The mix of {several} has changed (p = {self.mixed:.2g}): {self.mix[first]:.2f} of {one} {first}, "
@@ -103,4 +108,8 @@ class Adaptation:
             raise ValueError("adaptation must have finite numbers alone")
         if len(about["mix"]) != len(about["usual"]):
             raise ValueError("adaptation must have two mixes of one length")
+        if type(about["examples"]) is not int or about["examples"] < 1 or type(about["guarded"]) is not bool:
+            raise ValueError("adaptation must have a number of examples, and tell whether there was a guard")
+        if not (0 <= about["look"] <= 1 and 0 <= about["mixed"] <= 1):
+            raise ValueError("adaptation must have p-values from 0 to 1")
         return cls(**{**about, **{name: tuple(about[name]) for name in ("mix", "usual", "parts")}})

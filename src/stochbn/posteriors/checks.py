@@ -61,6 +61,8 @@ def check_fields(posterior: Posterior) -> None:
         raise ValueError(f"fingerprint must be a Fingerprint or None, got {type(posterior.fingerprint).__name__}")
     if posterior.centre not in CENTRES:
         raise ValueError(f"centre must be 'running', 'observed' or 'adapted', got {posterior.centre!r:.40}")
+    if (posterior.centre == "adapted") != (posterior.adaptation is not None):
+        raise ValueError("a posterior has an adaptation where its centre is 'adapted', and only there")
 
 
 def check_network(posterior: Posterior, model: nn.Module, weights: bool) -> None:

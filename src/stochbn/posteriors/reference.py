@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["SIZES", "Layer", "Reference"]
 
+LARGEST, LEAST = 1e12, 1e-6
+"""What numbers of a reference may be; own standard deviations are at least the second."""
 SIZES = tuple(2**power for power in range(9))
 """Sizes of mini-batches whose usual distances are kept."""
 
@@ -52,6 +54,7 @@ class Reference:
         basis: ``[K, M]``: what the mix is reduced to, ``(mix - usual) @ basis``.
         spread: ``[M, M]``: what makes the reduced mix white.
         edges: ``[numbers, 9]``: between the bins of the numbers that a regression predicts, else ``[0, 9]``.
+        running: ``[2, D]``: the running statistics that rows are standardised by.
         centre: ``[2, D]``, the mean rows.
         own: ``[2, D]``, the standard deviations that channels have of their own.
         mixing: ``[M, 2, D]``, how rows change with the reduced mix.
@@ -71,6 +74,7 @@ class Reference:
     basis: Tensor
     spread: Tensor
     edges: Tensor
+    running: Tensor
     centre: Tensor
     own: Tensor
     mixing: Tensor
@@ -87,6 +91,7 @@ class Reference:
             "basis": (k, m),
             "spread": (m, m),
             "edges": (self.edges.shape[0], 9),
+            "running": (2, channels),
             "centre": (2, channels),
             "own": (2, channels),
             "mixing": (m, 2, channels),
@@ -95,22 +100,26 @@ class Reference:
             "levels": (s, 2, 2, count),
             "quantiles": (s, 3, self.quantiles.shape[-1]),
         }
+        if not self.layers:
+            raise ValueError("the reference has no layers")
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"the reference's {name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
                 )
-            if not tensor.isfinite().all():
-                raise ValueError(f"the reference's {name} must be finite")
+            if not (tensor.abs() <= LARGEST).all():
+                raise ValueError(f"the reference's {name} must be finite, and at most {LARGEST:g}")
         if not 1 <= s <= len(SIZES) or self.quantiles.shape[-1] < 2:
             raise ValueError(f"the reference's quantiles must be of 1 to {len(SIZES)} sizes, got {s}")
         if len(self.edges) and k != len(self.edges) * (self.edges.shape[1] + 1):
             raise ValueError(f"the reference's edges make {len(self.edges)} times 10 bins, but its mix has {k}")
+        if (self.quantiles.diff(dim=-1) < 0).any():
+            raise ValueError("the reference's quantiles must not fall")
         if (self.levels[:, 1] <= 0).any():
             raise ValueError("the reference's levels must have positive standard deviations")
-        if (self.own <= 0).any() or (self.strengths < 0).any():
-            raise ValueError("the reference's own must be positive, and its strengths not negative")
+        if (self.own < LEAST).any() or (self.strengths < 0).any():
+            raise ValueError(f"the reference's own must be at least {LEAST:g}, and its strengths not negative")
 
     def __repr__(self) -> str:
         return f"<Reference: {self.examples} examples in {len(self.layers)} layers, a mix of {len(self.usual)}>"
@@ -148,6 +157,8 @@ class Reference:
         Raises:
             ValueError: something is missing, or cannot be.
         """
+        from stochbn.tasks import make_task
+
         names = {f.name for f in fields(cls) if f.type == "Tensor"}
         if missing := names - tensors.keys():
             raise ValueError(f"the reference has no {min(missing)}")
@@ -163,15 +174,33 @@ class Reference:
             for p in pairs
         ):
             raise ValueError(f"the reference's layers must be pairs of a name and a number, got {pairs!r:.60}")
+        make_task(**about["task"])
         held = {name: tensors[name] for name in names}
         return cls(layers=dict(pairs), examples=about["examples"], task=about["task"], **held)
 
     def between(self, size: int) -> tuple[Tensor, Tensor]:
-        """`levels` and `quantiles` for mini-batches of any size, interpolated between the sizes that are kept."""
+        """`levels` and `quantiles` for mini-batches of any size: interpolated, and the larger of the two next to it."""
         place = min(max(math.log2(size), 0), len(self.quantiles) - 1)
         low = int(place)
-        high = min(low + 1, len(self.quantiles) - 1)
+        high = min(low + 1, len(self.quantiles) - 1) if place > low else low
         return (
             torch.lerp(self.levels[low], self.levels[high], place - low),
-            torch.lerp(self.quantiles[low], self.quantiles[high], place - low),
+            torch.maximum(self.quantiles[low], self.quantiles[high]),
         )
+
+    def check_running(self, found: Mapping[str, Tensor]) -> None:
+        """Refuse a network with other running statistics than those that rows were standardised by.
+
+        Args:
+            found: ``[2, C]`` for every layer.
+
+        Raises:
+            ValueError: the message names the first layer.
+        """
+        parts = torch.split(self.running, list(self.layers.values()), dim=1)
+        for name, own in zip(self.layers, parts, strict=True):
+            if name in found and not torch.allclose(found[name], own, rtol=1e-3, atol=1e-6, equal_nan=True):
+                raise ValueError(
+                    f"the running statistics of the layer {name!r} are not those that the posterior was fitted with: "
+                    "it has been trained, or adapted, since; fit again, or load the network's buffers too"
+                )

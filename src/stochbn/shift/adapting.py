@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from stochbn.network.layers import listed
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.adaptation import Adaptation
+from stochbn.posteriors.base import BROKEN
 from stochbn.shift.comparing import UNUSUAL, Comparison, Reading
 from stochbn.shift.looking import Looker, looking
-from stochbn.shift.mixes import mixes_of
+from stochbn.shift.parts import Part, grouped, total
 
 __all__ = ["Adapter", "adapt"]
 
@@ -30,41 +31,12 @@ SETTLED = 0.005
 """The share of examples whose class changes from one round to the next below which the mix stays."""
 PRIOR = 64
 """What the source counts for without a guard, in examples."""
-TOGETHER = 512
-"""Examples that go through the network together, at most."""
-TOGETHER_BYTES = 2**26
-"""What their inputs may take."""
 LEAST_VARIANCE = 0.3
 """An adapted variance is at least this share of the smaller one of the source's and of what is seen."""
+EVIDENCE, FEW = 0.1, 8
+"""The p-value of the look up to which statistics move; of fewer examples than the second, `UNUSUAL` is."""
 CHANGED = 0.2
 """The share of examples of another class from which on a changed mix is worth a warning."""
-
-
-@dataclass
-class _Part:
-    """What has been seen of some examples.
-
-    Attributes:
-        examples: how many, with less weight on those of long ago.
-        rows: ``[2C]`` for every layer, summed.
-        mixes: ``[K]``, summed.
-    """
-
-    examples: float
-    rows: dict[str, Tensor]
-    mixes: Tensor
-
-    def plus(self, other: _Part | None) -> _Part:
-        """Both together."""
-        if other is None:
-            return self
-        rows = {name: row + other.rows[name] for name, row in self.rows.items()}
-        return _Part(self.examples + other.examples, rows, self.mixes + other.mixes)
-
-    def times(self, weight: float) -> _Part:
-        """The same examples with another weight."""
-        rows = {name: weight * row for name, row in self.rows.items()}
-        return _Part(weight * self.examples, rows, weight * self.mixes)
 
 
 def adapt(
@@ -79,10 +51,11 @@ def adapt(
     """Move a posterior's centre to unlabelled examples of data that has changed, if their look has changed.
 
     Each batch norm's running statistics are moved by as much as the look of the new examples differs, with what another
-    mix of classes explains taken out first, see `stochbn.shift.guard`. Without evidence of another look the centre is
-    the network's own, exactly. Layers behind others see what the adapted ones give them. The noise stays. That takes
-    six passes over the examples or some more, until the mix stays, at most 24. The examples stay in memory. Eight are
-    enough to begin with, and more are better.
+    mix of classes explains taken out first, see `stochbn.shift.guard`. Without evidence of another look, at a p-value
+    of 0.1 (of 0.01 for fewer than eight examples), the centre is the network's own, to the last bit. Layers behind
+    others see what the adapted ones give them. The noise stays. That takes seven passes over the examples or some more,
+    until the mix stays, at most 25. The examples stay in memory. Eight can be enough, and more are better: with few,
+    chance moves statistics too, once there is evidence.
 
     What was concluded is in the posterior's ``adaptation``, which prints as sentences.
 
@@ -92,12 +65,12 @@ def adapt(
             without one all that differs counts as another look, of which a warning tells.
         batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. Up to
             512 examples, or 64 MiB of them, go through the network together; more go one group after another.
-        prior: so many examples of the training data are added to the new ones, at the source's statistics: the shift is
-            multiplied by ``n / (n + prior)``. None is 0 with a reference, where the evidence decides, and else 64.
+        prior: the shift is multiplied by ``n / (n + prior)``, as if so many training examples were among the new ones.
+            None is 0 with a reference, where the evidence decides, and else 64.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
         group: in a job of several processes (ranks), the process group whose ranks adapt together: each passes its own
             examples, in as many groups as the others, and every one gets the posterior that one process
-            would adapt to all of them together. None is this process's examples alone.
+            would adapt to all of them in one group. None is this process's examples alone.
 
     Returns:
         The same posterior about other statistics: ``centre`` is ``"adapted"``.
@@ -109,12 +82,17 @@ def adapt(
     ranks = Ranks.of(group, "adapted")
     with ranks.failing_together():
         adapter = Adapter(model, posterior, prior=prior, inputs=inputs)
-        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
             raise TypeError(
                 f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}; "
-                "pass [tensor] to treat one tensor as a single batch"
+                "pass [batch] to adapt to a single batch"
             )
-        groups = list(_joined(adapter._input(batch) for batch in batches))
+        groups = list(grouped(adapter._input(batch) for batch in batches))
+        if not groups:
+            raise ValueError(
+                "there are no examples to adapt to, and at least one example is needed: the iterable is empty or "
+                "already used up"
+            )
     ranks.check_same({"prior": prior, "groups of examples": len(groups)})
     with ranks.failing_together():
         adapter._ranks = ranks
@@ -151,26 +129,30 @@ class Adapter:
         if not isinstance(posterior, Posterior):
             raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
         posterior.check(model)
-        for name, value in (("prior", prior), ("half_life", half_life)):
-            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+        settings: dict[str, Any] = {"prior": prior, "half_life": half_life}
+        for name, value in settings.items():
+            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
                 raise TypeError(f"{name} must be a number of examples or None, got {value!r:.40}")
-        if prior is not None and not 0 <= prior < 1e12:
+        if prior is not None and not 0 <= float(prior) < 1e12:
             raise ValueError(f"prior must be a number of examples from 0 on, got {prior!r:.40}")
-        if half_life is not None and not 0 < half_life < 1e12:
+        if half_life is not None and not 0 < float(half_life) < 1e12:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
         self._ranks = Ranks(None)
-        self._source, unusable = posterior.centred(model)
-        if unusable:
+        self._source, unusable = posterior.centred(model, begun=False)
+        if broken := [name for name, why in unusable.items() if why == BROKEN]:
             raise ValueError(
-                f"the running statistics of {listed(unusable)} are not finite, or have negative variances, so there is "
+                f"the running statistics of {listed(broken)} are not finite, or have negative variances, so there is "
                 "nothing to adapt; train the network, or load its buffers too"
             )
+        self._fixed = set(unusable)
         reference = posterior.reference
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)
-        self._mix = torch.empty(0) if reference is None else reference.usual
-        self._seen: _Part | None = None
+        self._usual = torch.empty(0, dtype=torch.float32) if reference is None else reference.usual
+        self._mix = self._usual
+        self._plain: Part | None = None  # what the network as it is sees of all examples
+        self._seen: Part | None = None
         self._reading: Reading | None = None
         self._moved: dict[str, Tensor] = {}  # standardised, [2, C]
         self._statistics: dict[str, Tensor] = {}
@@ -191,15 +173,19 @@ class Adapter:
             raise
 
     def _folded(self, batch: Batch) -> Posterior:
+        self._source.check(self._model)
         inputs = self._input(batch)
-        before = self._seen
-        if before is not None and self._half_life is not None:
-            before = before.times(0.5 ** (len(inputs) / self._half_life))
+        if not len(inputs):
+            raise ValueError("the batch has no examples")
+        before, plain = self._seen, self._plain
+        if before is not None and plain is not None and self._half_life is not None:
+            weight = 0.5 ** (len(inputs) / float(self._half_life))
+            before, plain = before.times(weight), plain.times(weight)
         network = Network.of(self._model)
         network.look()
         with looking(network) as look:
-            self._read(look, [inputs])
-            for error in self._rounds(ERRORS if before is None else ERRORS[-1:]):
+            self._read(look, [inputs], plain)
+            for error in self._rounds(ERRORS if before is None and self._moves else ERRORS[-1:]):
                 self._seen = self._pass(look, inputs, before, error).plus(before)
         return self.posterior
 
@@ -208,6 +194,8 @@ class Adapter:
         """The posterior that is adapted to all examples so far; the source where there were none."""
         if self._seen is None:
             return self._source
+        if not self._moves:
+            self._moved, self._statistics = {}, {}
         sizes = list(self._source.layers.values())
         parts = torch.split(self._source.expected, sizes, dim=1)
         moved = [self._statistics.get(n, p).double() for n, p in zip(self._source.layers, parts, strict=True)]
@@ -228,64 +216,74 @@ class Adapter:
 
     def _input(self, batch: Batch) -> NetworkInput:
         taken = network_input(self._model, batch, self._inputs)
-        if not taken.divisible or not len(taken):
+        if not taken.divisible:
             raise ValueError(
-                "expected batches of at least one example, with the examples on the first axis of every tensor; "
+                "expected batches with the examples on the first axis of every tensor; "
                 f"got shapes {[list(tensor.shape) for tensor in taken.tensors()]}"
             )
         return taken
 
+    @property
+    def _moves(self) -> bool:
+        """Whether there is evidence for another look; without a reference there always is."""
+        if self._reading is None:
+            return True
+        return self._reading.look <= (EVIDENCE if self._reading.examples >= FEW else UNUSUAL)
+
     def _all_of(self, batches: list[NetworkInput]) -> None:
         """Go through batches round by round: each is seen beside what was last seen of the others."""
-        if not batches:
-            raise ValueError("there are no batches to adapt to: the iterable is empty or already used up")
-        parts: list[_Part | None] = [None] * len(batches)
+        parts: list[Part | None] = [None] * len(batches)
         network = Network.of(self._model)
         network.look()
         with looking(network) as look:
-            self._read(look, batches)
-            for error in self._rounds(ERRORS):
+            self._read(look, batches, None)
+            for error in self._rounds(ERRORS if self._moves else ERRORS[-1:]):
                 for number, inputs in enumerate(batches):
-                    others = _sum(part for other, part in enumerate(parts) if other != number)
+                    others = total(part for other, part in enumerate(parts) if other != number)
                     parts[number] = self._pass(look, inputs, others, error)
-                self._seen = _sum(parts)
+                self._seen = total(parts)
+            if self._seen is None or not self._seen.rows:
+                why = next(iter(look.unusable.values()), "its running statistics were never trained")
+                raise ValueError(f"no batch norm of the network can be adapted: {why}")
 
-    def _read(self, look: Looker, batches: list[NetworkInput]) -> None:
-        """How unusual the examples are to the network as it is."""
-        rows: dict[str, list[Tensor]] = {}
-        mixes = []
+    def _read(self, look: Looker, batches: list[NetworkInput], before: Part | None) -> None:
+        """How unusual the examples are to the network as it is, together with those before."""
+        if self._comparison is not None:
+            self._comparison.reference.check_running({name: look.running(name) for name in self._comparison.guards})
         for inputs in batches:
-            found, output = look(inputs)
-            mixes.append(self._mixes(output))
-            for name, values in found.items():
-                rows.setdefault(name, []).append(values)
-        if self._comparison is None:  # the passes have found out which layers are usable
+            rows, output = look(inputs)
+            if self._comparison is None:  # the passes find out which layers are usable
+                continue
+            if missing := [name for name in self._comparison.guards if name not in rows]:
+                raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
+            mixes = self._comparison.mixes(output, len(inputs))
+            sums = {name: self._ranks.total(rows[name].sum(0)) for name in self._comparison.guards}
+            count = float(self._ranks.total(torch.tensor(float(len(inputs)), dtype=torch.float64)))
+            before = Part(count, sums, self._ranks.total(mixes.sum(0))).plus(before)
+        if self._comparison is None or before is None:
             return
-        if missing := [name for name in self._comparison.guards if name not in rows]:
-            raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
-        joined = {name: torch.cat(values) for name, values in rows.items()}
-        if not all(bool(values.isfinite().all()) for values in (*joined.values(), *mixes)):
-            raise ValueError("the examples give activations that are not finite; check them for NaN")
-        together = self._ranks.joined({"mixes": torch.cat(mixes)})["mixes"]
-        self._reading = self._comparison.reading(self._ranks.joined(joined), together)
+        if not all(bool(values.isfinite().all()) for values in (*before.rows.values(), before.mixes)):
+            raise ValueError(
+                "the examples give activations that are not finite; check them for NaN, infinity and numbers that are "
+                "too large"
+            )
+        self._plain, count = before, before.examples
+        means = {name: values / count for name, values in before.rows.items()}
+        self._reading = self._comparison.reading(means, before.mixes / count, max(1, round(count)))
 
-    def _mixes(self, output: Any) -> Tensor:
-        """``[N, K]``: the mixes of an output."""
-        if self._comparison is None or not len(self._comparison.reference.usual):
-            return torch.empty(1, 0)
-        return mixes_of(self._comparison.task, output, self._comparison.reference.edges)
-
-    def _pass(self, look: Looker, inputs: NetworkInput, others: _Part | None, error: float) -> _Part:
+    def _pass(self, look: Looker, inputs: NetworkInput, others: Part | None, error: float) -> Part:
         """Send a batch through the network while its layers are adapted to it and to what was seen of others."""
         sums: dict[str, Tensor] = {}
-        count = float(self._ranks.total(torch.tensor(float(len(inputs)))))
+        count = float(self._ranks.total(torch.tensor(float(len(inputs)), dtype=torch.float64)))
         examples = count + (0.0 if others is None else others.examples)
         change = None if self._comparison is None else self._comparison.reference.reduced(self._mix)
         weight = examples / (examples + self._prior)
 
         def rule(name: str, rows: Tensor) -> Tensor | None:
             guard = None if self._comparison is None else self._comparison.guards.get(name)
-            if name not in self._source.layers or (self._comparison is not None and guard is None):
+            if name not in self._source.layers or name in self._fixed or name in look.unusable:
+                return None
+            if self._comparison is not None and guard is None:
                 return None
             if others is not None and name not in others.rows:
                 raise ValueError(f"the layer {name!r} was called for some of the batches only; pass those alone")
@@ -303,18 +301,25 @@ class Adapter:
             seen = mean[len(source) :] - mean[: len(source)].square()
             variance = source + second - first.square()
             variance = torch.maximum(variance, LEAST_VARIANCE * torch.minimum(seen.clamp(min=0), source))
+            if not self._moves or not bool(shift.any()):  # to the last bit what the network has
+                self._moved.pop(name, None)
+                self._statistics.pop(name, None)
+                return None
             self._moved[name] = torch.stack([first, variance])
             self._statistics[name] = look.moved(name, self._moved[name])
             return self._moved[name]
 
         _, output = look(inputs, rule)
-        return _Part(count, sums, self._ranks.total(self._mixes(output).sum(0)))
+        mixes = torch.empty(1, 0, dtype=torch.float32)
+        if self._comparison is not None:
+            mixes = self._comparison.mixes(output, len(inputs))
+        return Part(count, sums, self._ranks.total(mixes.sum(0)))
 
     def _rounds(self, errors: Sequence[float]) -> Iterator[float]:
         """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
         for number in range(MOST_ROUNDS):
             yield errors[min(number, len(errors) - 1)]
-            if self._seen is None or not len(self._seen.mixes):
+            if self._seen is None or not len(self._seen.mixes) or not self._moves:
                 return
             before, self._mix = self._mix, self._seen.mixes / self._seen.examples
             if number >= len(errors) - 1 and float((self._mix - before).abs().sum()) / 2 < SETTLED:
@@ -328,38 +333,20 @@ class Adapter:
         if not about.guarded:
             warnings.warn(
                 "the posterior has no reference, so another mix of classes cannot be told from another look of the "
-                "inputs: if the new examples are of some classes alone, the network gets worse; fit again, with this "
-                "release and reference=True",
+                "inputs: if the new examples are of some classes alone, the network gets worse; fit again, and pass "
+                "reference= to be told why there is none",
+                stacklevel=3,
+            )
+        elif about.moved and not about.usual and adapted.reference is not None:
+            warnings.warn(
+                f"the reference knows no mix, as it was made for the task {adapted.reference.task['name']!r}: another "
+                "mix of classes or of numbers counts as another look; pass task= to fit if it is another one",
                 stacklevel=3,
             )
         elif about.look <= UNUSUAL and about.distance > CHANGED:
             warnings.warn(
-                f"both the look of the inputs and the mix of classes have changed ({100 * about.distance:.0f} % of the "
-                "examples are of other classes than in training), which cannot be told apart with certainty: check the "
-                "adapted network on labelled examples, or adapt to examples of all classes",
+                f"both the look of the inputs and the mix of {about.parts[1]} have changed "
+                f"({100 * about.distance:.0f} % of it differs from training), which cannot be told apart with "
+                "certainty: check the adapted network on labelled examples, or adapt to examples of all of them",
                 stacklevel=3,
             )
-
-
-def _joined(batches: Iterable[NetworkInput]) -> Iterator[NetworkInput]:
-    """Batches joined to groups that go through the network together, as far as they are alike."""
-    group: NetworkInput | None = None
-    for inputs in batches:
-        if group is not None:
-            size = sum(tensor.nbytes for one in (group, inputs) for tensor in one.tensors())
-            alike = group.kind() == inputs.kind()
-            if alike and len(group) + len(inputs) <= TOGETHER and size <= TOGETHER_BYTES:
-                group = group.join(inputs)
-                continue
-            yield group
-        group = inputs
-    if group is not None:
-        yield group
-
-
-def _sum(parts: Iterable[_Part | None]) -> _Part | None:
-    total: _Part | None = None
-    for part in parts:
-        if part is not None:
-            total = part.plus(total)
-    return total

@@ -14,6 +14,7 @@ from stochbn.network.layers import listed
 from stochbn.posteriors.reference import SIZES, Reference
 from stochbn.shift.estimate import GROUPS, distances, excess
 from stochbn.shift.guard import Guard
+from stochbn.shift.mixes import binned, mixes_of
 from stochbn.tasks import Task, make_task
 
 __all__ = ["Comparison", "Reading"]
@@ -29,10 +30,10 @@ class Reading:
 
     Attributes:
         examples: how many it has.
-        p: of both p-values together: how often a mini-batch of training data is as unusual.
+        p: of both p-values together: at most how often a mini-batch of training data is as unusual.
         look: the p-value of the inputs' look, with another mix of classes taken out.
         mixed: the p-value of the mix of classes. It tells little where the look has changed.
-        layers: how many times its usual distance each layer is away, in squares.
+        layers: the squared distance of each layer, divided by its usual value; 1 is usual.
         mix: the mean of the network's predictions, such as the share of each class.
         each: ``[N]``: the p-value of each example's look.
         parts: what the mix is of, such as ``"classes"``.
@@ -79,6 +80,13 @@ class Comparison:
         self.guards = {name: Guard(layer) for name, layer in reference.of_layers()}
         self._largest = SIZES[len(reference.quantiles) - 1]
 
+    def mixes(self, output: Any, examples: int) -> Tensor:
+        """``[N, K]``: what each example adds to the mix; K is 0 where the reference has none."""
+        if not len(self.reference.usual):
+            return torch.empty(examples, 0, dtype=torch.float32)
+        values = mixes_of(self.task, output)
+        return binned(values, self.reference.edges) if self.task.binned else values
+
     def distances(self, means: Mapping[str, Tensor], mixes: Tensor, examples: int) -> tuple[Tensor, Tensor, Tensor]:
         """How unusual mini-batches of one size are: p-values of look and mix, each ``[B]``, and layers ``[B, L]``.
 
@@ -92,33 +100,46 @@ class Comparison:
             examples: in a mini-batch.
         """
         size = min(examples, self._largest)
-        logs, mix = distances(self.guards, means, self.reference.reduced(mixes), self.reference.spread, size)
         levels, (usual, of_few_classes, mixed) = self.reference.between(size)
+        with torch.autocast("cpu", enabled=False):
+            logs, mix = distances(self.guards, means, self.reference.reduced(mixes), self.reference.spread, size)
         far, p_mix = excess(logs, levels), _p_value(mix, mixed)
         look = torch.where(p_mix > UNUSUAL, _p_value(far, usual), _p_value(far, of_few_classes))
         return look, p_mix, (logs[:, 0] - levels[0, 0]).exp()
 
-    def reading(self, rows: Mapping[str, Tensor], mixes: Tensor) -> Reading:
-        """How unusual one mini-batch is.
+    def reading(self, means: Mapping[str, Tensor], mix: Tensor, examples: int, each: Tensor | None = None) -> Reading:
+        """How unusual a mini-batch is.
+
+        Args:
+            means: ``[2C]`` for every layer.
+            mix: ``[K]``.
+            examples: how many there are.
+            each: the p-value of each example's look.
+        """
+        rows = {name: means[name][None] for name in self.guards}
+        look, mixed, layers = self.distances(rows, mix[None], examples)
+        p = [float(look), float(mixed)] if len(mix) else [float(look)]
+        return Reading(
+            examples=examples,
+            p=min(1.0, len(p) * min(p)),
+            look=float(look),
+            mixed=float(mixed) if len(mix) else 1.0,
+            layers=dict(zip(self.guards, layers[0].tolist(), strict=True)),
+            mix=tuple(mix.tolist()),
+            each=torch.empty(0) if each is None else each,
+            parts=self.task.part[1],
+        )
+
+    def of_rows(self, rows: Mapping[str, Tensor], mixes: Tensor) -> Reading:
+        """How unusual a mini-batch is, and each of its examples.
 
         Args:
             rows: ``[N, 2C]`` for every layer.
             mixes: ``[N, K]``.
         """
-        means = {name: rows[name].mean(0, keepdim=True) for name in self.guards}
-        look, mixed, layers = self.distances(means, mixes.mean(0, keepdim=True), len(mixes))
         each = self.distances({name: rows[name] for name in self.guards}, mixes, 1)[0]
-        p = [float(look), float(mixed)] if mixes.shape[1] else [float(look)]
-        return Reading(
-            examples=len(mixes),
-            p=min(1.0, len(p) * min(p)),
-            look=float(look),
-            mixed=float(mixed) if mixes.shape[1] else 1.0,
-            layers=dict(zip(self.guards, layers[0].tolist(), strict=True)),
-            mix=tuple(mixes.mean(0).tolist()),
-            each=each,
-            parts=self.task.part[1],
-        )
+        means = {name: rows[name].mean(0) for name in self.guards}
+        return self.reading(means, mixes.mean(0), len(mixes), each)
 
 
 def _p_value(values: Tensor, quantiles: Tensor) -> Tensor:

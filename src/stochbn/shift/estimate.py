@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stochbn.posteriors.reference import SIZES, Layer, Reference
 from stochbn.shift.guard import Guard
+from stochbn.shift.mixes import BINS, binned, edges_of
 from stochbn.tasks import Task
 
 __all__ = ["distances", "excess", "make_reference"]
@@ -19,6 +20,11 @@ DIRECTIONS = 64
 PER_DIRECTION = 16
 """Examples that each direction needs."""
 OVERSAMPLED = 16
+ITERATIONS = 4
+ROUNDING = 1e-3
+"""The least standard deviation of a row's entry, in those of the activations; what is smaller may be rounding."""
+PER_EXAMPLE = 32
+"""The examples that a size of mini-batches needs for each of its own, for its usual distances to be known."""
 LEAST_OWN = 0.05
 """The share of a variance that is a channel's own, at least."""
 LEAST_VARIANCE = 1e-4
@@ -29,22 +35,27 @@ GROUPS = 512
 QUANTILES = 513
 
 
-def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, edges: Tensor, task: Task) -> Reference:
+def make_reference(
+    rows: Mapping[str, Tensor], mixes: Tensor, task: Task, running: Mapping[str, Tensor] | None = None
+) -> Reference:
     """The reference of training examples.
 
     Usual distances are those of one half of the examples from what the other half gives, so they are not too small.
 
     Args:
         rows: ``[N, 2C]`` for every layer.
-        mixes: ``[N, K]``.
-        edges: between bins of numbers, see `Reference`.
+        mixes: ``[N, K]``, shares or numbers, see `stochbn.shift.mixes.mixes_of`.
         task: what outputs were taken to mean.
+        running: ``[2, C]`` for every layer, the running statistics that rows were standardised by; None is 0 and 1.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        whole, usual, basis, spread = _fitted(rows, mixes)
-        kept = _usual_distances(rows, mixes)
+    edges = edges_of(mixes) if task.binned else torch.empty(0, BINS - 1, dtype=torch.float32)
+    mixes = binned(mixes, edges) if task.binned else mixes
+    generator = torch.Generator().manual_seed(0)
+    with torch.autocast("cpu", enabled=False):
+        whole, usual, basis, spread = _fitted(rows, mixes, generator)
+        kept = _usual_distances(rows, mixes, generator)
     layers = {name: row.shape[1] // 2 for name, row in rows.items()}
+    begun = {name: torch.stack([torch.zeros(n), torch.ones(n)]).float() for name, n in layers.items()}
 
     def joined(part: str) -> Tensor:
         return torch.cat([getattr(one, part).unflatten(-1, (2, -1)) for one in whole.values()], -1).contiguous()
@@ -56,7 +67,8 @@ def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, edges: Tensor, tas
         usual=usual,
         basis=basis,
         spread=spread,
-        edges=edges.float(),
+        edges=edges,
+        running=torch.cat(list((running or begun).values()), 1),
         centre=joined("centre"),
         own=joined("own"),
         mixing=joined("mixing"),
@@ -67,13 +79,15 @@ def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, edges: Tensor, tas
     )
 
 
-def _fitted(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[dict[str, Layer], Tensor, Tensor, Tensor]:
+def _fitted(
+    rows: Mapping[str, Tensor], mixes: Tensor, generator: torch.Generator
+) -> tuple[dict[str, Layer], Tensor, Tensor, Tensor]:
     """All layers, the usual mix, its basis, and what makes it white."""
     usual = mixes.mean(0)
     centred = mixes - usual
-    basis = torch.eye(mixes.shape[1])
+    basis = torch.eye(mixes.shape[1], dtype=torch.float32)
     if mixes.shape[1] > DIRECTIONS:
-        basis = torch.svd_lowrank(centred, DIRECTIONS, niter=4)[2]
+        basis = _principal(centred, DIRECTIONS, generator)[1].T
     reduced = (centred @ basis).double()
     count = max(mixes.shape[1], 1)
     gram = reduced.T @ reduced / len(mixes)
@@ -81,22 +95,22 @@ def _fitted(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[dict[str, Layer]
     values, vectors = torch.linalg.eigh(gram + 1e-4 * identity)
     spread = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
     solver = torch.linalg.inv(gram + RIDGE / count * identity)
-    layers = {name: _layer(row, reduced, solver) for name, row in rows.items()}
+    layers = {name: _layer(row, reduced, solver, generator) for name, row in rows.items()}
     return layers, usual, basis, spread.float()
 
 
-def _layer(rows: Tensor, reduced: Tensor, solver: Tensor) -> Layer:
+def _layer(rows: Tensor, reduced: Tensor, solver: Tensor, generator: torch.Generator) -> Layer:
     count, width = rows.shape
     centre = rows.mean(0)
     centred = rows - centre
     mixing = (solver @ (reduced.T @ centred.double()) / count).float()
     left = centred - reduced.float() @ mixing
     variance = left.square().mean(0)
-    floor = LEAST_VARIANCE * variance.view(2, -1).mean(1).clamp(min=1e-12)
+    floor = (LEAST_VARIANCE * variance.view(2, -1).mean(1)).clamp(min=ROUNDING**2)
     variance = torch.maximum(variance, floor.repeat_interleave(width // 2))
     number = min(DIRECTIONS, max(1, count // PER_DIRECTION), width // 2)
-    _, values, vectors = torch.svd_lowrank(left / variance.sqrt(), min(number + OVERSAMPLED, width, count), niter=4)
-    loadings = (vectors * (values / count**0.5)).T[:number]
+    values, vectors = _principal(left / variance.sqrt(), number, generator)
+    loadings = vectors * (values / count**0.5)[:, None]
     share = (1 - loadings.square().sum(0)).clamp(min=LEAST_OWN)
     own = (variance * share).sqrt()
     _, strengths, directions = torch.linalg.svd(loadings / share.sqrt(), full_matrices=False)
@@ -104,6 +118,19 @@ def _layer(rows: Tensor, reduced: Tensor, solver: Tensor) -> Layer:
     directions = torch.cat([directions, directions.new_zeros(padding, width)])
     strengths = torch.cat([strengths.square(), strengths.new_zeros(padding)])
     return Layer(centre, own, mixing, directions, strengths)
+
+
+def _principal(rows: Tensor, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The largest singular values ``[R]`` and right singular vectors ``[R, W]`` of ``[N, W]``, by subspace iteration.
+
+    Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1. ``torch.svd_lowrank`` takes no generator.
+    """
+    wide = min(number + OVERSAMPLED, *rows.shape)
+    basis = torch.randn(rows.shape[1], wide, generator=generator, dtype=torch.float32)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(rows.T @ torch.linalg.qr(rows @ basis)[0])[0]
+    _, values, inner = torch.linalg.svd(rows @ basis, full_matrices=False)
+    return values[:number], (inner @ basis.T)[:number]
 
 
 def distances(
@@ -140,25 +167,26 @@ def excess(logs: Tensor, levels: Tensor) -> Tensor:
     return ((logs - levels[0]) / levels[1]).amax(1).clamp(min=0).pow(4).sum(1)
 
 
-def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[Tensor, Tensor]:
+def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`Reference.levels` and `Reference.quantiles`."""
     halves = [slice(0, None, 2), slice(1, None, 2)]
-    sizes = [size for size in SIZES if size <= max(1, len(mixes) // 8)]
+    sizes = [size for size in SIZES if size <= max(1, len(mixes) // PER_EXAMPLE)]
     usual_ones: list[list[Any]] = [[] for _ in sizes]
     others: list[list[Any]] = [[] for _ in sizes]
     for own, other in (halves, halves[::-1]):
-        layers, usual, basis, spread = _fitted({name: row[other] for name, row in rows.items()}, mixes[other])
+        half = {name: row[other] for name, row in rows.items()}
+        layers, usual, basis, spread = _fitted(half, mixes[other], generator)
         guards = {name: Guard(layer) for name, layer in layers.items()}
         mine = {name: row[own] for name, row in rows.items()}
         for number, size in enumerate(sizes):
             for found, weights in (
-                (usual_ones, _groups(len(mixes[own]), size)),
-                (others, _groups_of_few_classes(mixes[own], size)),
+                (usual_ones, _groups(len(mixes[own]), size, generator)),
+                (others, _groups_of_few_classes(mixes[own], size, generator)),
             ):
                 means = {name: weights @ row for name, row in mine.items()}
                 change = (weights @ mixes[own] - usual) @ basis
                 found[number].append(distances(guards, means, change, spread, size))
-    levels, quantiles, shares = [], [], torch.linspace(0, 1, QUANTILES)
+    levels, quantiles, shares = [], [], torch.linspace(0, 1, QUANTILES, dtype=torch.float32)
     for same, mixed in zip(usual_ones, others, strict=True):
         logs = torch.cat([logs for logs, _ in same])
         level = torch.stack([logs.mean(0), logs.std(0).clamp(min=1e-3)])
@@ -169,18 +197,21 @@ def _usual_distances(rows: Mapping[str, Tensor], mixes: Tensor) -> tuple[Tensor,
     return torch.stack(levels), torch.stack(quantiles)
 
 
-def _groups(count: int, size: int) -> Tensor:
+def _groups(count: int, size: int, generator: torch.Generator) -> Tensor:
     """``[GROUPS, count]``: weights that make means over random mini-batches."""
-    members = torch.rand(GROUPS, count).topk(size, 1).indices
-    return torch.zeros(GROUPS, count).scatter_(1, members, 1 / size)
+    return _weights(torch.rand(GROUPS, count, generator=generator, dtype=torch.float32), size)
 
 
-def _groups_of_few_classes(mixes: Tensor, size: int) -> Tensor:
+def _groups_of_few_classes(mixes: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """The same of one or two classes that the network predicts, as long as there are examples of them."""
     if not mixes.shape[1]:
-        return _groups(len(mixes), size)
+        return _groups(len(mixes), size, generator)
     predicted = mixes.argmax(1)
-    classes = predicted[torch.randint(len(predicted), (GROUPS, 2))]
+    classes = predicted[torch.randint(len(predicted), (GROUPS, 2), generator=generator)]
     inside = (predicted == classes[:, :1]) | (predicted == classes[:, 1:])
-    members = (torch.rand(GROUPS, len(mixes)) + inside).topk(size, 1).indices
-    return torch.zeros(GROUPS, len(mixes)).scatter_(1, members, 1 / size)
+    return _weights(torch.rand(GROUPS, len(mixes), generator=generator, dtype=torch.float32) + inside, size)
+
+
+def _weights(ranks: Tensor, size: int) -> Tensor:
+    """Equal weights for the `size` members of each row that have the highest ranks."""
+    return torch.zeros_like(ranks).scatter_(1, ranks.topk(size, 1).indices, 1 / size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 
 import safetensors.torch
@@ -15,7 +16,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors.reference import Reference
 from stochbn.shift.estimate import make_reference
 from stochbn.shift.looking import looking
-from stochbn.shift.mixes import edges_of, mixes_of
+from stochbn.shift.mixes import mixes_of
 from stochbn.tasks import Task
 from stochbn.undisturbed import undisturbed
 
@@ -23,7 +24,7 @@ __all__ = ["Keeper"]
 
 EXAMPLES = 2048
 """Examples that a reference is made from, at most."""
-LEAST = 64
+LEAST = 256
 """Examples that it needs."""
 INPUT_BYTES = 2**28
 """What their inputs may take, at most."""
@@ -67,50 +68,68 @@ class Keeper:
             self._bytes += size
         return room
 
-    def reference(self, network: Network, task: Task, layers: Collection[str]) -> Reference | None:
+    def reference(self, network: Network, task: Task, layers: Collection[str], asked: bool) -> Reference | None:
         """The reference, the same on all ranks; None where there are too few examples, or no layer is usable.
 
-        Passes are in evaluation mode, with the network's running statistics.
+        Passes are in evaluation mode, with the network's running statistics. Examples that give activations that are
+        not finite are left out.
 
         Args:
             network: the network.
-            task: what its output means; where it cannot read that, there is no mix.
+            task: what its output means; where it cannot read that, there is no mix, of which a warning tells if it
+                was asked for.
             layers: names of the batch norms that the reference is of, as far as they are usable.
+            asked: whether there has to be one.
+
+        Raises:
+            ValueError: there is none although it was asked for; the message says why.
         """
-        made = self._made(network, task, layers) if self._count >= LEAST else None
+        made: Reference | None = None
+        if self._ranks.rank == 0:
+            made = self._made(network, task, layers, asked)
         if self._ranks.count == 1:
             return made
         return _unpacked(self._ranks.of_first(b"" if made is None else _packed(made)))
 
     @undisturbed
-    def _made(self, network: Network, task: Task, layers: Collection[str]) -> Reference | None:
+    def _made(self, network: Network, task: Task, layers: Collection[str], asked: bool) -> Reference | None:
         rows: dict[str, list[Tensor]] = {}
         mixes: list[Tensor] = []
-        edges: Tensor | None = None
+        unread = ""
         with looking(network) as look:
-            for inputs in self._batches():
+            for inputs in self._batches() if self._count >= LEAST else ():
                 try:
                     found, output = look(inputs)
                 except Exception:  # what a prediction would raise, which is not for a fit to tell
+                    if asked:
+                        raise
                     return None
                 try:
-                    edges = edges_of(task, output) if edges is None else edges
-                    mixes.append(mixes_of(task, output, edges))
-                except (TypeError, ValueError):  # an output that the task cannot read
-                    mixes.append(torch.empty(len(inputs), 0))
+                    mixes.append(mixes_of(task, output))
+                except (TypeError, ValueError) as error:
+                    unread = str(error)
                 for name, values in found.items():
                     rows.setdefault(name, []).append(values)
             kept = {name: values for name, values in rows.items() if name in layers and name not in look.unusable}
-        joined = {name: torch.cat(values) for name, values in kept.items()}
-        usable = {name: values for name, values in joined.items() if len(values) == self._count}
-        usable = {name: values for name, values in usable.items() if bool(values.isfinite().all())}
+            joined = {name: torch.cat(values) for name, values in kept.items()}
+            running = {name: look.running(name) for name in joined}
+        count = self._count
+        usable = {name: values for name, values in joined.items() if len(values) == count}
         widths = {mix.shape[1] for mix in mixes}
-        mix = torch.cat(mixes) if len(widths) == 1 else torch.empty(self._count, 0)
-        if not usable:
+        mix = torch.cat(mixes) if len(widths) == 1 and not unread else torch.empty(count, 0, dtype=torch.float32)
+        good = torch.stack([values.isfinite().all(1) for values in (*usable.values(), mix)]).all(0)
+        if not usable or int(good.sum()) < LEAST:
+            if asked:
+                few = usable or count < LEAST
+                why = f"there are {int(good.sum())} usable examples of {count}" if few else "no layer is usable"
+                raise ValueError(
+                    f"no reference can be made: {why}; it needs {LEAST} examples with finite activations, and a batch "
+                    "norm that is called once in a pass"
+                )
             return None
-        if not mix.isfinite().all():
-            mix = mix[:, :0]
-        return make_reference(usable, mix, torch.empty(0, 9) if edges is None else edges, task)
+        if unread and asked:
+            warnings.warn(f"new data is compared without the mix of classes: {unread}", stacklevel=2)
+        return make_reference({name: values[good] for name, values in usable.items()}, mix[good], task, running)
 
     def _batches(self) -> Iterator[NetworkInput]:
         """The examples in larger mini-batches, where they fit together."""

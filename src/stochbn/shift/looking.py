@@ -75,6 +75,10 @@ class Looker(TorchFunctionMode):
         mean, scale, _ = self._own[name]
         return torch.stack([mean + scale * standardised[0], scale.square() * standardised[1]])
 
+    def running(self, name: str) -> Tensor:
+        """``[2, C]``, float32: a layer's running statistics."""
+        return torch.stack([part.detach().cpu().float() for part in running_statistics(self._replica.norms[name])])
+
     def source(self, name: str) -> Tensor:
         """``[2, C]``: a layer's own statistics, standardised by themselves."""
         _, _, variance = self._own[name]
@@ -106,8 +110,9 @@ class Looker(TorchFunctionMode):
         elif name in self._rows:
             self.unusable[name] = "it is called more than once in a pass"
         else:
-            self._rows[name] = rows = self._of(name, x)
-            return self._rule(name, rows) if self._rule is not None else None
+            with torch.autocast("cpu", enabled=False):
+                self._rows[name] = rows = self._of(name, x)
+                return self._rule(name, rows) if self._rule is not None else None
         return None
 
     def _of(self, name: str, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +15,6 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import looking
-from stochbn.shift.mixes import mixes_of
 
 __all__ = ["Monitor"]
 
@@ -51,11 +52,13 @@ class Monitor:
         if posterior.reference is None:
             raise ValueError(
                 "this posterior has no reference to compare new data with: it was fitted with reference=False, by an "
-                "earlier release or to too few examples; fit again"
+                "earlier release or to fewer than 256 usable examples, or all batch norms are called several times; "
+                "fit again, and pass reference= to be told why there is none"
             )
-        if not isinstance(every, (int, float)) or isinstance(every, bool):
+        number: Any = every
+        if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(f"every must be a number of mini-batches, got {every!r:.40}")
-        if not 1 < every < math.inf:
+        if not 1 < float(every) < math.inf:
             raise ValueError(f"every must be a number of mini-batches above 1, got {every!r:.40}")
         self._posterior, self._every, self._inputs = posterior, float(every), inputs
         self._comparison = Comparison(posterior.reference)
@@ -79,15 +82,17 @@ class Monitor:
         network = Network.of(model)
         network.look()
         with looking(network) as look:
+            self._comparison.reference.check_running({name: look.running(name) for name in self._comparison.guards})
             rows, output = look(inputs)
         if missing := [name for name in self._comparison.guards if name not in rows]:
             raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
-        mixes = mixes_of(self._comparison.task, output, self._comparison.reference.edges)
+        mixes = self._comparison.mixes(output, len(inputs))
         if not all(bool(values.isfinite().all()) for values in (*rows.values(), mixes)):
-            raise ValueError("the mini-batch gives activations that are not finite; check the input for NaN")
-        if not len(self._comparison.reference.usual):
-            mixes = mixes[:, :0]
-        return self._comparison.reading(rows, mixes)
+            raise ValueError(
+                "the mini-batch gives activations that are not finite; check the input for NaN, infinity and numbers "
+                "that are too large"
+            )
+        return self._comparison.of_rows(rows, mixes)
 
     def update(self, model: nn.Module, batch: Batch) -> Reading:
         """How unusual the next mini-batch of the stream is, and whether the alarm sounds.
