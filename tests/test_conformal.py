@@ -215,6 +215,9 @@ def test_equal_weights_change_nothing_and_wrong_ones_are_refused() -> None:
     for wrong in ([1.0, 1.0], [1.0, -1.0, 1.0, 1.0], [0.0] * 4, [math.nan] * 4):
         with pytest.raises(ValueError, match="weight"):
             conformal.lac(probs, labels, weights=wrong)
+    for wrong_type in ("abc", {"a": 1}):
+        with pytest.raises(TypeError, match="weights must be a number for each class"):
+            conformal.lac(probs, labels, weights=wrong_type)
     everything = conformal.lac(probs, labels, weights=[1e6, 1.0, 1.0, 1e-9])
     assert not everything(probs).all()
     with pytest.raises(ValueError, match="no held-out object is of a class"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -98,6 +100,82 @@ def adapted(*batches: Tensor, **options: Any) -> stochbn.Posterior:
 
 
 # What adapting gives
+
+
+def test_a_fit_takes_no_random_numbers_of_others() -> None:
+    model = network()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with mock.patch("torch.manual_seed") as seeds:
+        stochbn.fit(model, parts(pictures(640, 1)[0], 64))
+    assert not seeds.called
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_float64_and_autocast_change_nothing_but_rounding() -> None:
+    x = pictures(640, 1)[0]
+    single = stochbn.fit(network(), parts(x, 64)).reference
+    double = copy.deepcopy(network()).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = stochbn.fit(double, parts(x.double(), 64))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert single is not None
+    assert found.reference is not None
+    torch.testing.assert_close(found.reference.centre, single.centre, rtol=1e-3, atol=1e-4)
+    posterior = stochbn.adapt(double, found, [pictures(64, 5)[0].double()])
+    assert torch.equal(posterior.expected, found.expected), "nothing was moved, to the last bit"
+    monitor = stochbn.shift.Monitor(found)
+    plain = monitor.look(double, foggy(x[:16]).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert monitor.look(double, foggy(x[:16]).double()).look == plain.look
+
+
+def test_a_network_that_was_trained_or_adapted_since_is_refused() -> None:
+    written = adapted(foggy(pictures(64, 3)[0])).write_to(network())
+    for use in (
+        lambda: stochbn.shift.Monitor(fitted()).look(written, pictures(16, 3)[0]),
+        lambda: stochbn.adapt(written, fitted(), [pictures(16, 3)[0]]),
+    ):
+        with pytest.raises(ValueError, match="running statistics of the layer '1' are not those"):
+            use()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 64])
+def test_chance_moves_nothing(count: int) -> None:
+    """Of 40 sets of examples as in training, at most a tenth, and few more by chance, have any evidence."""
+    moved = sum(bool(adapted(pictures(count, 100 + seed)[0]).adaptation.moved) for seed in range(40))  # type: ignore[union-attr]
+    assert moved <= (9 if count >= 8 else 3)
+
+
+def test_a_task_without_a_mix_has_the_same_p_value_as_the_monitor() -> None:
+    model = settled(nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)), 6)
+    posterior = stochbn.fit(model, [normal(640, 6)], task="embedding")
+    x = 1.5 * normal(32, 6, seed=3) + 0.5
+    about = adapted_of(model, posterior, x).adaptation
+    assert about is not None
+    assert about.look == pytest.approx(stochbn.shift.Monitor(posterior).look(model, x).look, abs=1e-3)
+
+
+def test_what_is_constant_but_for_rounding_is_not_unusual() -> None:
+    class Saturated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.other, self.head = (
+                nn.Linear(6, 8),
+                nn.BatchNorm1d(8),
+                nn.BatchNorm1d(6),
+                nn.Linear(14, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.norm(torch.sigmoid(self.first(x) + 30)), self.other(x)], 1))  # type: ignore[no-any-return]
+
+    model = settled(Saturated(), 6)
+    monitor = stochbn.shift.Monitor(stochbn.fit(model, [normal(640, 6)]))
+    unusual = [monitor.look(model, normal(2, 6, seed=seed)).look <= 0.01 for seed in range(40)]
+    assert sum(unusual) <= 3
 
 
 def test_another_look_is_adapted_to() -> None:
@@ -395,6 +473,27 @@ def test_a_reference_of_examples_as_they_are_at_test_time() -> None:
     torch.testing.assert_close(changed.centre, posterior.reference.centre)
     with pytest.raises(TypeError, match="reference must be"):
         stochbn.fit(network(), data, reference="all")
+
+
+def test_examples_that_can_be_no_reference_are_refused_before_the_fit() -> None:
+    data = parts(pictures(640, 1)[0], 64)
+    done: list[int] = []
+    for wrong, match in (
+        ([], "no batches to observe"),
+        ([1, 2], "tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            stochbn.fit(network(), data, reference=wrong, progress=lambda *_: done.append(1))
+    assert not done
+    with pytest.raises(ValueError, match="there are 100 usable examples of 100; it needs 256"):
+        stochbn.fit(network(), data, reference=[pictures(100, 2)[0]])
+    with pytest.raises(ValueError, match="there are 0 usable examples of 300"):
+        stochbn.fit(network(), data, reference=[torch.full((300, 1, 12, 12), math.nan)])
+    holed = pictures(400, 2)[0]
+    holed[7] = math.nan
+    reference = stochbn.fit(network(), data, reference=[holed]).reference
+    assert reference is not None
+    assert reference.examples == 399
 
 
 def test_few_examples_give_no_reference() -> None:

@@ -108,9 +108,9 @@ def lac(probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None) 
         labels: ``[N]``, their classes.
         coverage: how often sets are to hold the truth.
         weights: how many times as frequent each class is in new data as among the held-out objects, ``[K]``, where the
-            mix of classes alone has changed; such as ``mix / usual`` of a posterior's ``adaptation``. Sets then hold
-            the truth as often as asked for in the new mix (Tibshirani et al., 2019, and Podkopaev and Ramdas, 2021).
-            None is the same mix.
+            mix of classes alone has changed. Sets hold the truth as often as asked for in the new mix if it is known
+            (Tibshirani et al., 2019; Podkopaev and Ramdas, 2021). ``torch.tensor(a.mix) / torch.tensor(a.usual)`` of a
+            posterior's ``adaptation`` is an estimate, which confusions of classes bias. None is the same mix.
 
     Raises:
         TypeError, ValueError: no probabilities, labels or weights that do not fit, or too few objects for the coverage.
@@ -248,7 +248,10 @@ def _weighted_threshold(scores: Tensor, labels: Tensor, weights: Any, classes: i
 
     It is infinite where the weight of the new object's class is too large beside that of all held-out ones.
     """
-    weights = torch.as_tensor(weights).double().to(scores.device)
+    try:
+        weights = torch.as_tensor(weights, dtype=torch.float64).to(scores.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"weights must be a number for each class, got {weights!r:.60}") from error
     if weights.shape != (classes,):
         raise ValueError(f"expected a weight for each of {classes} classes, got {list(weights.shape)}")
     if not weights.isfinite().all() or (weights < 0).any() or not weights.any():

@@ -120,6 +120,7 @@ class Scorer:
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
+        self._not_compared, self._why = 0, ""
         self._reading: Reading | None = None
         device = torch.accelerator.current_accelerator(check_available=True)
         self.predictive = Predictive(
@@ -148,7 +149,8 @@ class Scorer:
         Returns:
             ``alarm``, ``evidence`` and ``batches``, as `stochbn.shift.Monitor` has them, and ``latest``: how unusual
             the latest batch is, with ``examples``, ``p``, ``look``, ``mixed`` and ``layers``, and a sentence under
-            ``says``. None before the first batch.
+            ``says``; None before the first batch. ``not_compared`` counts batches that could not be compared, such as
+            of numbers that overflow, and ``why`` says what was wrong with the last of them.
 
         Raises:
             ValueError: it was made without ``monitor=True``.
@@ -158,7 +160,8 @@ class Scorer:
         reading = self._reading
         latest = None if reading is None else {**reading.description(), "says": str(reading)}
         told = {"alarm": reading is not None and reading.alarm, "evidence": self.monitor.evidence}
-        return {**told, "batches": self.monitor.seen, "latest": latest}
+        missed = {"not_compared": self._not_compared, "why": self._why}
+        return {**told, "batches": self.monitor.seen, "latest": latest, **missed}
 
     def _watch(self, monitor: Monitor, chunk: Chunk) -> None:
         """Have the monitor see a chunk, as far as it can."""
@@ -167,8 +170,8 @@ class Scorer:
             return
         try:
             self._reading = monitor.update(self.predictive.model, inputs)
-        except (RuntimeError, TypeError, ValueError):  # what is predicted need not be what can be compared
-            return
+        except (RuntimeError, TypeError, ValueError) as error:  # what is predicted need not be what can be compared
+            self._not_compared, self._why = self._not_compared + 1, str(error)
 
     def answer(self, objects: Sequence[Any]) -> list[Row]:
         """A row of predictions for each example of a request to a service.

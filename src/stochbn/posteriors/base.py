@@ -317,21 +317,21 @@ class Posterior(ABC):
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
 
-        It needs no stochbn to run, and any exporter takes it. It is without wrappers, and `model` stays as it is.
+        It needs no stochbn to run, and any exporter takes it. The copy is of ``copy.deepcopy``, without wrappers.
 
         Raises:
-            ValueError: a posterior of another network.
+            ValueError: a posterior of another network, or statistics that the network's type cannot hold.
         """
         self.check(model)
         if self.temperature != 1:
             warnings.warn(f"divide the logits of this copy by {self.temperature:.4g}, the temperature", stacklevel=2)
-        written = copy.deepcopy(unwrap(model))
-        layers = batch_norms(written)
+        layers = batch_norms(written := copy.deepcopy(unwrap(model)))
         parts = torch.split(self.expected, list(self.layers.values()), dim=1)
         with torch.no_grad():
             for name, part in zip(self.layers, parts, strict=True):
                 for statistic, value in zip(running_statistics(layers[name]), part, strict=True):
-                    statistic.copy_(value)
+                    if not statistic.copy_(value).isfinite().all():
+                        raise ValueError(f"{statistic.dtype} cannot hold the statistics of {name!r}; use float32")
         return written
 
     def recentre_observed(self) -> Self:
