@@ -322,13 +322,14 @@ def settle() -> None:
     for _ in range(60):
         model(inputs)
     save_file(model.eval().state_dict(), "w.safetensors")
-    stochbn.fit(model, [inputs], 16).save("w.sbn.safetensors")
+    stochbn.fit(model, [inputs], 16, reference=[inputs.repeat(3, 1)]).save("w.sbn.safetensors")
 
 
 def test_a_scorer_watches_what_it_predicts(home: Path) -> None:
     settle()
     watched, plain = scorer(inputs=None, monitor=True), scorer(inputs=None)
-    assert watched.shift() == {"alarm": False, "evidence": 0, "batches": 0, "latest": None}
+    nothing = {"alarm": False, "evidence": 0, "batches": 0, "latest": None, "not_compared": 0, "why": ""}
+    assert watched.shift() == nothing
     x = columns_of()
     inputs = np.stack([x[f"x{i}"] for i in range(4)], 1)
     for rows in (inputs[:16], inputs[16:17], inputs[20:60]):
@@ -354,7 +355,10 @@ def test_what_a_scorer_cannot_watch_is_predicted_all_the_same(home: Path) -> Non
     assert watched.shift()["latest"]["examples"] == 1
     watched.answer([["none of these", 1.0]])
     watched.answer([[3e38, -3e38, 3e38, 0.0]])
-    assert watched.shift()["batches"] == 1
+    found = watched.shift()
+    assert found["batches"] == 1
+    assert found["not_compared"] == 1
+    assert "not finite" in found["why"]
     with pytest.raises(ValueError, match="make the Scorer with monitor=True"):
         scorer().shift()
     with pytest.raises(ValueError, match="name a posterior"):
