@@ -157,3 +157,24 @@ def test_what_is_opened_outside_of_such_a_call_is_an_ordinary_context() -> None:
 
     with opened() as number:
         assert number == 3
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_a_mode_that_an_interrupt_has_cut_off_in_its_own_end_is_ended(taken: int) -> None:
+    @undisturbed
+    def interrupted() -> None:
+        mode: Any = Masks(0)
+        mode.__enter__()
+        flags = [name for name in vars(mode) if name.startswith("old_") and name.endswith("flags")]
+        for name in flags[:taken]:
+            getattr(mode, name).pop()
+        raise KeyboardInterrupt
+
+    before = torch._C._len_torch_dispatch_stack()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch._C._len_torch_dispatch_stack() == before
+    torch.manual_seed(0)
+    wanted = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(2), wanted)

@@ -15,6 +15,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch.utils import _python_dispatch
 
 __all__ = ["scope", "undisturbed", "without_gradients"]
 
@@ -22,6 +23,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOCAL = threading.local()
+FLAGS = {
+    "old_dispatch_mode_flags": "_is_in_torch_dispatch_mode",
+    "old_non_infra_dispatch_mode_flags": "_is_in_non_infra_torch_dispatch_mode",
+    "old_without_ignore_compile_internals_dispatch_mode_flags": "_is_in_any_mode_without_ignore_compile_internals",
+}
+"""What a dispatch mode takes back when it ends, and where in torch it puts it."""
 
 
 class _Before:
@@ -48,13 +55,22 @@ class _Before:
         while (count := _len_torch_function_stack()) > self._functions:
             _get_function_stack_at(count - 1).__exit__(None, None, None)
         while (count := _len_torch_dispatch_stack()) > self._dispatches:
-            _get_dispatch_stack_at(count - 1).__exit__(None, None, None)
+            _leave(_get_dispatch_stack_at(count - 1))
         for generator in self._opened:  # the outermost first, which ends those in it
             generator.close()
         if self._inference is not None:
             self._inference.__exit__(None, None, None)
         torch._C._set_grad_enabled(self._gradients)
         del _LOCAL.scopes[self._depth :]
+
+
+def _leave(mode: Any) -> None:
+    """End a dispatch mode, also one whose own end an interrupt has cut off after it took what it needs to end."""
+    for kept, name in FLAGS.items():
+        flags = getattr(mode, kept, None)
+        if flags is not None and not flags:
+            flags.append(getattr(_python_dispatch, name, False))
+    mode.__exit__(None, None, None)
 
 
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:

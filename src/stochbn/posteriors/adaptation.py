@@ -8,7 +8,7 @@ from typing import Any
 
 from stochbn.network.layers import listed
 
-__all__ = ["Adaptation"]
+__all__ = ["UNUSUAL", "Adaptation"]
 
 UNUSUAL = 0.01
 """The p-value up to which a change is said to be one."""

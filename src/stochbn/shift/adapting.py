@@ -16,9 +16,9 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.layers import listed
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
-from stochbn.posteriors.adaptation import Adaptation
+from stochbn.posteriors.adaptation import UNUSUAL, Adaptation
 from stochbn.posteriors.base import BROKEN
-from stochbn.shift.comparing import UNUSUAL, Comparison, Reading
+from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import Looker, looking
 from stochbn.shift.parts import Part, grouped, total
 

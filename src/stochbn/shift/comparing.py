@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stochbn.network.layers import listed
+from stochbn.posteriors.adaptation import UNUSUAL
 from stochbn.posteriors.reference import SIZES, Reference
 from stochbn.shift.estimate import GROUPS, distances, excess
 from stochbn.shift.guard import Guard
@@ -19,8 +20,6 @@ from stochbn.tasks import Task, make_task
 
 __all__ = ["Comparison", "Reading"]
 
-UNUSUAL = 0.01
-"""The p-value from which on a mini-batch is said to be unusual."""
 NAMED = 3
 
 
