@@ -152,11 +152,11 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
             out of a statistic's variance becomes noise of its own.
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
-            `stochbn.shift.Monitor`: some 600 bytes for every channel. True makes it of the first 2,048 examples of
-            `data`, without `augment`, which takes a pass in evaluation mode over these. Where `data` is augmented
-            itself, or where there are held-out examples, pass batches of at least 256 examples as they are at test time
-            instead. They should be of the same mix of classes, and need not be labelled. Of their inputs 256 MiB are
-            kept at most, which are 440 pictures of 224 pixels. False leaves it out.
+            `stochbn.shift.Monitor`: some 600 bytes for every channel. True makes it of the first 2,048 examples
+            of `data`, without `augment`, in one additional pass in evaluation mode. If `data` is already augmented, or
+            if you have held-out examples, pass an iterable of batches instead, with at least 256 examples in total and
+            preprocessed as at test time. They should be of the same mix of classes, and need not be labelled. Of their
+            inputs 256 MiB are kept at most, which are 440 pictures of 224 pixels. False leaves it out.
         task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
             labels or of numbers.
         logits: where the logits are in the network's output, likewise.

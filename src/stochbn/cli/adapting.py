@@ -51,9 +51,9 @@ def adapt(
 ) -> None:
     """Adapt a posterior to unlabelled examples of new data, if their look has changed; write the new posterior.
 
-    Labels are not needed, and not used. Examples are taken at random; of Parquet files and loaders they are the first
-    ones. With the reference that 'stochbn fit' keeps, another mix of classes is told from another look of the
-    inputs. The command says what it concluded.
+    Labels are not needed, and not used. A random sample of the examples is used; from Parquet files and loaders the
+    first examples are taken. With the reference that 'stochbn fit' keeps, a changed mix of classes is distinguished
+    from a changed look of the inputs. The command prints what it found.
     """
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:

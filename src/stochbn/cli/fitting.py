@@ -61,7 +61,9 @@ def fit(
             "adapt' and the alarm of predict compare new data with. (default: examples of --data, without changes)",
         ),
     ] = None,
-    no_reference: Annotated[bool, typer.Option("--no-reference", help="Leave that out.")] = False,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Keep no reference: there is no alarm then, and adapt knows no mix.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data.

@@ -47,7 +47,8 @@ PosteriorFile = Annotated[
     Path | None,
     typer.Option(
         "--posterior",
-        help="A posterior that 'stochbn fit' saved. (default: beside the weights, WEIGHTS.sbn.safetensors)",
+        help="A posterior that 'stochbn fit' or 'stochbn calibrate' saved. (default: beside the weights, "
+        "WEIGHTS.sbn.safetensors)",
         show_default=False,
     ),
 ]

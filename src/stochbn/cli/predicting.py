@@ -51,7 +51,11 @@ def predict(
     augment: Augmentation = None,
     adapt: Annotated[
         int | None,
-        Override("--adapt", min=1, help="First adapt to so many of these examples, such as 512; see 'stochbn adapt'."),
+        Override(
+            "--adapt",
+            min=1,
+            help="First adapt to at most this number of the examples, such as 512; see 'stochbn adapt'.",
+        ),
     ] = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
@@ -77,8 +81,8 @@ def predict(
     in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
     are then in the current folder.
 
-    With a posterior that can be compared with ('stochbn fit --reference'), one more pass over up to 256 of the examples
-    finds out whether they are like the training data; a warning at the end tells if they are not.
+    If the posterior has a reference (the default of 'stochbn fit'), one additional pass over at most 256 examples
+    checks whether the data is like the training data. A warning at the end says if it is not.
     """
     from stochbn.augment import named
     from stochbn.deploy.engine import check_ray, ray_engine

@@ -21,15 +21,15 @@ class Adaptation:
 
     Attributes:
         examples: how many there were.
-        guarded: whether another mix of classes was taken out. It cannot be where a posterior has no reference.
+        guarded: whether the effect of a changed mix was subtracted. False if the posterior has no reference.
         look: the p-value of the inputs' look, as `stochbn.shift.Monitor` gives it; 1 without a guard.
         mixed: the p-value of the mix of classes, likewise.
         mix: the mix that the adapted network finds, such as the share of each class; empty without a guard.
-        usual: that of the training data.
+        usual: the mix of the reference.
         evidence: the squared distance of each layer's statistics over what chance gives; 1 is usual.
-        parts: what the mix is of, one and several, such as ``("class", "classes")``.
-        moved: by how many standard deviations each layer's means were moved, in the root of the mean square. Empty
-            where nothing was moved.
+        parts: the word for one component of the mix, singular and plural, such as ``("class", "classes")``.
+        moved: for each layer, the root mean square over channels of the shift of the means, in standard deviations.
+            Empty where nothing was moved.
     """
 
     examples: int

@@ -50,12 +50,16 @@ def adapt(
 ) -> Posterior:
     """Move a posterior's centre to unlabelled examples of data that has changed, if their look has changed.
 
-    Each batch norm's running statistics are moved by as much as the look of the new examples differs, with what another
-    mix of classes explains taken out first, see `stochbn.shift.guard`. Without evidence of another look, at a p-value
-    of 0.1 (of 0.01 for fewer than eight examples), the centre is the network's own, to the last bit. Layers behind
-    others see what the adapted ones give them. The noise stays. That takes seven passes over the examples or some more,
-    until the mix stays, at most 25. The examples stay in memory. Eight can be enough, and more are better: with few,
-    chance moves statistics too, once there is evidence.
+    Two things can change: the look, which is how the inputs of a class look, and the mix, which is how often each class
+    occurs. For each batch norm, the difference between the new examples and the reference is computed. The part that a
+    changed mix explains is subtracted, see `stochbn.shift.guard`. The running statistics are moved by the rest. If the
+    p-value of the look is above 0.1 (above 0.01 for fewer than eight examples), nothing is moved, and the centre is
+    exactly the network's own. Later layers are adapted to the outputs of the earlier adapted layers. The distribution
+    of the draws around the centre does not change.
+
+    With a reference and evidence of a change this takes at least 7 passes over the examples, and at most 25: passes are
+    repeated until the estimated mix no longer changes. Otherwise it takes 2. The examples stay in memory. Eight can be
+    enough, and about a hundred are better, as the statistics of few are noisy.
 
     What was concluded is in the posterior's ``adaptation``, which prints as sentences.
 
@@ -65,15 +69,15 @@ def adapt(
             without one all that differs counts as another look, of which a warning tells.
         batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. Up to
             512 examples, or 64 MiB of them, go through the network together; more go one group after another.
-        prior: the shift is multiplied by ``n / (n + prior)``, as if so many training examples were among the new ones.
-            None is 0 with a reference, where the evidence decides, and else 64.
+        prior: strength of the pull towards the training statistics, as a number of examples: the shift is multiplied by
+            ``n / (n + prior)``. None means 0 with a reference, and 64 without one.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
         group: in a job of several processes (ranks), the process group whose ranks adapt together: each passes its own
             examples, in as many groups as the others, and every one gets the posterior that one process
             would adapt to all of them in one group. None is this process's examples alone.
 
     Returns:
-        The same posterior about other statistics: ``centre`` is ``"adapted"``.
+        A copy of the posterior that is centred on the adapted statistics. Its ``centre`` is ``"adapted"``.
 
     Raises:
         TypeError, ValueError: a wrong argument, a posterior of another network, no examples, examples that the network
@@ -109,7 +113,8 @@ class Adapter:
     Args:
         model: the network.
         posterior: one fitted to it.
-        half_life: the number of examples after which earlier ones count half; None is all alike.
+        half_life: after this many further examples, an earlier example has half its weight. None gives all examples the
+            same weight.
         prior: as for `adapt`.
         inputs: as for `adapt`.
 

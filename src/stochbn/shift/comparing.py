@@ -29,12 +29,12 @@ class Reading:
 
     Attributes:
         examples: how many it has.
-        p: of both p-values together: at most how often a mini-batch of training data is as unusual.
+        p: the joint p-value: twice the smaller one of `look` and `mixed`, at most 1. Without a mix it is `look`.
         look: the p-value of the inputs' look, with another mix of classes taken out.
-        mixed: the p-value of the mix of classes. It tells little where the look has changed.
+        mixed: the p-value of the mix of classes. It is unreliable if the look has changed. The mix itself is `mix`.
         layers: the squared distance of each layer, divided by its usual value; 1 is usual.
         mix: the mean of the network's predictions, such as the share of each class.
-        each: ``[N]``: the p-value of each example's look.
+        each: ``[N]``: for each example, the p-value of its look alone.
         parts: what the mix is of, such as ``"classes"``.
         alarm: whether a monitor sounds the alarm, see `stochbn.shift.Monitor`.
     """

@@ -1,15 +1,16 @@
-"""How far rows are from what is usual in a layer: what another mix explains is taken out, and the rest is shrunk.
+"""Estimate by how much the look changes the statistics of a layer: take out what the mix explains, shrink the rest.
 
 The rows of an example, see `stochbn.posteriors.reference.Reference`, depend linearly on the mix, such as the
 probabilities of the classes. If the mean rows of new examples differ from the usual ones, the mix may have changed, or
 the look of the inputs, or both. So the part that another mix explains is subtracted first. What is left is made white,
 and divided in two:
 
-* Directions that no mix can explain. How far the rows are along them, beside what chance gives n examples, is the
-  evidence for another look. The shift along them is shrunk towards 0 by that evidence (James and Stein, 1961), in
-  blocks of directions of like strength.
-* Directions that a mix could explain too. Along them the shift counts as far as the look has been seen to change
-  elsewhere, beside the error of the mix, which is `sigma` in every component.
+* Directions that no mix can explain. How far the rows are along them, relative to what
+  chance gives n examples, is the evidence for a changed look. The shift along them is shrunk towards 0 by that evidence
+  (James and Stein, 1961), in blocks of directions of like strength.
+* Directions that a changed mix could explain, too. The shift along them is shrunk by the ratio of two variances: how
+  much the look has changed along the other directions, and the uncertainty of the estimated mix, whose standard error
+  is `sigma` in each component.
 
 Without evidence the shift is exactly 0. The mix is not known at first, so an adaptation begins with a large `sigma` and
 ends with a small one.

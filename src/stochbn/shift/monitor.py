@@ -27,15 +27,18 @@ _COUNTING = threading.Lock()
 class Monitor:
     """Watches a stream of mini-batches, and sounds the alarm when they are no longer like the training data.
 
-    Each mini-batch takes one pass in evaluation mode. Its statistics in all batch norms are compared with those of
-    mini-batches of training examples of the same size, which `stochbn.fit` has noted. That gives two p-values: of the
-    inputs' look, and of the mix of classes. The alarm adds up evidence over mini-batches. While the data stays as in
-    training and mini-batches are independent, false alarms are at least `every` mini-batches apart on average (the
-    Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023). One monitor serves many threads.
+    Each mini-batch takes one pass in evaluation mode. Its batch-norm statistics are compared with those of
+    equally large mini-batches of training examples, which the reference of `stochbn.fit` holds. This gives two
+    p-values: one for the look of the inputs and one for the mix of classes. The alarm adds up evidence over
+    mini-batches. While the data stays as in training and mini-batches are independent, false alarms are at least
+    `every` mini-batches apart on average (the Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023). That
+    holds as far as the reference represents the data: one of 2,048 examples does for mini-batches of up to 64, and
+    larger ones are compared as if they had 64. One monitor serves many threads.
 
     Args:
         posterior: what `stochbn.fit` returned, with its reference.
-        every: how many mini-batches there are between two false alarms, on average, at least.
+        every: the least average number of mini-batches between two false alarms. A larger value gives fewer false
+            alarms, and later true ones.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
 
     Attributes:
@@ -114,7 +117,7 @@ class Monitor:
             return replace(reading, alarm=self.evidence >= self._every)
 
     def reset(self) -> None:
-        """Begin anew, as after the posterior was adapted."""
+        """Set the evidence and the count to 0. The alarm sounds again as long as data is unlike the training data."""
         with _COUNTING:
             self.evidence, self.seen = 0.0, 0
 
