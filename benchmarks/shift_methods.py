@@ -96,7 +96,7 @@ class Method:
 
     Attributes:
         adapt: from the examples to predictions.
-        adapting: forward passes over each example that is adapted to; a backward pass counts as two.
+        adapting: forward passes over each example that is adapted to, at least; a backward pass counts as two.
         predicting: passes over each example that is predicted.
         sets: which conformal sets it uses.
         slow: whether every third cell of a regime is enough.
@@ -232,7 +232,7 @@ METHODS: dict[str, Method] = {
     "adapt": Method(_adapt, 7),
     "adapt + noise": Method(_adapt_noise, 7, DRAWS, "noise"),
     "adapt, prior = 16": Method(_adapt_prior, 7, slow=True),
-    "adapt, no guard": Method(_unguarded, 7, slow=True),
+    "adapt, no guard": Method(_unguarded, 2, slow=True),
 }
 """All methods by their names in tables."""
 
