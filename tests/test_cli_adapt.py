@@ -374,3 +374,16 @@ def test_what_cannot_be_compared_is_predicted_all_the_same(own: tuple[str, ...])
     run("fit", *own, "--data", f"{name}:odd", "--out", "o.sbn.safetensors", "--centre", "observed")
     run("predict", *own, "--posterior", "o.sbn.safetensors", "--data", f"{name}:odd", "--out", "o.parquet")
     assert about("o.parquet")["shift"]["examples"] == 250
+
+
+def test_evaluate_and_its_page_say_that_the_data_has_changed(fitted: tuple[str, ...]) -> None:
+    with pytest.warns(UserWarning, match="this data is not like the training data: .* look of the inputs is unusual"):
+        run("evaluate", *fitted, "--data", "dim.npz", "--report", "page.html")
+    page = Path("page.html").read_text()
+    assert "Compared with the training data" in page
+    assert "look of the inputs is unusual" in page
+    run("adapt", *fitted, "--data", "dim.npy")
+    run("evaluate", *fitted, "--data", "dim.npz", "--report", "page.html", "--posterior", "w.adapted.sbn.safetensors")
+    page = Path("page.html").read_text()
+    assert "promise no coverage on this data" in page
+    assert "Compared with the training data" not in page

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stochbn.shift import Reading
     from stochbn.sources import Stream
 
-__all__ = ["adapted_to", "alarm", "compared", "recorded"]
+__all__ = ["about_data", "adapted_to", "alarm", "compared", "recorded"]
 
 COMPARED = 256
 """Examples that are compared with the training data, at most."""
@@ -45,7 +45,9 @@ def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: in
     return stochbn.adapt(subject.model, posterior, batches)
 
 
-def compared(subject: Subject, posterior: Posterior, stream: Stream, size: int, seed: int) -> Reading | None:
+def compared(
+    subject: Subject, posterior: Posterior, stream: Stream, size: int = COMPARED, seed: int = 0
+) -> Reading | None:
     """How unusual some of the data is, beside the training data; None where that cannot be told.
 
     It is a help and no more, so nothing that goes wrong here keeps anything from being predicted. A posterior that was
@@ -91,6 +93,18 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
     else:
         advice = f"check what it is, or adapt the network to examples like these, without labels: {adapt}"
     return f"this data is not like the training data: {found[0].lower()}{found[1:]}; {advice}"
+
+
+def about_data(posterior: Posterior | None, reading: Reading | None) -> dict[str, str]:
+    """What a report says of data that has changed, by the names of its lines."""
+    said = {}
+    if reading is not None:
+        said["Compared with the training data"] = str(reading)
+    if posterior is not None and posterior.adaptation is not None:
+        said["Adapted"] = (
+            f"{posterior.adaptation} Prediction sets with thresholds from before promise no coverage on this data."
+        )
+    return said
 
 
 def recorded(posterior: Posterior, reading: Reading | None) -> Mapping[str, Any]:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
+from stochbn.cli.drift import about_data, alarm, compared
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
+from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks
 from stochbn.files import check_file, check_folder
 
@@ -161,9 +163,10 @@ def evaluate(
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
         shown = report.write(folder, about, found, *names, title, scores=scores)
     show(shown)
+    reading = None if fitted[0] is None else compared(subjects[0], fitted[0], stream_of(subjects[0], data), seed=seed)
     if page is not None:
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
-        described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]))
+        described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
         classes = subjects[0].classes or known.classes
         drawn = [one for one in fitted if one is not None]
         made = page_of(title, found, scores, shown, names, shown_objects, classes, described, posteriors=drawn)
@@ -171,6 +174,8 @@ def evaluate(
         say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
+    if reading is not None and (warned := alarm(given, reading, data, named[0])):
+        warnings.warn(warned, stacklevel=2)
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
 
 

@@ -10,7 +10,9 @@ from stochbn.paper.folders import surroundings
 __all__ = ["facts", "made_with"]
 
 
-def facts(about: Mapping[str, Any], seconds: float, command: str) -> dict[str, str]:
+def facts(
+    about: Mapping[str, Any], seconds: float, command: str, data: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The facts of an evaluation, by their names.
 
     Args:
@@ -18,6 +20,7 @@ def facts(about: Mapping[str, Any], seconds: float, command: str) -> dict[str, s
             ``data``, ``ood``, ``draws``, ``seed`` and ``augment``.
         seconds: what predicting took.
         command: how it is made again.
+        data: more facts, about the data.
     """
     draws = about["draws"]
     noisy = any(described and described["batch_size"] != "inf" for described in about["posteriors"])
@@ -28,6 +31,7 @@ def facts(about: Mapping[str, Any], seconds: float, command: str) -> dict[str, s
         "Posteriors": "; ".join(map(_posterior, about["posteriors"])),
         "Known objects": about["data"],
         "Unknown objects": about["ood"] or "none",
+        **(data or {}),
         "Augmentation": about["augment"] or "none",
         "Seed": str(about["seed"]),
         "Cost": f"Predicting took {seconds:.1f} s. {passes}",
