@@ -211,6 +211,8 @@ def test_another_mix_of_classes_is_no_other_look(classes: tuple[int, ...]) -> No
     about = adapted(few).adaptation
     assert about is not None
     assert about.mixed < 0.01
+    assert sum(about.mix[k] for k in classes) > 0.6, "which is what the sentence tells of"
+    assert about.distance > 0.3
     assert "The mix of classes has changed" in str(about)
 
 

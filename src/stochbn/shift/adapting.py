@@ -154,10 +154,10 @@ class Adapter:
         reference = posterior.reference
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)
-        self._usual = torch.empty(0, dtype=torch.float32) if reference is None else reference.usual
-        self._mix = self._usual
+        self._mix = torch.empty(0, dtype=torch.float32) if reference is None else reference.usual
         self._plain: Part | None = None  # what the network as it is sees of all examples
         self._seen: Part | None = None
+        self._begun = False  # whether statistics were moved by the last batch of a stream
         self._reading: Reading | None = None
         self._moved: dict[str, Tensor] = {}  # standardised, [2, C]
         self._statistics: dict[str, Tensor] = {}
@@ -190,8 +190,12 @@ class Adapter:
         network.look()
         with looking(network) as look:
             self._read(look, [inputs], plain)
-            for error in self._rounds(ERRORS if before is None and self._moves else ERRORS[-1:]):
+            begins = self._moves and not self._begun
+            if begins and self._comparison is not None:
+                self._mix = self._comparison.reference.usual
+            for error in self._rounds(ERRORS if begins else ERRORS[-1:]):
                 self._seen = self._pass(look, inputs, before, error).plus(before)
+            self._begun = self._moves
         return self.posterior
 
     @property
@@ -199,8 +203,6 @@ class Adapter:
         """The posterior that is adapted to all examples so far; the source where there were none."""
         if self._seen is None:
             return self._source
-        if not self._moves:
-            self._moved, self._statistics = {}, {}
         sizes = list(self._source.layers.values())
         parts = torch.split(self._source.expected, sizes, dim=1)
         moved = [self._statistics.get(n, p).double() for n, p in zip(self._source.layers, parts, strict=True)]
@@ -324,10 +326,11 @@ class Adapter:
         """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
         for number in range(MOST_ROUNDS):
             yield errors[min(number, len(errors) - 1)]
-            if self._seen is None or not len(self._seen.mixes) or not self._moves:
+            if self._seen is None or not len(self._seen.mixes):
                 return
             before, self._mix = self._mix, self._seen.mixes / self._seen.examples
-            if number >= len(errors) - 1 and float((self._mix - before).abs().sum()) / 2 < SETTLED:
+            settled = number >= len(errors) - 1 and float((self._mix - before).abs().sum()) / 2 < SETTLED
+            if settled or not self._moves:
                 return
 
     def _warn(self, adapted: Posterior) -> None:
