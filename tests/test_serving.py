@@ -62,7 +62,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model(normal(96, 4, seed=seed))
     model.eval()
     save_file(model.state_dict(), "w.safetensors")
-    stochbn.fit(model, [normal(96, 4)], 16).save("w.sbn.safetensors")
+    stochbn.fit(model, [normal(96, 4)], 16, reference=[normal(512, 4, seed=99)]).save("w.sbn.safetensors")
     return tmp_path
 
 
