@@ -303,6 +303,22 @@ def test_a_rank_that_cannot_adapt_is_told_of_everywhere(folder: Path) -> None:
     assert all("at least one example" in error for error in errors)
 
 
+def fit_with_reference(rank: int, folder: Path) -> None:
+    posterior = stochbn.fit(network(), [normal(320, 4, seed=rank)], group=dist.group.WORLD)
+    posterior.save(folder / f"fitted-{rank}.safetensors")
+
+
+def test_every_rank_gets_the_reference_of_the_first(folder: Path) -> None:
+    assert not any(run(2, folder, fit_with_reference))
+    first, second = (stochbn.load(folder / f"fitted-{rank}.safetensors").reference for rank in range(2))
+    assert first is not None
+    assert second is not None
+    assert first.description() == second.description()
+    assert first.examples == 320
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name])
+
+
 def fit_alone(rank: int, folder: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

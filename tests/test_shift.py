@@ -368,7 +368,8 @@ def test_the_reference_recovers_a_factor_model() -> None:
     mixes = torch.softmax(3 * torch.randn(count, 3, generator=generator), 1)
     noise = 0.5 * torch.randn(count, width, generator=generator)
     rows = 1 + mixes @ mixing + torch.randn(count, 2, generator=generator) @ factor + noise
-    reference = make_reference({"bn": rows}, mixes, make_task("classification"))
+    running = {"bn": torch.stack([torch.zeros(width // 2), torch.ones(width // 2)])}
+    reference = make_reference({"bn": rows}, mixes, make_task("classification"), running)
     ((name, layer),) = reference.of_layers()
     inner = torch.eye(width) + layer.directions.T @ layer.strengths.diag() @ layer.directions
     covariance = layer.own[:, None] * inner * layer.own
@@ -496,6 +497,23 @@ def test_examples_that_can_be_no_reference_are_refused_before_the_fit() -> None:
     reference = stochbn.fit(network(), data, reference=[holed]).reference
     assert reference is not None
     assert reference.examples == 399
+
+
+def test_a_layer_that_only_some_examples_reach_is_left_out_of_the_reference() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rare, self.always, self.head = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.always(self.rare(x) if bool(x[0, 0] > 0) else x))  # type: ignore[no-any-return]
+
+    data = [normal(256, 4, seed=seed).abs() * sign for seed, sign in enumerate((1, -1))]
+    model = settled(Sometimes(), 4)
+    reference = stochbn.fit(model, data, 16, kind="factorized", reference=data).reference
+    assert reference is not None
+    assert list(reference.layers) == ["always"]
+    assert reference.running.shape == (2, 4)
 
 
 def test_few_examples_give_no_reference() -> None:

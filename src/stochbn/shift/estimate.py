@@ -35,9 +35,7 @@ GROUPS = 512
 QUANTILES = 513
 
 
-def make_reference(
-    rows: Mapping[str, Tensor], mixes: Tensor, task: Task, running: Mapping[str, Tensor] | None = None
-) -> Reference:
+def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, task: Task, running: Mapping[str, Tensor]) -> Reference:
     """The reference of training examples.
 
     Usual distances are those of one half of the examples from what the other half gives, so they are not too small.
@@ -46,7 +44,7 @@ def make_reference(
         rows: ``[N, 2C]`` for every layer.
         mixes: ``[N, K]``, shares or numbers, see `stochbn.shift.mixes.mixes_of`.
         task: what outputs were taken to mean.
-        running: ``[2, C]`` for every layer, the running statistics that rows were standardised by; None is 0 and 1.
+        running: ``[2, C]`` for every layer, the running statistics that rows were standardised by.
     """
     edges = edges_of(mixes) if task.binned else torch.empty(0, BINS - 1, dtype=torch.float32)
     mixes = binned(mixes, edges) if task.binned else mixes
@@ -55,7 +53,6 @@ def make_reference(
         whole, usual, basis, spread = _fitted(rows, mixes, generator)
         kept = _usual_distances(rows, mixes, generator)
     layers = {name: row.shape[1] // 2 for name, row in rows.items()}
-    begun = {name: torch.stack([torch.zeros(n), torch.ones(n)]).float() for name, n in layers.items()}
 
     def joined(part: str) -> Tensor:
         return torch.cat([getattr(one, part).unflatten(-1, (2, -1)) for one in whole.values()], -1).contiguous()
@@ -68,7 +65,7 @@ def make_reference(
         basis=basis,
         spread=spread,
         edges=edges,
-        running=torch.cat(list((running or begun).values()), 1),
+        running=torch.cat(list(running.values()), 1),
         centre=joined("centre"),
         own=joined("own"),
         mixing=joined("mixing"),

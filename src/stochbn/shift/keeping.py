@@ -89,7 +89,10 @@ class Keeper:
             made = self._made(network, task, layers, asked)
         if self._ranks.count == 1:
             return made
-        return _unpacked(self._ranks.of_first(b"" if made is None else _packed(made)))
+        about = json.loads(self._ranks.of_first(json.dumps(made and made.description()).encode()))
+        tensors = {} if made is None else {name: values.contiguous() for name, values in made.tensors().items()}
+        sent = safetensors.torch.load(self._ranks.of_first(safetensors.torch.save(tensors)))
+        return None if about is None else Reference.from_file(sent, about)
 
     @undisturbed
     def _made(self, network: Network, task: Task, layers: Collection[str], asked: bool) -> Reference | None:
@@ -129,6 +132,7 @@ class Keeper:
             return None
         if unread and asked:
             warnings.warn(f"new data is compared without the mix of classes: {unread}", stacklevel=2)
+        running = {name: running[name] for name in usable}
         return make_reference({name: values[good] for name, values in usable.items()}, mix[good], task, running)
 
     def _batches(self) -> Iterator[NetworkInput]:
@@ -141,16 +145,3 @@ class Keeper:
             group = inputs if group is None else group.join(inputs)
         if group is not None:
             yield group
-
-
-def _packed(reference: Reference) -> bytes:
-    about = {"about": json.dumps(reference.description())}
-    return safetensors.torch.save({name: t.contiguous() for name, t in reference.tensors().items()}, about)
-
-
-def _unpacked(data: bytes) -> Reference | None:
-    if not data:
-        return None
-    length = int.from_bytes(data[:8], "little")
-    about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["about"])
-    return Reference.from_file(safetensors.torch.load(data), about)
