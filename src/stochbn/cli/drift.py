@@ -20,8 +20,6 @@ __all__ = ["about_data", "adapted_to", "alarm", "compared", "recorded"]
 
 COMPARED = 256
 """Examples that are compared with the training data, at most."""
-UNUSUAL = 0.01
-"""The p-value from which on data is said to be unlike the training data."""
 
 
 def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: int, seed: int) -> Posterior:
@@ -84,6 +82,8 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
         data: what it is called, if it was named.
         posterior: the file of the posterior, if it was named.
     """
+    from stochbn.posteriors.adaptation import UNUSUAL
+
     if reading.p > UNUSUAL:
         return None
     found = str(reading).removesuffix(".")

@@ -255,25 +255,16 @@ class Adapter:
 
     def _read(self, look: Looker, batches: list[NetworkInput], before: Part | None) -> None:
         """How unusual the examples are to the network as it is, together with those before."""
-        if self._comparison is not None:
-            self._comparison.reference.check_running({name: look.running(name) for name in self._comparison.guards})
         for inputs in batches:
-            rows, output = look(inputs)
-            if self._comparison is None:  # the passes find out which layers are usable
+            if self._comparison is None:
+                look(inputs)  # which finds out the layers that are usable
                 continue
-            if missing := [name for name in self._comparison.guards if name not in rows]:
-                raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
-            mixes = self._comparison.mixes(output, len(inputs))
-            sums = {name: self._ranks.total(rows[name].sum(0)) for name in self._comparison.guards}
+            rows, mixes = self._comparison.seen(look, inputs)
+            sums = {name: self._ranks.total(values.sum(0)) for name, values in rows.items()}
             count = float(self._ranks.total(torch.tensor(float(len(inputs)), dtype=torch.float64)))
             before = Part(count, sums, self._ranks.total(mixes.sum(0))).plus(before)
         if self._comparison is None or before is None:
             return
-        if not all(bool(values.isfinite().all()) for values in (*before.rows.values(), before.mixes)):
-            raise ValueError(
-                "the examples give activations that are not finite; check them for NaN, infinity and numbers that are "
-                "too large"
-            )
         self._plain, count = before, before.examples
         means = {name: values / count for name, values in before.rows.items()}
         self._reading = self._comparison.reading(means, before.mixes / count, max(1, round(count)))

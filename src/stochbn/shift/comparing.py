@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochbn.network.calling import NetworkInput
 from stochbn.network.layers import listed
 from stochbn.posteriors.adaptation import UNUSUAL
 from stochbn.posteriors.reference import SIZES, Reference
 from stochbn.shift.estimate import GROUPS, distances, excess
 from stochbn.shift.guard import Guard
+from stochbn.shift.looking import Looker
 from stochbn.shift.mixes import binned, mixes_of
 from stochbn.tasks import Task, make_task
 
@@ -78,6 +80,29 @@ class Comparison:
         self.task: Task = make_task(**reference.task)
         self.guards = {name: Guard(layer) for name, layer in reference.of_layers()}
         self._largest = SIZES[len(reference.quantiles) - 1]
+
+    def seen(self, look: Looker, inputs: NetworkInput) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows ``[N, 2C]`` of examples in every layer that is compared, and their mixes ``[N, K]``.
+
+        Args:
+            look: sends them through the network as it is.
+            inputs: the examples.
+
+        Raises:
+            ValueError: other running statistics than those of the fit, a layer that was not called, or activations that
+                are not finite.
+        """
+        self.reference.check_running({name: look.running(name) for name in self.guards})
+        rows, output = look(inputs)
+        if missing := [name for name in self.guards if name not in rows]:
+            raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
+        mixes = self.mixes(output, len(inputs))
+        if not all(bool(values.isfinite().all()) for values in (*rows.values(), mixes)):
+            raise ValueError(
+                "the examples give activations that are not finite; check them for NaN, infinity and numbers that are "
+                "too large"
+            )
+        return {name: rows[name] for name in self.guards}, mixes
 
     def mixes(self, output: Any, examples: int) -> Tensor:
         """``[N, K]``: what each example adds to the mix; K is 0 where the reference has none."""

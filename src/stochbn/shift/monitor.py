@@ -85,16 +85,7 @@ class Monitor:
         network = Network.of(model)
         network.look()
         with looking(network) as look:
-            self._comparison.reference.check_running({name: look.running(name) for name in self._comparison.guards})
-            rows, output = look(inputs)
-        if missing := [name for name in self._comparison.guards if name not in rows]:
-            raise ValueError(f"the layer {missing[0]!r} of the network was not called as in the fit")
-        mixes = self._comparison.mixes(output, len(inputs))
-        if not all(bool(values.isfinite().all()) for values in (*rows.values(), mixes)):
-            raise ValueError(
-                "the mini-batch gives activations that are not finite; check the input for NaN, infinity and numbers "
-                "that are too large"
-            )
+            rows, mixes = self._comparison.seen(look, inputs)
         return self._comparison.of_rows(rows, mixes)
 
     def update(self, model: nn.Module, batch: Batch) -> Reading:
