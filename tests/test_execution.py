@@ -189,17 +189,17 @@ def test_plans_of_a_convolutional_network() -> None:
     before.check()
 
 
-def test_objects_that_affect_each_other_stay_together_and_get_all_draws() -> None:
+def test_objects_that_affect_each_other_stay_together_and_get_as_many_draws() -> None:
     model, x, settings = Mixing(), normal(40, 4), Settings(piece=1)
     posterior = stochbn.fit(model, [normal(64, 4, seed=3)], 8)
     plan = plan_of(model, posterior, x, settings)
     assert "over objects" in plan.together
     assert not plan.ways
     draws = list(posterior.iter_draws(50, seeded(), quasi=True))
-    wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
-    for tolerance in (0, 0.5):
+    every = torch.stack(slow(model, draws, x)).softmax(2)
+    for tolerance, counts in ((0, [50]), (0.5, [4]), (None, range(4, 51, 2))):
         found = Predictive(model, posterior, generator=seeded(), tolerance=tolerance, settings=settings)(x)
-        torch.testing.assert_close(found.probs, wanted)
+        assert any(torch.allclose(found.probs, every[:count].mean(0), atol=1e-6) for count in counts)
 
 
 class Odd(nn.Module):
@@ -362,7 +362,7 @@ def test_passes_in_bfloat16_differ_by_less_than_the_noise() -> None:
     wanted = torch.stack(slow(model, draws, x)).softmax(2)
     with made(model, posterior, x, ROUNDED, exact=False) as some:
         assert some.plan.head == "8"
-        assert some.draws == 8
+        assert some.draws == 4
         probs = some(draws)
         assert some.plan.head == "8", "rounding is small here"
     assert probs.dtype == torch.float32
@@ -531,34 +531,23 @@ class Counts(nn.Module):
         return x
 
 
-@given(tolerance=st.floats(0.01, 0.3), n=st.integers(1, 30), seed=st.integers(0, 1000))
-def test_an_object_gets_draws_until_its_error_is_small(tolerance: float, n: int, seed: int) -> None:
+@given(tolerance=st.floats(0.01, 0.3) | st.none(), n=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_every_example_has_the_mean_of_its_first_draws_whole_pairs_of_them(
+    tolerance: float | None, n: int, seed: int
+) -> None:
     model = settled(mlp(), 4)
     posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
     x = 3 * normal(n, 4, seed=seed)
     found = Predictive(model, posterior, 50, tolerance=tolerance)(x, generator=seeded(seed))
-    draws = list(posterior.iter_draws(24, seeded(seed), quasi=True))
-    every = torch.stack(slow(model, draws, x)).softmax(2)
-    for i in range(n):
-        enough, means = False, []
-        for count in (8, 12, 16, 20, 24):
-            mean = every[:count, i].double().mean(0)
-            squares = (every[:count, i] - mean).square().sum()
-            enough = enough or bool(squares.sqrt() / count <= tolerance * (1 + 1e-5)) or count == 24
-            if enough:  # or later, where few objects get several draws in one pass
-                means.append(mean)
-        assert any(torch.allclose(found.probs[i].double(), mean, atol=1e-5) for mean in means)
+    draws = list(posterior.iter_draws(50, seeded(seed), quasi=True))
+    every = torch.stack(slow(model, draws, x)).softmax(2).double()
+    means = torch.stack([every[:count].mean(0) for count in range(4, 51, 2)])
+    assert ((means - found.probs).abs().amax(2) <= 1e-5).any(0).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "draws", "made"),
-    [
-        *(("joint", *pair) for pair in [(7, 7), (8, 8), (20, 8), (22, 16), (36, 16), (50, 24)]),
-        ("factorized", 100, 48),
-        ("empirical", 50, 50),
-    ],
-)
-def test_an_object_that_is_never_done_gets_whole_sets_of_points(kind: str, draws: int, made: int) -> None:
+@pytest.mark.parametrize("kind", ["joint", "factorized", "empirical"])
+@pytest.mark.parametrize(("draws", "made"), [(3, 3), (4, 4), (7, 6), (50, 50)])
+def test_an_example_that_is_never_done_gets_all_draws_in_pairs(kind: str, draws: int, made: int) -> None:
     model, x = settled(mlp(), 4), normal(5, 4)
     posterior = stochbn.fit(model, [normal(480, 4, seed=9)], 6, kind)
     found = Predictive(model, posterior, draws, tolerance=1e-9)(x, generator=seeded(2))

@@ -44,8 +44,8 @@ def predict(
         float | None,
         Override(
             "--tolerance",
-            help="The standard error of probabilities at which an object is done; 0 makes all draws. "
-            "(default: 0.42 / sqrt(draws))",
+            help="The standard error of probabilities at which an example needs no more draws; 0 makes all draws. "
+            "(default: each batch is as accurate as --draws independent draws)",
         ),
     ] = None,
     augment: Augmentation = None,

@@ -159,6 +159,7 @@ class Surroundings:
             places = [(function.__globals__, name) for name in _names(function.__code__)]
             self._places += places
             waiting += [space.get(name) for space, name in places]
+        self._places = [*{(id(space), name): (space, name) for space, name in self._places}.values()]
         self._written: set[int] = set()
         self._values, self._lengths = self._read(), [len(vars(cls)) for cls in self._classes]
 

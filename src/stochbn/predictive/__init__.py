@@ -3,7 +3,7 @@
 from stochbn.predictive.dropout import MCDropout
 from stochbn.predictive.ensemble import Ensemble
 from stochbn.predictive.exact import Exact
-from stochbn.predictive.predictive import TOLERANCE, Predictive, Predictor
+from stochbn.predictive.predictive import Predictive, Predictor
 from stochbn.predictive.snapshots import snapshots
 
-__all__ = ["TOLERANCE", "Ensemble", "Exact", "MCDropout", "Predictive", "Predictor", "snapshots"]
+__all__ = ["Ensemble", "Exact", "MCDropout", "Predictive", "Predictor", "snapshots"]

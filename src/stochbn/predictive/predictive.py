@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
@@ -19,14 +18,13 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.stopping import Stopping
 from stochbn.summary import Summary
 from stochbn.tasks import make_task
 from stochbn.undisturbed import without_gradients
 
-__all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
+__all__ = ["Predictive", "Predictor", "checked_generator"]
 
-TOLERANCE = 0.42
-"""The standard error at which an object is done, times the root of ``draws``; chosen on held-out images."""
 LARGEST_TOLERANCE = 1e100
 
 
@@ -41,12 +39,11 @@ class Predictor(Protocol):
 class Predictive:
     """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
 
-    `draws` says how accurate probabilities should be: on average over objects about as accurate as a mean over so many
-    independent draws. That takes fewer passes, at most half as many for posteriors with covariances or variances,
-    because draws are quasi-random (``Posterior.iter_draws(quasi=True)``), and fewer still because each object gets
-    draws only until its probabilities are known to a `tolerance`: one on which the draws next to agree is done after 8,
-    however many `draws` are. What it comes to on three networks is measured in benchmarks/README.md; where the response
-    to noise is even, so that opposite draws tell nothing new, draws are worth half as much.
+    `draws` says how accurate probabilities should be: in the mean over a batch, about as accurate as a mean over so
+    many independent draws. Fewer passes do, as draws are quasi-random (``Posterior.iter_draws(quasi=True)``) and
+    come in opposite pairs, whose means tell the error that is left. Every example gets at least 4 draws, and examples
+    whose draws differ most get most of the others. What it comes to on many networks is measured in
+    docs/networks.md; where the response to noise is even, opposite draws tell nothing new, and nearly all are made.
 
     Passes run in evaluation mode, without gradients, on a copy of the network that shares its parameters and has
     buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
@@ -63,8 +60,8 @@ class Predictive:
         posterior: what `stochbn.fit`, `stochbn.calibrate` or `stochbn.load` returned. None is the plain network: one
             pass with its running averages or, with `augment`, as many as there are draws. A posterior without noise,
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
-        draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
-            but with `augment` or ``tolerance=0``, where each counts as one.
+        draws: how many independent draws to be worth, at least 1. At most so many are made, and all of them with
+            ``tolerance=0`` or `keep_draws`.
         task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
             predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
             each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.
@@ -82,12 +79,12 @@ class Predictive:
             left alone.
         keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
             object gets all draws.
-        tolerance: a standard error of mean probabilities at which an object is done, asked after 8, 12, 16, ... draws:
-            the root of the sum over classes (and mean over places, for dense predictions) of the squared standard
-            errors that as many independent draws would have. None is 0.42 / sqrt(draws), so 0.06 for 50. With 0, every
-            object gets as many draws as `draws` says, all in the network's own number type; otherwise, passes on a CPU
-            with bfloat16 instructions are in bfloat16 where rounding is small beside the noise of the draws, which is
-            checked in each call on some of its objects.
+        tolerance: a standard error of mean probabilities at which an example is done, in place of what `draws` says. It
+            is asked after 4, 6, 8, ... draws. The standard error is the root of the sum over classes (and mean over
+            places, for dense predictions) of squared errors, as the pairs of the example and of the batch tell it. With
+            0, every example gets as many draws as `draws` says, all in the network's own number type; otherwise, passes
+            on a CPU with bfloat16 instructions are in bfloat16 where rounding is small beside the noise of the draws,
+            which is checked in each call on some of its examples.
         check: what a posterior must have in common with the network: ``"weights"``, so that one of other weights is
             refused, also one of this network from before it was trained on; or ``"shape"``, names and sizes of layers.
             Where weights change after construction, the next call warns.
@@ -266,14 +263,13 @@ class Predictive:
     @without_gradients
     def _planned(self, inputs: NetworkInput) -> Plan:
         self._network.look()
-        return planned(self._network, inputs, self._call(self._tolerance(self.keep_draws) == 0, inputs))
+        return planned(self._network, inputs, self._call(self._stopping(self.keep_draws) is None, inputs))
 
     @without_gradients
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool, whole: str) -> Any:
-        tolerance = self._tolerance(keep)
         self._network.look()
         self._compare_weights()
-        call = self._call(tolerance == 0, inputs)
+        call = self._call(self._stopping(keep) is None, inputs)
 
         def seed() -> int:
             device = generator.device if generator is not None else "cpu"
@@ -283,11 +279,11 @@ class Predictive:
         if self.augment is not None:
             call = replace(call, seed=seed())
         with passes(self._network, inputs, call) as made:
-            if made.plan.together:  # objects that are not told apart
-                tolerance = 0.0
+            stopping = self._stopping(keep, apart=not made.plan.together)
             temperature = self.posterior.temperature if self.posterior is not None else 1.0
-            summary = Summary(self.task, keep, tolerance, temperature, self.settings.first, self.settings.step)
-            with closing(self._drawn(self._enough(tolerance), generator)) as drawn:
+            summary = Summary(self.task, keep, stopping, temperature)
+            most = self.draws if stopping is None else stopping.most
+            with closing(self._drawn(most, generator)) as drawn:
                 while block := list(itertools.islice(drawn, summary.next(made.draws))):
                     summary.add(self._pass(made, block))
                     waiting = summary.waiting()
@@ -329,12 +325,13 @@ class Predictive:
     def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
         return made(block)
 
-    def _tolerance(self, keep: bool) -> float:
-        if keep:
-            return 0.0
-        if self.tolerance is not None:
-            return float(self.tolerance)
-        return TOLERANCE / math.sqrt(self.draws) if self.task.early else 0.0
+    def _stopping(self, keep: bool, apart: bool = True) -> Stopping | None:
+        """When examples have enough draws; None if they get all."""
+        first, tolerance = self.settings.first, self.tolerance
+        if keep or self._once or tolerance == 0 or self.draws < first or (tolerance is None and not self.task.early):
+            return None
+        even = self.posterior is not None and self.posterior.quasi_gain > 1 and self.augment is None
+        return Stopping(self.draws, tolerance, even, apart, first, self.settings.step)
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         posterior, whole = self.posterior, ""
@@ -360,17 +357,6 @@ class Predictive:
         if self.posterior is None:
             return [{}] * count
         return list(self.posterior.iter_draws(count, torch.Generator().manual_seed(0)))
-
-    def _enough(self, tolerance: float) -> int:
-        """The number of quasi-random draws that are worth `draws` independent ones."""
-        # What draws over the input are worth depends on the augmentation: each counts as one.
-        gain = 1.0 if self.posterior is None or self.augment is not None else self.posterior.quasi_gain
-        first = self.settings.first
-        # The spread of the draws is known no better for being quasi-random.
-        if not tolerance or self.task.spread or gain == 1 or self.draws < first:
-            return self.draws
-        # Sobol points are evenly spread in multiples of a power of two: two draws more than one are not worth seven.
-        return first * max(1, math.ceil((self.draws / gain - 2) / first))
 
     def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
         """The statistics of each pass."""
