@@ -80,6 +80,43 @@ def test_masks_are_those_of_the_seed_and_leave_the_global_generator(name: str) -
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-4, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("shape", [(64, 64), (3, 5, 7, 101), (400_000,)])
+def test_large_masks_keep_the_share_that_dropout_asks_for_and_are_the_seeds(
+    rate: float, shape: tuple[int, ...]
+) -> None:
+    before, masks = torch.get_rng_state(), []
+    for seed in (5, 5, 6):
+        with Masks(seed):
+            masks.append(F.dropout(torch.ones(shape), rate, training=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(masks[0], masks[1])
+    assert not (0.01 < rate < 0.99 and torch.equal(masks[0], masks[2]))
+    first = masks[0]
+    if rate < 1:
+        torch.testing.assert_close(first[first != 0], torch.full_like(first[first != 0], 1 / (1 - rate)))
+    kept, count = (first != 0).double().mean().item(), first.numel()
+    assert abs(kept - (1 - rate)) <= 5 * (rate * (1 - rate) / count) ** 0.5 + 1e-12
+
+
+def test_large_masks_are_even_where_16_bits_cannot_tell_the_rate() -> None:
+    rate, kept, count = 1 - 1 / 2**18, 0.0, 0
+    for seed in range(200):
+        with Masks(seed):
+            kept += (F.dropout(torch.ones(8192), rate, training=True) != 0).sum().item()
+        count += 8192
+    expected = count / 2**18
+    assert abs(kept - expected) <= 6 * (8192 / 2**16 * expected + expected) ** 0.5
+
+
+def test_entries_of_large_masks_are_independent_of_their_neighbours() -> None:
+    with Masks(1):
+        mask = (F.dropout(torch.ones(1000, 1000), 0.3, training=True) != 0).double()
+    flat = (mask - 0.7).flatten()
+    for lag in (1, 2, 3, 4, 5, 8, 1000):
+        assert abs((flat[lag:] * flat[:-lag]).mean().item()) <= 5 * 0.21 / 1000
+
+
 def test_what_is_not_random_uses_no_masks() -> None:
     masks = Masks(0)
     with masks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,14 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
+LARGE = 4096
+"""Entries of a dropout mask on a CPU from which on it is made of 16 random bits for each: ten times faster."""
+
+
 class Masks(DispatchMode):  # type: ignore[no-untyped-call]
     """Within it, random numbers are those that ``torch.manual_seed(seed)`` would give, and no global generator is used.
+
+    Dropout masks of `LARGE` entries or more, on a CPU, are others, which the seed gives too.
 
     Args:
         seed: of the pass, or a function that gives it once it is needed.
@@ -70,6 +77,8 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         generator = self._generator(device)
         if func.overloadpacket is torch.ops.aten.native_dropout:
             return _dropout(args[0], args[1], generator)
+        if func is torch.ops.aten.bernoulli_.float and device.type == "cpu" and args[0].numel() >= LARGE:
+            return _drop(bound["self"], bound["p"], generator)
         taking = _taking_generator(func)
         if taking is None:
             return _in_place_of_global(generator, functools.partial(func, *args, **kwargs))
@@ -130,9 +139,23 @@ def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> 
     return result
 
 
+def _drop(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
+    """Fill a mask with ones, of which each is there with the probability `kept`, and zeros.
+
+    16 bits cannot tell all probabilities apart. The threshold is rounded up or down at random, so that the probability
+    of every entry is `kept` to 48 bits.
+    """
+    words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int16)[: mask.numel()].view(mask.shape)
+    threshold = math.floor(kept * 2**16 + torch.rand((), dtype=torch.float64, generator=generator).item()) - 2**15
+    return mask.copy_(torch.ones_like(bits) if threshold == 2**15 else bits < threshold)
+
+
 def _dropout(x: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The function of ``native_dropout``, which takes no generator."""
-    kept = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
+    kept = torch.empty_like(x)
+    large = x.device.type == "cpu" and x.numel() >= LARGE
+    kept = _drop(kept, 1 - rate, generator) if large else kept.bernoulli_(1 - rate, generator=generator)
     return (x * kept / (1 - rate) if rate < 1 else torch.zeros_like(x)), kept.bool()
 
 
