@@ -184,7 +184,7 @@ def test_threads_take_turns_with_a_network_that_must_run_in_place(build: Callabl
     posterior = stochbn.fit(model, [normal(96, 4, seed=1)], 8)
     x = normal(20, 4, seed=2)
     wanted = slow_in_place(model, posterior, x)
-    predictive = stochbn.Predictive(model, posterior, 9)
+    predictive = stochbn.Predictive(model, posterior, 9, tolerance=0)
     begin = threading.Barrier(6)
 
     def work(_: int) -> list[Tensor]:
