@@ -836,3 +836,24 @@ def test_kinds_of_posteriors_are_compared_on_the_networks_of_a_run(tmp_path: Pat
 
 def test_a_folder_for_the_tables_of_one_run_is_refused(tmp_path: Path, main: Callable[..., Ended]) -> None:
     assert_told(main("report", tmp_path / "run", "--out", tmp_path / "other"), "--out is for several runs")
+
+
+def test_help_and_version_need_no_torch() -> None:
+    for arguments, told in (
+        (["--help"], "Commands:"),
+        (["predict", "--help"], "--tolerance"),
+        (["--version"], "torch"),
+    ):
+        code = f"import sys; sys.argv = ['stochbn', *{arguments!r}]; from stochbn.__main__ import main\n"
+        code += "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert told in found.stdout
+        assert found.stdout.splitlines()[-1] == "False False"
+
+
+def test_every_public_name_is_there_at_first_use() -> None:
+    code = "import stochbn\nassert not [n for n in stochbn.__all__ if n not in dir(stochbn)]\n"
+    code += "for name in stochbn.__all__: getattr(stochbn, name)\nstochbn.predictions.Estimate\n"
+    code += "try: stochbn.nothing\nexcept AttributeError as error: print(error)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "module 'stochbn' has no attribute 'nothing'\n"

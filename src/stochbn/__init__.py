@@ -8,16 +8,22 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
     prediction.probs, prediction.entropy, prediction.mutual_information
 """
 
-from stochbn import augment, conformal, deploy, export, metrics, shift
-from stochbn.calibration import calibrate
-from stochbn.execution import Settings
-from stochbn.fitting import fit
-from stochbn.policy import choose_augmentation
-from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
-from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
-from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
-from stochbn.sharing import from_pretrained
-from stochbn.shift import adapt
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stochbn import augment, conformal, deploy, export, metrics, shift
+    from stochbn.calibration import calibrate
+    from stochbn.execution import Settings
+    from stochbn.fitting import fit
+    from stochbn.policy import choose_augmentation
+    from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
+    from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
+    from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
+    from stochbn.sharing import from_pretrained
+    from stochbn.shift import adapt
 
 __all__ = [
     "Empirical",
@@ -49,3 +55,34 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "stochbn.calibration": ("calibrate",),
+    "stochbn.execution": ("Settings",),
+    "stochbn.fitting": ("fit",),
+    "stochbn.policy": ("choose_augmentation",),
+    "stochbn.posteriors": ("Empirical", "Factorized", "FactorizedLog", "Joint", "Posterior", "load"),
+    "stochbn.predictions": ("Estimate", "MultilabelPrediction", "Prediction"),
+    "stochbn.predictive": ("Ensemble", "Exact", "MCDropout", "Predictive", "snapshots"),
+    "stochbn.sharing": ("from_pretrained",),
+    "stochbn.shift": ("adapt",),
+}
+"""The modules that public names are from. They are imported at first use: the command line's help needs none."""
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(importlib.import_module(home), name)
+            return found
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"stochbn.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"stochbn.{name}":
+                raise
+    raise AttributeError(f"module 'stochbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,11 +12,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "check_file",
@@ -166,10 +167,12 @@ def write_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[st
         OSError: as `write`.
         ValueError: names and description are longer than `read_tensors` reads.
     """
+    from safetensors.torch import save
+
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(about)
     metadata = {"format": format, "about": text, "sha256": _checksum(stored, text)}
-    content = safetensors.torch.save(stored, metadata)
+    content = save(stored, metadata)
     if int.from_bytes(content[:8], "little") > LONGEST_HEADER:
         raise ValueError(f"the names of tensors and their description take more than {LONGEST_HEADER} bytes")
     write_bytes(path, content)
@@ -199,9 +202,11 @@ def read_versions(path: str | os.PathLike[str], *formats: str) -> tuple[dict[str
     if not path.is_file():
         other = "; there is a folder, a pipe or a device" if path.exists() else ""
         raise FileNotFoundError(f"there is no file {str(path)!r}{other}")
+    from safetensors.torch import load
+
     content, header = _read(path)
     try:
-        tensors = safetensors.torch.load(content)
+        tensors = load(content)
         metadata: dict[str, str] = header.get("__metadata__") or {}
     except Exception as error:  # the reader raises errors of many kinds for types and shapes that it does not know
         raise _broken(path, error) from error

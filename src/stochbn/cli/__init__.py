@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from stochbn import __version__
 from stochbn.cli import project
 from stochbn.cli.adapting import adapt
 from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
@@ -41,8 +45,20 @@ for command in (train, reproduce, report, compare):  # their names from before t
     app.command(hidden=True)(command)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        parts = [f"stochbn {__version__}", f"torch {metadata.version('torch')}", f"Python {platform.python_version()}"]
+        typer.echo(", ".join(parts))
+        raise typer.Exit
+
+
 @app.callback()
-def options(context: typer.Context) -> None:
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
     """Take what options are not given from stochbn.toml, if there is such a file in the current folder."""
     check_command(context.invoked_subcommand)
     context.default_map = project.defaults(context.command, Path(project.FILE))
@@ -60,15 +76,14 @@ FRAMED = 100
 
 def main() -> None:
     """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
-    from stochbn.distributed import RanksError
-    from stochbn.paper import ExperimentError
-
     never_fail_to_encode()
     show_warnings()
     app.rich_markup_mode = "rich" if out.width >= FRAMED else None
     try:
         app()
-    except (ExperimentError, OSError, RanksError, ValueError) as error:
+    except Exception as error:
+        if not _mendable(error):
+            raise
         if speaks_of(error):
             complain(str(error))
         sys.exit(1)
@@ -77,3 +92,11 @@ def main() -> None:
             again = " Run it again to go on." if {"predict", "demo", "reproduce"} & set(sys.argv[1:3]) else ""
             err.print(f"Stopped.{again}")
         raise
+
+
+def _mendable(error: Exception) -> bool:
+    """Whether an error is one that a user can mend. Its classes need torch, so they are imported where there is one."""
+    from stochbn.distributed import RanksError
+    from stochbn.paper import ExperimentError
+
+    return isinstance(error, (ExperimentError, OSError, RanksError, ValueError))
