@@ -125,6 +125,11 @@ def test_draws_that_all_agree_or_are_not_finite_are_enough_at_once(value: float,
     assert not Stopping(50, tolerance).waiting(spread).any()
 
 
+def test_draws_that_differ_by_rounding_alone_are_enough_at_once() -> None:
+    _, counts = averaged(0.5 + 1e-8 * normal(50, 10, 3).double(), Stopping(50))
+    assert counts.max() == 4
+
+
 def test_one_linear_response_among_the_quiet_ones_needs_no_more() -> None:
     values = opposite(25, 10, 0.0)
     _, counts = averaged(values, Stopping(50))

@@ -19,12 +19,14 @@ PAIRS = 10.0
 """Pairs that the batch's ratio of error to variance counts as, beside the pairs of an example."""
 DRAWS = 1.0
 """Pairs that the batch's spread counts as. An example whose first draws agree by chance would stop too early."""
-RATIO, BEFORE = 0.5, 0.25
+RATIO, BEFORE = 0.5, 0.1
 """The ratio of error to variance that is expected before any draw, and the pairs that this counts as."""
-EVEN = 1.15
+EVEN = 1.3
 """What the squared error of quasi-random means is smaller by than that of as many independent pairs."""
 TYPICAL, MOST = 0.4, 2.5
 """The ratio down to which that holds. Smoother responses gain more, by at most `MOST` times."""
+ROUNDING = 1e-6
+"""A standard error of probabilities that is as small as their rounding: no draws are made to lower it."""
 
 
 @dataclass
@@ -75,8 +77,8 @@ class Spread:
 class Stopping:
     """Says which examples need more draws.
 
-    Without a `tolerance`, the squared errors of a batch are to be, in the mean over its examples, those of `draws`
-    independent draws. The fewest draws for that are in proportion to the root of each example's error (Neyman, 1934).
+    Without a `tolerance`, the squared errors of probabilities are to be, in the mean over the examples of a batch, those of
+    `draws` independent draws. The fewest draws for that are in proportion to the root of each example's error (Neyman, 1934).
 
     Attributes:
         draws: how many independent draws a mean is to be worth.
@@ -114,7 +116,7 @@ class Stopping:
         if self.tolerance is not None:
             waiting = error > self.tolerance**2 * spread.count
         else:
-            allowed = spread.variance.sum() / self.draws
+            allowed = (spread.variance.sum() / self.draws).clamp(min=len(error) * ROUNDING**2)
             root = error.sqrt() if self.apart else error.mean().sqrt().expand_as(error)
             waiting = root * root.sum() > allowed * spread.count
         return waiting if self.apart else waiting.any().expand_as(waiting)
