@@ -77,8 +77,9 @@ class Spread:
 class Stopping:
     """Says which examples need more draws.
 
-    Without a `tolerance`, the squared errors of probabilities are to be, in the mean over the examples of a batch, those of
-    `draws` independent draws. The fewest draws for that are in proportion to the root of each example's error (Neyman, 1934).
+    Without a `tolerance`, the squared errors of probabilities are to be, in the mean over the examples of a batch,
+    those of `draws` independent draws. The fewest draws for that are in proportion to the root of each example's error
+    (Neyman, 1934).
 
     Attributes:
         draws: how many independent draws a mean is to be worth.
