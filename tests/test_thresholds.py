@@ -51,7 +51,7 @@ def held(seed: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def posterior() -> stochbn.Posterior:
     x, _ = data(600, 0)
-    fitted = stochbn.fit(network(), list(x.split(50)), batch_size=16)
+    fitted = stochbn.fit(network(), list(torch.split(x, 50)), batch_size=16)
     return fitted.with_sets(SETS["lac"](*held()), examples=90, draws=20)
 
 

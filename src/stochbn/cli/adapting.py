@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stochbn.cli.console import say, status
-from stochbn.cli.drift import adapted_to
+from stochbn.cli.drift import about_sets, adapted_to
 from stochbn.cli.following import after_adapting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Data, Override, PosteriorFile, Seed
@@ -77,6 +78,8 @@ def adapt(
     if weights_out is not None:
         _write_network(given, adapted.write_to(subject.model), weights_out)
     adapted.save(target)
+    if about := about_sets(adapted):
+        warnings.warn(about, stacklevel=2)
     say(f"{adapted.adaptation}\nSaved the posterior as {target}.", target)
     if weights_out is not None:
         what = "network" if given.networks else "weights"
