@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -52,7 +53,7 @@ def sets_in_python(
     """
     model, posterior = network(own), stochbn.load(FILE)
 
-    def probs(name: str, tolerance: float | None = None) -> torch.Tensor:
+    def probs(name: str, tolerance: float | None = None) -> Any:
         inputs = torch.from_numpy(np.load(name)["inputs"]).float() / 255
         predictive = stochbn.Predictive(model, posterior, 20, tolerance=tolerance)
         return predictive(inputs, generator=torch.Generator().manual_seed(0)).probs

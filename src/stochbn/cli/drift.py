@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stochbn.cli.following import command
-from stochbn.cli.streams import sampled
+from stochbn.cli.streams import sampled, share
 from stochbn.cli.subject import Given, Subject
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stochbn.distributed import Ranks
     from stochbn.posteriors import Posterior
     from stochbn.shift import Reading
     from stochbn.sources import Stream
@@ -28,7 +29,9 @@ MEASURED = (
 """What benchmarks/shift.py has found."""
 
 
-def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: int, seed: int) -> Posterior:
+def adapted_to(
+    subject: Subject, posterior: Posterior, stream: Stream, count: int, seed: int, ranks: Ranks | None = None
+) -> Posterior:
     """A posterior that is adapted to some of the data.
 
     Args:
@@ -37,16 +40,19 @@ def adapted_to(subject: Subject, posterior: Posterior, stream: Stream, count: in
         stream: the data.
         count: how many examples to take, at most.
         seed: where the choice of examples comes from.
+        ranks: those of a job; each chooses the same examples, and takes its share of them.
 
     Raises:
-        ValueError: none of these examples can be read, or as `stochbn.adapt`.
+        ValueError: none of these examples can be read, there are fewer than ranks, or as `stochbn.adapt`.
     """
     import stochbn
 
     batches = sampled(stream, count, seed)
     if not batches:
         raise ValueError(f"there is nothing to adapt to: none of {min(count, len(stream))} examples can be read")
-    return stochbn.adapt(subject.model, posterior, batches)
+    if ranks is None:
+        return stochbn.adapt(subject.model, posterior, batches)
+    return stochbn.adapt(subject.model, posterior, share(batches, ranks.rank, ranks.count), group=ranks.group)
 
 
 def compared(

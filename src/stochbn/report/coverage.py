@@ -33,7 +33,7 @@ def coverages(sets: Tensor, labels: Tensor, names: Sequence[str] = ()) -> list[d
 
     held, sizes = sets.gather(1, labels[:, None])[:, 0], sets.sum(1)
     rows = []
-    for k in (None, *labels.unique().tolist()):
+    for k in (None, *sorted(set(labels.tolist()))):
         chosen = slice(None) if k is None else labels == k
         right, size = held[chosen], sizes[chosen]
         interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, "exact")

@@ -102,7 +102,10 @@ def adapt(
     ranks.check_same({"prior": prior, "groups of examples": len(groups)})
     with ranks.failing_together():
         adapter._ranks = ranks
-        adapter._all_of(groups)
+        try:
+            adapter._all_of(groups)
+        finally:  # a process group that closures keep until the interpreter ends can abort the process then
+            adapter._ranks = Ranks(None)
     adapted = adapter.posterior
     if ranks.rank == 0:
         adapter._warn(adapted)
