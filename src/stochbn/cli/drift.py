@@ -113,9 +113,9 @@ def about_data(posterior: Posterior | None, reading: Reading | None) -> dict[str
     if reading is not None:
         said["Compared with the training data"] = str(reading)
     if posterior is not None and posterior.adaptation is not None:
-        said["Adapted"] = (
-            f"{posterior.adaptation} Prediction sets with thresholds from before promise no coverage on this data."
-        )
+        said["Adapted"] = str(posterior.adaptation)
+        if posterior.thresholds is None:
+            said["Adapted"] += " Prediction sets with thresholds from before promise no coverage on this data."
     if posterior is not None and (about := about_sets(posterior)):
         said["Prediction sets"] = about
     return said
