@@ -219,7 +219,7 @@ def main() -> None:
     print(text)
     write_json(options.out / "shift.json", {"machine": about, "networks": {k: published(v) for k, v in found.items()}})
     write_bytes(options.out / "shift.md", f"{text}\n".encode())
-    shift_figures.save_all(found, options.out / "figures")
+    shift_figures.save_all({name: one for name, one in found.items() if "seed" not in name}, options.out / "figures")
 
 
 if __name__ == "__main__":
