@@ -80,6 +80,18 @@ def test_predict_has_the_sets_that_python_makes(by_class: bool, ending: str, hel
     assert found == [[CLASSES[k] for k in range(3) if row[k]] for row in expected.tolist()]
 
 
+def test_a_scorer_gives_the_same_column(held: tuple[str, ...]) -> None:
+    run("conformal", *held, "--held-out", "held.npz", "--coverage", 0.8)
+    run("predict", *held, "--data", "like.npz", "--out", "p.parquet")
+    expected = [row["set"] for row in pyarrow.parquet.read_table("p.parquet").to_pylist()][:4]
+    scorer = stochbn.deploy.Scorer(held[1], "w.safetensors", FILE)
+    images = np.empty(4, dtype=object)
+    images[:] = list(np.load("like.npz")["inputs"][:4].transpose(0, 2, 3, 1))
+    found = scorer({"image": images})["set"]
+    assert found.shape == (4,)
+    assert found.tolist() == expected
+
+
 def test_the_file_has_what_was_asked_for_and_another_file_leaves_the_first_alone(held: tuple[str, ...]) -> None:
     before = Path(FILE).read_bytes()
     run("conformal", *held, "--held-out", "held.npz", "--coverage", 0.75, "--method", "raps", "--out", "c.safetensors")
