@@ -213,5 +213,5 @@ def test_what_is_said_of_shifted_data_was_measured() -> None:
     page = (ROOT / drift.PAGE).read_text()
     (row,) = re.findall(r"^\| all severities: coverage at least 85 %.*", page, re.MULTILINE)
     after = [float(one) for one in re.findall(r"to (\d+\.\d) %", row)]
-    low, high = map(int, re.findall(r"that of (\d+) to (\d+) %", drift.MEASURED)[0])
+    low, high = map(int, re.findall(r"held it (\d+) to (\d+) %", drift.MEASURED)[0])
     assert (low, high) == (round(min(after)), round(max(after)))

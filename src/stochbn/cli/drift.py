@@ -23,8 +23,8 @@ COMPARED = 256
 """Examples that are compared with the training data, at most."""
 PAGE = "docs/shift.md"
 MEASURED = (
-    "On corrupted images where sets for 90 % held the truth of less than 70 %, they held that of 72 to 81 % after "
-    f"adapting, in the mean of each of four networks ({PAGE})."
+    "On corrupted images where sets for 90 % had held the truth less than 70 % of the time, they held it 72 to 81 % of "
+    f"the time after adapting (means of six networks, {PAGE})."
 )
 """What benchmarks/shift.py has found."""
 
