@@ -162,7 +162,8 @@ def test_the_intervals_of_a_coverage_are_exact() -> None:
 def test_after_adapting_no_coverage_is_promised(held: tuple[str, ...]) -> None:
     run("conformal", *held, "--held-out", "held.npz", "--coverage", 0.8)
     with pytest.warns(UserWarning, match="no coverage can be promised without labels"):
-        run("adapt", *held, "--data", "dim.npy")
+        said = run("adapt", *held, "--data", "dim.npy")
+    assert "make the thresholds of prediction sets again: stochbn conformal" in said
     adapted = "w.adapted.sbn.safetensors"
     said = run("predict", *held, "--data", "dim.npy", "--out", "p.csv", "--posterior", adapted)
     assert "no coverage can be promised without labels. On corrupted images" in said
