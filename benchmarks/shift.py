@@ -1,7 +1,7 @@
 """What becomes of a network when the data changes, and what `stochbn.adapt` and `stochbn.shift.Monitor` do about it.
 
-Three of the networks of `harm_networks.py`, and the ResNet-18 of `results/trained`, meet corrupted images, other mixes
-of classes, both, and streams. In each case, a cell, ten methods are shown unlabelled examples and then predict other
+Three of the networks of `harm_networks.py`, and the three ResNet-18s of `results/trained`, meet corrupted images, other
+mixes of classes, both, and streams. In each case, a cell, methods are shown unlabelled examples and then predict other
 ones, whose labels score them. What is chosen (a temperature, thresholds of conformal sets) is chosen on held-out clean
 data, a part of the training data. No choice sees test data. Run it as::
 
@@ -28,7 +28,7 @@ import shift_figures
 import torch
 from harm_networks import Data
 from shift_methods import METHODS, Seen, Stream, Subject
-from shift_networks import with_recipe
+from shift_networks import SEEDS, members, with_recipe
 from shift_regimes import TESTS, Cell, Regime, alarms, regimes
 from shift_report import alarm_scores, criteria, report
 from torch import Tensor
@@ -38,11 +38,11 @@ from stochbn import conformal, metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.paper.timing import machine, seconds
 
-NETWORKS = {"LeNet-5": 1, "ResNet-20": 2, "VGG-11": 1, "ResNet-18": 2}
+NETWORKS = {"LeNet-5": 1, "ResNet-20": 2, "VGG-11": 1, **dict.fromkeys(SEEDS, 2)}
 """The networks, and which share of the cells of most regimes is measured: one in so many."""
 SLOW = 3
 """Slow methods take part in one in so many cells; where not all cells are kept, at severity 5 alone."""
-GROUPS = {"LeNet-5": 30, "ResNet-20": 15, "VGG-11": 15, "ResNet-18": 15}
+GROUPS = {"LeNet-5": 30, "ResNet-20": 15, "VGG-11": 15, **dict.fromkeys(SEEDS, 15)}
 """Mini-batches of each corruption for the alarm."""
 
 CELL_SCORES = ("error", "coverage")
@@ -70,15 +70,30 @@ def cell_of(cell: Cell, regime: Regime, methods: list[str], subject: Subject) ->
     return joined, said
 
 
-def measure(regime: Regime, subject: Subject, thinned: bool) -> dict[str, Any]:
-    """All cells of a regime: scores of each cell, and the ECE over all of them together."""
-    names = list(regime.methods or METHODS)
+def compared(regime: Regime, subject: Subject, thinned: bool) -> list[str]:
+    """The methods that are compared in a regime."""
+    names = [name for name in regime.methods or METHODS if not METHODS[name].several]
+    if subject.members and not regime.stream:
+        names += [name for name, method in METHODS.items() if method.several]
+    return [name for name in names if not (METHODS[name].slow and thinned and regime.methods)]
+
+
+def measure(regime: Regime, subject: Subject, thinned: bool, before: dict[str, Any] | None) -> dict[str, Any]:
+    """All cells of a regime: scores of each cell, and the ECE over all of them together.
+
+    Args:
+        regime: the regime.
+        subject: the network.
+        thinned: whether not all of its cells are measured.
+        before: what was measured before; only methods that are not in it are measured.
+    """
+    have: dict[str, Any] = {} if before is None else before["methods"]
+    names = [name for name in compared(regime, subject, thinned) if name not in have]
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     pooled: dict[str, list[Scored]] = {name: [] for name in names}
     said = []
     for number, cell in enumerate(regime.cells):
-        slow = number % SLOW == 0 and not (thinned and regime.methods)
-        methods = [name for name in names if slow or not METHODS[name].slow]
+        methods = [name for name in names if number % SLOW == 0 or not METHODS[name].slow]
         found, one = cell_of(cell, regime, methods, subject)
         said.append(one)
         for name, (probs, labels) in found.items():
@@ -91,11 +106,12 @@ def measure(regime: Regime, subject: Subject, thinned: bool) -> dict[str, Any]:
                 "coverage": 100 * sets["coverage"],
                 "size": sets["size"],
             }
+    plain = rows["plain"] if "plain" in rows else have["plain"]["by_cell"]
     return {
         "about": regime.about,
         "cells": [cell.name for cell in regime.cells],
-        "adapt": said,
-        "methods": {name: summary(rows[name], rows["plain"], pooled[name]) for name in names if rows[name]},
+        "adapt": said if before is None else before["adapt"],
+        "methods": have | {name: summary(rows[name], plain, pooled[name]) for name in names},
     }
 
 
@@ -116,15 +132,18 @@ def summary(cells: dict[str, Any], plain: dict[str, Any], pooled: list[Scored]) 
 
 def network_of(name: str, folder: Path, rows: Path, few: int | None) -> dict[str, Any]:
     """All regimes of a network; each is written to the folder `rows` once it is finished, and read from there again."""
+    file = rows / f"{name.lower().replace(', ', '-')}{'' if few is None else f'-{few}'}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"regimes": {}}
+    if found.get("finished") == list(METHODS):
+        return found
     recipe, model = with_recipe(name, folder)
     data: Data = recipe.data()
     thin = NETWORKS[name] if few is None else 15
-    file = rows / f"{name.lower()}{'' if few is None else f'-{few}'}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"regimes": {}}
     kinds = regimes(data, thin=thin, tests=TESTS if few is None else few)
-    if found["regimes"].keys() >= kinds.keys() and "alarms" in found:
-        return found
     subject = Subject.of(name, model, recipe, data)
+    others = [Subject.of(other, *reversed(with_recipe(other, folder)), data) for other in members(name)[1:]]
+    if others:
+        subject = subject.with_members(others, data)
     found |= {
         "name": name,
         "about": recipe.about,
@@ -137,15 +156,20 @@ def network_of(name: str, folder: Path, rows: Path, few: int | None) -> dict[str
         found["alarms"] = alarms(subject, data, GROUPS[name] if few is None else 2)
         write_json(file, found)
     for kind, regime in kinds.items():
-        if kind in found["regimes"]:
+        before = found["regimes"].get(kind)
+        if before is not None and before["methods"].keys() >= set(compared(regime, subject, thin > 1)):
             continue
         took = seconds(
-            lambda kind=kind, regime=regime: found["regimes"].update({kind: measure(regime, subject, thin > 1)})
+            lambda kind=kind, regime=regime, before=before: found["regimes"].update(
+                {kind: measure(regime, subject, thin > 1, before)}
+            )
         )
         write_json(file, found)
         methods = found["regimes"][kind]["methods"]
         errors = ", ".join(f"{method} {one['error']:.1f}" for method, one in methods.items())
         print(f"{name}, {kind} ({len(regime.cells)} cells, {took:.0f} s): {errors}", flush=True)
+    found["finished"] = list(METHODS)
+    write_json(file, found)
     return found
 
 
@@ -183,8 +207,6 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for name in options.networks:
-        with_recipe(name, options.runs / "networks")
     code = version()
     rows = options.runs / code
     rows.mkdir(parents=True, exist_ok=True)
@@ -197,7 +219,7 @@ def main() -> None:
     print(text)
     write_json(options.out / "shift.json", {"machine": about, "networks": {k: published(v) for k, v in found.items()}})
     write_bytes(options.out / "shift.md", f"{text}\n".encode())
-    shift_figures.save_all(found, options.out / "figures")
+    shift_figures.save_all({name: one for name, one in found.items() if "seed" not in name}, options.out / "figures")
 
 
 if __name__ == "__main__":

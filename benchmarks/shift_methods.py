@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +48,9 @@ class Subject:
         model: in evaluation mode.
         posterior: of `stochbn.fit`.
         temperature: the best one for the plain network on held-out data.
-        sets: conformal sets of 90 % by held-out clean data: of the plain network, with its temperature, and with noise.
+        sets: conformal sets of 90 % by held-out clean data: of the plain network, with its temperature, and with noise;
+            of the ensemble, if there is one.
+        members: the networks of an ensemble, of which this one is the first; empty if there is none.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Subject:
     posterior: Posterior
     temperature: float
     sets: Mapping[str, Sets]
+    members: tuple[Subject, ...] = ()
 
     @classmethod
     def of(cls, name: str, model: nn.Module, recipe: Recipe, data: Data) -> Subject:
@@ -71,6 +74,13 @@ class Subject:
         found["noise"] = _source_noise(Seen(chosen, inputs))(inputs[:1000])
         sets = {kind: conformal.lac(one, labels[: len(one)], 0.9) for kind, one in found.items()}
         return replace(chosen, sets=sets)
+
+    def with_members(self, others: Sequence[Subject], data: Data) -> Subject:
+        """The same network as the first of an ensemble, whose sets are chosen on held-out data."""
+        joined = replace(self, members=(self, *others))
+        inputs, labels = next(data.held_out.batches(len(data.held_out)))
+        probs = _ensemble(Seen(joined, inputs))(inputs)
+        return replace(joined, sets={**self.sets, "ensemble": conformal.lac(probs, labels, 0.9)})
 
 
 class Seen:
@@ -100,6 +110,7 @@ class Method:
         predicting: passes over each example that is predicted.
         sets: which conformal sets it uses.
         slow: whether every third cell of a regime is enough.
+        several: whether it needs the members of an ensemble.
     """
 
     adapt: Callable[[Seen], Predict]
@@ -107,6 +118,7 @@ class Method:
     predicting: int = 1
     sets: str = "plain"
     slow: bool = False
+    several: bool = False
 
 
 def seed_of(*words: object) -> int:
@@ -222,6 +234,19 @@ def _unguarded(seen: Seen) -> Predict:
     return centre_of(seen.subject, adapted(seen.subject.model, unguarded, seen.examples))
 
 
+def _averaged(predictions: Sequence[Predict]) -> Predict:
+    return lambda inputs: torch.stack([predict(inputs) for predict in predictions]).mean(0)
+
+
+def _ensemble(seen: Seen) -> Predict:
+    return _averaged([_plain(Seen(one, seen.examples)) for one in seen.subject.members])
+
+
+def _ensemble_adapted(seen: Seen) -> Predict:
+    return _averaged([_adapt(seen), *(_adapt(Seen(one, seen.examples)) for one in seen.subject.members[1:])])
+
+
+MEMBERS = 3
 METHODS: dict[str, Method] = {
     "plain": Method(_plain),
     "plain + temperature": Method(_tempered, sets="tempered"),
@@ -233,6 +258,8 @@ METHODS: dict[str, Method] = {
     "adapt + noise": Method(_adapt_noise, 7, DRAWS, "noise"),
     "adapt, prior = 16": Method(_adapt_prior, 7, slow=True),
     "adapt, no guard": Method(_unguarded, 2, slow=True),
+    "ensemble of 3": Method(_ensemble, 0, MEMBERS, "ensemble", several=True),
+    "ensemble of 3, each adapted": Method(_ensemble_adapted, 7 * MEMBERS, MEMBERS, "ensemble", several=True),
 }
 """All methods by their names in tables."""
 

@@ -1,4 +1,4 @@
-"""The networks of `shift.py`: some of `harm_networks.py`, and the committed ResNet-18 of the paper's experiments."""
+"""The networks of `shift.py`: some of `harm_networks.py`, and the committed ResNet-18s of the paper's experiments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import nn
 from stochbn.paper import checkpoints, networks
 from stochbn.paper.data import load
 
-__all__ = ["with_recipe"]
+__all__ = ["SEEDS", "members", "with_recipe"]
 
-FILE = Path(__file__).parents[1] / "results" / "trained" / "resnet18" / "plain-0" / "network.safetensors"
+FOLDER = Path(__file__).parents[1] / "results" / "trained" / "resnet18"
+SEEDS = {"ResNet-18": 0, "ResNet-18, seed 1": 1, "ResNet-18, seed 2": 2}
+"""The committed networks, which differ in the seed of their training alone."""
 
 
 def with_recipe(name: str, folder: Path) -> tuple[Recipe, nn.Module]:
@@ -23,10 +25,15 @@ def with_recipe(name: str, folder: Path) -> tuple[Recipe, nn.Module]:
         name: of `shift.NETWORKS`.
         folder: where trained networks of `harm_networks` are, or are put after training.
     """
-    if name != "ResNet-18":
+    if name not in SEEDS:
         return RECIPES[name], trained(name, folder)
-    model: nn.Module = checkpoints.load(FILE).model.eval()
+    model: nn.Module = checkpoints.load(FOLDER / f"plain-{SEEDS[name]}" / "network.safetensors").model.eval()
     return COMMITTED, model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def members(name: str) -> list[str]:
+    """The networks that make an ensemble with this one, which is the first of them; none if there are no others."""
+    return list(SEEDS) if name == next(iter(SEEDS)) else []
 
 
 def _cifar5() -> Data:

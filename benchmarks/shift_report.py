@@ -29,7 +29,7 @@ HARMLESS = {
 }
 """Regimes in which adapting may raise the error by a point in the mean, and by three in the worst cell."""
 ABOUT = f"""\
-Ten methods are shown the unlabelled examples of a cell, and then predict other ones, whose labels score them. A regime
+Methods are shown the unlabelled examples of a cell, and then predict other ones, whose labels score them. A regime
 has several cells, which differ in the corruption, the classes or the random examples. Scores are means over cells; the
 ECE is of all cells' predictions together. Changes are against the plain network on the same examples, with paired
 standard errors over cells; "worst" is the largest change of the error in a cell. "Coverage" and "size" are of conformal
@@ -47,6 +47,12 @@ texture, not the published photographs. On MNIST the same constants are used.
 - **SBN**: `stochbn.fit` on training data, without adapting; {METHODS["SBN"].predicting} draws.
 - **adapt**: the centre that `stochbn.adapt` gives, without noise; "+ noise": with the source's noise.
 - **adapt, no guard**: `adapt` on a posterior without a reference, which cannot tell classes from look.
+- **ensemble of 3**: the mean probabilities of the three ResNet-18s, which differ in the seed of their training; "each
+  adapted": of their adapted centres. Changes are against the first of them alone.
+
+The ResNet-18 was trained with three seeds, which see the same examples. In the table of errors its column has means
+over the three; the other tables have each. No network here was trained with dropout, so there are no rows of MC
+dropout. All changes are made by corrupting or selecting test images; no data set that changed by itself was measured.
 
 Slow methods (Tent, SBN, no guard, prior = 16) are measured in every third cell; on networks of which not all cells are
 measured, at severity 5 alone. Their changes are paired with the same cells of the plain network. In a stream, methods
@@ -215,19 +221,31 @@ def _criteria_table(found: dict[str, Any]) -> Table:
     return Table("Criteria for `adapt` and `Monitor`", ["criterion", *found], body)
 
 
+def _columns(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The networks of each column of the table of errors: those that differ in their seed alone share one."""
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for name, network in found.items():
+        columns.setdefault(name.partition(", seed")[0], []).append(network)
+    return {
+        name if len(networks) == 1 else f"{name}, mean of {len(networks)}": networks
+        for name, networks in columns.items()
+    }
+
+
 def _short_table(found: dict[str, Any]) -> Table:
     kinds = {kind: regime["about"] for network in found.values() for kind, regime in network["regimes"].items()}
     shown = ("plain", "prediction-time BN", "adapt")
-    body = []
+    columns, body = _columns(found), []
     for kind in sorted(
         kinds, key=lambda kind: (not kind.startswith("severity"), kind if "severity" in kind[:8] else "")
     ):
         row = [f"{kind}: {kinds[kind]}"]
-        for network in found.values():
-            methods = network["regimes"].get(kind, {}).get("methods")
-            row.append(" / ".join(f"{methods[name]['error']:.1f}" for name in shown) if methods else "")
+        for networks in columns.values():
+            every = [network["regimes"][kind]["methods"] for network in networks if kind in network["regimes"]]
+            means = [statistics.mean(one[name]["error"] for one in every) for name in shown if every]
+            row.append(" / ".join(f"{mean:.1f}" for mean in means))
         body.append(row)
-    return Table(f"Error in %: {' / '.join(shown)}", ["regime", *found], body)
+    return Table(f"Error in %: {' / '.join(shown)}", ["regime", *columns], body)
 
 
 def _alarm_table(found: dict[str, Any]) -> Table:

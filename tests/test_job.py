@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import stochbn
 from posterior_contract import nearly_same
 from stochbn.cli.job import check_command, check_gpus, own_gpu
+from stochbn.cli.streams import share
 from stochbn.distributed import Ranks
 from stochbn.paper.data import Images
 from stochbn.sources import LoaderObjects, build, open_objects
@@ -120,6 +121,24 @@ def test_rows_are_sharded_in_their_order(home: Path) -> None:
         assert torch.equal((first, second)[i % 2][i // 2][0], inputs)
 
 
+def test_ranks_share_batches_evenly_and_never_twice() -> None:
+    batches = [torch.arange(5.0)[:, None], torch.arange(5.0, 8.0)[:, None], torch.arange(3.0)[:, None, None]]
+    assert share(batches, 0, 1) is batches
+    shares = [share(batches, rank, 3) for rank in range(3)]
+    assert [[one.flatten().tolist() for one in parts] for parts in shares] == [
+        [[0, 1], [0]],
+        [[2, 3], [1]],
+        [[4, 5], [2]],
+    ]  # 6 and 7 are left out
+    (named,) = share([{"a": torch.arange(4), "b": torch.arange(8).view(4, 2)}], 1, 2)
+    assert named["a"].tolist() == [2, 3]
+    assert named["b"].tolist() == [[4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="fewer examples than the 9 ranks; start fewer"):
+        share(batches, 0, 9)
+    with pytest.raises(ValueError, match="got list; use one process"):
+        share([["text"]], 0, 2)
+
+
 def test_commands_that_share_no_work_are_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     check_command("predict")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -175,7 +194,33 @@ class TestTorchrun:
         if kind == "factorized":
             nearly_same(one, two)
 
-    @pytest.mark.parametrize("command", ["evaluate", "calibrate", "fit"])
+    @pytest.mark.parametrize("examples", [512, 300])
+    def test_adapt_is_that_of_one_process(self, home: Path, examples: int) -> None:
+        with np.load("data.npz") as file:
+            x = torch.from_numpy(file["x"])
+        model = build("ranked:network", {}).model.train()
+        for _ in range(60):
+            model(x)
+        save_file(model.state_dict(), "w.safetensors")
+        run("fit", *own(), "--data", "data.npz")
+        np.save("new.npy", 2 * x.numpy() + 1)
+        arguments = ["adapt", *own(), "--data", "new.npy", "--examples", examples, "--out"]
+        run(*arguments, "one", "--weights-out", "one.safetensors")
+        told = run(*arguments, "two", "--weights-out", "two.safetensors", ranks=True)
+        assert told.count("Saved the posterior") == 1
+        one, two = stochbn.load("one"), stochbn.load("two")
+        torch.testing.assert_close(one.expected, two.expected, rtol=1e-4, atol=1e-5)
+        assert one.adaptation is not None
+        assert two.adaptation is not None
+        assert one.adaptation.moved
+        assert one.adaptation.examples == two.adaptation.examples == examples
+        assert two.adaptation.look == pytest.approx(one.adaptation.look)
+        assert two.adaptation.mix == pytest.approx(one.adaptation.mix, abs=1e-4)
+        first, second = (load_file(f"{name}.safetensors") for name in ("one", "two"))
+        for name, values in first.items():
+            torch.testing.assert_close(values, second[name], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("command", ["evaluate", "calibrate", "fit", "adapt"])
     def test_a_network_that_fails_on_one_rank_ends_all_with_its_error(self, home: Path, command: str) -> None:
         stochbn.fit(build("ranked:network", {}).model, [torch.randn(64, 4)]).save("w.sbn.safetensors")
         option = "--held-out" if command == "calibrate" else "--data"

@@ -24,6 +24,7 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.posteriors.checks import positive
+from stochbn.posteriors.thresholds import dropped
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import make_task
 from stochbn.undisturbed import without_gradients
@@ -119,6 +120,7 @@ def calibrate(
     with ranks.failing_together():
         _check(model, posterior, draws, task, score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
+        posterior = dropped(posterior)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
         noises = _noises(model, base, sizes, augment is not None)
         plain = _plain(model, base)

@@ -13,7 +13,7 @@ Calibrate noise and temperature on other data than these held-out objects.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,12 +30,14 @@ class Sets:
 
     Attributes:
         method: ``"lac"``, ``"aps"`` or ``"raps"``.
-        threshold: the highest score in a set; of each class ``[K]`` where held-out objects were weighted.
+        threshold: the highest score in a set; of each class ``[K]``, float64, where held-out objects were weighted, or
+            each class has its own.
         classes: K.
         coverage: how often sets hold the truth, at least, of exchangeable objects.
         penalty: of `raps`, for each rank beyond the free ones.
         free: ranks without a penalty.
         generator: where the random parts of scores come from; None for none.
+        by_class: whether the coverage holds for the objects of each class, and not just for all together.
     """
 
     method: Literal["lac", "aps", "raps"]
@@ -45,6 +47,7 @@ class Sets:
     penalty: float = 0.0
     free: int = 0
     generator: torch.Generator | None = None
+    by_class: bool = False
 
     def __call__(self, probs: Any) -> Tensor:
         """The sets of objects: ``[N, K]``, true where a class is in an object's set, which may be empty.
@@ -100,7 +103,7 @@ class Intervals:
         return torch.stack([mean - self.factor * std, mean + self.factor * std])
 
 
-def lac(probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None) -> Sets:
+def lac(probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None, by_class: bool = False) -> Sets:
     """The smallest sets on average, of all classes above one probability; the difficult objects' are the poorest.
 
     Args:
@@ -111,20 +114,29 @@ def lac(probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None) 
             mix of classes alone has changed. Sets hold the truth as often as asked for in the new mix if it is known
             (Tibshirani et al., 2019; Podkopaev and Ramdas, 2021). ``torch.tensor(a.mix) / torch.tensor(a.usual)`` of a
             posterior's ``adaptation`` is an estimate, which confusions of classes bias. None is the same mix.
+        by_class: a threshold for each class, from the held-out objects of that class alone, so that sets hold the truth
+            as often as asked for in every class (Vovk, 2013), whatever the mix. Each class needs enough objects.
 
     Raises:
-        TypeError, ValueError: no probabilities, labels or weights that do not fit, or too few objects for the coverage.
+        TypeError, ValueError: no probabilities, labels or weights that do not fit, too few objects for the coverage, or
+            weights beside `by_class`.
 
     Source: Sadinle, Lei and Wasserman, 2019, "Least ambiguous set-valued classifiers".
 
     >>> lac([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]], [0, 1, 2], 0.75)([[0.5, 0.4, 0.1]])
     tensor([[ True, False, False]])
     """
-    return _fitted("lac", probs, labels, coverage, weights)
+    return _fitted("lac", probs, labels, coverage, weights, by_class)
 
 
 def aps(
-    probs: Any, labels: Any, coverage: float = 0.9, *, weights: Any = None, generator: torch.Generator | None = None
+    probs: Any,
+    labels: Any,
+    coverage: float = 0.9,
+    *,
+    weights: Any = None,
+    generator: torch.Generator | None = None,
+    by_class: bool = False,
 ) -> Sets:
     """Sets that adapt to how difficult an object is: the most probable classes until their sum is the threshold.
 
@@ -135,13 +147,14 @@ def aps(
         weights: as for `lac`.
         generator: has sets randomised, so that the coverage is as asked for and not above; held-out objects take from
             it first, then each call.
+        by_class: as for `lac`.
 
     Raises:
-        TypeError, ValueError: no probabilities, labels that do not fit, or too few objects for the coverage.
+        TypeError, ValueError: as `lac`.
 
     Source: Romano, Sesia and Candes, 2020, "Classification with valid and adaptive coverage".
     """
-    return _fitted("aps", probs, labels, coverage, weights, generator=generator)
+    return _fitted("aps", probs, labels, coverage, weights, by_class, generator=generator)
 
 
 def raps(
@@ -153,6 +166,7 @@ def raps(
     free: int = 5,
     weights: Any = None,
     generator: torch.Generator | None = None,
+    by_class: bool = False,
 ) -> Sets:
     """As `aps`, with a penalty on classes of a low rank, which keeps sets small where there are many classes.
 
@@ -164,16 +178,17 @@ def raps(
         free: how many of the most probable classes have no penalty.
         weights: as for `lac`.
         generator: as for `aps`.
+        by_class: as for `lac`.
 
     Raises:
-        TypeError, ValueError: no probabilities, labels that do not fit, too few objects for the coverage, or a negative
-            penalty.
+        TypeError, ValueError: as `lac`, or a negative penalty.
 
     Source: Angelopoulos et al., 2021, "Uncertainty sets for image classifiers using conformal prediction".
     """
     if not 0 <= penalty < math.inf or not isinstance(free, int) or free < 0:
         raise ValueError(f"expected a penalty and a number of free ranks of at least 0, got {penalty!r} and {free!r}")
-    return _fitted("raps", probs, labels, coverage, weights, penalty=penalty, free=free, generator=generator)
+    options = {"penalty": penalty, "free": free, "generator": generator}
+    return _fitted("raps", probs, labels, coverage, weights, by_class, **options)
 
 
 def intervals(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> Intervals:
@@ -230,17 +245,31 @@ def evaluate(sets: Tensor, labels: Any) -> dict[str, float]:
 
 
 def _fitted(
-    method: Literal["lac", "aps", "raps"], probs: Any, labels: Any, coverage: float, weights: Any, **options: Any
+    method: Literal["lac", "aps", "raps"],
+    probs: Any,
+    labels: Any,
+    coverage: float,
+    weights: Any,
+    by_class: bool,
+    **options: Any,
 ) -> Sets:
+    if by_class and weights is not None:
+        raise ValueError("weights are for one threshold: with by_class the mix of classes does not matter")
     _probabilities(probs)
     probs, labels = checked_predictions(probs, labels)
     probs = probs.double()
-    unfitted = Sets(method, math.inf, probs.shape[1], float(coverage), **options)
+    unfitted = Sets(method, math.inf, probs.shape[1], float(coverage), by_class=by_class, **options)
     scores = unfitted._scores(probs).gather(1, labels[:, None])[:, 0]
-    threshold: float | Tensor = _threshold(scores, coverage)
-    if weights is not None:
+    threshold: float | Tensor
+    if by_class:
+        of = [_threshold(scores[labels == k], coverage, f" of class {k}") for k in range(probs.shape[1])]
+        threshold = scores.new_tensor(of)
+    elif weights is not None:
+        _threshold(scores, coverage)  # which refuses too few objects
         threshold = _weighted_threshold(scores, labels, weights, probs.shape[1], coverage)
-    return Sets(method, threshold, probs.shape[1], float(coverage), **options)
+    else:
+        threshold = _threshold(scores, coverage)
+    return replace(unfitted, threshold=threshold)
 
 
 def _weighted_threshold(scores: Tensor, labels: Tensor, weights: Any, classes: int, coverage: float) -> Tensor:
@@ -265,7 +294,7 @@ def _weighted_threshold(scores: Tensor, labels: Tensor, weights: Any, classes: i
     return torch.cat([ordered, ordered.new_tensor([math.inf])])[place]
 
 
-def _threshold(scores: Tensor, coverage: float) -> float:
+def _threshold(scores: Tensor, coverage: float, which: str = "") -> float:
     """The k-th smallest of n scores, where k = ceil((n + 1) coverage)."""
     if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
         raise ValueError(f"coverage must lie between 0 and 1, such as 0.9, got {coverage!r}")
@@ -275,8 +304,8 @@ def _threshold(scores: Tensor, coverage: float) -> float:
     if place > count:
         needed = math.ceil(coverage / (1 - coverage) - 1e-9)
         raise ValueError(
-            f"a coverage of {coverage:g} needs at least {needed} held-out objects, got {count}; pass more, or ask for "
-            "less"
+            f"a coverage of {coverage:g} needs at least {needed} held-out objects{which}, got {count}; pass more, or "
+            "ask for less"
         )
     return scores.sort().values[place - 1].item()
 

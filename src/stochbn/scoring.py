@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochbn.conformal import Sets
 from stochbn.dense_masks import Masks, write_masks
 from stochbn.files import check_file, write, write_json
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
-from stochbn.predictive import Predictor
+from stochbn.predictive import Predictive, Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
 from stochbn.texts import as_utf8
@@ -218,7 +219,10 @@ def scored(
         if usable is chunk:
             raise
         chunk, prediction = usable, predicted(usable.inputs)
-    return rows_of(chunk, prediction, key_name, classes, top, masks)
+    sets = None
+    if isinstance(predictor, Predictive) and predictor.posterior is not None and predictor.posterior.thresholds:
+        sets = predictor.posterior.thresholds.sets
+    return rows_of(chunk, prediction, key_name, classes, top, masks, sets)
 
 
 def without_nan(chunk: Chunk) -> Chunk:
@@ -238,9 +242,15 @@ def parts_folder(path: Path) -> Path:
 
 
 def rows_of(
-    chunk: Chunk, prediction: Any, key_name: str, classes: Sequence[str], top: int, masks: Masks | None = None
+    chunk: Chunk,
+    prediction: Any,
+    key_name: str,
+    classes: Sequence[str],
+    top: int,
+    masks: Masks | None = None,
+    sets: Sets | None = None,
 ) -> list[Row]:
-    """A row for each object of a chunk; texts in it are valid Unicode.
+    """A row for each object of a chunk; texts in it are valid Unicode. With sets, of one class each, also its set.
 
     Raises:
         ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has.
@@ -249,7 +259,7 @@ def rows_of(
     readable, predicted = len(keys), list[Row]()
     if prediction is not None:
         predicted = (
-            _predicted(prediction, classes, top)
+            _predicted(prediction, classes, top, sets)
             if masks is None
             else write_masks(prediction, keys, masks.folder, masks.seen)
         )
@@ -265,7 +275,7 @@ def rows_of(
     return [{as_utf8(name): as_utf8(value) for name, value in row.items()} for row in rows]
 
 
-def _predicted(prediction: Any, classes: Sequence[str], top: int) -> list[Row]:
+def _predicted(prediction: Any, classes: Sequence[str], top: int, sets: Sets | None) -> list[Row]:
     if isinstance(prediction, Estimate):
         return _estimated(prediction)
     if not isinstance(prediction, Prediction) or prediction.probs.ndim != 2:
@@ -284,6 +294,9 @@ def _predicted(prediction: Any, classes: Sequence[str], top: int) -> list[Row]:
             ending = f"_{i + 1}" if i else ""
             found[f"class{ending}"] = [names[j] for j in index[:, i].tolist()]
             found[f"probability{ending}"] = best[:, i].tolist()
+        if sets is not None:
+            chosen = sets(prediction.probs).tolist()
+            found["set"] = [[as_utf8(name) for name, held in zip(names, row, strict=True) if held] for row in chosen]
     found["entropy"] = prediction.entropy.tolist()
     found["mutual_information"] = prediction.mutual_information.tolist()
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]

@@ -24,7 +24,8 @@ LONGEST_CELL = 2**31 - 1
 def write_table(path: Path, parts: Parts, about: Mapping[str, Any] | None = None) -> None:
     """Write rows as CSV or Parquet, by the ending of the path.
 
-    In CSV, texts that a spreadsheet would run as formulas begin with an apostrophe; see `stochbn.texts.in_spreadsheet`.
+    In CSV, texts that a spreadsheet would run as formulas begin with an apostrophe, see `stochbn.texts.in_spreadsheet`;
+    lists of texts are JSON.
     In Parquet, texts are as they are, and what the table is about is JSON under the key ``stochbn`` of its metadata.
     """
     columns = _columns(parts())
@@ -70,6 +71,8 @@ def _write_csv(path: Path, columns: Sequence[str], parts: Iterable[Sequence[Row]
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
         return in_spreadsheet(value)
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
@@ -85,6 +88,8 @@ def _write_parquet(
     def kind(column: str) -> Any:
         if column == columns[0] and isinstance(first[0][column], int):
             return pyarrow.int64()
+        if column == "set" and column != columns[0]:
+            return pyarrow.list_(pyarrow.string())
         text = column in (columns[0], "error", "mask") or column.startswith("class")
         return pyarrow.string() if text else pyarrow.float32()
 

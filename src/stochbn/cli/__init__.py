@@ -14,6 +14,7 @@ from stochbn import __version__
 from stochbn.cli import project
 from stochbn.cli.adapting import adapt
 from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
+from stochbn.cli.covering import conformal
 from stochbn.cli.evaluating import evaluate
 from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
 from stochbn.cli.exporting import export
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 paper = typer.Typer(no_args_is_help=True)
-for command in (demo, fit, calibrate, diagnose, evaluate, predict, adapt, export, bench):
+for command in (demo, fit, calibrate, conformal, diagnose, evaluate, predict, adapt, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
 for command in (train, fit, evaluate, predict, reproduce, report, redraw, compare, ablate, augment):

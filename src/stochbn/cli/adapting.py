@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stochbn.cli.console import say, status
-from stochbn.cli.drift import adapted_to
+from stochbn.cli.drift import about_sets, adapted_to
 from stochbn.cli.following import after_adapting
 from stochbn.cli.inputs import default_posterior
+from stochbn.cli.job import job
 from stochbn.cli.options import Data, Override, PosteriorFile, Seed
 from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks, needs
@@ -53,7 +55,8 @@ def adapt(
 
     Labels are not needed, and not used. A random sample of the examples is used; from Parquet files and loaders the
     first examples are taken. With the reference that 'stochbn fit' keeps, a changed mix of classes is distinguished
-    from a changed look of the inputs. The command prints what it found.
+    from a changed look of the inputs. The command prints what it found. Under torchrun each rank takes a share of the
+    examples.
     """
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:
@@ -69,19 +72,24 @@ def adapt(
         check_file(weights_out, inputs)
         if weights_out.resolve() == target.resolve():
             raise ValueError(f"--out and --weights-out are both {str(target)!r}; name two files")
-    subject = Subject.one(given)
-    fitted = subject.need_posterior(posterior)
-    stream = stream_of(subject, data)
-    with status(f"adapting {subject.name}"):
-        adapted = adapted_to(subject, fitted, stream, examples, seed)
-    if weights_out is not None:
-        _write_network(given, adapted.write_to(subject.model), weights_out)
-    adapted.save(target)
+    with job() as ranks, ranks.failing_together():
+        subject = Subject.one(given)
+        fitted = subject.need_posterior(posterior)
+        stream = stream_of(subject, data)
+        with status(f"adapting {subject.name}"):
+            adapted = adapted_to(subject, fitted, stream, examples, seed, ranks)
+        if ranks.rank:
+            return
+        if weights_out is not None:
+            _write_network(given, adapted.write_to(subject.model), weights_out)
+        adapted.save(target)
+    if about := about_sets(adapted):
+        warnings.warn(about, stacklevel=2)
     say(f"{adapted.adaptation}\nSaved the posterior as {target}.", target)
     if weights_out is not None:
         what = "network" if given.networks else "weights"
         say(f"Saved the network with these statistics as {weights_out}; use it in place of the {what}.", weights_out)
-    say(after_adapting(given, data, target))
+    say(after_adapting(given, data, target, sets=adapted.thresholds is not None))
 
 
 def _write_network(given: Given, model: nn.Module, path: Path) -> None:

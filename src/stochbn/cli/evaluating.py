@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.drift import about_data, alarm, compared
+from stochbn.cli.drift import about_data, about_sets, alarm, compared
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stochbn.distributed import Ranks
+    from stochbn.paper.report import Method
+    from stochbn.paper.tables import Table
     from stochbn.posteriors import Posterior
+    from stochbn.posteriors.thresholds import Thresholds
 
 __all__ = ["evaluate"]
 
@@ -156,27 +160,46 @@ def evaluate(
     about: dict[str, Any] = {"networks": networks, "posteriors": [p and _described(p) for p in fitted]}
     about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed, "augment": augment}
     scores = report.score(found)
+    names_of = subjects[0].classes or known.classes
+    covered = None
+    if len(subjects) == 1 and fitted[0] is not None and fitted[0].thresholds is not None:
+        about["sets"], covered = _covered(fitted[0].thresholds, found, names_of)
     if folder is None:
         shown = report.tabulate(scores, *names)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
         shown = report.write(folder, about, found, *names, title, scores=scores)
+    if covered is not None:
+        shown = [*shown, covered]
     show(shown)
     reading = None if fitted[0] is None else compared(subjects[0], fitted[0], stream_of(subjects[0], data), seed=seed)
     if page is not None:
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
-        classes = subjects[0].classes or known.classes
         drawn = [one for one in fitted if one is not None]
-        made = page_of(title, found, scores, shown, names, shown_objects, classes, described, posteriors=drawn)
+        made = page_of(title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn)
         write_page(page, made)
         say(f"The page is {page}; a browser opens it.", page)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
     if reading is not None and (warned := alarm(given, reading, data, named[0])):
         warnings.warn(warned, stacklevel=2)
+    if fitted[0] is not None and (about_them := about_sets(fitted[0])):
+        say(about_them)
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
+
+
+def _covered(thresholds: Thresholds, found: Sequence[Method], names: Sequence[str]) -> tuple[list[Any], Table | None]:
+    """How often the prediction sets of SBN hold the truth: as rows, and as a table; with dropout there are none."""
+    from stochbn.report.coverage import coverage_table, coverages
+
+    method = next((one for one in found if one.sbn and one.name == "plain"), None)
+    if method is None:
+        return [], None
+    sets = thresholds.sets
+    rows = coverages(sets(method.known), method.labels, names)
+    return rows, coverage_table(rows, sets.coverage, sets.method, by_class=sets.by_class)
 
 
 def _evaluate_task(

@@ -83,17 +83,22 @@ def after_calibrating(
     return f"Next: {command('evaluate', given, **options, dense=dense, ignore=ignore)}"
 
 
-def after_adapting(given: Given, data: str | None, path: Path) -> str:
+def after_adapting(given: Given, data: str | None, path: Path, *, sets: bool = False) -> str:
     """What to run on a posterior that was adapted.
 
     Args:
         given: the options about the network.
         data: what it was adapted to, if it was named.
         path: where it is.
+        sets: whether it has thresholds of prediction sets, from before.
     """
     predict = command("predict", given, data=data, split=given.split, out="predictions.parquet", posterior=path)
     evaluate = command("evaluate", given, data="LABELLED-NEW-DATA", posterior=path)
-    return f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
+    said = f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
+    if sets:
+        again = command("conformal", given, held_out="LABELLED-NEW-DATA", posterior=path)
+        said += f"\nWith labels, make the thresholds of prediction sets again: {again}"
+    return said
 
 
 def after_evaluating(

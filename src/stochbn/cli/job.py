@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHARED", "check_command", "check_gpus", "job", "own_gpu", "speaks_of"]
 
-SHARED = ("fit", "calibrate", "evaluate", "reproduce", "augment")
+SHARED = ("fit", "calibrate", "adapt", "evaluate", "reproduce", "augment")
 """The commands that share their work among ranks."""
 PATIENCE = timedelta(days=30)
 """How long a rank waits for one that still works; one that has died is noticed at once."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show, status
-from stochbn.cli.drift import adapted_to, alarm, compared, recorded
+from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, recorded
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
 from stochbn.cli.streams import stream_of
 from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, settings_of, size_of
@@ -21,6 +21,7 @@ from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, sett
 if TYPE_CHECKING:
     from torch import nn
 
+    from stochbn.posteriors import Posterior
 
 __all__ = ["predict"]
 
@@ -77,7 +78,8 @@ def predict(
 ) -> None:
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
-    Regression gives mean and standard deviation. Run it again to go on after it was stopped, killed even: rows are kept
+    Regression gives mean and standard deviation. A posterior with thresholds of 'stochbn conformal' adds the column
+    'set': the classes that an example may be of. Run it again to go on after it was stopped, killed even: rows are kept
     in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
     are then in the current folder.
 
@@ -119,6 +121,7 @@ def predict(
                 fitted = adapted_to(subject, fitted, stream, adapt, seed)
         elif engine == "local":
             reading = compared(subject, fitted, stream, batch, seed)
+        _check_sets(fitted, draws, augment)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
         read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
@@ -157,6 +160,8 @@ def predict(
         say(f"One pass without draws, so mutual information is 0. {fitted.choice}")
     if adapt is not None:
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
+    if about_them := about_sets(fitted):
+        say(about_them)
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:
@@ -182,6 +187,19 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     }
 
 
+def _check_sets(posterior: Posterior, draws: int, augment: str | None) -> None:
+    """Warn of thresholds that were made with other predictions than these."""
+    made = posterior.thresholds
+    if made is None or (made.draws in (None, draws) and made.augment == augment):
+        return
+    options = f"--draws {made.draws}" + (f" --augment {made.augment}" if made.augment else " and no --augment")
+    warnings.warn(
+        f"the thresholds of the prediction sets are from predictions with {options}: predict with these, or make "
+        "thresholds again with 'stochbn conformal', as the coverage may be another one",
+        stacklevel=2,
+    )
+
+
 def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:
     """How many rows there are, how many of them have an error, and the least certain ones."""
     count = failed = 0
@@ -203,6 +221,8 @@ def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, A
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
     try:
         return f"{float(value):.3f}" if "." in str(value) else str(value)
     except ValueError:

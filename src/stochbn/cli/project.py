@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["COMMANDS", "FILE", "defaults"]
 
 FILE = "stochbn.toml"
-COMMANDS = ("fit", "calibrate", "diagnose", "evaluate", "predict", "adapt", "export", "bench")
+COMMANDS = ("fit", "calibrate", "conformal", "diagnose", "evaluate", "predict", "adapt", "export", "bench")
 """Those that keys at the top are for."""
 
 Options = dict[str, Any]

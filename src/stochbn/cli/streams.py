@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stochbn.cli.subject import Subject
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from stochbn.paper.data import Images
     from stochbn.sources import Chunk, Stream
 
-__all__ = ["sampled", "stream_of"]
+__all__ = ["sampled", "share", "stream_of"]
 
 BATCH = 128
 """Examples of a sample that are in a batch, at most."""
@@ -62,6 +62,43 @@ def sampled(stream: Stream, count: int, seed: int, size: int = BATCH) -> list[An
         left -= len(chunk.keys)
         if left <= 0:
             break
+    return found
+
+
+def share(batches: list[Any], rank: int, count: int) -> list[Any]:
+    """What one of several ranks takes of batches that all have: as much of each as the others.
+
+    Batches of tensors of one shape are joined first, so of these fewer than `count` examples are left out.
+
+    Args:
+        batches: tensors ``[n, ...]``, or mappings of these.
+        rank: which rank.
+        count: how many ranks there are.
+
+    Raises:
+        ValueError: there are fewer examples than ranks, or batches of another kind.
+    """
+    import torch
+    from torch import Tensor
+
+    if count == 1:
+        return batches
+    alike: dict[Any, list[dict[str, Tensor]]] = {}
+    for batch in batches:
+        parts = {"": batch} if isinstance(batch, Tensor) else batch
+        if not isinstance(parts, Mapping) or not all(isinstance(one, Tensor) and one.ndim for one in parts.values()):
+            raise ValueError(f"ranks share tensors, or mappings of them, got {type(batch).__name__}; use one process")
+        key = tuple((name, tuple(one.shape[1:]), one.dtype) for name, one in parts.items())
+        alike.setdefault(key, []).append(dict(parts))
+    found: list[Any] = []
+    for group in alike.values():
+        joined = {name: torch.cat([one[name] for one in group]) for name in group[0]}
+        size = len(next(iter(joined.values()))) // count
+        own = {name: one[rank * size : (rank + 1) * size] for name, one in joined.items()}
+        if size:
+            found.append(own.get("", own))
+    if not found:
+        raise ValueError(f"there are fewer examples than the {count} ranks; start fewer")
     return found
 
 

@@ -296,7 +296,11 @@ def _numbers(values: Any) -> Tensor:
 
 
 def _column(values: list[Any], name: str) -> np.ndarray[Any, Any]:
-    """Values as a column: texts as objects, numbers as float32 with NaN where there is none."""
+    """Values as a column: texts and sets as objects, numbers as float32 with NaN where there is none."""
+    if name == "set":
+        column = np.empty(len(values), dtype=object)
+        column[:] = values
+        return column
     if name == "error" or name.startswith("class"):
         return np.array(values, dtype=object)
     return np.array([np.nan if value is None else value for value in values], dtype=np.float32)

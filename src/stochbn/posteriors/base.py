@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stochbn.conformal import Sets
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.adaptation import Adaptation
-from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
+from stochbn.posteriors.checks import check_draws, check_fields, check_network, check_tensor, positive
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.saved import save
+from stochbn.posteriors.thresholds import Thresholds, still_valid
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +62,7 @@ class Posterior(ABC):
         choice: why `stochbn.calibrate` chose this noise, centre and temperature, in a sentence.
         reference: what new data is compared with; None if it was left out.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
+        thresholds: of prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
     """
 
     kind: ClassVar[str]
@@ -79,29 +82,20 @@ class Posterior(ABC):
     choice: str = ""
     reference: Reference | None = None
     adaptation: Adaptation | None = None
+    thresholds: Thresholds | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "temperature", float(self.temperature))  # tensors take no int of 64 bits or more
-        if self.observed is not None:
-            self._check_tensor("observed", (2, self.channels), torch.float64, negative=True)
-            if (self.observed[1] < 0).any():
-                raise ValueError("observed must have no negative variances")
         if self.fitted_size is None and self.batch_size != math.inf:
             object.__setattr__(self, "fitted_size", self.batch_size)
-        if self.fitted_size is not None and not positive(self.fitted_size):
-            raise ValueError(f"fitted_size must be positive and finite, or None, got {self.fitted_size!r:.40}")
-        if self.reference is not None and self.reference.layers.items() - self.layers.items():
-            raise ValueError("the reference must be of layers that are drawn, with their channels")
-        if not isinstance(self.choice, str):
-            raise ValueError(f"choice must be a sentence, got {self.choice!r:.40}")
+        object.__setattr__(self, "thresholds", still_valid(self))
 
     def __repr__(self) -> str:
-        size = f"of {self.batch_size:g}" if self.batch_size is not None else "as they came"
-        noise = f"the noise of mini-batches {size} about the {self.centre} statistics"
+        size, about = f"of {self.batch_size or 0:g}", f"the {self.centre} statistics"
+        noise = f"the noise of mini-batches {'as they came' if self.batch_size is None else size} about {about}"
         if self.noiseless:
-            noise = f"no noise, the {self.centre} statistics"
-            noise = "no noise: the plain network" if self.centre == "running" else noise
+            noise = "no noise: the plain network" if self.centre == "running" else f"no noise, {about}"
         return (
             f"<{type(self).__name__}: {self.channels} channels in {len(self.layers)} layers, from {self.mini_batches} "
             f"mini-batches; {noise}, temperature {self.temperature:.4g}>"
@@ -314,6 +308,22 @@ class Posterior(ABC):
         moved = self._moved(mean, variance)
         return replace(moved, centre="adapted", observed=observed, choice="", adaptation=about)
 
+    def with_sets(
+        self, sets: Sets, *, examples: int | None = None, draws: int | None = None, augment: str | None = None
+    ) -> Self:
+        """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
+
+        Args:
+            sets: of `stochbn.conformal`, without a generator, from held-out predictions with this posterior.
+            examples: how many held-out examples there were.
+            draws: of these predictions.
+            augment: what draws did to the input, as text.
+
+        Raises:
+            TypeError, ValueError: the sets cannot be stored.
+        """
+        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment))
+
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
 
@@ -387,14 +397,4 @@ class Posterior(ABC):
         return [f.name for f in fields(cls) if f.type == "Tensor"]
 
     def _check_tensor(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, negative: bool) -> None:
-        """Refuse a tensor of another shape (None fits every length) or type, or with impossible values."""
-        tensor = getattr(self, name)
-        fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
-        if not fits or tensor.dtype != dtype:
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ValueError(
-                f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}] for {self.channels} channels, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if not tensor.isfinite().all() or (not negative and (tensor < 0).any()):
-            raise ValueError(f"{name} must be finite{'' if negative else ' and not negative'}")
+        check_tensor(self, name, shape, dtype, negative)

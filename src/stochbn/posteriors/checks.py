@@ -16,7 +16,7 @@ from stochbn.network.layers import batch_norms, listed, unwrap
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["check_draws", "check_fields", "check_network", "positive"]
+__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "positive"]
 
 CENTRES = ("running", "observed", "adapted")
 """What draws can be centred on."""
@@ -63,6 +63,36 @@ def check_fields(posterior: Posterior) -> None:
         raise ValueError(f"centre must be 'running', 'observed' or 'adapted', got {posterior.centre!r:.40}")
     if (posterior.centre == "adapted") != (posterior.adaptation is not None):
         raise ValueError("a posterior has an adaptation where its centre is 'adapted', and only there")
+    if posterior.observed is not None:
+        check_tensor(posterior, "observed", (2, posterior.channels), torch.float64, negative=True)
+        if (posterior.observed[1] < 0).any():
+            raise ValueError("observed must have no negative variances")
+    if posterior.fitted_size is not None and not positive(posterior.fitted_size):
+        raise ValueError(f"fitted_size must be positive and finite, or None, got {posterior.fitted_size!r:.40}")
+    if posterior.reference is not None and posterior.reference.layers.items() - posterior.layers.items():
+        raise ValueError("the reference must be of layers that are drawn, with their channels")
+    if not isinstance(posterior.choice, str):
+        raise ValueError(f"choice must be a sentence, got {posterior.choice!r:.40}")
+
+
+def check_tensor(
+    posterior: Posterior, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, negative: bool
+) -> None:
+    """Refuse a tensor of another shape (None fits every length) or type, or with impossible values.
+
+    Raises:
+        ValueError: the message names the tensor.
+    """
+    tensor = getattr(posterior, name)
+    fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits or tensor.dtype != dtype:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{name} must be {str(dtype).removeprefix('torch.')} [{wanted}] for {posterior.channels} channels, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if not tensor.isfinite().all() or (not negative and (tensor < 0).any()):
+        raise ValueError(f"{name} must be finite{'' if negative else ' and not negative'}")
 
 
 def check_network(posterior: Posterior, model: nn.Module, weights: bool) -> None:

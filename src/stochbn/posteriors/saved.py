@@ -15,6 +15,7 @@ from stochbn.files import read_versions, write_tensors
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.reference import Reference
+from stochbn.posteriors.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
@@ -28,7 +29,7 @@ SECOND = "stochbn.posterior/2"
 """The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
-LATER = ("reference", "adaptation")
+LATER = ("reference", "adaptation", "thresholds")
 """Fields that files of the present format have not always had."""
 OPTIONAL = {
     FORMAT: {"temperature", *LATER},
@@ -53,7 +54,9 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         held["observed"] = posterior.observed
     if posterior.reference is not None:
         held |= {f"reference.{name}": tensor for name, tensor in posterior.reference.tensors().items()}
-    for name in ("fingerprint", "reference", "adaptation"):
+    if posterior.thresholds is not None:
+        held |= {f"thresholds.{name}": tensor for name, tensor in posterior.thresholds.tensors().items()}
+    for name in ("fingerprint", "reference", "adaptation", "thresholds"):
         about[name] = about[name] and about[name].description()
     write_tensors(path, FORMAT, held, about)
 
@@ -104,8 +107,9 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
     settings |= {name: tensors[name] for name in (*kind._tensors(), "observed") if name in tensors}
     settings["layers"] = _layers(about["layers"])
     if about.get("reference") is not None:
-        parts = {name.removeprefix("reference."): t for name, t in tensors.items() if name.startswith("reference.")}
-        settings["reference"] = Reference.from_file(parts, about["reference"])
+        settings["reference"] = Reference.from_file(_part(tensors, "reference"), about["reference"])
+    if about.get("thresholds") is not None:
+        settings["thresholds"] = Thresholds.from_file(_part(tensors, "thresholds"), about["thresholds"])
     if about.get("adaptation") is not None:
         settings["adaptation"] = Adaptation.from_description(about["adaptation"])
     settings["dtype"] = _dtype(about["dtype"])
@@ -115,6 +119,11 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
     if about.get("fingerprint") is not None:
         settings["fingerprint"] = Fingerprint.from_description(about["fingerprint"])
     return kind(**settings)
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a part of a posterior, by their names in it."""
+    return {full.removeprefix(f"{name}."): t for full, t in tensors.items() if full.startswith(f"{name}.")}
 
 
 def _layers(pairs: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -77,7 +78,8 @@ def adapt(
             would adapt to all of them in one group. None is this process's examples alone.
 
     Returns:
-        A copy of the posterior that is centred on the adapted statistics. Its ``centre`` is ``"adapted"``.
+        A copy of the posterior that is centred on the adapted statistics. Its ``centre`` is ``"adapted"``. Thresholds
+        of prediction sets are kept, with a mark: they promise no coverage on this data.
 
     Raises:
         TypeError, ValueError: a wrong argument, a posterior of another network, no examples, examples that the network
@@ -100,7 +102,10 @@ def adapt(
     ranks.check_same({"prior": prior, "groups of examples": len(groups)})
     with ranks.failing_together():
         adapter._ranks = ranks
-        adapter._all_of(groups)
+        try:
+            adapter._all_of(groups)
+        finally:  # a process group that closures keep until the interpreter ends can abort the process then
+            adapter._ranks = Ranks(None)
     adapted = adapter.posterior
     if ranks.rank == 0:
         adapter._warn(adapted)
@@ -144,7 +149,8 @@ class Adapter:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
         self._ranks = Ranks(None)
-        self._source, unusable = posterior.centred(model, begun=False)
+        self._thresholds = posterior.thresholds
+        self._source, unusable = replace(posterior, thresholds=None).centred(model, begun=False)
         if broken := [name for name, why in unusable.items() if why == BROKEN]:
             raise ValueError(
                 f"the running statistics of {listed(broken)} are not finite, or have negative variances, so there is "
@@ -200,7 +206,7 @@ class Adapter:
 
     @property
     def posterior(self) -> Posterior:
-        """The posterior that is adapted to all examples so far; the source where there were none."""
+        """The posterior that is adapted to all examples so far; the source, without thresholds, if there were none."""
         if self._seen is None:
             return self._source
         sizes = list(self._source.layers.values())
@@ -219,7 +225,8 @@ class Adapter:
             moved={name: float(one[0].square().mean().sqrt()) for name, one in self._moved.items()},
         )
         mean, variance = torch.cat(moved, 1)
-        return self._source.adapted(mean, variance, about)
+        adapted = self._source.adapted(mean, variance, about)
+        return replace(adapted, thresholds=self._thresholds and self._thresholds.after_adapting())
 
     def _input(self, batch: Batch) -> NetworkInput:
         taken = network_input(self._model, batch, self._inputs)

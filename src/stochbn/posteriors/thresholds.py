@@ -1,0 +1,176 @@
+"""Thresholds of prediction sets, and the posterior that they hold with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stochbn.caller import warn
+from stochbn.conformal import Sets
+from stochbn.posteriors.adaptation import UNUSUAL
+
+if TYPE_CHECKING:
+    from stochbn.posteriors.base import Posterior
+
+__all__ = ["AGAIN", "Thresholds", "dropped", "still_valid"]
+
+AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
+"""How thresholds are made."""
+SETTINGS = ("method", "classes", "coverage", "penalty", "free", "by_class")
+"""What describes sets in a file, beside their threshold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholds:
+    """Prediction sets that go with a posterior, as ``posterior.thresholds``.
+
+    Attributes:
+        sets: makes sets of probabilities; see `stochbn.conformal`.
+        examples: how many held-out examples they are from; None if that is not known.
+        draws: of the predictions for these, at most; None if that is not known.
+        augment: what draws did to the input, as text such as ``"flip"``; None for nothing.
+        temperature: of the posterior that predicted.
+        batch_size: of that posterior's noise.
+        centre: of that posterior.
+        adapted: whether the posterior was adapted to other data after they were made. No coverage is promised then.
+
+    Raises:
+        TypeError, ValueError: something cannot be; the message names it.
+    """
+
+    sets: Sets
+    examples: int | None
+    draws: int | None
+    augment: str | None
+    temperature: float
+    batch_size: float | None
+    centre: str
+    adapted: bool = False
+
+    def __post_init__(self) -> None:
+        sets = self.sets
+        if not isinstance(sets, Sets):
+            raise TypeError(f"expected sets of stochbn.conformal.lac, aps or raps, got {type(sets).__name__}")
+        if sets.generator is not None:
+            raise ValueError(
+                "sets with a generator are random, and a generator cannot be stored: fit them without generator="
+            )
+        if sets.method not in ("lac", "aps", "raps"):
+            raise ValueError(f"the method of sets must be 'lac', 'aps' or 'raps', got {sets.method!r:.40}")
+        if type(sets.classes) is not int or sets.classes < 2:
+            raise ValueError(f"sets must have a number of classes of at least 2, got {sets.classes!r:.40}")
+        if not isinstance(sets.coverage, float) or not 0 < sets.coverage < 1:
+            raise ValueError(f"the coverage of sets must lie between 0 and 1, got {sets.coverage!r:.40}")
+        if not isinstance(sets.penalty, (int, float)) or not 0 <= sets.penalty < math.inf:
+            raise ValueError(f"the penalty of sets must be at least 0, got {sets.penalty!r:.40}")
+        if type(sets.free) is not int or sets.free < 0 or type(sets.by_class) is not bool:
+            raise ValueError("sets must have a number of free ranks of at least 0, and tell whether they are by class")
+        threshold = torch.as_tensor(sets.threshold)
+        if threshold.dtype != torch.float64 and isinstance(sets.threshold, Tensor):
+            raise ValueError(f"the thresholds of sets must be float64, got {threshold.dtype}")
+        if threshold.shape not in ((), (sets.classes,)) or bool(threshold.isnan().any()):
+            raise ValueError(f"sets must have one threshold, or one for each of {sets.classes} classes, and no NaN")
+        if sets.by_class and not threshold.ndim:
+            raise ValueError("sets by class must have a threshold for each class")
+        for name in ("examples", "draws"):
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
+        if not isinstance(self.augment, str | None) or type(self.adapted) is not bool:
+            raise ValueError("thresholds must have augment as a text or None, and tell whether they were adapted")
+
+    @classmethod
+    def of(cls, posterior: Posterior, sets: Sets, examples: int | None, draws: int | None, augment: str | None) -> Any:
+        """The thresholds that hold with a posterior as it is.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, posterior.centre)
+
+    def fit(self, posterior: Posterior) -> bool:
+        """Whether they are of a posterior with this noise, centre and temperature."""
+        own = self.temperature, self.batch_size, self.centre
+        return own == (posterior.temperature, posterior.batch_size, posterior.centre)
+
+    def after_adapting(self) -> Thresholds:
+        """The same for the adapted posterior, with a mark that no coverage is promised."""
+        return replace(self, centre="adapted", adapted=True)
+
+    def caveat(self, posterior: Posterior) -> str:
+        """What cannot be promised of them, in one sentence; empty if they are of data that is held to be the same."""
+        about = posterior.adaptation
+        if not self.adapted or about is None:
+            return ""
+        cause = "The posterior was adapted after the thresholds of its prediction sets were made"
+        if about.moved or not about.guarded:
+            return f"{cause}, so no coverage can be promised without labels"
+        if about.mixed > UNUSUAL:
+            return f"{cause}, but no change was found: they hold if there is none, which only labels can tell"
+        if self.sets.by_class:
+            return f"{cause}; only the mix of {about.parts[1]} has changed, for which sets by class hold as before"
+        return (
+            f"{cause}; only the mix of {about.parts[1]} has changed: make them again for the new mix with 'stochbn "
+            "conformal --held-out DATA --new-mix', or weights= of stochbn.conformal"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The threshold, float64 ``[]`` or ``[K]``, for a file."""
+        return {"threshold": torch.as_tensor(self.sets.threshold, dtype=torch.float64).cpu()}
+
+    def description(self) -> dict[str, Any]:
+        """Everything else, for a file."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sets"}
+        return own | {name: getattr(self.sets, name) for name in SETTINGS}
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Thresholds:
+        """Those of a file.
+
+        Raises:
+            TypeError, ValueError: something is missing, or cannot be.
+        """
+        own = {f.name for f in fields(cls)} - {"sets"}
+        wanted = own | set(SETTINGS)
+        if not isinstance(about, dict) or about.keys() != wanted:
+            raise ValueError(f"thresholds must have {', '.join(sorted(wanted))}, got {about!r:.60}")
+        threshold = tensors.get("threshold")
+        if threshold is None or threshold.dtype != torch.float64:
+            raise ValueError("thresholds must have a tensor 'threshold' of float64")
+        value = threshold if threshold.ndim else threshold.item()
+        sets = Sets(threshold=value, **{name: about[name] for name in SETTINGS})
+        return cls(sets=sets, **{name: about[name] for name in own})
+
+
+def still_valid(posterior: Posterior) -> Thresholds | None:
+    """The thresholds of a posterior; None, and a warning, if its noise, centre or temperature are others by now.
+
+    Raises:
+        TypeError: they are no thresholds.
+    """
+    found = posterior.thresholds
+    if found is not None and not isinstance(found, Thresholds):
+        raise TypeError(f"thresholds must be Thresholds or None, got {type(found).__name__}; see posterior.with_sets")
+    if found is None or found.fit(posterior):
+        return found
+    _warn()
+    return None
+
+
+def dropped(posterior: Posterior) -> Posterior:
+    """The same posterior without thresholds; a warning tells of it, if there were any."""
+    if posterior.thresholds is None:
+        return posterior
+    _warn()
+    return replace(posterior, thresholds=None)
+
+
+def _warn() -> None:
+    warn(
+        "the thresholds of the posterior's prediction sets do not hold for another noise, centre or temperature, and "
+        f"were dropped; make them again with {AGAIN}"
+    )
