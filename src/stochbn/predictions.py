@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["Estimate", "MultilabelPrediction", "Prediction", "entropy"]
 
@@ -22,7 +25,7 @@ def entropy(probs: Tensor, axis: int = 1) -> Tensor:
     return total
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """What a predictive says of N objects; for dense outputs every tensor has their places too.
 
@@ -54,6 +57,57 @@ class Prediction:
         have it smaller still, for single ones by half or more; `tolerance=0` gives all objects all draws.
         """
         return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    def __repr__(self) -> str:
+        return _line(self, "probs", entropy=self.entropy, mutual_information=self.mutual_information)
+
+    def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
+        """The prediction as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+
+        Args:
+            classes: the names of the classes; none are their numbers.
+            top: how many of the most probable classes to name.
+
+        Returns:
+            ``class`` and ``probability`` (and ``class_2``, ... up to `top`), ``entropy`` and ``mutual_information``.
+
+        Raises:
+            ValueError: there are other numbers of names, or the output is dense, with more than one row an example.
+        """
+        names, found = self._names(classes), dict[str, list[Any]]()
+        best, index = self.probs.topk(min(top, len(names)))
+        for i in range(best.shape[1]):
+            ending = f"_{i + 1}" if i else ""
+            found[f"class{ending}"] = [names[j] for j in index[:, i].tolist()]
+            found[f"probability{ending}"] = best[:, i].tolist()
+        return found | self._measures()
+
+    def _names(self, classes: Sequence[str]) -> list[str]:
+        if self.probs.ndim != 2:
+            raise ValueError(
+                f"expected probabilities [N, K], one row for each example, got {list(self.probs.shape)}: dense outputs "
+                "have no table"
+            )
+        k = self.probs.shape[1]
+        if classes and len(classes) != k:
+            raise ValueError(f"there are {len(classes)} names of classes, and the network has {k} classes")
+        return list(classes) or list(map(str, range(k)))
+
+    def _measures(self) -> dict[str, list[Any]]:
+        return {"entropy": self.entropy.tolist(), "mutual_information": self.mutual_information.tolist()}
+
+    def to_pandas(self, classes: Sequence[str] = ()) -> DataFrame:
+        """A data frame with a row for each example: `columns`, and ``probability_<class>`` of each class.
+
+        Args:
+            classes: the names of the classes; none are their numbers.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+            ValueError: as `columns`.
+        """
+        each = {f"probability_{name}": p.tolist() for name, p in zip(self._names(classes), self.probs.T, strict=True)}
+        return _frame(self.columns(classes) | each)
 
     @staticmethod
     def cat(predictions: Sequence[Any]) -> Any:
@@ -96,7 +150,7 @@ class Prediction:
         return replace(self.of(averages, None), note="")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MultilabelPrediction(Prediction):
     """What a predictive says of the labels of N objects: each has a probability of its own.
 
@@ -108,8 +162,21 @@ class MultilabelPrediction(Prediction):
         """``[N]``, nats: the sum over labels of their entropies."""
         return entropy(self.probs, self.class_axis) + entropy(1 - self.probs, self.class_axis)
 
+    def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
+        """The prediction as columns of a table: ``probability_<label>`` of each label, and the measures.
 
-@dataclass(frozen=True, eq=False)
+        Args:
+            classes: the names of the labels; none are their numbers.
+            top: has no effect, as every label has a column.
+
+        Raises:
+            ValueError: as `Prediction.columns`.
+        """
+        names = self._names(classes)
+        return {f"probability_{name}": self.probs[:, i].tolist() for i, name in enumerate(names)} | self._measures()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """What a predictive says of N objects where the network gives numbers: a mean and its uncertainty.
 
@@ -137,6 +204,36 @@ class Estimate:
     def total_std(self) -> Tensor:
         """The standard deviation of an observation: of the draws and of the network's own variance together."""
         return (self.variance + self.noise_variance).sqrt()
+
+    def __repr__(self) -> str:
+        return _line(self, "mean", std=self.std, total_std=self.total_std)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The estimate as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+
+        Returns:
+            ``mean``, ``std`` and ``total_std``, of several numbers ``mean_0``, ``mean_1``, ...
+
+        Raises:
+            ValueError: the output is dense, with more than one row an example.
+        """
+        found: dict[str, list[Any]] = {}
+        for name, values in (("mean", self.mean), ("std", self.std), ("total_std", self.total_std)):
+            if values.ndim > 2:
+                raise ValueError(f"expected numbers [N] or [N, D] for each example, got {list(values.shape)}: no table")
+            columns = values.reshape(len(values), -1).T
+            for i, column in enumerate(columns):
+                found[f"{name}_{i}" if len(columns) > 1 else name] = column.tolist()
+        return found
+
+    def to_pandas(self) -> DataFrame:
+        """A data frame with a row for each example: `columns`.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+            ValueError: as `columns`.
+        """
+        return _frame(self.columns())
 
     cat = staticmethod(Prediction.cat)
 
@@ -167,3 +264,20 @@ class Estimate:
             self.variance.lerp(variance, share) + between,
             self.noise_variance.lerp(noise, share),
         )
+
+
+def _line(prediction: Any, name: str, **measures: Tensor) -> str:
+    """What a prediction is, in one line: its shape, and measures in the mean over examples."""
+    shape = f"{name} {list(getattr(prediction, name).shape)}"
+    means = [f"mean {key.replace('_', ' ')} {float(values.mean()):.3g}" for key, values in measures.items()]
+    kept = prediction.draws_kept
+    parts = [shape, *means, *([f"{len(kept)} draws kept"] if kept is not None else [])]
+    return f"<{type(prediction).__name__}: {', '.join(parts)}{f'; {prediction.note}' if prediction.note else ''}>"
+
+
+def _frame(columns: dict[str, list[Any]]) -> DataFrame:
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("to_pandas needs pandas: pip install pandas", name="pandas") from error
+    return pandas.DataFrame(columns)

@@ -24,7 +24,7 @@ from torch import Tensor
 from stochbn.conformal import Sets
 from stochbn.dense_masks import Masks, write_masks
 from stochbn.files import check_file, write, write_json
-from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
+from stochbn.predictions import Estimate, Prediction
 from stochbn.predictive import Predictive, Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
@@ -277,40 +277,17 @@ def rows_of(
 
 def _predicted(prediction: Any, classes: Sequence[str], top: int, sets: Sets | None) -> list[Row]:
     if isinstance(prediction, Estimate):
-        return _estimated(prediction)
-    if not isinstance(prediction, Prediction) or prediction.probs.ndim != 2:
+        found = prediction.columns()
+    elif isinstance(prediction, Prediction) and prediction.probs.ndim == 2:
+        found = prediction.columns(classes, top)
+    else:
         shape = list(prediction.probs.shape) if isinstance(prediction, Prediction) else type(prediction).__name__
         raise ValueError(f"expected one prediction for each object, got {shape}: dense outputs need --masks FOLDER")
-    k = prediction.probs.shape[1]
-    if classes and len(classes) != k:
-        raise ValueError(f"there are {len(classes)} names of classes, and the network has {k} classes")
-    names = list(classes) or list(map(str, range(k)))
-    found: dict[str, list[Any]] = {}
-    if isinstance(prediction, MultilabelPrediction):
-        found |= {f"probability_{name}": prediction.probs[:, i].tolist() for i, name in enumerate(names)}
-    else:
-        best, index = prediction.probs.topk(min(top, k))
-        for i in range(best.shape[1]):
-            ending = f"_{i + 1}" if i else ""
-            found[f"class{ending}"] = [names[j] for j in index[:, i].tolist()]
-            found[f"probability{ending}"] = best[:, i].tolist()
-        if sets is not None:
-            chosen = sets(prediction.probs).tolist()
-            found["set"] = [[as_utf8(name) for name, held in zip(names, row, strict=True) if held] for row in chosen]
-    found["entropy"] = prediction.entropy.tolist()
-    found["mutual_information"] = prediction.mutual_information.tolist()
-    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
-
-
-def _estimated(prediction: Estimate) -> list[Row]:
-    found: dict[str, list[Any]] = {}
-    measures: dict[str, Tensor] = {"mean": prediction.mean, "std": prediction.std, "total_std": prediction.total_std}
-    for name, values in measures.items():
-        if values.ndim > 2:
-            raise ValueError(f"expected numbers [N] or [N, D] for each object, got {list(values.shape)}: no table")
-        columns = values.reshape(len(values), -1).T
-        for i, column in enumerate(columns):
-            found[f"{name}_{i}" if len(columns) > 1 else name] = column.tolist()
+    if sets is not None and type(prediction) is Prediction:
+        names = [as_utf8(name) for name in classes or map(str, range(prediction.probs.shape[1]))]
+        measures = {name: found.pop(name) for name in ("entropy", "mutual_information")}
+        held = sets(prediction.probs).tolist()
+        found |= {"set": [[name for name, one in zip(names, row, strict=True) if one] for row in held]} | measures
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 

@@ -154,6 +154,9 @@ class Predictive:
         self._network.look()
         self._weights = self._seen_weights()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {type(self._model).__name__}: {self.draws} draws of {self.posterior!r}>"
+
     @property
     def model(self) -> nn.Module:
         """The network. It cannot be exchanged, as much of it is known: make a predictive for another one."""
