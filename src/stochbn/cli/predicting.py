@@ -173,6 +173,7 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     return {
         "model": given.model,
         "weights": None if given.weights is None else str(given.weights.absolute()),
+        "weights_key": given.weights_key,
         "posterior": str(posterior.absolute()),
         "arguments": parse_arguments(given.model_arg or ()),
         "size": size_of(given.size),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stochbn.cli.console import say
 from stochbn.cli.inputs import check_images, default_posterior, load_images
 from stochbn.cli.options import Override
 
@@ -52,7 +53,13 @@ class Given:
         Override("--model-arg", help="An argument of that function: key=value; repeat it for more."),
     ] = None
     weights: Annotated[
-        Path | None, Override("--weights", help="Its weights: .safetensors, or a state dict in .pt or .pth.")
+        Path | None, Override("--weights", help="Its weights: .safetensors, or a checkpoint: .pt, .pth, .ckpt, .bin.")
+    ] = None
+    weights_key: Annotated[
+        str | None,
+        Override(
+            "--weights-key", help="Which weights of a checkpoint: a key, such as model_ema, or a prefix of names."
+        ),
     ] = None
     split: Annotated[str | None, Override("--split", help="Which split of the data, where there are several.")] = None
     input: Annotated[
@@ -215,7 +222,9 @@ class Subject:
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
         if given.weights is not None:
-            load_weights(built.model, given.weights)
+            told = load_weights(built.model, given.weights, given.weights_key)
+            if told:
+                say(f"{given.weights}: {told}.", given.weights)
         built = prepared(built, size_of(given.size), numbers_of("--mean", given.mean), numbers_of("--std", given.std))
         columns = Columns(tuple(given.input or ()), given.label, given.key)
 

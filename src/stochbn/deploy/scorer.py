@@ -52,6 +52,7 @@ class Scorer:
     Args:
         model: where the network is built: ``package.module:function``, ``timm:NAME`` or ``hf:PATH``.
         weights: a file with its state dict; None takes the weights that it is built with.
+        weights_key: which weights of a checkpoint, see `stochbn.sources.load_weights`.
         posterior: a file that ``stochbn fit`` or ``Posterior.save`` wrote; None predicts without SBN.
         arguments: arguments of the function that builds it.
         inputs: the column of images (encoded, or arrays) or arrays, or the columns of numbers, that the network takes.
@@ -82,6 +83,7 @@ class Scorer:
         weights: str | os.PathLike[str] | None = None,
         posterior: str | os.PathLike[str] | None = None,
         *,
+        weights_key: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         inputs: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
@@ -112,7 +114,7 @@ class Scorer:
             torch.set_num_threads(threads)
         built = build(model, dict(arguments or {}), weights_follow=weights is not None)
         if weights is not None:
-            load_weights(built.model, weights)
+            load_weights(built.model, weights, weights_key)
         built = prepared(built, size, mean, std)
         self.preprocess, self.classes = built.preprocess, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels

@@ -1,10 +1,9 @@
-"""Networks by name: from a module of the user's, from timm or from Transformers; and their weights from a file."""
+"""Networks by name: from a module of the user's, from timm or from Transformers."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stochbn.sources.pictures import Preprocessing, channels_of
 
-__all__ = ["Built", "build", "find", "load_weights", "parse_arguments", "prepared"]
+__all__ = ["Built", "build", "find", "parse_arguments", "prepared"]
 
 HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
 
@@ -148,70 +146,6 @@ def find(reference: str, what: str) -> tuple[ModuleType, Any]:
         names = [n for n in vars(module) if not n.startswith("_")]
         raise ValueError(f"the module {place!r} has no {name!r}; it has {', '.join(names[:12]) or 'no public names'}")
     return module, getattr(module, name)
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state dict into a network, all of it: safetensors, or what ``torch.save`` wrote (tensors only).
-
-    A state dict under ``state_dict`` or ``model``, and the prefix ``module.`` of DataParallel, are looked through.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or does not hold exactly the network's tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r} with weights")
-    state = _read(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = dict(state[key])
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{str(path)!r} holds no state dict; save one with torch.save(model.state_dict(), ...) or "
-            "safetensors.torch.save_file"
-        )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        told = [
-            f"{text}: {_some(names)}" for text, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise ValueError(f"{str(path)!r} does not fit the network; {'; '.join(told)}; check --model and --model-arg")
-    wrong = [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        key = wrong[0]
-        raise ValueError(
-            f"{str(path)!r} does not fit the network: {key} is {list(state[key].shape)} in the file and "
-            f"{list(own[key].shape)} in the network ({len(wrong)} such); check --model-arg"
-        )
-    model.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except Exception as error:  # safetensors' own kind, which is no public name everywhere
-            raise ValueError(f"{str(path)!r} is no safetensors file that can be read: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt, .pth, .bin or .ckpt")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files, and files that hold more than tensors
-        raise ValueError(
-            f"{str(path)!r} cannot be read as tensors alone, and nothing else is loaded: save the network's "
-            f"state_dict() ({str(error).splitlines()[0] if str(error) else type(error).__name__:.120})"
-        ) from error
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _called(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
