@@ -599,12 +599,13 @@ def test_a_row_of_nan_does_not_keep_the_others_from_their_predictions(tabular: t
     assert rows[0]["class"] == whole[0]["class"]
 
 
-def test_labels_that_are_names_in_an_array_are_told_with_the_file(tabular: tuple[object, ...], told: Any) -> None:
+def test_labels_that_are_names_in_an_array_are_classes(tabular: tuple[object, ...]) -> None:
     found = table()
     x = np.stack([found[f"f{i}"] for i in range(4)], 1)
-    np.savez("named.npz", x=x, y=np.array(["cat"] * len(x)))
-    said = told("fit", *tabular, "--data", "named.npz")
-    assert "'named.npz': expected labels that are numbers" in said
+    np.savez("named.npz", x=x, y=np.array(["eel", "cat", "dog"])[found["label"]])
+    opened = open_objects("named.npz")
+    assert opened.classes == ("cat", "dog", "eel")
+    assert opened.labels.tolist() == [(2, 0, 1)[i] for i in found["label"]]
 
 
 def test_a_single_column_of_lists_needs_no_name(tabular: tuple[object, ...]) -> None:

@@ -69,7 +69,7 @@ def adapt(
         check_file(weights_out, inputs)
         if weights_out.resolve() == target.resolve():
             raise ValueError(f"--out and --weights-out are both {str(target)!r}; name two files")
-    subject = Subject.one(given)
+    subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)
     stream = stream_of(subject, data)
     with status(f"adapting {subject.name}"):

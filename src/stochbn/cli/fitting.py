@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Ignored, Override, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.cli.subject import HELD, Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
@@ -100,7 +101,10 @@ def fit(
             )  # fmt: skip
         if ranks.rank:
             return
+        posterior = replace(posterior, schema=getattr(objects, "schema", None))
         posterior.save(target)
+    if posterior.schema is not None:  # later commands find them in the file
+        given = replace(given, **dict.fromkeys(HELD))
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"
@@ -162,7 +166,7 @@ def calibrate(
         raise ValueError(needs("--out"))
     check_file(target, [*given.files, held_out])
     with job() as ranks, ranks.failing_together():
-        subject = Subject.one(given)
+        subject = Subject.held(given, posterior)
         task = subject.settings.get("task", "classification")
         if task not in TASKS_WITH_LABELS:
             raise ValueError(

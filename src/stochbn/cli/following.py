@@ -35,6 +35,8 @@ def command(name: str, given: Given, *, network: Path | None = None, **options: 
         option = f"--{field.replace('_', '-')}"
         if value is True:
             words.append(option)
+        elif value is False and field == "exif":
+            words.append("--no-exif")
         elif value is not None and value is not False:
             for one in value if isinstance(value, list) else [value]:
                 words += [option, str(one)]

@@ -23,6 +23,7 @@ from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.saved import save
+from stochbn.schema import Schema
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +61,7 @@ class Posterior(ABC):
         choice: why `stochbn.calibrate` chose this noise, centre and temperature, in a sentence.
         reference: what new data is compared with; None if it was left out.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
+        schema: what the data of the command ``stochbn fit`` was, which later commands hold to; None if it is not known.
     """
 
     kind: ClassVar[str]
@@ -79,6 +81,7 @@ class Posterior(ABC):
     choice: str = ""
     reference: Reference | None = None
     adaptation: Adaptation | None = None
+    schema: Schema | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -15,6 +15,7 @@ from stochbn.files import read_versions, write_tensors
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.reference import Reference
+from stochbn.schema import Schema
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
@@ -28,7 +29,7 @@ SECOND = "stochbn.posterior/2"
 """The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
-LATER = ("reference", "adaptation")
+LATER = ("reference", "adaptation", "schema")
 """Fields that files of the present format have not always had."""
 OPTIONAL = {
     FORMAT: {"temperature", *LATER},
@@ -53,7 +54,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         held["observed"] = posterior.observed
     if posterior.reference is not None:
         held |= {f"reference.{name}": tensor for name, tensor in posterior.reference.tensors().items()}
-    for name in ("fingerprint", "reference", "adaptation"):
+    for name in ("fingerprint", "reference", "adaptation", "schema"):
         about[name] = about[name] and about[name].description()
     write_tensors(path, FORMAT, held, about)
 
@@ -108,6 +109,8 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
         settings["reference"] = Reference.from_file(parts, about["reference"])
     if about.get("adaptation") is not None:
         settings["adaptation"] = Adaptation.from_description(about["adaptation"])
+    if about.get("schema") is not None:
+        settings["schema"] = Schema.from_description(about["schema"])
     settings["dtype"] = _dtype(about["dtype"])
     if format == FIRST:
         settings["skipped"] = _without_reasons(about["skipped"])

@@ -9,7 +9,7 @@ from stochbn.sources.networks import Built, build, parse_arguments, prepared
 from stochbn.sources.objects import Chunk, Objects, RowObjects, Stream
 from stochbn.sources.opening import Columns, open_objects
 from stochbn.sources.parquet import ParquetObjects, holds_parquet
-from stochbn.sources.pictures import Preprocessing, channels_of
+from stochbn.sources.pictures import Decoding, Preprocessing, channels_of
 from stochbn.sources.stores import is_url, stored
 from stochbn.sources.weights import load_weights
 
@@ -18,6 +18,7 @@ __all__ = [
     "Chunk",
     "Columns",
     "DataError",
+    "Decoding",
     "LoaderObjects",
     "Objects",
     "ParquetObjects",

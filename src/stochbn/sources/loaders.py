@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochbn.schema import Schema
 from stochbn.sources.objects import Chunk, ahead
 
 __all__ = ["LoaderObjects"]
@@ -35,6 +36,11 @@ class LoaderObjects:
         if isinstance(loader, Iterator):
             raise ValueError(f"{name!r} gives an iterator, used up after one pass; return a list or a DataLoader")
         self.name, self.loader, self.limit, self.rank, self.ranks = name, loader, limit, rank, ranks
+
+    @property
+    def schema(self) -> Schema:
+        """What is known of it without going through it."""
+        return Schema(name=self.name, kind="batches of a loader, in its own order")
 
     def __len__(self) -> int:
         return self._count

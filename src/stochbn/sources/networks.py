@@ -29,12 +29,14 @@ class Built:
         preprocess: from a decoded image (or the tensor of an object) to the network's input, if there is such.
         classes: the names of its classes, if they are known.
         train_preprocess: as `preprocess`, with the random changes of training, if there is such.
+        prepared_by: where `preprocess` comes from, in words.
     """
 
     model: nn.Module
     preprocess: Callable[[Any], Any] | None = None
     classes: tuple[str, ...] | None = None
     train_preprocess: Callable[[Any], Any] | None = None
+    prepared_by: str = ""
 
 
 def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool 
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ValueError(f"{name!r} of {module.__name__!r} must be a function of an image")
-    return Built(model.eval(), classes=None if classes is None else tuple(classes), **functions)
+    by = f"preprocess of {module.__name__}" if functions["preprocess"] is not None else ""
+    return Built(model.eval(), classes=None if classes is None else tuple(classes), prepared_by=by, **functions)
 
 
 def prepared(

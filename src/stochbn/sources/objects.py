@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.schema import Schema
+
 __all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
 
 T = TypeVar("T")
@@ -97,7 +99,11 @@ class Rows(Protocol):
     """Objects of which each can be read by its position."""
 
     key_name: str
-    classes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none where labels are numbers."""
+        ...
 
     def __len__(self) -> int:
         """How many there are."""
@@ -125,12 +131,14 @@ class RowObjects:
         rows: the rows.
         preprocess: from what a row holds to the network's input, if something is to be done.
         order: positions; None is all of them as they are.
+        schema: what the data is, as it was opened.
     """
 
     name: str
     rows: Rows
     preprocess: Callable[[Any], Any] | None = None
     order: Tensor | None = None
+    schema: Schema | None = None
 
     def __len__(self) -> int:
         return len(self.rows) if self.order is None else len(self.order)
