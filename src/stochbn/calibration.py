@@ -25,7 +25,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.posteriors.checks import positive
 from stochbn.predictive.predictive import checks_weights
-from stochbn.tasks import make_task
+from stochbn.tasks import make_task, task_named
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["calibrate", "labels_of"]
@@ -44,7 +44,7 @@ def calibrate(
     batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
-    task: Literal["classification", "binary", "multilabel"] = "classification",
+    task: Literal["classification", "binary", "multilabel"] | None = None,
     ignore_index: int | None = None,
     logits: str | int | None = None,
     class_axis: int | None = None,
@@ -117,7 +117,8 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        _check(model, posterior, draws, task, score, augment, check)
+        task = task_named(task, model)  # type: ignore[assignment]
+        _check(model, posterior, draws, str(task), score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
         noises = _noises(model, base, sizes, augment is not None)
@@ -132,7 +133,7 @@ def calibrate(
     units = "examples"
     network = Network.of(model)
     call = Call(
-        make_task(task, logits, class_axis, output),
+        make_task(str(task), logits, class_axis, output),
         posterior=base,
         sample=lambda count: list(base.iter_draws(count, torch.Generator().manual_seed(0))),
         augment=augment,
@@ -142,7 +143,7 @@ def calibrate(
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
-            examples, labels = network_input(model, batch, inputs), labels_of(batch, task)
+            examples, labels = network_input(model, batch, inputs), labels_of(batch, str(task))
             if not examples.divisible or not len(examples):
                 continue
             network.look()

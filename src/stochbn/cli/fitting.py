@@ -104,7 +104,8 @@ def fit(
         posterior = replace(posterior, schema=getattr(objects, "schema", None))
         posterior.save(target)
     if posterior.schema is not None:  # later commands find them in the file
-        given = replace(given, **dict.fromkeys(HELD))
+        without: dict[str, Any] = dict.fromkeys(HELD)
+        given = replace(given, **without)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"

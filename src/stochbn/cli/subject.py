@@ -227,6 +227,7 @@ class Subject:
     def _own(cls, given: Given, held_by: Path | None) -> Subject:
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
+        from stochbn.tasks import task_named
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
@@ -234,6 +235,10 @@ class Subject:
             told = load_weights(built.model, given.weights, given.weights_key)
             if told:
                 say(f"{given.weights}: {told}.", given.weights)
+        settings = settings_of(given)
+        if given.task is None and (task := task_named(None, built.model)) != "classification":
+            settings["task"] = task
+            say(f"{given.model}: --task {task}, as its config says.")
         fitted = None if held_by is None else (held_by, load(held_by))
         data = OwnData(given, built, None if fitted is None else fitted[1].schema)
         return cls(
@@ -241,7 +246,7 @@ class Subject:
             name=given.model,
             data=None,
             classes=built.classes or (),
-            settings=settings_of(given),
+            settings=settings,
             dropout=False,
             open=data.open,
             open_parquet=data.open_parquet,

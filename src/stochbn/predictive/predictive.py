@@ -20,7 +20,7 @@ from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.summary import Summary
-from stochbn.tasks import make_task
+from stochbn.tasks import make_task, task_named
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["TOLERANCE", "Predictive", "Predictor", "checked_generator"]
@@ -65,8 +65,8 @@ class Predictive:
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
             but with `augment` or ``tolerance=0``, where each counts as one.
-        task: what the output means. ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense
-            predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
+        task: what the output means; None is what the network's own ``config.problem_type`` says (Transformers), or
+            else ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
             each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.
             ``"embedding"``: a vector for each object. The last two give a `stochbn.predictions.Estimate`; their objects
             get all draws unless a `tolerance` is given.
@@ -110,7 +110,7 @@ class Predictive:
         posterior: Posterior | None = None,
         draws: int = 50,
         *,
-        task: Literal["classification", "binary", "multilabel", "regression", "embedding"] = "classification",
+        task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: Literal["logits", "probs"] | None = None,
@@ -143,7 +143,7 @@ class Predictive:
         self._model = model
         self.posterior = posterior
         self.draws = draws
-        self.task = make_task(task, logits, class_axis, output)
+        self.task = make_task(task_named(task, model), logits, class_axis, output)
         self.inputs = inputs
         self.generator = generator
         self.keep_draws = keep_draws
