@@ -65,11 +65,12 @@ class Predictive:
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1; half as many quasi-random ones are made, in eights,
             but with `augment` or ``tolerance=0``, where each counts as one.
-        task: what the output means; None is what the network's own ``config.problem_type`` says (Transformers), or
-            else ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense predictions. ``"binary"``: one logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for
-            each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances.
-            ``"embedding"``: a vector for each object. The last two give a `stochbn.predictions.Estimate`; their objects
-            get all draws unless a `tolerance` is given.
+        task: what the output means; None is what the network's own ``config.problem_type`` says, as of Transformers, or
+            else ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense predictions. ``"binary"``: one
+            logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``:
+            numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances. ``"embedding"``: a vector for
+            each object. The last two give a `stochbn.predictions.Estimate`; their objects get all draws unless a
+            `tolerance` is given.
         logits: where the logits (or numbers) are in an output that is not a tensor: a key, a field or a position. None
             looks for ``logits``, then ``out``, then the first entry of a tuple. For regression also a pair of places,
             of the mean and of the log-variance.

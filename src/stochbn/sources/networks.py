@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -112,12 +113,16 @@ def prepared(
 ) -> Built:
     """The same with a preprocess: by these numbers where any are given, else its own, else what images need alone.
 
+    Where its own is a `Preprocessing`, as of timm, it keeps what is not given.
+
     Raises:
         ValueError: as `Preprocessing`.
     """
     channels = channels_of(built.model)
     if size is not None or mean is not None or std is not None:
-        return replace(built, preprocess=Preprocessing(size, mean, std, channels))
+        own = built.preprocess if isinstance(built.preprocess, Preprocessing) else Preprocessing(channels=channels)
+        given = {"size": size, "mean": mean, "std": std}
+        return replace(built, preprocess=replace(own, **{name: v for name, v in given.items() if v is not None}))
     if built.preprocess is not None:
         return built
     plain = Preprocessing(channels=channels)
@@ -147,8 +152,15 @@ def find(reference: str, what: str) -> tuple[ModuleType, Any]:
         raise ValueError(f"importing {place!r} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
-        raise ValueError(f"the module {place!r} has no {name!r}; it has {', '.join(names[:12]) or 'no public names'}")
+        there = ", ".join(names[:12]) or "no public names"
+        raise ValueError(f"the module {place!r} has no {name!r}{_near(name, names)}; it has {there}")
     return module, getattr(module, name)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Names that are nearly the same, as advice."""
+    near = difflib.get_close_matches(name, list(known), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _called(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -169,13 +181,26 @@ def _timm(name: str, arguments: Mapping[str, Any], weights_follow: bool) -> Buil
         raise ValueError(
             f"'timm:{name}' would have random weights: name a file with --weights, or give --model-arg pretrained=True"
         )
+    known: list[str] = getattr(timm, "list_models", list)()
+    if known and "/" not in name and ":" not in name and name.split(".")[0] not in known:
+        raise ValueError(f"timm has no network {name!r}{_near(name, known)}")
     model: nn.Module = _called(f"timm:{name}", lambda **given: timm.create_model(name, **given), arguments)
     config = timm.data.resolve_model_data_config(model)
     _, *size = config["input_size"]
+    if (mode := config.get("crop_mode") or "center") not in ("center", "squash"):
+        raise ValueError(
+            f"'timm:{name}' crops pictures in the way {mode!r}, which is not known; use a module of your own"
+        )
     preprocess = Preprocessing(
-        (size[0], size[1]), tuple(config["mean"]), tuple(config["std"]), channels_of(model), config.get("crop_pct", 1.0)
+        (size[0], size[1]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        channels_of(model),
+        config.get("crop_pct") or 1.0,
+        config.get("interpolation") or "bilinear",
+        squash=mode == "squash",
     )
-    return Built(model.eval(), preprocess)
+    return Built(model.eval(), preprocess, prepared_by=f"timm's data config of {name}")
 
 
 def _transformers(name: str, arguments: Mapping[str, Any]) -> Built:
@@ -202,4 +227,4 @@ def _transformers(name: str, arguments: Mapping[str, Any]) -> Built:
     def preprocess(image: Any) -> Any:
         return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
-    return Built(model.eval(), preprocess, classes)
+    return Built(model.eval(), preprocess, classes, prepared_by="the network's own image processor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -196,11 +197,19 @@ class RowObjects:
         order = torch.arange(len(self)) if self.order is None else self.order
 
         def read() -> Iterator[tuple[Any, Tensor]]:
+            told = False
             for index in torch.split(order, size) if len(order) else ():
                 chunk = self._chunk(index.tolist())
                 for key, error in zip(chunk.keys, chunk.errors, strict=True):
                     if error is not None:
                         raise ValueError(f"{self.name}: {key} {error}")
+                if not told and not (finite := chunk.inputs.reshape(len(index), -1).isfinite().all(1)).all():
+                    first, told = chunk.keys[int(finite.int().argmin())], True
+                    warnings.warn(
+                        f"{self.name}: {self.key_name} {first} holds NaN or infinity; leave such rows out where the "
+                        "network does not take them",
+                        stacklevel=2,
+                    )
                 yield chunk.inputs, torch.full((len(index),), -1) if labels is None else labels[index]
 
         with contextlib.closing(ahead(read())) as batches:

@@ -43,13 +43,15 @@ class Preprocessing:
     """From an image to a network's input: resize and crop, scale to [0, 1], subtract `mean` and divide by `std`.
 
     Attributes:
-        size: height and width: the image is resized to cover it, bilinearly, and the centre is cropped; None leaves
-            images at their own size.
+        size: height and width: the image is resized to cover it, and the centre is cropped, with the roundings of
+            torchvision; None leaves images at their own size.
         mean: for each channel; None is 0.
         std: for each channel; None is 1.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA): what images are brought to. One of 16 bits is grey, and its grey is
             repeated for 3 channels.
         crop: the share of the resized image that the crop leaves, of each side.
+        interpolation: how the image is resized: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
+        squash: whether the image is resized to the shape of `size`, whatever its own, and nothing but the share is cut.
 
     Raises:
         ValueError: numbers that fit no image.
@@ -60,6 +62,8 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
     channels: int = 3
     crop: float = 1.0
+    interpolation: str = "bilinear"
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in OF_CHANNELS:
@@ -71,6 +75,8 @@ class Preprocessing:
                 raise ValueError(f"{name} has {len(values)} numbers for {self.channels} channels; give 1 for each")
             if values is not None and not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} must be finite, got {values}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box"):
+            raise ValueError(f"there is no interpolation {self.interpolation!r}; expected bilinear or bicubic")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -112,13 +118,20 @@ class Preprocessing:
     def _fitted(self, image: Any, size: tuple[int, int]) -> Any:
         from PIL.Image import Resampling
 
-        height, width = size
-        factor = max(height / image.height, width / image.width) / self.crop
-        tall, wide = max(height, round(image.height * factor)), max(width, round(image.width * factor))
+        cover = math.floor(size[0] / self.crop), math.floor(size[1] / self.crop)
+        short, long = sorted(image.size)
+        if self.squash:
+            tall, wide = cover
+        elif cover[0] == cover[1]:
+            longer = int(cover[0] * long / short)
+            wide, tall = (cover[0], longer) if image.width <= image.height else (longer, cover[0])
+        else:
+            ratio = min(image.height / cover[0], image.width / cover[1])
+            tall, wide = round(image.height / ratio), round(image.width / ratio)
         if (wide, tall) != image.size:
-            image = image.resize((wide, tall), Resampling.BILINEAR)
-        left, top = (wide - width) // 2, (tall - height) // 2
-        return image.crop((left, top, left + width, top + height))
+            image = image.resize((wide, tall), Resampling[self.interpolation.upper()])
+        left, top = round((wide - size[1]) / 2), round((tall - size[0]) / 2)
+        return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def channels_of(model: nn.Module) -> int:
