@@ -11,10 +11,12 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from stochbn.arrays import as_array, as_tensor
 from stochbn.augment import Augment, check_augment
 from stochbn.calibration_report import Choice, Totals, Tried
 from stochbn.calibration_scores import SCORES, Score
@@ -339,6 +341,8 @@ def labels_of(batch: Batch, task: str) -> Tensor:
         labels = batch[1]
     elif hasattr(batch, "get"):
         labels = batch.get("labels")
+    labels = as_array(labels)
+    labels = as_tensor(labels) if isinstance(labels, np.ndarray) and labels.dtype.kind in "fiub" else labels
     if isinstance(labels, Tensor) and task != "classification" and not labels.is_complex():
         whole = labels.long()
         if (whole == labels).all():  # losses of these tasks take them as floating-point numbers

@@ -274,6 +274,11 @@ class Observer:
                 )
             var, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
             factor = 1.0
+        if var.dtype == torch.float16 and not var.isfinite().all() and bool(x.isfinite().all()):
+            raise ValueError(
+                f"batch-norm layer {name!r} saw activations that fit float16, and their variance, above 65504, does not: "
+                "use the network in float32 or bfloat16, model.float() or model.bfloat16(), here and for predictions"
+            )
         self._calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
 
 

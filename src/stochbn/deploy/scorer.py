@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.arrays import as_array
 from stochbn.posteriors import load
 from stochbn.predictive import Predictive
 from stochbn.scoring import Row, scored, without_nan
@@ -225,7 +226,7 @@ class _Columns:
         if missing or (inputs is None and len(names) != 1):
             told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
             raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
-        self.columns, self.pixels = [batch[name] for name in names], pixels
+        self.columns, self.pixels = [as_array(batch[name]) for name in names], pixels
 
     def __len__(self) -> int:
         return len(self.columns[0])

@@ -232,8 +232,15 @@ def network_input(model: nn.Module, batch: Batch, inputs: InputsOf = None) -> Ne
         return on_device(NetworkInput((), chosen))
     raise TypeError(
         f"got a batch of type {type(batch).__name__}; expected a tensor, an (input, ...) tuple or a mapping of "
-        "argument names to tensors, or inputs=... to say what the network takes"
+        f"argument names to tensors, or inputs=... to say what the network takes{_as_tensor(batch)}"
     )
+
+
+def _as_tensor(batch: Any) -> str:
+    """How to make a tensor of an array or a table, as advice."""
+    if hasattr(batch, "to_numpy"):
+        return "; torch.tensor(x.to_numpy(), dtype=torch.float32) makes a tensor of it, with its columns in their order"
+    return "; torch.from_numpy(x) makes a tensor of it" if hasattr(batch, "__array__") else ""
 
 
 def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:

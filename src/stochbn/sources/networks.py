@@ -121,8 +121,7 @@ def prepared(
     channels = channels_of(built.model)
     if size is not None or mean is not None or std is not None:
         own = built.preprocess if isinstance(built.preprocess, Preprocessing) else Preprocessing(channels=channels)
-        given = {"size": size, "mean": mean, "std": std}
-        return replace(built, preprocess=replace(own, **{name: v for name, v in given.items() if v is not None}))
+        return replace(built, preprocess=replace(own, size=size or own.size, mean=mean or own.mean, std=std or own.std))
     if built.preprocess is not None:
         return built
     plain = Preprocessing(channels=channels)
