@@ -222,3 +222,16 @@ def test_equal_weights_change_nothing_and_wrong_ones_are_refused() -> None:
     assert not everything(probs).all()
     with pytest.raises(ValueError, match="no held-out object is of a class"):
         conformal.lac(probs[labels < 3], labels[labels < 3], weights=[0.0, 0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["lac", "aps", "raps"])
+def test_sets_are_the_same_from_probabilities_of_either_precision(method: str) -> None:
+    generator = np.random.default_rng(7)
+    logits = np.round(generator.normal(size=(500, 5)) * 3) / 3  # with many ties
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels, small = generator.integers(0, 5, 500), probs.astype(np.float32)
+    fit = getattr(conformal, method)
+    exact, rounded = fit(probs, labels, 0.8), fit(small, labels, 0.8)
+    assert exact.threshold == pytest.approx(rounded.threshold, abs=1e-6)
+    assert torch.equal(exact(probs), rounded(small))
+    assert torch.equal(exact(probs), exact(small))

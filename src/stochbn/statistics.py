@@ -276,7 +276,7 @@ class Observer:
             factor = 1.0
         if var.dtype == torch.float16 and not var.isfinite().all() and bool(x.isfinite().all()):
             raise ValueError(
-                f"batch-norm layer {name!r} saw activations that fit float16, and their variance, above 65504, does not: "
+                f"batch-norm layer {name!r} saw activations that fit float16, and a variance that does not (65504): "
                 "use the network in float32 or bfloat16, model.float() or model.bfloat16(), here and for predictions"
             )
         self._calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
