@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stochbn.cli.subject import SHARED, Given
+from stochbn.cli.subject import ANEW, SHARED, Given
 from stochbn.report.words import mend
 
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
 
 __all__ = ["after_adapting", "after_calibrating", "after_evaluating", "after_fitting", "command"]
-
-ANEW = ("split",)
-"""Options that are left out: the next command is about other data, of which columns may be called alike."""
 
 
 def command(name: str, given: Given, *, network: Path | None = None, **options: object) -> str:

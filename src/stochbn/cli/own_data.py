@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,16 @@ class OwnData:
         Raises:
             ValueError: there are some.
         """
+        if not self.built.classes and all(name.isdigit() for name in classes):
+            by_value = sorted(classes, key=int)
+            if list(classes) != by_value:
+                first = next(i for i, (name, other) in enumerate(zip(classes, by_value, strict=True)) if name != other)
+                warnings.warn(
+                    f"the classes of {source} are called by numbers, and numbered in the order of these as texts, as "
+                    f"torchvision does: {classes[first]!r} is class {first}. If the network numbers them by value, "
+                    f"name its classes in its module, with classes = [{', '.join(map(repr, by_value[:3]))}, ...]",
+                    stacklevel=2,
+                )
         if labels.is_floating_point():
             raise ValueError(f"{source} has labels that are fractions, no classes of the network; see --label")
         missing = int((labels < 0).flatten(1).any(1).sum() if labels.ndim > 1 else (labels < 0).sum())

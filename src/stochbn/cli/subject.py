@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
     from stochbn.sources import LoaderObjects, ParquetObjects, RowObjects
 
-__all__ = ["HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of"]
+__all__ = ["ANEW", "HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Given:
 
 HELD = ("input", "label", "size", "mean", "std", "exif", "page")
 """Options about data that 'stochbn fit' keeps in the posterior's file, where later commands find them."""
+ANEW = ("split",)
+"""Options that the next command does not have: it is about other data."""
 SHARED = tuple(field.name for field in fields(Given) if field.name != "networks")
 
 

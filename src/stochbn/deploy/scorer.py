@@ -18,9 +18,10 @@ from torch import Tensor
 from stochbn.arrays import as_array
 from stochbn.posteriors import load
 from stochbn.predictive import Predictive
+from stochbn.schema import Schema
 from stochbn.scoring import Row, scored, without_nan
 from stochbn.shift import Monitor, Reading
-from stochbn.sources import Chunk, RowObjects, build, load_weights, prepared
+from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
 
 __all__ = ["Scorer"]
@@ -57,9 +58,9 @@ class Scorer:
         posterior: a file that ``stochbn fit`` or ``Posterior.save`` wrote; None predicts without SBN.
         arguments: arguments of the function that builds it.
         inputs: the column of images (encoded, or arrays) or arrays, or the columns of numbers, that the network takes.
-            None is the only column that there is.
+            None is the only column that there is or, of several, those that the posterior was fitted with.
         size: images are resized and cropped to this height and width; with `mean` and `std`, in place of the
-            preprocessing of the network's module.
+            preprocessing of the network's module. None is what ``stochbn fit`` was given; so for `mean` and `std`.
         mean: subtracted from images in [0, 1].
         std: what they are then divided by.
         settings: arguments of `stochbn.Predictive`: ``task``, ``logits``, ``class_axis``, ``output``.
@@ -116,10 +117,12 @@ class Scorer:
         built = build(model, dict(arguments or {}), weights_follow=weights is not None)
         if weights is not None:
             load_weights(built.model, weights, weights_key)
-        built = prepared(built, size, mean, std)
+        fitted = None if posterior is None else load(Path(posterior))
+        held = (None if fitted is None else fitted.schema) or Schema()
+        built = prepared(built, size or held.size, mean or held.mean, std or held.std)
         self.preprocess, self.classes = built.preprocess, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
-        fitted = None if posterior is None else load(Path(posterior))
+        self._held, self._decoding = held.inputs, Decoding(held.exif, held.page)
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
@@ -189,7 +192,7 @@ class Scorer:
         """
         if isinstance(objects, (str, bytes, bytearray, Mapping)) or not isinstance(objects, (Sequence, np.ndarray)):
             raise TypeError(f"expected a list of examples, got {type(objects).__name__}")
-        columns = _Columns({"input": objects}, None, self.pixels)
+        columns = _Columns({"input": objects}, None, self.pixels, self._decoding)
         rows: list[Row] = []
         for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
             rows += self.rows(chunk, _Columns.key_name)
@@ -203,7 +206,8 @@ class Scorer:
         Raises:
             ValueError: the batch lacks a column, or has one that is called like a prediction's.
         """
-        columns = _Columns(batch, self.inputs, self.pixels)
+        held = self._held if len(batch) > 1 and all(name in batch for name in self._held) else None
+        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
@@ -220,7 +224,10 @@ class _Columns:
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
 
-    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None) -> None:
+    def __init__(
+        self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None, decoding: Decoding
+    ) -> None:
+        self.decoding = decoding
         names = list(inputs or batch)
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):
@@ -250,7 +257,7 @@ class _Columns:
         if value is None:
             raise ValueError("is empty")
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return decode(value, self.pixels)
+            return decode(value, self.pixels, self.decoding)
         from PIL import Image
 
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:

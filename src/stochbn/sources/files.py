@@ -27,6 +27,9 @@ OF_JOBS = {"_temporary", "_success", "_metadata", "_common_metadata", "_delta_lo
 """What jobs that write tables leave beside them."""
 
 
+CIRCLES = "to a folder around them"
+
+
 def reason_to_leave(parts: Iterable[str]) -> str | None:
     """Why a file is no data, by the names on its way; None where it may be some.
 
@@ -76,7 +79,8 @@ class Listing:
         if self.endings:
             which = listing(f"{unambiguous(ending)} {count}" for ending, count in self.endings.most_common())
             told.append(f"{counted(self.endings.total(), 'files')} by their ending ({which})")
-        told += [f"{counted(count, 'files')} {reason}" for reason, count in sorted(self.left_out.items())]
+        for reason, count in sorted(self.left_out.items()):
+            told.append(f"{counted(count, 'links' if reason == CIRCLES else 'files')} {reason}")
         return tuple(told)
 
 
@@ -96,7 +100,7 @@ def listed(folder: Path) -> Listing:
             path = os.path.join(place, name)  # noqa: PTH118 - as os.walk makes it
             real = os.path.realpath(path)
             if os.path.islink(path) and (hidden or real in above or reason_to_leave([name])):  # noqa: PTH114
-                found.left_out["that links to a folder it is in" if real in above else "hidden"] += 1
+                found.left_out[CIRCLES if real in above else "hidden"] += 1
                 folders.remove(name)
                 continue
             seen[path] = above | {real}

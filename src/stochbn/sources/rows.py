@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def _number(value: Any, column: str) -> Any:
     if value is None or value == "":
         raise ValueError(f"has no number in the column {column!r}")
     if not isinstance(value, str):
-        return value
+        return float(value) if isinstance(value, Decimal) else value
     try:
         return float(value)
     except ValueError:
