@@ -125,6 +125,11 @@ class OwnData:
                     f"name its classes in its module, with classes = [{', '.join(map(repr, by_value[:3]))}, ...]",
                     stacklevel=2,
                 )
+        if labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all()):
+            raise ValueError(
+                f"{source} has one-hot labels {list(labels.shape)}; store the number of the class of each row, as by "
+                "labels.argmax(1)"
+            )
         if labels.is_floating_point():
             raise ValueError(f"{source} has labels that are fractions, no classes of the network; see --label")
         missing = int((labels < 0).flatten(1).any(1).sum() if labels.ndim > 1 else (labels < 0).sum())

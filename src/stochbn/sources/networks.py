@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -190,13 +191,16 @@ def _timm(name: str, arguments: Mapping[str, Any], weights_follow: bool) -> Buil
         raise ValueError(
             f"'timm:{name}' crops pictures in the way {mode!r}, which is not known; use a module of your own"
         )
+    crop = config.get("crop_pct") or 0.875
+    square = len({math.floor(side / crop) for side in size}) == 1  # timm resizes others bilinearly, whatever it says
+    interpolation = config.get("interpolation") or "bilinear"
     preprocess = Preprocessing(
         (size[0], size[1]),
         tuple(config["mean"]),
         tuple(config["std"]),
         channels_of(model),
-        config.get("crop_pct") or 1.0,
-        config.get("interpolation") or "bilinear",
+        crop,
+        interpolation if square or mode == "squash" else "bilinear",
         squash=mode == "squash",
     )
     return Built(model.eval(), preprocess, prepared_by=f"timm's data config of {name}")
