@@ -67,7 +67,7 @@ def test_folders_that_are_all_splits_are_splits_whatever_lies_beside_them(tmp_pa
     opened = open_objects(str(tmp_path / "data"), prefer=("test", "validation"))
     assert len(opened) == 4
     assert "(valid)" in str(opened.schema)
-    assert "10 pictures of other splits" in str(opened.schema)
+    assert "10 pictures more, of other splits" in str(opened.schema)
     picture(tmp_path / "data" / "other" / "0.png")
     assert open_objects(str(tmp_path / "data")).classes == ("other", "train", "valid")
 
@@ -367,8 +367,20 @@ def test_labels_of_any_storage_are_the_same_numbers(
 
 def test_labels_that_are_nearly_all_numbers_are_refused(tmp_path: Path) -> None:
     pd.DataFrame({"a": [0.5, 1, 2, 3], "label": ["0", "1", "unclear", "1"]}).to_csv("t.csv", index=False)
+    opened = open_objects("t.csv")
     with pytest.raises(ValueError, match="numbers but for 'unclear'"):
-        _ = open_objects("t.csv").labels
+        _ = opened.labels
+    assert "Its labels cannot be used" in str(opened.schema)  # which predictions do not need
+    assert len(next(opened.chunks(4)).inputs) == 4
+
+
+def test_files_without_labels_have_missing_ones(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pd.DataFrame({"a": [0.5, 1.5], "label": [1, 0]}).to_csv("data/0.csv", index=False)
+    pd.DataFrame({"a": [2.5]}).to_csv("data/1.csv", index=False)
+    opened = open_objects("data")
+    assert opened.labels.tolist() == [1, 0, -1]
+    assert "3 rows of 2 files" in str(opened.schema)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "bool", "float64", "<U2", "column"])

@@ -354,8 +354,8 @@ def test_pictures_are_prepared_as_timm_and_torchvision_do(
     preprocess = build("timm:tiny", {"pretrained": True}).preprocess
     assert preprocess is not None
     torch.testing.assert_close(preprocess(image), (cut - mean) / std)
-    with pytest.raises(ValueError, match=r"timm has no network 'smal'; did you mean small\?"):
-        build("timm:smal", {"pretrained": True})
+    with pytest.raises(ValueError, match=r"timm has no network 'smalls'; did you mean small\?"):
+        build("timm:smalls", {"pretrained": True})
 
 
 def test_a_network_of_timm_brings_its_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:

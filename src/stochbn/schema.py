@@ -70,8 +70,8 @@ class Schema:
             parts.append(f"labels in {self.label!r}")
         if self.key is not None:
             parts.append(f"named by {self.key!r}")
-        if self.kind == "pictures" and self.prepared_by:
-            parts.append(f"prepared by {self.prepared_by}")
+        if self.kind == "pictures":
+            parts.append(f"prepared by {self.prepared_by}" if self.prepared_by else "pixels scaled to [0, 1]")
         lines = [f"{self.name}: {'; '.join(parts)}."]
         if self.left_out or self.notes:
             told = [f"Left out: {'; '.join(self.left_out)}."] if self.left_out else []

@@ -56,7 +56,7 @@ class OwnData:
         own_told += [
             f"{option} {','.join(map(str, values))}" for option, values in (("--mean", mean), ("--std", std)) if values
         ]
-        by = " ".join(own_told) if own else built.prepared_by or "shares of 255 alone"
+        by = " ".join(own_told) if own else built.prepared_by
         self.prepared = {"size": size, "mean": mean, "std": std, "prepared_by": by}
         self.split, self.held = given.split, held
         self.told: set[str] = set()

@@ -77,11 +77,15 @@ def open_objects(
         check_range(preprocess)
     if not len(rows):
         raise DataError(f"{source!r} holds no examples{_left(schema)}")
+    try:
+        known, notes = rows.classes, schema.notes
+    except ValueError as error:  # of labels, which not everyone needs
+        known, notes = (), (*schema.notes, f"Its labels cannot be used: {error}.")
     about = schema.described(
-        name=schema.name or source, count=len(rows), classes=rows.classes, exif=decoding.exif, page=decoding.page
+        name=schema.name or source, count=len(rows), classes=known, notes=notes, exif=decoding.exif, page=decoding.page
     )
     opened = RowObjects(about.name, rows, preprocess, schema=about)
-    return _renumbered(opened, classes) if classes else opened
+    return _renumbered(opened, classes) if classes and known else opened
 
 
 def kind_of(found: Listing) -> str | None:
@@ -109,7 +113,7 @@ def tables_in(
     positions, name = of_split(chosen.files, split, prefer, str(folder))
     files = [folder / chosen.files[i] for i in positions]
     others = len(chosen.files) - len(files)
-    notes = (f"{counted(others, 'files')} of other splits.",) if others else ()
+    notes = (f"{counted(others, 'files')} more, of other splits.",) if others else ()
     shown = f"{folder} ({name})" if name and others else str(folder)
     return files, Schema(name=shown, files=len(files), left_out=chosen.reasons, notes=notes)
 
@@ -156,7 +160,7 @@ def _pictures(
     if name is not None:  # the folder of the split is the data
         found = listed(folder / name)
         others = len(pictures.files) - len(found.only(endings()).files)
-        notes = (f"{counted(others, 'pictures')} of other splits.",) if others else ()
+        notes = (f"{counted(others, 'pictures')} more, of other splits.",) if others else ()
     about = [file for file in found.files if file.name in METADATA]
     pictures = found.only(endings(), but=about)
     rows = FolderRows(pictures, tuple(about), columns.label, decoding)
@@ -231,7 +235,7 @@ def _rows(
 ) -> tuple[Rows, Schema]:
     roles = roles_of(table, name, columns, None if whole is None else whole.index)
     if whole is not None:
-        whole.check((*roles.inputs, roles.label, roles.key), name)
+        whole.check((*roles.inputs, roles.key), name)
     return TableRows(table, name, folders=folders, roles=roles, decoding=decoding), about.described(
         kind="pictures" if roles.pictures else "rows",
         inputs=roles.inputs,
