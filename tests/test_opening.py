@@ -393,6 +393,19 @@ def test_labels_in_arrays_are_whole_numbers(kind: str, tmp_path: Path) -> None:
     assert labels.tolist() == y.tolist()
 
 
+@pytest.mark.parametrize("kind", ["list", "array", "bool", "column", "uint8", "series", "float"])
+def test_labels_of_a_loader_are_whole_numbers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ways = {"list": "[0, 1, 1]", "array": "np.array([0, 1, 1])", "bool": "torch.tensor([False, True, True])",
+            "column": "torch.tensor([[0], [1], [1]])", "uint8": "torch.tensor([0, 1, 1], dtype=torch.uint8)",
+            "series": "pd.Series([0, 1, 1], index=[2, 0, 1])", "float": "torch.tensor([0.5, 1, 1])"}  # fmt: skip
+    Path(f"loader_of_{kind}.py").write_text(
+        f"import numpy as np, pandas as pd, torch\nbatches = [(torch.ones(3, 2), {ways[kind]})] * 2\n"
+    )
+    opened = open_objects(f"loader_of_{kind}:batches")
+    assert opened.labels.tolist() == [0.5 if kind == "float" else 0, 1, 1] * 2
+
+
 def test_categories_and_null_columns_meet_in_several_files(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -132,6 +132,11 @@ def test_several_networks_that_fit_are_not_guessed_among(state: dict[str, Tensor
     assert same(loaded(path, "student")[0], state)
 
 
+def test_a_network_within_a_loss_is_no_candidate(state: dict[str, Tensor], tmp_path: Path) -> None:
+    both = {f"net.{k}": v for k, v in state.items()} | {f"loss_net.{k}": v + 1 for k, v in state.items()}
+    assert same(loaded(saved(both, tmp_path / "w.pt"))[0], state)
+
+
 class Tied(nn.Module):
     """Two names for one weight, and a state of its own."""
 

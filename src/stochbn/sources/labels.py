@@ -42,7 +42,7 @@ def as_labels(values: Any, where: str, order: Sequence[str] | None = None) -> tu
         ValueError: they are neither numbers nor names.
     """
     if isinstance(values, Tensor):
-        values = values.numpy()
+        values = values.float().numpy() if values.dtype in (torch.bfloat16, torch.float16) else values.numpy()
     array = values if isinstance(values, np.ndarray) else _array(values)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]

@@ -224,6 +224,7 @@ def _places(content: Mapping[str, Any], model: nn.Module) -> Iterator[_Place]:
         parts = first.split(".")
         shared = [".".join(parts[:i]) + "." for i in range(1, len(parts))]
         prefixes |= {p for p in shared if all(name.startswith(p) or NO_PART.match(name) for name in state)}
+        prefixes = {prefix for prefix in prefixes if not NO_PART.match(prefix)}
         for prefix in sorted(prefixes, key=lambda p: (AVERAGED.search(p) is not None, p not in PREFIXES, len(p), p)):
             yield _Place(key, state, prefix)
         first = own[0].split(".")[0] + "." if own else ""
