@@ -48,9 +48,8 @@ class Posterior(ABC):
             others. ``math.inf`` is no noise; None if mini-batches were taken as they came.
         mini_batches: how many were observed.
         dtype: what `draw` returns, the type of the network's own running statistics.
-        skipped: layers of the network that are not drawn, by their names, and why: "not called", "does not update its
-            running statistics while training", "deterministic", "stays in evaluation mode", "FrozenBatchNorm" or
-            "scripted". Predictions use their running averages.
+        skipped: layers of the network that are not drawn, by their names, and why, such as "not called",
+            "deterministic" or "stays in evaluation mode". Predictions use their running averages.
         temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
         fingerprint: of the weights that it was fitted with; None if they are not known.
         centre: what draws have as their mean and expected variance: ``"running"``, the network's own running
@@ -314,8 +313,7 @@ class Posterior(ABC):
     def adapted(self, mean: Tensor, variance: Tensor, about: Adaptation) -> Self:
         """The same noise about statistics ``[D]`` each, in float64, which `stochbn.adapt` has found."""
         observed = self.expected if self.observed is None else self.observed
-        moved = self._moved(mean, variance)
-        return replace(moved, centre="adapted", observed=observed, choice="", adaptation=about)
+        return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
@@ -341,8 +339,7 @@ class Posterior(ABC):
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
         if self.observed is None:
             return self
-        moved = self._moved(*self.observed)
-        return replace(moved, centre="observed", observed=None, choice="", adaptation=None)
+        return replace(self._moved(*self.observed), centre="observed", observed=None, choice="", adaptation=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.
