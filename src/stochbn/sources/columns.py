@@ -28,28 +28,26 @@ class Columns:
     key: str | None = None
     held: Schema | None = None
 
-    def named(self, kind: str, there: Collection[str], name: str) -> Columns:
+    def named(self, kinds: Collection[str], there: Collection[str], name: str) -> Columns:
         """With the names that were held to, once it is known which there are.
 
         Args:
-            kind: of the schema that names such things.
+            kinds: of schemas that name such things.
             there: the columns or arrays that there are.
             name: what the data is called in messages.
 
         Raises:
             ValueError: one that was asked for, or held to, is missing.
         """
-        held = self.held if self.held is not None and self.held.kind in kind.split() else Schema()
+        held = self.held if self.held is not None and self.held.kind in kinds else Schema()
         inputs = self.inputs or held.inputs
         label = self.label or (held.label if held.label in there else None)
-        shown = listing(map(repr, there))
-        for wanted in inputs:
+        why = "" if self.inputs else ", which the posterior was fitted with; name others with --input"
+        for wanted in (*inputs, *filter(None, (label, self.key))):
             if wanted not in there:
-                why = "" if self.inputs else ", which the posterior was fitted with; name others with --input"
-                raise ValueError(f"{name} has no column {wanted!r}{why}; it has {shown.replace(chr(39), '')}")
-        for wanted in filter(None, (label, self.key)):
-            if wanted not in there:
-                raise ValueError(f"{name} has no column {wanted!r}; it has {shown.replace(chr(39), '')}")
+                raise ValueError(
+                    f"{name} has no column {wanted!r}{why if wanted in inputs else ''}; it has {listing(there)}"
+                )
         return Columns(tuple(inputs), label, self.key)
 
 
@@ -99,7 +97,7 @@ def choose(
     """
     import datasets
 
-    asked = asked.named("rows pictures", features, name)
+    asked = asked.named(("rows", "pictures"), features, name)
     label = asked.label
     if label is None:
         of_classes = (c for c, f in features.items() if isinstance(f, datasets.ClassLabel) and c not in asked.inputs)

@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from stochbn.schema import counted, listing
 from stochbn.sources.hub import DataError
 from stochbn.texts import unambiguous
 
-__all__ = ["Listing", "listed", "of_split", "reason_to_leave"]
+__all__ = ["Listing", "from_names", "listed", "of_split", "reason_to_leave"]
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
           "evaluation": "test", "val": "validation", "valid": "validation", "validation": "validation",
@@ -117,7 +117,19 @@ def listed(folder: Path) -> Listing:
     return found
 
 
-def _split_name(path: PurePosixPath | Path, by_file: bool) -> str | None:
+def from_names(root: str, names: Iterable[str]) -> Listing:
+    """The files of a folder that is listed already, as that of a store."""
+    found = Listing(Path(root))
+    for name in sorted(names):
+        inside = Path(name[len(root) :].lstrip("/"))
+        if (why := reason_to_leave(inside.parts)) is None:
+            found.files.append(inside)
+        else:
+            found.left_out[why] += 1
+    return found
+
+
+def _split_name(path: Path, by_file: bool) -> str | None:
     """The name of the split that a file is of, by its folders or the beginning of its own name."""
     *folders, file = path.parts
     if not by_file:
@@ -130,7 +142,7 @@ def _split_name(path: PurePosixPath | Path, by_file: bool) -> str | None:
 
 
 def of_split(
-    names: Sequence[PurePosixPath] | Sequence[Path],
+    names: Sequence[Path],
     split: str | None,
     prefer: Sequence[str],
     source: str,

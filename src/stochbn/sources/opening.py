@@ -106,15 +106,15 @@ def kind_of(found: Listing) -> str | None:
 
 
 def tables_in(
-    folder: Path, found: Listing, kind: str, split: str | None, prefer: Sequence[str]
+    found: Listing, kind: str, split: str | None, prefer: Sequence[str], source: str
 ) -> tuple[list[Path], Schema]:
     """The files of tables in a folder that are of a split, and what is known of the data then."""
     chosen = found.only(ending for ending, one in TABLES.items() if one == kind)
-    positions, name = of_split(chosen.files, split, prefer, str(folder))
-    files = [folder / chosen.files[i] for i in positions]
+    positions, name = of_split(chosen.files, split, prefer, source)
+    files = [found.root / chosen.files[i] for i in positions]
     others = len(chosen.files) - len(files)
     notes = (f"{counted(others, 'files')} more, of other splits.",) if others else ()
-    shown = f"{folder} ({name})" if name and others else str(folder)
+    shown = f"{source} ({name})" if name and others else source
     return files, Schema(name=shown, files=len(files), left_out=chosen.reasons, notes=notes)
 
 
@@ -146,7 +146,7 @@ def _folder(
         return _pictures(folder, found, split, prefer, columns, decoding)
     if kind is None or described(folder):
         return _hub(str(folder), split, prefer, columns, decoding, left_out=found.reasons)
-    files, about = tables_in(folder, found, kind, split, prefer)
+    files, about = tables_in(found, kind, split, prefer, str(folder))
     return _tables(files, kind, str(folder), columns, decoding, (folder,), about)
 
 
@@ -268,7 +268,7 @@ def _arrays(path: Path, columns: Columns) -> tuple[Rows, Schema]:
         return ArrayRows(loaded), about.described(kind="rows")
     with loaded:
         names = list(loaded)
-        asked = columns.named("arrays", names, repr(str(path)))
+        asked = columns.named(("arrays",), names, repr(str(path)))
 
         def pick(name: str | None) -> Any:
             try:

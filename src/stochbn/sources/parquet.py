@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from stochbn.schema import Schema
 from stochbn.sources.columns import Columns, Roles
-from stochbn.sources.files import listed, of_split, reason_to_leave
+from stochbn.sources.files import from_names, listed
 from stochbn.sources.hub import DataError, saved_splits
 from stochbn.sources.objects import Chunk, RowObjects
 from stochbn.sources.opening import kind_of, tables_in
@@ -76,23 +76,15 @@ class ParquetObjects:
             DataError: there are no such files, or they cannot be read.
         """
         fs, root = filesystem(source)
+        about = Schema()
         try:
-            single = fs.isfile(root)
-            names = [root] if single else sorted(fs.glob(f"{root.rstrip('/')}/**/*"))
+            names = [root] if fs.isfile(root) else []
+            found = None if names else from_names(root, fs.find(root)) if is_url(source) else listed(Path(source))
         except OSError as error:
             raise DataError(f"{source!r} cannot be listed: {error}") from error
-        about = Schema()
-        if not single and not is_url(source):
-            found = listed(Path(source))
-            paths, about = tables_in(Path(source), found, "parquet", split, prefer)
+        if found is not None:
+            paths, about = tables_in(found, "parquet", split, prefer, source)
             names = [str(path) for path in paths]
-        elif not single:
-            inside = [PurePosixPath(name[len(root) :].lstrip("/")) for name in names]
-            wanted = [
-                i for i, path in enumerate(inside) if path.suffix == ".parquet" and not reason_to_leave(path.parts)
-            ]
-            positions, _ = of_split([inside[i] for i in wanted], split, prefer, source)
-            names = [names[wanted[i]] for i in positions]
         if not names:
             raise DataError(f"{source!r} is no Parquet file and no folder that holds any")
         if other := [name for name in names if not is_url(source) and not Path(name).is_file()]:
