@@ -67,7 +67,7 @@ class OwnData:
         Raises:
             ValueError: it cannot be opened or, where it must have labels, has some that are no classes.
         """
-        from stochbn.sources import RowObjects, open_objects
+        from stochbn.sources import RowObjects, open_objects, renumbered
 
         built = self.built
         train = need == "train" and built.train_preprocess is not None
@@ -77,9 +77,11 @@ class OwnData:
             PREFERRED[need],
             self.columns,
             built.train_preprocess if train else built.preprocess,
-            built.classes or (self._classes if labelled else None),
+            built.classes,
             self.decoding,
         )
+        if isinstance(found, RowObjects) and labelled and not built.classes and {*found.classes} & {*self.held.classes}:
+            found = renumbered(found, self.held.classes)
         if isinstance(found, RowObjects) and found.schema is not None:
             by = {**self.prepared, **({"prepared_by": "train_preprocess of the module"} if train else {})}
             found = replace(found, schema=found.schema.described(**by))
@@ -98,10 +100,6 @@ class OwnData:
         found = replace(found, schema=found.schema.described(**self.prepared))
         self._tell(found.schema)
         return found
-
-    @property
-    def _classes(self) -> tuple[str, ...] | None:
-        return self.held.classes or None
 
     def _tell(self, schema: Schema | None) -> None:
         told = str(schema)

@@ -25,7 +25,7 @@ from stochbn.sources.pictures import Decoding, Preprocessing, check_range, endin
 from stochbn.sources.rows import ArrayRows, TableRows, roles_of
 from stochbn.sources.tables import Unified, as_dataset, open_parquet, read_csv
 
-__all__ = ["KINDS", "Columns", "kind_of", "open_objects"]
+__all__ = ["KINDS", "Columns", "kind_of", "open_objects", "renumbered"]
 
 KINDS = "a folder of images, Parquet, CSV, .npy or .npz, a data set on the Hub (owner/name), or module:loader"
 TABLES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -85,7 +85,7 @@ def open_objects(
         name=schema.name or source, count=len(rows), classes=known, notes=notes, exif=decoding.exif, page=decoding.page
     )
     opened = RowObjects(about.name, rows, preprocess, schema=about)
-    return _renumbered(opened, classes) if classes and known else opened
+    return renumbered(opened, classes) if classes and known else opened
 
 
 def kind_of(found: Listing) -> str | None:
@@ -311,7 +311,7 @@ def _chosen(splits: list[str], split: str | None, prefer: Sequence[str], locatio
     return found
 
 
-def _renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
+def renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
     """With labels that count the network's classes, -1 for others, where the data's classes have names."""
     own = opened.classes
     if not own or own == classes or (all(name.isdigit() for name in own) and not set(own) <= set(classes)):
