@@ -224,6 +224,19 @@ def test_more_than_tensors_is_named_with_how_to_save_without(
         assert "weights_only" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_files_that_hold_code_or_nothing_are_told_as_that(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(3, 2)).save(str(tmp_path / "jit.pt"))  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="TorchScript archive, which holds code") as caught:
+        loaded(tmp_path / "jit.pt")
+    assert "weights_only" not in str(caught.value)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"torch\.save did not write it"):
+        loaded(tmp_path / "text.pt")
+    with pytest.raises(ValueError, match=r"also holds torch\.nn\.modules"):
+        loaded(saved(network(), tmp_path / "whole.pt"))
+
+
 def test_files_in_parts_are_put_together_by_their_index(state: dict[str, Tensor], tmp_path: Path) -> None:
     names = list(state)
     index = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}

@@ -165,7 +165,9 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix not in ENDINGS:
         raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; expected {KINDS}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch.load, about other ways to call it
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files, and files that hold more than tensors
         raise ValueError(f"{str(path)!r} cannot be read as tensors alone{_cause(path, error)}") from error
     if isinstance(found, (list, tuple)):  # as of torch.save((model.state_dict(), optimizer.state_dict()), ...)
@@ -179,9 +181,11 @@ def _cause(path: Path, error: Exception) -> str:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of files in the format of before, and of damaged ones
         others = re.findall(r"GLOBAL (\S+)", str(error))
+    if "TorchScript" in str(error):
+        return ": it is a TorchScript archive, which holds code; save the state_dict() of the network it was made of"
     if not others:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        first = lines[0] if lines else type(error).__name__
+        lines = [line for line in str(error).splitlines() if len(line) > len("unknown")]
+        first = lines[0] if lines else "torch.save did not write it"
         return f", and nothing else is loaded: {first:.160}; save the network's state_dict()"
     what = ", ".join(dict.fromkeys(name for name in others if not name.startswith("numpy.dtype"))) or "numpy.dtype"
     kind = " (a number or array of numpy's: write float(x), or torch.from_numpy(x))" if "numpy" in what else ""
