@@ -37,7 +37,7 @@ import stochbn
 from stochbn.files import _checksum, read_tensors, write_bytes
 from stochbn.paper.tables import Table
 from stochbn.posteriors import KINDS
-from stochbn.posteriors.base import FORMAT
+from stochbn.posteriors.saved import FORMAT
 from stochbn.sources import load_weights, open_objects
 
 MEMORY = 6 * 2**30

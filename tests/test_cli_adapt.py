@@ -276,7 +276,7 @@ def test_what_adapt_cannot_do_is_told_before_the_work(
     assert "say with --out" in told("adapt", *fitted[:2], "--data", "dim.npz")
     assert "name data with --data" in told("adapt", *fitted)
     np.save("none.npy", np.zeros((0, 3, 12, 12), np.float32))
-    assert "holds no objects" in told("adapt", *fitted, "--data", "none.npy")
+    assert "holds no examples" in told("adapt", *fitted, "--data", "none.npy")
     np.save("nan.npy", np.full((20, 3, 12, 12), np.nan, np.float32))
     assert "none of 20 examples can be read" in told("adapt", *fitted, "--data", "nan.npy")
     Path("w.sbn.safetensors").unlink()

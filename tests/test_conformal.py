@@ -202,7 +202,9 @@ def test_weights_keep_the_coverage_where_the_mix_of_classes_has_changed(method: 
             parts.append((logits.softmax(1), labels))
         for weighted in missed:
             weights = new / old if weighted else None
-            sets = getattr(conformal, method)(*parts[0], 0.9, weights=weights)
+            # All classes together sum to 1, a tie that only chance can break.
+            drawn = {} if method == "lac" else {"generator": generator}
+            sets = getattr(conformal, method)(*parts[0], 0.9, weights=weights, **drawn)
             missed[weighted].append(conformal.evaluate(sets(parts[1][0]), parts[1][1])["coverage"])
     assert np.mean(missed[False]) < 0.87
     assert 0.89 < np.mean(missed[True]) < 0.93
@@ -222,3 +224,16 @@ def test_equal_weights_change_nothing_and_wrong_ones_are_refused() -> None:
     assert not everything(probs).all()
     with pytest.raises(ValueError, match="no held-out object is of a class"):
         conformal.lac(probs[labels < 3], labels[labels < 3], weights=[0.0, 0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["lac", "aps", "raps"])
+def test_sets_are_the_same_from_probabilities_of_either_precision(method: str) -> None:
+    generator = np.random.default_rng(7)
+    logits = np.round(generator.normal(size=(500, 5)) * 3) / 3  # with many ties
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels, small = generator.integers(0, 5, 500), probs.astype(np.float32)
+    fit = getattr(conformal, method)
+    exact, rounded = fit(probs, labels, 0.8), fit(small, labels, 0.8)
+    assert exact.threshold == pytest.approx(rounded.threshold, abs=1e-6)
+    assert torch.equal(exact(probs), rounded(small))
+    assert torch.equal(exact(probs), exact(small))

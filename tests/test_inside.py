@@ -253,11 +253,13 @@ def test_nothing_of_a_file_that_cannot_be_read_goes_to_the_terminal(
 def test_a_pipe_among_the_images_of_a_folder_is_an_error_of_its_row(data: Path) -> None:
     (data / "circle.png").unlink()
     (data / "folder.png").mkdir()
+    (data / "folder.png" / "b.png").write_bytes(encoded())
     opened = open_objects(str(data))
     found = dict(zip(*(lambda c: (c.keys, c.errors))(all_of(opened)), strict=True))
     assert found["in/a.png"] is None
     assert "is no regular file" in str(found["pipe.png"])
-    assert "is no regular file" in str(found["folder.png"])
+    assert found["folder.png/b.png"] is None
+    assert "folder.png" not in found
 
 
 @pytest.mark.timeout(20)

@@ -325,6 +325,39 @@ def _fitted(own: tuple[object, ...]) -> str:
 # ---------------------------------------------------------------- networks from libraries
 
 
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (75, 100), (224, 224), (33, 500)])
+@pytest.mark.parametrize(
+    ("crop", "mode", "interpolation"),
+    [(0.95, "center", "bicubic"), (0.875, None, "bilinear"), (0.9, "squash", "bicubic")],
+)
+def test_pictures_are_prepared_as_timm_and_torchvision_do(
+    size: tuple[int, int], crop: float, mode: str | None, interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    config = {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.2,) * 3, "crop_pct": crop,
+              "crop_mode": mode, "interpolation": interpolation}  # fmt: skip
+    data = SimpleNamespace(resolve_model_data_config=lambda _: config)
+    timm = SimpleNamespace(create_model=lambda name, **given: model, data=data, list_models=lambda: ["tiny", "small"])
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    scale = int(64 // crop)
+    if mode == "squash":
+        resized = (scale, scale)
+    else:  # torchvision.transforms.Resize(scale): the shorter side, and the other one rounded down
+        short = min(size)
+        resized = (scale, int(scale * size[1] / short)) if size[0] <= size[1] else (int(scale * size[0] / short), scale)
+    wanted = image.resize(resized, getattr(Image.Resampling, interpolation.upper()))
+    left, top = int(round((resized[0] - 64) / 2.0)), int(round((resized[1] - 64) / 2.0))  # noqa: RUF046 - as CenterCrop
+    cut = torch.from_numpy(np.array(wanted.crop((left, top, left + 64, top + 64)))).movedim(-1, 0) / 255
+    mean, std = torch.tensor(config["mean"])[:, None, None], torch.tensor(config["std"])[:, None, None]
+    preprocess = build("timm:tiny", {"pretrained": True}).preprocess
+    assert preprocess is not None
+    torch.testing.assert_close(preprocess(image), (cut - mean) / std)
+    with pytest.raises(ValueError, match=r"timm has no network 'smalls'; did you mean small\?"):
+        build("timm:smalls", {"pretrained": True})
+
+
 def test_a_network_of_timm_brings_its_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     config = {"input_size": (3, 8, 6), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
@@ -599,12 +632,13 @@ def test_a_row_of_nan_does_not_keep_the_others_from_their_predictions(tabular: t
     assert rows[0]["class"] == whole[0]["class"]
 
 
-def test_labels_that_are_names_in_an_array_are_told_with_the_file(tabular: tuple[object, ...], told: Any) -> None:
+def test_labels_that_are_names_in_an_array_are_classes(tabular: tuple[object, ...]) -> None:
     found = table()
     x = np.stack([found[f"f{i}"] for i in range(4)], 1)
-    np.savez("named.npz", x=x, y=np.array(["cat"] * len(x)))
-    said = told("fit", *tabular, "--data", "named.npz")
-    assert "'named.npz': expected labels that are numbers" in said
+    np.savez("named.npz", x=x, y=np.array(["eel", "cat", "dog"])[found["label"]])
+    opened = open_objects("named.npz")
+    assert opened.classes == ("cat", "dog", "eel")
+    assert opened.labels.tolist() == [(2, 0, 1)[i] for i in found["label"]]
 
 
 def test_a_single_column_of_lists_needs_no_name(tabular: tuple[object, ...]) -> None:

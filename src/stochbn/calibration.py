@@ -11,10 +11,12 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from stochbn.arrays import as_array, as_tensor
 from stochbn.augment import Augment, check_augment
 from stochbn.calibration_report import Choice, Totals, Tried
 from stochbn.calibration_scores import SCORES, Score
@@ -26,7 +28,7 @@ from stochbn.posteriors import Posterior, check_draws
 from stochbn.posteriors.checks import positive
 from stochbn.posteriors.thresholds import dropped
 from stochbn.predictive.predictive import checks_weights
-from stochbn.tasks import make_task
+from stochbn.tasks import make_task, task_named
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["calibrate", "labels_of"]
@@ -45,7 +47,7 @@ def calibrate(
     batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
-    task: Literal["classification", "binary", "multilabel"] = "classification",
+    task: Literal["classification", "binary", "multilabel"] | None = None,
     ignore_index: int | None = None,
     logits: str | int | None = None,
     class_axis: int | None = None,
@@ -118,7 +120,8 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        _check(model, posterior, draws, task, score, augment, check)
+        task = task_named(task, model)  # type: ignore[assignment]
+        _check(model, posterior, draws, str(task), score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
         posterior = dropped(posterior)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
@@ -134,7 +137,7 @@ def calibrate(
     units = "examples"
     network = Network.of(model)
     call = Call(
-        make_task(task, logits, class_axis, output),
+        make_task(str(task), logits, class_axis, output),
         posterior=base,
         sample=lambda count: list(base.iter_draws(count, torch.Generator().manual_seed(0))),
         augment=augment,
@@ -144,7 +147,7 @@ def calibrate(
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
-            examples, labels = network_input(model, batch, inputs), labels_of(batch, task)
+            examples, labels = network_input(model, batch, inputs), labels_of(batch, str(task))
             if not examples.divisible or not len(examples):
                 continue
             network.look()
@@ -340,6 +343,8 @@ def labels_of(batch: Batch, task: str) -> Tensor:
         labels = batch[1]
     elif hasattr(batch, "get"):
         labels = batch.get("labels")
+    labels = as_array(labels)
+    labels = as_tensor(labels) if isinstance(labels, np.ndarray) and labels.dtype.kind in "fiub" else labels
     if isinstance(labels, Tensor) and task != "classification" and not labels.is_complex():
         whole = labels.long()
         if (whole == labels).all():  # losses of these tasks take them as floating-point numbers

@@ -19,9 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stochbn.arrays import as_tensor
 from stochbn.metrics import checked_predictions, checked_probabilities
 
 __all__ = ["Intervals", "Sets", "aps", "evaluate", "intervals", "lac", "raps"]
+
+ROUNDING = 1e-6
+"""How far above the threshold a score may be that is equal to it but for the rounding of probabilities in float32."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Sets:
         if probs.shape[1] != self.classes:
             raise ValueError(f"expected probabilities of {self.classes} classes, as fitted, got {list(probs.shape)}")
         threshold = self.threshold.to(probs.device) if isinstance(self.threshold, Tensor) else self.threshold
-        return self._scores(probs) <= threshold
+        return self._scores(probs) <= threshold + ROUNDING
 
     def _scores(self, probs: Tensor) -> Tensor:
         """``[N, K]``, float64: how badly each class fits."""
@@ -278,7 +282,7 @@ def _weighted_threshold(scores: Tensor, labels: Tensor, weights: Any, classes: i
     It is infinite where the weight of the new object's class is too large beside that of all held-out ones.
     """
     try:
-        weights = torch.as_tensor(weights, dtype=torch.float64).to(scores.device)
+        weights = as_tensor(weights, torch.float64).to(scores.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"weights must be a number for each class, got {weights!r:.60}") from error
     if weights.shape != (classes,):
@@ -312,7 +316,7 @@ def _threshold(scores: Tensor, coverage: float, which: str = "") -> float:
 
 def _probabilities(given: Any) -> Tensor:
     """Probabilities ``[N, K]`` in float64."""
-    probs: Tensor = torch.as_tensor(given)
+    probs = as_tensor(given)
     if probs.ndim != 2 or not probs.is_floating_point():
         raise ValueError(
             f"expected floating-point probabilities [N, K], got {probs.dtype} {list(probs.shape)}; the places of dense "
@@ -324,7 +328,7 @@ def _probabilities(given: Any) -> Tensor:
 
 def _numbers(**values: Any) -> list[Tensor]:
     """Finite numbers of one shape, in float64."""
-    tensors = {name: torch.as_tensor(value).double() for name, value in values.items()}
+    tensors = {name: as_tensor(value).double() for name, value in values.items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     first = next(iter(shapes.values()))
     if not first or any(shape != first for shape in shapes.values()):

@@ -19,14 +19,14 @@ from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import guard
 from stochbn.fit_data import KEPT, accumulator_of, augmented, expected_batches, most_batches
 from stochbn.fit_diagnosis import Diagnosis
-from stochbn.network.calling import Batch, InputsOf, NetworkInput
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, refuse_other_axis
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior
 from stochbn.shift.keeping import Keeper
 from stochbn.statistics import NoBatchesError, mini_batches, observing
-from stochbn.tasks import make_task
+from stochbn.tasks import make_task, task_named
 from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
@@ -91,7 +91,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     max_batches: int = KEPT,
     directions: int | None = None,
     reference: bool | Iterable[Batch] = True,
-    task: str = "classification",
+    task: str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
@@ -194,7 +194,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
-        read_as = make_task(task, logits, class_axis, output)
+        read_as = make_task(task_named(task, model), logits, class_axis, output)
         if not isinstance(reference, Iterable | bool) or isinstance(reference, Tensor | str):
             raise TypeError(f"reference must be True, False or an iterable of batches, got {type(reference).__name__}")
     options: dict[str, Any] = {
@@ -245,7 +245,10 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
                     progress(number + 1, total)
                 return number + 1 < own
 
-            frozen = _observed(network, training, random, itertools.chain([first], observations), ranks, update)
+            if batch_size is not None:
+                _refuse_equal_axes(network, first)
+            every = itertools.chain([first], observations)
+            frozen = _observed(network, training, random, every, ranks, update, batch_size is not None)
     with ranks.failing_together():
         ranks.check_weights(fingerprint)
         accumulator = ranks.merged(accumulator)
@@ -286,6 +289,21 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
 
 
 @undisturbed
+def _refuse_equal_axes(network: Network, first: NetworkInput) -> None:
+    """Where a mini-batch is as long as its second axis, see by fewer examples which of them the outputs are of."""
+    tensor = first.first
+    if tensor.ndim != 3 or not first.divisible or not 2 < len(tensor) == tensor.shape[1]:
+        return
+    fewer = first.take(slice(0, len(tensor) - 1))
+    with network.copied() as replica, torch.no_grad():
+        try:
+            output = fewer.call(replica.model)
+        except Exception:  # of a network for a certain number
+            return
+    refuse_other_axis(output, fewer)
+
+
+@undisturbed
 def _observed(
     network: Network,
     training: frozenset[str],
@@ -293,9 +311,10 @@ def _observed(
     mini_batches: Iterable[NetworkInput],
     ranks: Ranks,
     update: Callable[[int, NetworkInput, dict[str, Tensor]], bool],
+    split: bool,
 ) -> set[str]:
     """Give the statistics of mini-batches to `update`, until it says no; the layers that are frozen."""
-    with observing(network, training, random) as observe:
+    with observing(network, training, random, split) as observe:
         for number, mini_batch in enumerate(mini_batches):
             if not update(number, mini_batch, observe(mini_batch, ranks.place(number))):
                 break

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from stochbn.execution.masks import Masks
 from stochbn.execution.ways.channels_last import convolutions
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input, refuse_other_axis
 from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Network, Replica
 from stochbn.undisturbed import scope, without_gradients
@@ -113,7 +113,9 @@ def mini_batches(
 
 
 @scope
-def observing(network: Network, training: frozenset[str], random: bool = True) -> Generator[Observer, None, None]:
+def observing(
+    network: Network, training: frozenset[str], random: bool = True, split: bool = False
+) -> Generator[Observer, None, None]:
     """An observer of a copy of a network, or of the network itself where it cannot be copied.
 
     A ``SyncBatchNorm`` works as an ordinary batch norm meanwhile: a mini-batch is this process's own, whatever job it
@@ -123,6 +125,7 @@ def observing(network: Network, training: frozenset[str], random: bool = True) -
         network: the network.
         training: names of the modules that are in training mode; batch norms among the others are not observed.
         random: whether passes may draw random numbers.
+        split: whether mini-batches are parts of what was given.
     """
     with network.copied(train=True) as replica:
         synchronised = [
@@ -132,7 +135,7 @@ def observing(network: Network, training: frozenset[str], random: bool = True) -
         ]
         for layer in synchronised:
             layer.forward = functools.partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
-        observer = Observer(replica, training, random)
+        observer = Observer(replica, training, random, split)
         try:
             yield observer
         finally:
@@ -164,6 +167,7 @@ class Observer:
         replica: the network to run, which is changed.
         training: names of the modules that are in training mode; batch norms among the others are not observed.
         random: whether passes may draw random numbers; if not, that is watched in the first one alone.
+        split: whether mini-batches are parts of what was given, so that its first axis must be that of the examples.
 
     Attributes:
         frozen: the layers that were called and do not update their running averages in training mode.
@@ -173,8 +177,9 @@ class Observer:
             channels elsewhere than on axis 1.
     """
 
-    def __init__(self, replica: Replica, training: frozenset[str], random: bool = True) -> None:
+    def __init__(self, replica: Replica, training: frozenset[str], random: bool = True, split: bool = False) -> None:
         self.frozen: list[str] = []
+        self._split = split
         self._replica, self._random = replica, random
         replica.modes(training)
         self._layers = {name: layer for name, layer in replica.norms.items() if layer.training}
@@ -229,7 +234,9 @@ class Observer:
         self._calls.clear()
         watched = self._random or self._first or self._masks.used
         with self._masks if watched else nullcontext(), self._counted if self._partial else nullcontext():
-            inputs.call(self._replica.model)
+            output = inputs.call(self._replica.model)
+        if self._first and self._split:
+            refuse_other_axis(output, inputs)
         return _collect(self._calls)
 
     def _record(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -267,6 +274,11 @@ class Observer:
                 )
             var, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
             factor = 1.0
+        if var.dtype == torch.float16 and not var.isfinite().all() and bool(x.isfinite().all()):
+            raise ValueError(
+                f"batch-norm layer {name!r} saw activations that fit float16, and a variance that does not (65504): "
+                "use the network in float32 or bfloat16, model.float() or model.bfloat16(), here and for predictions"
+            )
         self._calls.setdefault(name, []).append((torch.stack([mean, var]), factor))
 
 

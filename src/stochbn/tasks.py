@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochbn.caller import warn
 from stochbn.network.calling import read_output
+from stochbn.network.layers import unwrap
 from stochbn.predictions import Estimate, MultilabelPrediction, Prediction, entropy
 
-__all__ = ["TASKS", "Binary", "Classification", "Embedding", "Multilabel", "Regression", "Task", "make_task"]
+__all__ = [
+    "TASKS",
+    "Binary",
+    "Classification",
+    "Embedding",
+    "Multilabel",
+    "Regression",
+    "Task",
+    "make_task",
+    "task_named",
+]
 
 Place = str | int | None
 
@@ -297,6 +308,22 @@ TASKS: Mapping[str, type[Task]] = {
     task.name: task for task in (Classification, Binary, Multilabel, Regression, Embedding)
 }
 """Every task by its name."""
+
+
+PROBLEMS = {"multi_label_classification": "multilabel", "regression": "regression"}
+"""The tasks of what the configs of Transformers call a ``problem_type``."""
+
+
+def task_named(task: str | None, model: nn.Module) -> str:
+    """The task that is given or, if it is None, the one that the network's own config names.
+
+    Raises:
+        TypeError: there is no network.
+    """
+    if task is not None:
+        return task
+    problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
+    return PROBLEMS.get(problem, "classification") if isinstance(problem, str) else "classification"
 
 
 def make_task(name: str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:

@@ -73,7 +73,7 @@ def adapt(
         if weights_out.resolve() == target.resolve():
             raise ValueError(f"--out and --weights-out are both {str(target)!r}; name two files")
     with job() as ranks, ranks.failing_together():
-        subject = Subject.one(given)
+        subject = Subject.held(given, posterior)
         fitted = subject.need_posterior(posterior)
         stream = stream_of(subject, data)
         with status(f"adapting {subject.name}"):

@@ -123,7 +123,7 @@ def conformal(
             f"prediction sets are for --task classification and binary, got --task {task}; intervals for numbers come "
             "from held-out data with stochbn.conformal.intervals"
         )
-    subject = Subject.one(given)
+    subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)
     weights = _weights(fitted) if new_mix else None
     objects = subject.load(held_out, "held-out", "--held-out", labelled=True)

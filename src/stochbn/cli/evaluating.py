@@ -20,7 +20,7 @@ from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
 from stochbn.cli.streams import stream_of
-from stochbn.cli.subject import Given, Subject, about_networks
+from stochbn.cli.subject import Given, Subject, about_networks, held_by
 from stochbn.files import check_file, check_folder
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def evaluate(
         Path | None,
         Override("--out", help="Folder for results.json, results.md and, with --ood, a figure of entropies."),
     ] = None,
-    page: Annotated[
+    report_file: Annotated[
         Path | None,
         typer.Option(
             "--report", help="File for a page about all of it: HTML that needs no other file.", show_default=False
@@ -89,18 +89,18 @@ def evaluate(
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *RESULTS)
-    if page is not None and page.parent == folder:  # which may yet have to be made
-        check_folder(folder, page.name)
-    elif page is not None:
-        check_file(page, [*given.files, data, ood, *(posteriors or ())])
+    if report_file is not None and report_file.parent == folder:  # which may yet have to be made
+        check_folder(folder, report_file.name)
+    elif report_file is not None:
+        check_file(report_file, [*given.files, data, ood, *(posteriors or ())])
     paths: list[Path | None] = list(given.networks) if given.networks else [None]
     named: list[Path | None] = list(posteriors) if posteriors else [None] * len(paths)
     if len(named) != len(paths):
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     with job() as ranks, ranks.failing_together():
-        subjects = Subject.all_of(given)
+        subjects = Subject.all_of(given, held_by(given, named[0]))
         if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
-            if len(subjects) > 1 or ood is not None or page is not None:
+            if len(subjects) > 1 or ood is not None or report_file is not None:
                 raise ValueError(
                     "several networks, --ood and --report are for networks that give one class for each object"
                 )
@@ -174,13 +174,13 @@ def evaluate(
         shown = [*shown, covered]
     show(shown)
     reading = None if fitted[0] is None else compared(subjects[0], fitted[0], stream_of(subjects[0], data), seed=seed)
-    if page is not None:
+    if report_file is not None:
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
         drawn = [one for one in fitted if one is not None]
         made = page_of(title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn)
-        write_page(page, made)
-        say(f"The page is {page}; a browser opens it.", page)
+        write_page(report_file, made)
+        say(f"The page is {report_file}; a browser opens it.", report_file)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
     if reading is not None and (warned := alarm(given, reading, data, named[0])):

@@ -38,7 +38,7 @@ def export(
     if path.suffix not in ENDINGS:
         raise ValueError(f"--out must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
     check_file(path, [*given.files, data, posterior])
-    subject = Subject.one(given)
+    subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)
     example = next(inputs for inputs, *_ in subject.load(data, "test").batches(EXAMPLE))
     write = getattr(stochbn.export, ENDINGS[path.suffix])

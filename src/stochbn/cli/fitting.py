@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stochbn.cli import project
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.following import after_calibrating, after_fitting
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Ignored, Override, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.cli.subject import ANEW, HELD, SHARED, Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
@@ -65,11 +67,18 @@ def fit(
         bool, typer.Option("--no-reference", help="Keep no reference: there is no alarm then, and adapt knows no mix.")
     ] = False,
     seed: Seed = 0,
+    save_options: Annotated[
+        bool,
+        typer.Option("--save-options", help="Also write the options about the network into stochbn.toml, for later."),
+    ] = False,
 ) -> None:
     """Fit SBN's distribution over a network's batch-norm statistics to its training data.
 
     Show the examples as training did: a module of --model may have a function train_preprocess beside preprocess, with
     the random changes of training; or use --augment.
+
+    What --input, --label, --size, --mean, --std, --exif and --page say of the data is kept in the posterior's file, and
+    later commands hold to it. They take columns by their names, in this order.
     """
     from stochbn.augment import named
     from stochbn.paper.fitting import fit_posterior
@@ -81,6 +90,8 @@ def fit(
     if reference is not None and no_reference:
         raise ValueError("--reference and --no-reference cannot be given together")
     target = path or default_posterior(beside or Path())
+    if save_options:
+        project.check_new(Path(project.FILE))
     if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
         check_file(target, [*given.files, data, reference])
     with job() as ranks, ranks.failing_together():
@@ -100,7 +111,15 @@ def fit(
             )  # fmt: skip
         if ranks.rank:
             return
+        posterior = replace(posterior, schema=getattr(objects, "schema", None))
         posterior.save(target)
+    if save_options:
+        project.write(Path(project.FILE), {name: getattr(given, name) for name in SHARED if name not in ANEW})
+        say(f"Saved the options as {project.FILE}: commands in this folder take them from there.")
+        given = Given(networks=given.networks)
+    elif posterior.schema is not None:  # later commands find them in the file
+        without: dict[str, Any] = dict.fromkeys(HELD)
+        given = replace(given, **without)
     say(
         f"Saved the posterior as {target}: {sum(posterior.layers.values())} channels in "
         f"{len(posterior.layers)} layers, from {posterior.mini_batches} mini-batches of {batch_size}"
@@ -162,7 +181,7 @@ def calibrate(
         raise ValueError(needs("--out"))
     check_file(target, [*given.files, held_out])
     with job() as ranks, ranks.failing_together():
-        subject = Subject.one(given)
+        subject = Subject.held(given, posterior)
         task = subject.settings.get("task", "classification")
         if task not in TASKS_WITH_LABELS:
             raise ValueError(

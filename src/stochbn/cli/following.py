@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stochbn.cli.subject import SHARED, Given
+from stochbn.cli.subject import ANEW, SHARED, Given
 from stochbn.report.words import mend
 
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
 
 __all__ = ["after_adapting", "after_calibrating", "after_evaluating", "after_fitting", "command"]
-
-ANEW = ("split",)
-"""Options that are left out: the next command is about other data, of which columns may be called alike."""
 
 
 def command(name: str, given: Given, *, network: Path | None = None, **options: object) -> str:
@@ -35,6 +32,8 @@ def command(name: str, given: Given, *, network: Path | None = None, **options: 
         option = f"--{field.replace('_', '-')}"
         if value is True:
             words.append(option)
+        elif value is False and field == "exif":
+            words.append("--no-exif")
         elif value is not None and value is not False:
             for one in value if isinstance(value, list) else [value]:
                 words += [option, str(one)]

@@ -15,8 +15,9 @@ import typer
 from stochbn.cli.console import follow, progress_bars, say, show, status
 from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, recorded
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
+from stochbn.cli.own_data import numbers_of, size_of
 from stochbn.cli.streams import stream_of
-from stochbn.cli.subject import Given, Subject, about_networks, numbers_of, settings_of, size_of
+from stochbn.cli.subject import Given, Subject, about_networks, settings_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +113,7 @@ def predict(
                 raise ValueError("--masks are written by --engine local")
         if engine == "ray":
             check_ray()
-        subject = Subject.one(given)
+        subject = Subject.held(given, posterior)
         fitted = subject.need_posterior(posterior)
         stream = stream_of(subject, data, engine)
         reading = None
@@ -178,6 +179,7 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     return {
         "model": given.model,
         "weights": None if given.weights is None else str(given.weights.absolute()),
+        "weights_key": given.weights_key,
         "posterior": str(posterior.absolute()),
         "arguments": parse_arguments(given.model_arg or ()),
         "size": size_of(given.size),

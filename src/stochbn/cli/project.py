@@ -15,11 +15,12 @@ before both::
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMMANDS", "FILE", "defaults"]
+__all__ = ["COMMANDS", "FILE", "check_new", "defaults", "write"]
 
 FILE = "stochbn.toml"
 COMMANDS = ("fit", "calibrate", "conformal", "diagnose", "evaluate", "predict", "adapt", "export", "bench")
@@ -60,6 +61,35 @@ def defaults(program: Any, path: Path) -> dict[str, Options]:
                 raise ValueError(f"{str(path)!r}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
             found.setdefault(name, {})[known[key].name] = _value(path, key, value, known[key])
     return found
+
+
+def check_new(path: Path) -> None:
+    """Refuse to write over a project file.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    if path.exists():
+        raise FileExistsError(f"there is {str(path)!r} already; add the options to it, or remove it for --save-options")
+
+
+def write(path: Path, given: Mapping[str, Any]) -> None:
+    """Write options that were given into a project file, for all commands about a network.
+
+    Args:
+        path: the file.
+        given: the options, under the names of the commands' parameters; None and False were not given.
+    """
+    from stochbn.files import write_bytes
+
+    check_new(path)
+    lines = []
+    for name, value in given.items():
+        if value is None or value is False or value == []:
+            continue
+        shown = value if isinstance(value, (bool, int, float)) else value if isinstance(value, list) else str(value)
+        lines.append(f"{name.replace('_', '-')} = {json.dumps(shown)}\n")
+    write_bytes(path, "".join(lines).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

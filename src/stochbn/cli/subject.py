@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stochbn.cli.console import say
 from stochbn.cli.inputs import check_images, default_posterior, load_images
 from stochbn.cli.options import Override
+from stochbn.cli.own_data import OwnData
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,15 +24,7 @@ if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
     from stochbn.sources import LoaderObjects, ParquetObjects, RowObjects
 
-__all__ = ["Given", "Subject", "about_networks", "needs", "numbers_of", "settings_of", "size_of"]
-
-PREFERRED = {
-    "train": ("train",),
-    "reference": ("train",),
-    "test": ("test", "validation", "valid", "val"),
-    "held-out": ("validation", "valid", "val"),
-}
-"""Which splits of data a command looks for, by what it needs."""
+__all__ = ["ANEW", "HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,13 @@ class Given:
         Override("--model-arg", help="An argument of that function: key=value; repeat it for more."),
     ] = None
     weights: Annotated[
-        Path | None, Override("--weights", help="Its weights: .safetensors, or a state dict in .pt or .pth.")
+        Path | None, Override("--weights", help="Its weights: .safetensors, or a checkpoint: .pt, .pth, .ckpt, .bin.")
+    ] = None
+    weights_key: Annotated[
+        str | None,
+        Override(
+            "--weights-key", help="Which weights of a checkpoint: a key, such as model_ema, or a prefix of names."
+        ),
     ] = None
     split: Annotated[str | None, Override("--split", help="Which split of the data, where there are several.")] = None
     input: Annotated[
@@ -65,6 +65,13 @@ class Given:
         None
     )
     std: Annotated[str | None, Override("--std", help="Then divide images by this: as 0.5 or 0.2,0.2,0.2.")] = None
+    exif: Annotated[
+        bool | None,
+        Override("--exif/--no-exif", help="Turn photos upright by their EXIF orientation. (default: they are)"),
+    ] = None
+    page: Annotated[
+        int | None, Override("--page", min=0, help="Which page of pictures with several (TIFF, GIF), from 0.")
+    ] = None
     task: Annotated[
         str | None,
         Override("--task", help="classification (default), binary, multilabel, regression or embedding."),
@@ -81,6 +88,10 @@ class Given:
         return [*(self.networks or ()), *([self.weights] if self.weights is not None else [])]
 
 
+HELD = ("input", "label", "size", "mean", "std", "exif", "page")
+"""Options about data that 'stochbn fit' keeps in the posterior's file, where later commands find them."""
+ANEW = ("split",)
+"""Options that the next command does not have: it is about other data."""
 SHARED = tuple(field.name for field in fields(Given) if field.name != "networks")
 
 
@@ -148,6 +159,7 @@ class Subject:
         open_parquet: opens Parquet files as a stream that other processes can share; None: it takes none.
         posterior: where its posterior is if nothing else is said.
         augments: whether data that is loaded for training is changed at random by the network's own module.
+        fitted: the posterior whose data the subject's data is held to, and its file.
     """
 
     model: nn.Module
@@ -160,21 +172,34 @@ class Subject:
     open_parquet: Callable[[str, str], ParquetObjects] | None
     posterior: Path | None
     augments: bool = False
+    fitted: tuple[Path, Posterior] | None = None
 
     @classmethod
-    def of(cls, given: Given, network: Path | None = None) -> Subject:
-        """The network that is given: by a file that 'stochbn paper train' wrote, or the user's own."""
-        return cls._trained(given, network) if network is not None else cls._own(given)
+    def of(cls, given: Given, network: Path | None = None, held: Path | None = None) -> Subject:
+        """The network that is given: by a file that 'stochbn paper train' wrote, or the user's own.
+
+        Args:
+            given: the options about it.
+            network: the file, if it is one of 'stochbn paper train'.
+            held: a posterior whose data the network's data is held to.
+        """
+        return cls._trained(given, network) if network is not None else cls._own(given, held)
 
     @classmethod
-    def all_of(cls, given: Given) -> list[Subject]:
+    def all_of(cls, given: Given, held: Path | None = None) -> list[Subject]:
         """All networks that are given."""
-        return [cls.of(given, network) for network in given.networks] if given.networks else [cls.of(given)]
+        return [cls.of(given, network) for network in given.networks] if given.networks else [cls.of(given, None, held)]
 
     @classmethod
     def one(cls, given: Given) -> Subject:
-        """The only network that is given."""
+        """The only network that is given, for a command that makes a posterior."""
         (subject,) = cls.all_of(given)
+        return subject
+
+    @classmethod
+    def held(cls, given: Given, posterior: Path | None) -> Subject:
+        """The only network that is given, with data as that of its posterior was: the named one, or the default's."""
+        (subject,) = cls.all_of(given, held_by(given, posterior))
         return subject
 
     @classmethod
@@ -201,48 +226,35 @@ class Subject:
         )
 
     @classmethod
-    def _own(cls, given: Given) -> Subject:
-        from stochbn.sources import (
-            Columns,
-            ParquetObjects,
-            build,
-            load_weights,
-            open_objects,
-            parse_arguments,
-            prepared,
-        )
+    def _own(cls, given: Given, held_by: Path | None) -> Subject:
+        from stochbn.posteriors import load
+        from stochbn.sources import build, load_weights, parse_arguments
+        from stochbn.tasks import task_named
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
         if given.weights is not None:
-            load_weights(built.model, given.weights)
-        built = prepared(built, size_of(given.size), numbers_of("--mean", given.mean), numbers_of("--std", given.std))
-        columns = Columns(tuple(given.input or ()), given.label, given.key)
-
-        def opened(source: str, need: str, labelled: bool = False) -> RowObjects | LoaderObjects:
-            shown = built.train_preprocess if need == "train" and built.train_preprocess else built.preprocess
-            found = open_objects(source, given.split, PREFERRED[need], columns, shown, built.classes)
-            if labelled:
-                labels = found.labels
-                if labels.is_floating_point() or labels.min() < 0:
-                    told = f"the network's classes are {', '.join(built.classes)}" if built.classes else "see --label"
-                    raise ValueError(f"{source} has labels that are no classes of the network; {told}")
-            return found
-
-        def streamed(source: str, need: str) -> ParquetObjects:
-            return ParquetObjects.open(source, given.split, PREFERRED[need], columns, built.preprocess)
-
+            told = load_weights(built.model, given.weights, given.weights_key)
+            if told:
+                say(f"{given.weights}: {told}.", given.weights)
+        settings = settings_of(given)
+        if given.task is None and (task := task_named(None, built.model)) != "classification":
+            settings["task"] = task
+            say(f"{given.model}: --task {task}, as its config says.")
+        fitted = None if held_by is None else (held_by, load(held_by))
+        data = OwnData(given, built, None if fitted is None else fitted[1].schema)
         return cls(
             model=built.model,
             name=given.model,
             data=None,
             classes=built.classes or (),
-            settings=settings_of(given),
+            settings=settings,
             dropout=False,
-            open=opened,
-            open_parquet=streamed,
+            open=data.open,
+            open_parquet=data.open_parquet,
             posterior=default_posterior(given.weights) if given.weights is not None else None,
             augments=built.train_preprocess is not None,
+            fitted=fitted,
         )
 
     def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:
@@ -266,7 +278,7 @@ class Subject:
             path = self.posterior
             if path is None or not path.exists():
                 return None
-        return load(path)
+        return self.fitted[1] if self.fitted is not None and self.fitted[0] == path else load(path)
 
     def need_posterior(self, path: Path | None) -> Posterior:
         """The posterior.
@@ -281,6 +293,14 @@ class Subject:
                 f"there is no posterior{beside}: run 'stochbn fit' on the network first, or name one with --posterior"
             )
         return found
+
+
+def held_by(given: Given, posterior: Path | None) -> Path | None:
+    """The file of the posterior whose data later data is held to: the named one, or the default one if it is there."""
+    if posterior is not None:
+        return posterior if posterior.exists() else None  # that it is missing is told where it is needed
+    beside = default_posterior(given.weights) if given.weights is not None else None
+    return beside if beside is not None and beside.exists() else None
 
 
 def needs(option: str) -> str:
@@ -321,31 +341,3 @@ def settings_of(given: Given) -> dict[str, Any]:
     }
     make_task(given.task or "classification", place, given.class_axis, found["output"])
     return {name: value for name, value in found.items() if value is not None}
-
-
-def size_of(text: str | None) -> tuple[int, int] | None:
-    """Height and width.
-
-    Raises:
-        ValueError: the text is none.
-    """
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"--size is {text!r}; write it as 224 or 224x192 (height x width)")
-    return int(sides[0]), int(sides[-1])
-
-
-def numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
-    """The numbers that are given with an option.
-
-    Raises:
-        ValueError: the text is none.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{option} is {text!r}; write it as 0.5, or as one for each channel: 0.5,0.4,0.4") from error

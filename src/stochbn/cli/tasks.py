@@ -183,7 +183,10 @@ def _multilabel(predictions: Iterator[tuple[Any, Tensor]], ranks: Ranks) -> tupl
 
     from stochbn import metrics
 
-    batches = [{"probs": prediction.probs.cpu(), "labels": labels} for prediction, labels in predictions]
+    batches = [
+        {"probs": p.probs.cpu(), "labels": y.reshape(p.probs.shape) if y.numel() == p.probs.numel() else y}
+        for p, y in predictions
+    ]
     probs, labels = _joined(batches, ranks).values()
     scores = metrics.multilabel(probs, labels)
     right = torch.where(labels > 0, probs, 1 - probs).double().clamp(min=torch.finfo(probs.dtype).tiny)

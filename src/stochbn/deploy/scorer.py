@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.arrays import as_array
 from stochbn.posteriors import load
 from stochbn.predictive import Predictive
+from stochbn.schema import Schema
 from stochbn.scoring import Row, scored, without_nan
 from stochbn.shift import Monitor, Reading
-from stochbn.sources import Chunk, RowObjects, build, load_weights, prepared
+from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
 
 __all__ = ["Scorer"]
@@ -52,12 +54,13 @@ class Scorer:
     Args:
         model: where the network is built: ``package.module:function``, ``timm:NAME`` or ``hf:PATH``.
         weights: a file with its state dict; None takes the weights that it is built with.
+        weights_key: which weights of a checkpoint, see `stochbn.sources.load_weights`.
         posterior: a file that ``stochbn fit`` or ``Posterior.save`` wrote; None predicts without SBN.
         arguments: arguments of the function that builds it.
         inputs: the column of images (encoded, or arrays) or arrays, or the columns of numbers, that the network takes.
-            None is the only column that there is.
+            None is the only column that there is or, of several, those that the posterior was fitted with.
         size: images are resized and cropped to this height and width; with `mean` and `std`, in place of the
-            preprocessing of the network's module.
+            preprocessing of the network's module. None is what ``stochbn fit`` was given; so for `mean` and `std`.
         mean: subtracted from images in [0, 1].
         std: what they are then divided by.
         settings: arguments of `stochbn.Predictive`: ``task``, ``logits``, ``class_axis``, ``output``.
@@ -82,6 +85,7 @@ class Scorer:
         weights: str | os.PathLike[str] | None = None,
         posterior: str | os.PathLike[str] | None = None,
         *,
+        weights_key: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         inputs: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
@@ -112,11 +116,13 @@ class Scorer:
             torch.set_num_threads(threads)
         built = build(model, dict(arguments or {}), weights_follow=weights is not None)
         if weights is not None:
-            load_weights(built.model, weights)
-        built = prepared(built, size, mean, std)
+            load_weights(built.model, weights, weights_key)
+        fitted = None if posterior is None else load(Path(posterior))
+        held = (None if fitted is None else fitted.schema) or Schema()
+        built = prepared(built, size or held.size, mean or held.mean, std or held.std)
         self.preprocess, self.classes = built.preprocess, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
-        fitted = None if posterior is None else load(Path(posterior))
+        self._held, self._decoding = held.inputs, Decoding(held.exif, held.page)
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
@@ -186,7 +192,7 @@ class Scorer:
         """
         if isinstance(objects, (str, bytes, bytearray, Mapping)) or not isinstance(objects, (Sequence, np.ndarray)):
             raise TypeError(f"expected a list of examples, got {type(objects).__name__}")
-        columns = _Columns({"input": objects}, None, self.pixels)
+        columns = _Columns({"input": objects}, None, self.pixels, self._decoding)
         rows: list[Row] = []
         for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
             rows += self.rows(chunk, _Columns.key_name)
@@ -200,7 +206,8 @@ class Scorer:
         Raises:
             ValueError: the batch lacks a column, or has one that is called like a prediction's.
         """
-        columns = _Columns(batch, self.inputs, self.pixels)
+        held = self._held if len(batch) > 1 and all(name in batch for name in self._held) else None
+        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
@@ -217,13 +224,16 @@ class _Columns:
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
 
-    def __init__(self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None) -> None:
+    def __init__(
+        self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None, decoding: Decoding
+    ) -> None:
+        self.decoding = decoding
         names = list(inputs or batch)
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):
             told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
             raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
-        self.columns, self.pixels = [batch[name] for name in names], pixels
+        self.columns, self.pixels = [as_array(batch[name]) for name in names], pixels
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -247,7 +257,7 @@ class _Columns:
         if value is None:
             raise ValueError("is empty")
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return decode(value, self.pixels)
+            return decode(value, self.pixels, self.decoding)
         from PIL import Image
 
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:

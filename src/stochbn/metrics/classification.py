@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.arrays import as_tensor
 from stochbn.tempering import best_temperature, blocks, cross_validated, tempered
 
 __all__ = [
@@ -106,22 +107,35 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
         All are fractions.
 
     Raises:
-        ImportError: torchmetrics is not installed.
         TypeError: an argument that is no numbers.
         ValueError: an argument is empty, not finite or not a vector.
     """
     known, unknown = _scores(entropy_known, "entropy_known"), _scores(entropy_unknown, "entropy_unknown")
-    classification = torchmetrics_classification()
-    target = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).long()
-    # Ranks keep the order and the ties and lie in [0, 1], where torchmetrics takes scores as they are.
-    ranks = torch.unique(torch.cat([known, unknown]), return_inverse=True)[1].double()
-    score = ranks / max(ranks.max().item(), 1)
-    specificity, _ = classification.binary_specificity_at_sensitivity(score, target, min_sensitivity=0.95)
+    counts, above = _counted(known, unknown)  # not by torchmetrics, which adds up in torch's default type
+    precisions, recalls = above[1] / above.sum(0), above[1] / len(unknown)
     return {
-        "auroc": classification.binary_auroc(score, target).item(),
-        "aupr": classification.binary_average_precision(score, target).item(),
-        "fpr95": 1 - specificity.item(),
+        "auroc": auroc(known, unknown),
+        "aupr": precisions.mul(counts[1] / len(unknown)).sum().item(),
+        "fpr95": (above[0][recalls >= 0.95 - 1e-12][-1] / len(known)).item(),
     }
+
+
+def auroc(known: Tensor, unknown: Tensor) -> float:
+    """The probability that an unknown object has the higher score, ties counting half, in float64.
+
+    Source: Mann and Whitney, 1947.
+    """
+    counts, above = _counted(known, unknown)
+    higher = above[1] - counts[1]
+    return ((counts[0] * (higher + counts[1] / 2)).sum() / (len(known) * len(unknown))).item()
+
+
+def _counted(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
+    """``[2, V]``, float64: how many known and unknown objects have each score, and at least it."""
+    _, group = torch.unique(torch.cat([known, unknown]), return_inverse=True)
+    parts = group.split([len(known), len(unknown)])
+    counts = torch.stack([part.bincount(minlength=int(group.max()) + 1) for part in parts]).double()
+    return counts, counts.flip(1).cumsum(1).flip(1)
 
 
 def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = None) -> dict[str, float]:
@@ -262,6 +276,8 @@ def checked_predictions(probs: Any, labels: Any, ignore_index: int | None = None
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"expected whole-number labels, got {labels.dtype}")
+    if probs.ndim == 2 and labels.ndim == 2 and labels.shape[1] == 1:  # a column, as of a table
+        labels = labels[:, 0]
     if labels.shape != probs[:, 0].shape:
         raise ValueError(
             f"expected labels of shape {list(probs[:, 0].shape)} for probabilities {list(probs.shape)}, "
@@ -340,7 +356,7 @@ def _scores(values: Any, name: str) -> Tensor:
 def _tensor(values: Any, name: str) -> Tensor:
     """What was given, as a tensor without gradients."""
     try:
-        found = torch.as_tensor(values).detach()
+        found = as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = ValueError if isinstance(error, (ValueError, OverflowError)) else TypeError
         raise kind(
@@ -357,7 +373,8 @@ def _tensor(values: Any, name: str) -> Tensor:
 def as_numbers(values: Any, name: str) -> Tensor:
     """The same, but Python's own numbers, which have the digits of float64, keep them."""
     found = _tensor(values, name)
-    if found.is_floating_point() and not isinstance(values, (Tensor, np.ndarray, np.generic)):
+    python = not isinstance(values, (Tensor, np.ndarray, np.generic)) and not hasattr(values, "to_numpy")
+    if found.is_floating_point() and python:
         return torch.as_tensor(values, dtype=torch.float64).detach()
     return found
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochbn.metrics.classification import BINS, as_numbers, checked_predictions, torchmetrics_classification
+from stochbn.metrics.classification import (
+    BINS,
+    as_numbers,
+    auroc,
+    checked_predictions,
+    torchmetrics_classification,
+)
 
 __all__ = ["class_ece", "gaussian_nll_of_each", "multilabel", "pinball", "regression"]
 
@@ -138,12 +144,11 @@ def multilabel(probs: Any, labels: Any) -> dict[str, float]:
     right = torch.where(truth > 0, probs, 1 - probs)
     both = (truth.sum(0) > 0) & (truth.sum(0) < len(truth))
     if both.any():
-        one_by_one = classification.multilabel_auroc(
-            probs[:, both], truth[:, both].long(), int(both.sum()), average="none"
-        )
-        auroc = one_by_one.mean().item()
+        columns = zip(probs[:, both].cpu().T, truth[:, both].cpu().T > 0, strict=True)
+        each = [auroc(column[~there], column[there]) for column, there in columns]
+        mean_auroc = sum(each) / len(each)
     else:
-        auroc = math.nan
+        mean_auroc = math.nan
     calibration = classification.binary_calibration_error(
         probs.flatten().clamp(max=1 - 2**-53), truth.flatten().long(), n_bins=BINS, norm="l1"
     )
@@ -152,7 +157,7 @@ def multilabel(probs: Any, labels: Any) -> dict[str, float]:
         "nll": -right.clamp(min=tiny).log().mean().item(),
         "brier": (probs - truth).square().mean().item(),
         "ece": calibration.item(),
-        "auroc": auroc,
+        "auroc": mean_auroc,
     }
 
 

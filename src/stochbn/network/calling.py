@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from stochbn.network.layers import unwrap
 
-__all__ = ["Batch", "InputsOf", "NetworkInput", "network_input", "read_output"]
+__all__ = ["Batch", "InputsOf", "NetworkInput", "network_input", "read_output", "refuse_other_axis"]
 
 Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
@@ -232,8 +232,15 @@ def network_input(model: nn.Module, batch: Batch, inputs: InputsOf = None) -> Ne
         return on_device(NetworkInput((), chosen))
     raise TypeError(
         f"got a batch of type {type(batch).__name__}; expected a tensor, an (input, ...) tuple or a mapping of "
-        "argument names to tensors, or inputs=... to say what the network takes"
+        f"argument names to tensors, or inputs=... to say what the network takes{_as_tensor(batch)}"
     )
+
+
+def _as_tensor(batch: Any) -> str:
+    """How to make a tensor of an array or a table, as advice."""
+    if hasattr(batch, "to_numpy"):
+        return "; torch.tensor(x.to_numpy(), dtype=torch.float32) makes a tensor of it, with its columns in their order"
+    return "; torch.from_numpy(x) makes a tensor of it" if hasattr(batch, "__array__") else ""
 
 
 def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:
@@ -263,6 +270,26 @@ def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:
     if not arguments.tensors():
         raise TypeError(f"inputs must give at least one tensor, got a {type(chosen).__name__} without any tensor")
     return arguments
+
+
+def refuse_other_axis(output: Any, inputs: NetworkInput) -> None:
+    """Refuse a network whose outputs are of other examples than those along the first axis of its input.
+
+    Raises:
+        ValueError: they are as many as the second axis is long, as with time on the first.
+    """
+    first = inputs.first
+    if first.ndim < 2 or not inputs.shares_axis:
+        return
+    lengths = {leaf.shape[0] for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(first) not in lengths and first.shape[1] in lengths:
+        raise ValueError(
+            f"the network gave outputs for {first.shape[1]} examples from {len(first)} along the first axis of "
+            f"{list(first.shape)}: its input seems to have time on the first axis (batch_first=False), which would be "
+            "split in place of the examples. Pass batches with the examples first, and a network that turns them, such "
+            "as one with forward(self, x): return net(x.transpose(0, 1)); or pass batch_size=None, which takes batches "
+            "as they come, with reference=False"
+        )
 
 
 def read_output(output: Any, place: str | int | None = None) -> Any:

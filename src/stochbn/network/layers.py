@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ WRAPPED = {
 }
 """Classes of modules that stand for another, by name, so that nothing is imported for it; and what they keep it as."""
 
+OF_TRAINING = {"data", "dataset", "loader", "dataloader", "train_loader", "epochs", "trainer", "config", "cfg"}
+"""What the first argument of a training is called."""
+
 AVERAGES = re.compile("EMA|Ema")
 """Names of classes that keep an average of a network as their `module`, such as timm's ModelEmaV3."""
 
@@ -33,13 +39,46 @@ def unwrap(model: nn.Module) -> nn.Module:
     ``FullyShardedDataParallel``, checkpointing and Lightning Fabric are taken off, one after another.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or one whose ``train()`` trains it.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}{_inside(model)}")
     while (place := _wrapped(model)) is not None:
         model = model._modules[place]  # type: ignore[assignment]
+    if _trains(type(model).train):
+        raise TypeError(
+            f"the train() of {type(model).__name__} takes no mode and may start a training: it is something around a "
+            f"network; pass the network in it{_inside(model)}"
+        )
     return model
+
+
+def _inside(model: object) -> str:
+    """Where in an object there is a network, as advice."""
+    for name in ("model", "module_", "module", "net", "network"):
+        try:
+            found = getattr(model, name, None)
+        except Exception:  # a property of a stranger's may raise anything
+            continue
+        if isinstance(found, nn.Module) and found is not model:
+            return f", {type(model).__name__}(...).{name}" if isinstance(model, nn.Module) else f"; pass its .{name}"
+    return ""
+
+
+@functools.cache
+def _trains(train: Callable[..., Any]) -> bool:
+    """Whether the ``train`` of a class is a training, as of ultralytics' YOLO, and not what sets a mode."""
+    if train is nn.Module.train:
+        return False
+    try:
+        _, *parameters = inspect.signature(train).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    if not parameters or parameters[0].name == "mode" or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return False
+    return not isinstance(parameters[0].default, bool) and (
+        len(parameters) > 1 or parameters[0].default is not inspect.Parameter.empty or parameters[0].name in OF_TRAINING
+    )
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -25,6 +25,7 @@ from stochbn.posteriors.checks import check_draws, check_fields, check_network, 
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.saved import save
 from stochbn.posteriors.thresholds import Thresholds, still_valid
+from stochbn.schema import Schema
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,9 +50,8 @@ class Posterior(ABC):
             others. ``math.inf`` is no noise; None if mini-batches were taken as they came.
         mini_batches: how many were observed.
         dtype: what `draw` returns, the type of the network's own running statistics.
-        skipped: layers of the network that are not drawn, by their names, and why: "not called", "does not update its
-            running statistics while training", "deterministic", "stays in evaluation mode", "FrozenBatchNorm" or
-            "scripted". Predictions use their running averages.
+        skipped: layers of the network that are not drawn, by their names, and why, such as "not called",
+            "deterministic" or "stays in evaluation mode". Predictions use their running averages.
         temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
         fingerprint: of the weights that it was fitted with; None if they are not known.
         centre: what draws have as their mean and expected variance: ``"running"``, the network's own running
@@ -63,6 +63,7 @@ class Posterior(ABC):
         reference: what new data is compared with; None if it was left out.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
         thresholds: of prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
+        schema: what the data of the command ``stochbn fit`` was, which later commands hold to; None if it is not known.
     """
 
     kind: ClassVar[str]
@@ -83,6 +84,7 @@ class Posterior(ABC):
     reference: Reference | None = None
     adaptation: Adaptation | None = None
     thresholds: Thresholds | None = None
+    schema: Schema | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -305,8 +307,7 @@ class Posterior(ABC):
     def adapted(self, mean: Tensor, variance: Tensor, about: Adaptation) -> Self:
         """The same noise about statistics ``[D]`` each, in float64, which `stochbn.adapt` has found."""
         observed = self.expected if self.observed is None else self.observed
-        moved = self._moved(mean, variance)
-        return replace(moved, centre="adapted", observed=observed, choice="", adaptation=about)
+        return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
     def with_sets(
         self, sets: Sets, *, examples: int | None = None, draws: int | None = None, augment: str | None = None
@@ -348,8 +349,7 @@ class Posterior(ABC):
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
         if self.observed is None:
             return self
-        moved = self._moved(*self.observed)
-        return replace(moved, centre="observed", observed=None, choice="", adaptation=None)
+        return replace(self._moved(*self.observed), centre="observed", observed=None, choice="", adaptation=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.

@@ -16,6 +16,7 @@ from stochbn.network.fingerprint import Fingerprint
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.thresholds import Thresholds
+from stochbn.schema import Schema
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
@@ -29,7 +30,7 @@ SECOND = "stochbn.posterior/2"
 """The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
-LATER = ("reference", "adaptation", "thresholds")
+LATER = ("reference", "adaptation", "thresholds", "schema")
 """Fields that files of the present format have not always had."""
 OPTIONAL = {
     FORMAT: {"temperature", *LATER},
@@ -56,7 +57,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         held |= {f"reference.{name}": tensor for name, tensor in posterior.reference.tensors().items()}
     if posterior.thresholds is not None:
         held |= {f"thresholds.{name}": tensor for name, tensor in posterior.thresholds.tensors().items()}
-    for name in ("fingerprint", "reference", "adaptation", "thresholds"):
+    for name in ("fingerprint", "reference", "adaptation", "thresholds", "schema"):
         about[name] = about[name] and about[name].description()
     write_tensors(path, FORMAT, held, about)
 
@@ -112,6 +113,8 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
         settings["thresholds"] = Thresholds.from_file(_part(tensors, "thresholds"), about["thresholds"])
     if about.get("adaptation") is not None:
         settings["adaptation"] = Adaptation.from_description(about["adaptation"])
+    if about.get("schema") is not None:
+        settings["schema"] = Schema.from_description(about["schema"])
     settings["dtype"] = _dtype(about["dtype"])
     if format == FIRST:
         settings["skipped"] = _without_reasons(about["skipped"])

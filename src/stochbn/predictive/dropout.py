@@ -43,7 +43,7 @@ class MCDropout(Predictive):
         draws: int = 50,
         posterior: Posterior | None = None,
         *,
-        task: str = "classification",
+        task: str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: str | None = None,

@@ -5,18 +5,20 @@ The paper's experiments have networks and data of their own; nothing here knows 
 
 from stochbn.sources.hub import DataError
 from stochbn.sources.loaders import LoaderObjects
-from stochbn.sources.networks import Built, build, load_weights, parse_arguments, prepared
+from stochbn.sources.networks import Built, build, parse_arguments, prepared
 from stochbn.sources.objects import Chunk, Objects, RowObjects, Stream
-from stochbn.sources.opening import Columns, open_objects
+from stochbn.sources.opening import Columns, open_objects, renumbered
 from stochbn.sources.parquet import ParquetObjects, holds_parquet
-from stochbn.sources.pictures import Preprocessing, channels_of
+from stochbn.sources.pictures import Decoding, Preprocessing, channels_of
 from stochbn.sources.stores import is_url, stored
+from stochbn.sources.weights import load_weights
 
 __all__ = [
     "Built",
     "Chunk",
     "Columns",
     "DataError",
+    "Decoding",
     "LoaderObjects",
     "Objects",
     "ParquetObjects",
@@ -31,5 +33,6 @@ __all__ = [
     "open_objects",
     "parse_arguments",
     "prepared",
+    "renumbered",
     "stored",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HUB", "DataError", "folders_of", "load_splits"]
+__all__ = ["HUB", "DataError", "cached", "described", "folders_of", "load_splits", "saved_splits"]
 
 HUB = {"mnist": "ylecun/mnist", "notmnist": "anubhavmaity/notMNIST", "cifar10": "uoft-cs/cifar10"}
 """Short names of data sets on the Hugging Face Hub."""
@@ -41,7 +42,6 @@ def load_splits(name: str) -> tuple[Any, str]:
         DataError: it cannot be had.
     """
     import datasets
-    import huggingface_hub
 
     location = _local_copy(name) or HUB.get(name, name)
     local = _is_folder(location)
@@ -59,18 +59,14 @@ def load_splits(name: str) -> tuple[Any, str]:
         )
     if local:
         _check_description(Path(source))
-    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    hub_verbosity = huggingface_hub.logging.get_verbosity()
     try:
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        if local:
-            datasets.disable_progress_bars()
-        huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
-        with contextlib.nullcontext() if local or _reachable(huggingface_hub.constants.ENDPOINT) else _offline():
+        with _quiet(local), _connected(local):
             loaded = datasets.load_dataset(source)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"there is no data set {location!r} on the Hugging Face Hub ({error})") from error
     except (ConnectionError, OSError) as error:
+        if (told := _cache_told(error)) is not None:
+            raise DataError(told) from error
         if local:
             raise DataError(f"the folder {location!r} holds no data set that can be read: {error}") from error
         absent = "" if name in HUB else f"there is no folder {name!r} here, and "
@@ -79,12 +75,89 @@ def load_splits(name: str) -> tuple[Any, str]:
         if not local:
             raise DataError(f"cannot fetch {location!r} from the Hugging Face Hub ({error}): {advice}") from error
         raise DataError(f"{location!r} cannot be read as a data set; a file may be damaged: {error}") from error
+    return loaded, location
+
+
+def saved_splits(folder: Path) -> dict[str, Any] | None:
+    """The splits of a data set that ``save_to_disk`` wrote into a folder; None where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import datasets
+
+    whole, several = (folder / "state.json").is_file(), (folder / "dataset_dict.json").is_file()
+    if not whole and not several:
+        return None
+    with cached(str(folder), "a data set of save_to_disk"):
+        found = datasets.load_from_disk(str(folder))
+    return dict(found) if isinstance(found, dict) else {"": found}
+
+
+@contextlib.contextmanager
+def cached(name: str, kind: str) -> Iterator[None]:
+    """Have `datasets` read local files without a word, with errors that say what is wrong.
+
+    Args:
+        name: what is read.
+        kind: what it is.
+
+    Raises:
+        DataError: it cannot be read, or not be stored in the cache.
+    """
+    try:
+        with _quiet(local=True):
+            yield
+    except DataError:
+        raise
+    except Exception as error:  # the readers of each format raise errors of their own kinds
+        told = _cache_told(error) if isinstance(error, OSError) else None
+        raise DataError(told or f"{name} cannot be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _cache_told(error: OSError) -> str | None:
+    """What to do where `datasets` cannot write its copies; None where that is not the cause."""
+    import datasets
+
+    place = Path(datasets.config.HF_DATASETS_CACHE)
+    there = next((folder for folder in (place, *place.parents) if folder.exists()), place)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and os.access(there, os.W_OK | os.X_OK) and there.is_dir() and not isinstance(error, PermissionError):
+        return None
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and not full:
+        return None
+    return (
+        f"the folder {str(place)!r}, where copies of data are kept, cannot be written ({error.strerror or error}): set "
+        "HF_HOME to a folder that can"
+    )
+
+
+@contextlib.contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """Nothing of what `datasets` logs, which may hold what is in a file; no progress where nothing is fetched."""
+    import datasets
+    import huggingface_hub
+
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    hub_verbosity = huggingface_hub.logging.get_verbosity()
+    try:
+        datasets.logging.set_verbosity(logging.CRITICAL)
+        if local:
+            datasets.disable_progress_bars()
+        huggingface_hub.logging.set_verbosity(logging.ERROR)  # not a line for every try to connect
+        yield
     finally:
         datasets.logging.set_verbosity(verbosity)
         huggingface_hub.logging.set_verbosity(hub_verbosity)
         if shown:
             datasets.enable_progress_bars()
-    return loaded, location
+
+
+def _connected(local: bool) -> contextlib.AbstractContextManager[None]:
+    """Look for a connection where one is needed, and go without if there is none."""
+    import huggingface_hub
+
+    return contextlib.nullcontext() if local or _reachable(huggingface_hub.constants.ENDPOINT) else _offline()
 
 
 def folders_of(location: str) -> tuple[Path, ...]:
@@ -100,11 +173,11 @@ def folders_of(location: str) -> tuple[Path, ...]:
     return own, Path(datasets.config.EXTRACTED_DATASETS_PATH)
 
 
-def _check_description(folder: Path) -> None:
-    """Refuse a folder whose own description (README.md) names other data than what is in it.
+def described(folder: Path) -> list[Any]:
+    """What a folder's own description (README.md) says of its data.
 
     Raises:
-        DataError: it does, or cannot be read.
+        DataError: it cannot be read.
     """
     import huggingface_hub
     import yaml
@@ -115,7 +188,16 @@ def _check_description(folder: Path) -> None:
         told += [yaml.safe_load(bare.read_text(encoding="utf-8"))] if bare.is_file() else []
     except Exception as error:  # the readers of YAML raise errors of many kinds
         raise DataError(f"the description of {str(folder)!r} cannot be read: {error}") from error
-    for name in _named_files(told):
+    return [one for one in told if isinstance(one, dict) and {"configs", "dataset_info"} & one.keys()]
+
+
+def _check_description(folder: Path) -> None:
+    """Refuse a folder whose own description names other data than what is in it.
+
+    Raises:
+        DataError: it does, or cannot be read.
+    """
+    for name in _named_files(described(folder)):
         if "://" in name or name.startswith(("~", "/")) or Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
             raise DataError(
                 f"the description of {str(folder)!r} names data outside the folder, {name!r:.200}: only what is in the "

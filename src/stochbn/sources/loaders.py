@@ -7,9 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.arrays import as_array
+from stochbn.schema import Schema
+from stochbn.sources.labels import as_labels
 from stochbn.sources.objects import Chunk, ahead
 
 __all__ = ["LoaderObjects"]
@@ -35,6 +39,11 @@ class LoaderObjects:
         if isinstance(loader, Iterator):
             raise ValueError(f"{name!r} gives an iterator, used up after one pass; return a list or a DataLoader")
         self.name, self.loader, self.limit, self.rank, self.ranks = name, loader, limit, rank, ranks
+
+    @property
+    def schema(self) -> Schema:
+        """What is known of it without going through it."""
+        return Schema(name=self.name, kind="batches of a loader, in its own order")
 
     def __len__(self) -> int:
         return self._count
@@ -123,4 +132,9 @@ def _parts(batch: Any, name: str) -> tuple[Any, Tensor]:
             f"{name} gives a {type(batch).__name__} of {type(first).__name__}; expected tensors, (input, label) tuples "
             "or mappings of tensors"
         )
-    return inputs, labels if isinstance(labels, Tensor) else torch.full((len(first),), -1)
+    labels = as_array(labels)
+    if isinstance(labels, (list, tuple)) and len(labels) == len(first) and not any(map(torch.is_tensor, labels)):
+        labels = np.asarray(labels)
+    if not isinstance(labels, (Tensor, np.ndarray)):
+        return inputs, torch.full((len(first),), -1)
+    return inputs, as_labels(labels.cpu() if isinstance(labels, Tensor) else labels, f"{name}")[0]

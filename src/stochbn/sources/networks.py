@@ -1,10 +1,11 @@
-"""Networks by name: from a module of the user's, from timm or from Transformers; and their weights from a file."""
+"""Networks by name: from a module of the user's, from timm or from Transformers."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
-import os
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stochbn.sources.pictures import Preprocessing, channels_of
 
-__all__ = ["Built", "build", "find", "load_weights", "parse_arguments", "prepared"]
+__all__ = ["Built", "build", "find", "parse_arguments", "prepared"]
 
 HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
 
@@ -31,12 +31,14 @@ class Built:
         preprocess: from a decoded image (or the tensor of an object) to the network's input, if there is such.
         classes: the names of its classes, if they are known.
         train_preprocess: as `preprocess`, with the random changes of training, if there is such.
+        prepared_by: where `preprocess` comes from, in words.
     """
 
     model: nn.Module
     preprocess: Callable[[Any], Any] | None = None
     classes: tuple[str, ...] | None = None
     train_preprocess: Callable[[Any], Any] | None = None
+    prepared_by: str = ""
 
 
 def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def build(reference: str, arguments: Mapping[str, Any], *, weights_follow: bool 
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ValueError(f"{name!r} of {module.__name__!r} must be a function of an image")
-    return Built(model.eval(), classes=None if classes is None else tuple(classes), **functions)
+    by = f"preprocess of {module.__name__}" if functions["preprocess"] is not None else ""
+    return Built(model.eval(), classes=None if classes is None else tuple(classes), prepared_by=by, **functions)
 
 
 def prepared(
@@ -111,12 +114,15 @@ def prepared(
 ) -> Built:
     """The same with a preprocess: by these numbers where any are given, else its own, else what images need alone.
 
+    Where its own is a `Preprocessing`, as of timm, it keeps what is not given.
+
     Raises:
         ValueError: as `Preprocessing`.
     """
     channels = channels_of(built.model)
     if size is not None or mean is not None or std is not None:
-        return replace(built, preprocess=Preprocessing(size, mean, std, channels))
+        own = built.preprocess if isinstance(built.preprocess, Preprocessing) else Preprocessing(channels=channels)
+        return replace(built, preprocess=replace(own, size=size or own.size, mean=mean or own.mean, std=std or own.std))
     if built.preprocess is not None:
         return built
     plain = Preprocessing(channels=channels)
@@ -146,72 +152,15 @@ def find(reference: str, what: str) -> tuple[ModuleType, Any]:
         raise ValueError(f"importing {place!r} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
-        raise ValueError(f"the module {place!r} has no {name!r}; it has {', '.join(names[:12]) or 'no public names'}")
+        there = ", ".join(names[:12]) or "no public names"
+        raise ValueError(f"the module {place!r} has no {name!r}{_near(name, names)}; it has {there}")
     return module, getattr(module, name)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state dict into a network, all of it: safetensors, or what ``torch.save`` wrote (tensors only).
-
-    A state dict under ``state_dict`` or ``model``, and the prefix ``module.`` of DataParallel, are looked through.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or does not hold exactly the network's tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r} with weights")
-    state = _read(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = dict(state[key])
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{str(path)!r} holds no state dict; save one with torch.save(model.state_dict(), ...) or "
-            "safetensors.torch.save_file"
-        )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        told = [
-            f"{text}: {_some(names)}" for text, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise ValueError(f"{str(path)!r} does not fit the network; {'; '.join(told)}; check --model and --model-arg")
-    wrong = [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        key = wrong[0]
-        raise ValueError(
-            f"{str(path)!r} does not fit the network: {key} is {list(state[key].shape)} in the file and "
-            f"{list(own[key].shape)} in the network ({len(wrong)} such); check --model-arg"
-        )
-    model.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except Exception as error:  # safetensors' own kind, which is no public name everywhere
-            raise ValueError(f"{str(path)!r} is no safetensors file that can be read: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; expected .safetensors, .pt, .pth, .bin or .ckpt")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files, and files that hold more than tensors
-        raise ValueError(
-            f"{str(path)!r} cannot be read as tensors alone, and nothing else is loaded: save the network's "
-            f"state_dict() ({str(error).splitlines()[0] if str(error) else type(error).__name__:.120})"
-        ) from error
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _near(name: str, known: Iterable[str]) -> str:
+    """Names that are nearly the same, as advice."""
+    near = difflib.get_close_matches(name, list(known), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _called(reference: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -232,13 +181,29 @@ def _timm(name: str, arguments: Mapping[str, Any], weights_follow: bool) -> Buil
         raise ValueError(
             f"'timm:{name}' would have random weights: name a file with --weights, or give --model-arg pretrained=True"
         )
+    known: list[str] = getattr(timm, "list_models", list)()
+    if known and "/" not in name and ":" not in name and name.split(".")[0] not in known:
+        raise ValueError(f"timm has no network {name!r}{_near(name, known)}")
     model: nn.Module = _called(f"timm:{name}", lambda **given: timm.create_model(name, **given), arguments)
     config = timm.data.resolve_model_data_config(model)
     _, *size = config["input_size"]
+    if (mode := config.get("crop_mode") or "center") not in ("center", "squash"):
+        raise ValueError(
+            f"'timm:{name}' crops pictures in the way {mode!r}, which is not known; use a module of your own"
+        )
+    crop = config.get("crop_pct") or 0.875
+    square = len({math.floor(side / crop) for side in size}) == 1  # timm resizes others bilinearly, whatever it says
+    interpolation = config.get("interpolation") or "bilinear"
     preprocess = Preprocessing(
-        (size[0], size[1]), tuple(config["mean"]), tuple(config["std"]), channels_of(model), config.get("crop_pct", 1.0)
+        (size[0], size[1]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        channels_of(model),
+        crop,
+        interpolation if square or mode == "squash" else "bilinear",
+        squash=mode == "squash",
     )
-    return Built(model.eval(), preprocess)
+    return Built(model.eval(), preprocess, prepared_by=f"timm's data config of {name}")
 
 
 def _transformers(name: str, arguments: Mapping[str, Any]) -> Built:
@@ -265,4 +230,4 @@ def _transformers(name: str, arguments: Mapping[str, Any]) -> Built:
     def preprocess(image: Any) -> Any:
         return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
-    return Built(model.eval(), preprocess, classes)
+    return Built(model.eval(), preprocess, classes, prepared_by="the network's own image processor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from stochbn.schema import Schema
 
 __all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
 
@@ -97,7 +100,11 @@ class Rows(Protocol):
     """Objects of which each can be read by its position."""
 
     key_name: str
-    classes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; none where labels are numbers."""
+        ...
 
     def __len__(self) -> int:
         """How many there are."""
@@ -125,12 +132,14 @@ class RowObjects:
         rows: the rows.
         preprocess: from what a row holds to the network's input, if something is to be done.
         order: positions; None is all of them as they are.
+        schema: what the data is, as it was opened.
     """
 
     name: str
     rows: Rows
     preprocess: Callable[[Any], Any] | None = None
     order: Tensor | None = None
+    schema: Schema | None = None
 
     def __len__(self) -> int:
         return len(self.rows) if self.order is None else len(self.order)
@@ -188,11 +197,19 @@ class RowObjects:
         order = torch.arange(len(self)) if self.order is None else self.order
 
         def read() -> Iterator[tuple[Any, Tensor]]:
+            told = False
             for index in torch.split(order, size) if len(order) else ():
                 chunk = self._chunk(index.tolist())
                 for key, error in zip(chunk.keys, chunk.errors, strict=True):
                     if error is not None:
                         raise ValueError(f"{self.name}: {key} {error}")
+                if not told and not (finite := chunk.inputs.reshape(len(index), -1).isfinite().all(1)).all():
+                    first, told = chunk.keys[int(finite.int().argmin())], True
+                    warnings.warn(
+                        f"{self.name}: {self.key_name} {first} holds NaN or infinity; leave such rows out where the "
+                        "network does not take them",
+                        stacklevel=2,
+                    )
                 yield chunk.inputs, torch.full((len(index),), -1) if labels is None else labels[index]
 
         with contextlib.closing(ahead(read())) as batches:

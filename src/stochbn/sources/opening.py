@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.sources.hub import HUB, DataError, folders_of, load_splits
+from stochbn.schema import Schema, counted
+from stochbn.sources.columns import Columns
+from stochbn.sources.files import Listing, listed, of_split
+from stochbn.sources.folders import METADATA, FolderRows
+from stochbn.sources.hub import HUB, DataError, described, folders_of, load_splits, saved_splits
+from stochbn.sources.labels import usual_label
 from stochbn.sources.loaders import LoaderObjects
 from stochbn.sources.networks import find
 from stochbn.sources.objects import RowObjects, Rows
-from stochbn.sources.pictures import Preprocessing, is_picture
-from stochbn.sources.rows import ArrayRows, FolderRows, TableRows
+from stochbn.sources.pictures import Decoding, Preprocessing, check_range, endings
+from stochbn.sources.rows import ArrayRows, TableRows, roles_of
+from stochbn.sources.tables import Unified, as_dataset, open_parquet, read_csv
 
-__all__ = ["KINDS", "Columns", "open_objects"]
+__all__ = ["KINDS", "Columns", "kind_of", "open_objects", "renumbered"]
 
 KINDS = "a folder of images, Parquet, CSV, .npy or .npz, a data set on the Hub (owner/name), or module:loader"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table, or arrays of a file, are what; None and nothing: see `TableRows`."""
-
-    inputs: tuple[str, ...] = ()
-    label: str | None = None
-    key: str | None = None
+TABLES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "csv"}
+USUAL_INPUTS = ("x", "X", "inputs", "images", "data")
+"""What an array of inputs is called where none is named."""
 
 
 def open_objects(
@@ -41,46 +40,86 @@ def open_objects(
     columns: Columns | None = None,
     preprocess: Callable[[Any], Any] | None = None,
     classes: tuple[str, ...] | None = None,
+    decoding: Decoding | None = None,
 ) -> RowObjects | LoaderObjects:
-    """Open data; objects are read when they are needed.
+    """Open data; examples are read when they are needed. Its `schema` says what was taken, and what was left out.
 
     Args:
         source: a folder of images, or with a folder of images for each class or split; a file that ends in
-            ``.parquet``, ``.csv``, ``.npy`` or ``.npz``; a folder of Parquet files; a data set on the Hub; or
-            ``module:loader``: an iterable of batches, or a function that returns one.
+            ``.parquet``, ``.csv``, ``.npy`` or ``.npz``; a folder of Parquet or CSV files, or one that ``save_to_disk``
+            wrote; a data set on the Hub; or ``module:loader``: an iterable of batches, or a function that returns one.
         split: which split, where there are several.
         prefer: without `split`, the names of splits to look for.
         columns: which columns are what.
         preprocess: from an image, or the tensor of an object, to the network's input. For images, None is a plain
             `Preprocessing`.
         classes: the names of the network's classes: labels that have names are brought to their numbers.
+        decoding: how images are read.
 
     Raises:
         DataError, ValueError: it cannot be opened; the message says what to do.
     """
-    columns = columns or Columns()
-    path, shown = Path(source), source
+    columns, decoding = columns or Columns(), decoding or Decoding()
+    path = Path(source)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not path.exists():
         return _loader(source)
     if path.is_file():
-        rows: Rows = _file(path, columns)
-    elif path.is_dir() and _holds_images(path):
-        chosen = _split_folder(path, split, prefer)
-        rows = FolderRows(chosen)
-        shown = source if chosen == path else f"{source} ({chosen.name})"
-    elif path.is_dir() or source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        loaded, location = load_splits(source)
-        name = _chosen(list(loaded), split, prefer, location)
-        rows = TableRows(loaded[name], f"{location!r} ({name})", *_given(columns), folders_of(location))
-        shown = f"{source} ({name})" if len(loaded) > 1 else source
+        rows, schema = _file(path, columns, decoding)
+    elif path.is_dir():
+        rows, schema = _folder(path, split, prefer, columns, decoding)
+    elif source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        rows, schema = _hub(source, split, prefer, columns, decoding)
     else:
         raise DataError(f"there is no data {source!r}; expected {KINDS}")
-    if preprocess is None and (isinstance(rows, FolderRows) or getattr(rows, "is_picture", False)):
-        preprocess = Preprocessing()
-    opened = RowObjects(shown, rows, preprocess)
-    if not len(opened):
-        raise DataError(f"{source!r} holds no objects")
-    return _renumbered(opened, classes) if classes else opened
+    pictures = isinstance(rows, FolderRows) or getattr(rows, "is_picture", False)
+    if pictures:
+        preprocess = Preprocessing() if preprocess is None else preprocess
+        check_range(preprocess)
+    if not len(rows):
+        raise DataError(f"{source!r} holds no examples{_left(schema)}")
+    try:
+        known, notes = rows.classes, schema.notes
+    except ValueError as error:  # of labels, which not everyone needs
+        known, notes = (), (*schema.notes, f"Its labels cannot be used: {error}.")
+    about = schema.described(
+        name=schema.name or source, count=len(rows), classes=known, notes=notes, exif=decoding.exif, page=decoding.page
+    )
+    opened = RowObjects(about.name, rows, preprocess, schema=about)
+    return renumbered(opened, classes) if classes and known else opened
+
+
+def kind_of(found: Listing) -> str | None:
+    """What the files of a folder are: ``pictures``, ``parquet`` or ``csv``, of which there are more; None if none.
+
+    Pictures beside a few tables are the data, as tables beside pictures mostly are about them.
+    """
+    shown = endings()
+    counts = {"pictures": 0, "parquet": 0, "csv": 0}
+    for file in found.files:
+        ending = file.suffix.lower()
+        if ending in TABLES and file.name not in METADATA:
+            counts[TABLES[ending]] += 1
+        elif ending in shown:
+            counts["pictures"] += 1
+    best = max(counts, key=lambda kind: counts[kind])
+    return best if counts[best] else None
+
+
+def tables_in(
+    found: Listing, kind: str, split: str | None, prefer: Sequence[str], source: str
+) -> tuple[list[Path], Schema]:
+    """The files of tables in a folder that are of a split, and what is known of the data then."""
+    chosen = found.only(ending for ending, one in TABLES.items() if one == kind)
+    positions, name = of_split(chosen.files, split, prefer, source)
+    files = [found.root / chosen.files[i] for i in positions]
+    others = len(chosen.files) - len(files)
+    notes = (f"{counted(others, 'files')} more, of other splits.",) if others else ()
+    shown = f"{source} ({name})" if name and others else source
+    return files, Schema(name=shown, files=len(files), left_out=chosen.reasons, notes=notes)
+
+
+def _left(schema: Schema) -> str:
+    return f": left out {'; '.join(schema.left_out)}" if schema.left_out else ""
 
 
 def _loader(source: str) -> LoaderObjects:
@@ -95,82 +134,168 @@ def _loader(source: str) -> LoaderObjects:
     return LoaderObjects(source, found)
 
 
-def _given(columns: Columns) -> tuple[tuple[str, ...], str | None, str | None]:
-    return columns.inputs, columns.label, columns.key
+def _folder(
+    folder: Path, split: str | None, prefer: Sequence[str], columns: Columns, decoding: Decoding
+) -> tuple[Rows, Schema]:
+    saved = saved_splits(folder)
+    if saved is not None:
+        return _one_of(saved, str(folder), (folder,), split, prefer, columns, decoding)
+    found = listed(folder)
+    kind = kind_of(found)
+    if kind == "pictures":
+        return _pictures(folder, found, split, prefer, columns, decoding)
+    if kind is None or described(folder):
+        return _hub(str(folder), split, prefer, columns, decoding, left_out=found.reasons)
+    files, about = tables_in(found, kind, split, prefer, str(folder))
+    return _tables(files, kind, str(folder), columns, decoding, (folder,), about)
 
 
-def _file(path: Path, columns: Columns) -> Rows:
+def _pictures(
+    folder: Path, found: Listing, split: str | None, prefer: Sequence[str], columns: Columns, decoding: Decoding
+) -> tuple[Rows, Schema]:
+    pictures = found.only(endings())
+    name, notes = split, tuple[str, ...]()
+    if split is None or not (folder / split).is_dir():
+        _, name = of_split(pictures.files, split, prefer, str(folder), by_file=False)
+    if name is not None:  # the folder of the split is the data
+        found = listed(folder / name)
+        others = len(pictures.files) - len(found.only(endings()).files)
+        notes = (f"{counted(others, 'pictures')} more, of other splits.",) if others else ()
+    about = [file for file in found.files if file.name in METADATA]
+    pictures = found.only(endings(), but=about)
+    rows = FolderRows(pictures, tuple(about), columns.label, decoding)
+    return rows, Schema(
+        name=f"{folder} ({name})" if name is not None else str(folder),
+        kind="pictures",
+        files=len(rows),
+        label=rows.label,
+        left_out=(*pictures.reasons, *rows.left_out),
+        notes=(*notes, *rows.notes),
+    )
+
+
+def _hub(
+    source: str,
+    split: str | None,
+    prefer: Sequence[str],
+    columns: Columns,
+    decoding: Decoding,
+    left_out: tuple[str, ...] = (),
+) -> tuple[Rows, Schema]:
+    loaded, location = load_splits(source)
+    rows, schema = _one_of(loaded, location, folders_of(location), split, prefer, columns, decoding, shown=source)
+    return rows, schema.described(left_out=(*left_out, *schema.left_out))
+
+
+def _one_of(
+    splits: dict[str, Any],
+    location: str,
+    folders: tuple[Path, ...],
+    split: str | None,
+    prefer: Sequence[str],
+    columns: Columns,
+    decoding: Decoding,
+    shown: str | None = None,
+) -> tuple[Rows, Schema]:
+    """The rows of one of several splits that `datasets` has."""
+    name = _chosen(list(splits), split, prefer, location)
+    shown = f"{shown or location} ({name})" if len(splits) > 1 else shown or location
+    told = (f"Other splits: {', '.join(other for other in splits if other != name)}.",) if len(splits) > 1 else ()
+    called = f"{location!r} ({name})" if name else repr(location)
+    return _rows(splits[name], called, columns, decoding, folders, Schema(name=shown, notes=told))
+
+
+def _tables(
+    files: Sequence[Path],
+    kind: str,
+    source: str,
+    columns: Columns,
+    decoding: Decoding,
+    folders: tuple[Path, ...],
+    about: Schema,
+) -> tuple[Rows, Schema]:
+    """The rows of files of tables, with their columns by name."""
+    if kind == "csv":
+        text = (columns.label, columns.key, columns.held.label if columns.held else None)
+        table, whole = read_csv(files, source, text)
+        table = as_dataset(table)
+    else:
+        table, whole = open_parquet(files, source)
+    return _rows(table, repr(source), columns, decoding, folders, about, whole)
+
+
+def _rows(
+    table: Any,
+    name: str,
+    columns: Columns,
+    decoding: Decoding,
+    folders: tuple[Path, ...],
+    about: Schema,
+    whole: Unified | None = None,
+) -> tuple[Rows, Schema]:
+    roles = roles_of(table, name, columns, None if whole is None else whole.index)
+    if whole is not None:
+        whole.check((*roles.inputs, roles.key), name)
+    return TableRows(table, name, folders=folders, roles=roles, decoding=decoding), about.described(
+        kind="pictures" if roles.pictures else "rows",
+        inputs=roles.inputs,
+        types=roles.types,
+        label=roles.label,
+        key=roles.key,
+        left_out=(*about.left_out, *roles.left_out),
+    )
+
+
+def _file(path: Path, columns: Columns, decoding: Decoding) -> tuple[Rows, Schema]:
     ending = path.suffix.lower()
     if ending in (".npy", ".npz"):
         return _arrays(path, columns)
-    reader = {".parquet": "parquet", ".csv": "csv"}.get(ending)
-    if reader is None:
+    kind = TABLES.get(ending)
+    if kind is None:
         raise DataError(f"{str(path)!r} ends in {ending!r}; expected {KINDS}")
-    import datasets
-
-    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs may hold what is in the file
-    try:
-        table = datasets.load_dataset(reader, data_files=str(path), split="train")
-    except Exception as error:  # the readers of each format raise errors of their own kinds
-        cause = error.__cause__ or error
-        raise DataError(f"{str(path)!r} cannot be read as {reader}: {cause}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if shown:
-            datasets.enable_progress_bars()
-    return TableRows(table, repr(str(path)), *_given(columns), (path.parent,))
+    return _tables([path], kind, str(path), columns, decoding, (path.parent,), Schema(files=1))
 
 
-def _arrays(path: Path, columns: Columns) -> ArrayRows:
+def _arrays(path: Path, columns: Columns) -> tuple[Rows, Schema]:
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # also what would need pickle
         raise DataError(f"{str(path)!r} cannot be read as arrays of numbers: {error}") from error
+    about = Schema(kind="arrays", files=1)
     if isinstance(loaded, np.ndarray):
-        if columns != Columns():
+        if replace(columns, held=None) != Columns():
             raise DataError(f"{str(path)!r} is one array; --input, --label and --key name arrays in an .npz")
-        return ArrayRows(loaded)
+        return ArrayRows(loaded), about.described(kind="rows")
     with loaded:
         names = list(loaded)
+        asked = columns.named(("arrays",), names, repr(str(path)))
 
-        def pick(wanted: str | None, usual: tuple[str, ...]) -> Any:
-            if wanted is not None and wanted not in names:
-                raise DataError(f"{str(path)!r} has no array {wanted!r}; it has {', '.join(names)}")
-            name = wanted or next((name for name in usual if name in names), None)
+        def pick(name: str | None) -> Any:
             try:
                 return None if name is None else loaded[name]
             except Exception as error:  # of a damaged archive, or what would need pickle
                 raise DataError(f"the array {name!r} of {str(path)!r} cannot be read: {error}") from error
 
-        if len(columns.inputs) > 1:
-            raise DataError(f"name one array of {str(path)!r} with --input, not {len(columns.inputs)}")
-        usual = ("x", "X", "inputs", "images", "data", *(names if len(names) == 1 else ()))
-        inputs = pick(columns.inputs[0] if columns.inputs else None, usual)
-        if inputs is None:
+        if len(asked.inputs) > 1:
+            raise DataError(f"name one array of {str(path)!r} with --input, not {len(asked.inputs)}")
+        usual = (*USUAL_INPUTS, *(names if len(names) == 1 else ()))
+        taken = asked.inputs[0] if asked.inputs else next((name for name in usual if name in names), None)
+        if taken is None:
             raise DataError(f"{str(path)!r} has the arrays {', '.join(names)}; say with --input which are the inputs")
-        labels = pick(columns.label, ("y", "labels", "label", "targets"))
-        keys = pick(columns.key, ())
+        label = asked.label or ("y" if "y" in names else usual_label([name for name in names if name != taken]))
+        inputs, labels, keys = pick(taken), pick(label), pick(asked.key)
+    others = [name for name in names if name not in (taken, label, asked.key)]
     try:
-        return ArrayRows(inputs, labels, keys, columns.key or "row")
+        rows = ArrayRows(inputs, labels, keys, asked.key or "row")
     except ValueError as error:
         raise DataError(f"{str(path)!r}: {error}") from error
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(is_picture(path) for path in folder.rglob("*"))
-
-
-def _split_folder(folder: Path, split: str | None, prefer: Sequence[str]) -> Path:
-    """The folder of a split, where the folders in it are splits."""
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    splits = [name for name in inside if name in ("train", "test", "val", "valid", "validation") or name == split]
-    if not splits:
-        if split is not None:
-            raise DataError(f"{str(folder)!r} has no folder {split!r}; it has {', '.join(inside) or 'none'}")
-        return folder
-    return folder / _chosen(splits, split, prefer, str(folder))
+    return rows, about.described(
+        inputs=(taken,),
+        types=(str(inputs.dtype),),
+        label=label,
+        key=asked.key,
+        left_out=(f"the arrays {', '.join(others)}",) if others else (),
+    )
 
 
 def _chosen(splits: list[str], split: str | None, prefer: Sequence[str], location: str) -> str:
@@ -186,13 +311,14 @@ def _chosen(splits: list[str], split: str | None, prefer: Sequence[str], locatio
     return found
 
 
-def _renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
+def renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
     """With labels that count the network's classes, -1 for others, where the data's classes have names."""
     own = opened.classes
     if not own or own == classes or (all(name.isdigit() for name in own) and not set(own) <= set(classes)):
         return opened
-    numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in own])
-    return replace(opened, rows=_Renumbered(opened.rows, numbers, classes))
+    numbers = torch.tensor([*(classes.index(name) if name in classes else -1 for name in own), -1])
+    schema = None if opened.schema is None else opened.schema.described(classes=classes)
+    return replace(opened, rows=_Renumbered(opened.rows, numbers, classes), schema=schema)
 
 
 class _Renumbered:
@@ -200,7 +326,7 @@ class _Renumbered:
 
     Args:
         rows: the rows.
-        numbers: the new number of each class.
+        numbers: the new number of each class, and -1 for a label that is missing.
         classes: the names for the new numbers.
     """
 

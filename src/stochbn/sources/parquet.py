@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from stochbn.sources.hub import DataError
+from stochbn.schema import Schema
+from stochbn.sources.columns import Columns, Roles
+from stochbn.sources.files import from_names, listed
+from stochbn.sources.hub import DataError, saved_splits
 from stochbn.sources.objects import Chunk, RowObjects
-from stochbn.sources.opening import Columns
-from stochbn.sources.pictures import Preprocessing
-from stochbn.sources.rows import TableRows
+from stochbn.sources.opening import kind_of, tables_in
+from stochbn.sources.pictures import Decoding, Preprocessing, check_range
+from stochbn.sources.rows import TableRows, roles_of, undecoded
 from stochbn.sources.stores import filesystem, is_url
+from stochbn.sources.tables import as_dataset, conformed, unified
+
+LOOKED_AT = 10_000
+"""Rows that tell whether texts are numbers."""
 
 __all__ = ["ParquetObjects", "holds_parquet"]
 
@@ -28,6 +35,10 @@ class ParquetObjects:
         lengths: how many rows each has.
         columns: which columns are what.
         preprocess: from an image, or the tensor of an object, to the network's input.
+        features: the types of the columns, which hold those of all files.
+        roles: what the columns are.
+        schema: what the data is, as it was opened.
+        decoding: how images are read.
     """
 
     name: str
@@ -35,6 +46,10 @@ class ParquetObjects:
     lengths: tuple[int, ...]
     columns: Columns = field(default_factory=Columns)
     preprocess: Callable[[Any], Any] | None = None
+    features: Any = None
+    roles: Roles | None = None
+    schema: Schema = field(default_factory=Schema)
+    decoding: Decoding | None = None
 
     @classmethod
     def open(
@@ -44,6 +59,7 @@ class ParquetObjects:
         prefer: Sequence[str] = (),
         columns: Columns | None = None,
         preprocess: Callable[[Any], Any] | None = None,
+        decoding: Decoding | None = None,
     ) -> ParquetObjects:
         """Open a Parquet file or a folder of them: a path, or a URL that fsspec knows, such as ``s3://bucket/folder``.
 
@@ -54,24 +70,52 @@ class ParquetObjects:
             columns: which columns are what; see `TableRows`.
             preprocess: from an image, or the tensor of an object, to the network's input.
 
+            decoding: how images are read.
+
         Raises:
             DataError: there are no such files, or they cannot be read.
         """
         fs, root = filesystem(source)
+        about = Schema()
         try:
-            names = [root] if fs.isfile(root) else sorted(fs.glob(f"{root.rstrip('/')}/**/*.parquet"))
+            names = [root] if fs.isfile(root) else []
+            found = None if names else from_names(root, fs.find(root)) if is_url(source) else listed(Path(source))
         except OSError as error:
             raise DataError(f"{source!r} cannot be listed: {error}") from error
+        if found is not None:
+            paths, about = tables_in(found, "parquet", split, prefer, source)
+            names = [str(path) for path in paths]
         if not names:
             raise DataError(f"{source!r} is no Parquet file and no folder that holds any")
-        names = _of_split(names, root, split, prefer, source)
         if other := [name for name in names if not is_url(source) and not Path(name).is_file()]:
             raise DataError(f"{other[0]!r} is no regular file; remove it from the data")
-        lengths = [_length(fs, name) for name in names]
+        footers = [_footer(fs, name) for name in names]
+        lengths = tuple(count for count, _ in footers)
         files = tuple(fs.unstrip_protocol(name) if is_url(source) else name for name in names)
         if not sum(lengths):
-            raise DataError(f"{source!r} holds no objects")
-        return cls(source, files, tuple(lengths), columns or Columns(), preprocess)
+            raise DataError(f"{source!r} holds no examples")
+        whole = unified([(name, schema) for name, (_, schema) in zip(files, footers, strict=True)], repr(source))
+        opened = cls(source, files, lengths, columns or Columns(), preprocess, whole.features, decoding=decoding)
+        table = undecoded(as_dataset(next(iter(opened._tables(0, LOOKED_AT)))))
+        roles = roles_of(table, repr(source), opened.columns, whole.index)
+        whole.check((*roles.inputs, roles.key), repr(source))
+        if roles.pictures:
+            check_range(preprocess)
+        decoding = decoding or Decoding()
+        schema = about.described(
+            name=about.name or source,
+            kind="pictures" if roles.pictures else "rows",
+            count=sum(lengths),
+            files=len(files),
+            inputs=roles.inputs,
+            types=roles.types,
+            label=roles.label,
+            key=roles.key,
+            left_out=(*about.left_out, *roles.left_out),
+            exif=decoding.exif,
+            page=decoding.page,
+        )
+        return replace(opened, roles=roles, schema=schema)
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -112,23 +156,18 @@ class ParquetObjects:
                     count = parquet.metadata.row_group(group).num_rows
                     low, high = max(start - first, 0), min(stop - first, count)
                     if low < high:
-                        yield parquet.read_row_group(group).slice(low, high - low)
+                        table = parquet.read_row_group(group).slice(low, high - low)
+                        yield conformed(table, self.features)
                     first += count
 
     def _chunk(self, table: Any, start: int) -> Chunk:
-        import datasets
-
-        try:  # without a fingerprint of our own, all of the table would be hashed to make one
-            loaded = datasets.Dataset(table, fingerprint="rows")
-        except Exception as error:  # what the files say of their columns may be anything
-            raise DataError(f"{self.name!r} describes its columns wrongly: {error}") from error
-        wanted = self.columns.inputs, self.columns.label, self.columns.key
-        rows = TableRows(loaded, repr(self.name), *wanted, self._folders)
+        called = repr(self.name)
+        rows = TableRows(as_dataset(table), called, folders=self._folders, roles=self.roles, decoding=self.decoding)
         preprocess = self.preprocess
         if preprocess is None and rows.is_picture:
             preprocess = Preprocessing()
         (chunk,) = RowObjects(self.name, rows, preprocess).chunks(len(table))
-        keys = chunk.keys if self.columns.key is not None else [start + i for i in range(len(table))]
+        keys = chunk.keys if rows.roles.key is not None else [start + i for i in range(len(table))]
         return Chunk(list(keys), chunk.errors, chunk.inputs)
 
 
@@ -138,7 +177,7 @@ def holds_parquet(source: str) -> bool:
         return True
     path = Path(source)
     if path.is_dir():
-        return any(path.rglob("*.parquet"))
+        return saved_splits(path) is None and kind_of(listed(path)) == "parquet"
     return path.is_file() and path.suffix.lower() == ".parquet"
 
 
@@ -159,28 +198,13 @@ def _regrouped(tables: Iterator[Any], size: int) -> Iterator[Any]:
         yield pyarrow.concat_tables(waiting)
 
 
-def _length(fs: Any, name: str) -> int:
-    """How many rows a file has, by its footer."""
+def _footer(fs: Any, name: str) -> tuple[int, Any]:
+    """How many rows a file has, and its schema."""
     import pyarrow.parquet
 
     try:
         with fs.open(name, "rb") as file:
-            return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+            parquet = pyarrow.parquet.ParquetFile(file)
+            return int(parquet.metadata.num_rows), parquet.schema_arrow
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{name!r} cannot be read as Parquet: {error}") from error
-
-
-def _of_split(names: list[str], root: str, split: str | None, prefer: Sequence[str], source: str) -> list[str]:
-    """The files of a split."""
-
-    def belongs(name: str, split: str) -> bool:
-        *folders, file = Path(name[len(root) :].lstrip("/")).parts or (name,)
-        return split in folders or file.startswith((f"{split}-", f"{split}.", f"{split}_"))
-
-    for wanted in (split,) if split is not None else prefer:
-        chosen = [name for name in names if belongs(name, wanted)]
-        if chosen:
-            return chosen
-    if split is not None:
-        raise DataError(f"{source!r} has no Parquet files of a split {split!r}")
-    return names

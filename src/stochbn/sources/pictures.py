@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stochbn.sources.inside import open_inside
 
-__all__ = ["Preprocessing", "channels_of", "decode", "is_picture", "stored_picture"]
+__all__ = ["Decoding", "Preprocessing", "channels_of", "check_range", "decode", "endings", "stored_picture"]
 
 PROGRAMS = ("EPS",)
 """Formats that Pillow starts another program for. They are not read."""
@@ -24,8 +24,18 @@ PROGRAMS = ("EPS",)
 OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's modes for the numbers of channels that a network may take."""
 
+ORIENTATION = 0x0112
+"""EXIF's tag of the orientation."""
+
 OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+OF_OTHERS = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".ps", ".eps", ".grib", ".bufr"}
+"""Endings that Pillow knows, of files that are no pictures or that it cannot read by itself."""
+
+MOST_STD = 2.0
+"""The largest standard deviation that may be of pixels from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +43,15 @@ class Preprocessing:
     """From an image to a network's input: resize and crop, scale to [0, 1], subtract `mean` and divide by `std`.
 
     Attributes:
-        size: height and width: the image is resized to cover it, bilinearly, and the centre is cropped; None leaves
-            images at their own size.
+        size: height and width: the image is resized to cover it, and the centre is cropped, with the roundings of
+            torchvision; None leaves images at their own size.
         mean: for each channel; None is 0.
         std: for each channel; None is 1.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA): what images are brought to. One of 16 bits is grey, and its grey is
             repeated for 3 channels.
         crop: the share of the resized image that the crop leaves, of each side.
+        interpolation: how the image is resized: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
+        squash: whether the image is resized to the shape of `size`, whatever its own, and nothing but the share is cut.
 
     Raises:
         ValueError: numbers that fit no image.
@@ -50,6 +62,8 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
     channels: int = 3
     crop: float = 1.0
+    interpolation: str = "bilinear"
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in OF_CHANNELS:
@@ -61,6 +75,8 @@ class Preprocessing:
                 raise ValueError(f"{name} has {len(values)} numbers for {self.channels} channels; give 1 for each")
             if values is not None and not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} must be finite, got {values}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box"):
+            raise ValueError(f"there is no interpolation {self.interpolation!r}; expected bilinear or bicubic")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -102,13 +118,20 @@ class Preprocessing:
     def _fitted(self, image: Any, size: tuple[int, int]) -> Any:
         from PIL.Image import Resampling
 
-        height, width = size
-        factor = max(height / image.height, width / image.width) / self.crop
-        tall, wide = max(height, round(image.height * factor)), max(width, round(image.width * factor))
+        cover = math.floor(size[0] / self.crop), math.floor(size[1] / self.crop)
+        short, long = sorted(image.size)
+        if self.squash:
+            tall, wide = cover
+        elif cover[0] == cover[1]:
+            longer = int(cover[0] * long / short)
+            wide, tall = (cover[0], longer) if image.width <= image.height else (longer, cover[0])
+        else:
+            ratio = min(image.height / cover[0], image.width / cover[1])
+            tall, wide = round(image.height / ratio), round(image.width / ratio)
         if (wide, tall) != image.size:
-            image = image.resize((wide, tall), Resampling.BILINEAR)
-        left, top = (wide - width) // 2, (tall - height) // 2
-        return image.crop((left, top, left + width, top + height))
+            image = image.resize((wide, tall), Resampling[self.interpolation.upper()])
+        left, top = round((wide - size[1]) / 2), round((tall - size[0]) / 2)
+        return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def channels_of(model: nn.Module) -> int:
@@ -117,17 +140,33 @@ def channels_of(model: nn.Module) -> int:
     return first.in_channels if first is not None and first.in_channels in OF_CHANNELS else 3
 
 
-def decode(source: Any, most: int | None = None) -> Any:
+@dataclass(frozen=True)
+class Decoding:
+    """How an image is read from its file.
+
+    Attributes:
+        exif: turn it upright by its EXIF orientation, as browsers and `datasets` do.
+        page: which page to read of an image with several, from 0; None refuses such images.
+    """
+
+    exif: bool = True
+    page: int | None = None
+
+
+def decode(source: Any, most: int | None = None, decoding: Decoding | None = None) -> Any:
     """An image, decoded whole, from its encoded bytes or from a file that is open; a name is never opened.
 
     Args:
         source: the bytes or the file.
         most: the largest number of pixels. It is never more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        decoding: how; None is `Decoding` with its defaults.
 
     Raises:
-        ValueError: it cannot be read, or has more pixels.
+        ValueError: it cannot be read, has more pixels, or several pages of which none is chosen.
     """
     from PIL import Image, UnidentifiedImageError
+
+    decoding = decoding or Decoding()
 
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
@@ -138,17 +177,46 @@ def decode(source: Any, most: int | None = None) -> Any:
         with Image.open(source, formats=_formats()) as image:
             pixels = image.width * image.height
             if not limits or pixels <= min(limits):
+                _turn_to(image, decoding.page)
                 image.load()
                 pixels = image.width * image.height  # of some formats, known only now
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_too_large("more", min(limits))) from error
+    except _PagesError:
+        raise
     except UnidentifiedImageError as error:
         raise ValueError("cannot be read as an image: it has no format that is known") from error
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise ValueError(f"cannot be read as an image: {error}") from error
     if limits and pixels > min(limits):
         raise ValueError(_too_large(str(pixels), min(limits)))
-    return image
+    return _upright(image) if decoding.exif else image
+
+
+class _PagesError(ValueError):
+    """An image with several pages."""
+
+
+def _turn_to(image: Any, page: int | None) -> None:
+    """Turn to a page; refuse several where none is chosen. Previews (MPO) and layers (PSD) are no pages."""
+    pages = 1 if image.format in ("MPO", "PSD") or not getattr(image, "is_animated", False) else image.n_frames
+    if page is None and pages > 1:
+        raise _PagesError(f"has {pages} pages (frames): choose one with --page, from 0, or store each as a file")
+    if page is not None and page >= pages:
+        raise _PagesError(f"has no page {page}, from 0: it has {pages}")
+    if page and pages > 1:
+        image.seek(page)
+
+
+def _upright(image: Any) -> Any:
+    """An image turned by its EXIF orientation; one whose EXIF cannot be read stays as it is."""
+    from PIL import ImageOps
+
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _too_large(pixels: str, most: int) -> str:
@@ -165,12 +233,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in PROGRAMS)
 
 
-def stored_picture(cell: Any, folders: Sequence[Path]) -> Any:
+def stored_picture(cell: Any, folders: Sequence[Path], decoding: Decoding | None = None) -> Any:
     """The image in a cell of a table: bytes, or bytes and a path as `datasets` stores them.
 
     Args:
         cell: what the table holds.
         folders: where a file may lie that is named in place of bytes; see `stochbn.sources.inside.open_inside`.
+        decoding: how it is read.
 
     Raises:
         ValueError: there is no image, or it cannot be read.
@@ -178,18 +247,40 @@ def stored_picture(cell: Any, folders: Sequence[Path]) -> Any:
     if isinstance(cell, Mapping):
         if cell.get("bytes") is None and cell.get("path") is not None:
             with open_inside(cell["path"], folders) as file:
-                return decode(file)
+                return decode(file, decoding=decoding)
         cell = cell.get("bytes")
     if cell is None:
         raise ValueError("is empty")
-    return decode(cell)
+    return decode(cell, decoding=decoding)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file's name ends like an image's."""
+def endings() -> set[str]:
+    """How names of images end, in small letters."""
     from PIL import Image
 
-    return path.suffix.lower() in Image.registered_extensions()
+    return {ending.lower() for ending in Image.registered_extensions()} - OF_OTHERS
+
+
+def check_range(preprocess: Any) -> None:
+    """Refuse a mean and standard deviation that are of pixels from 0 to 255, for pictures, which are from 0 to 1.
+
+    Raises:
+        ValueError: they are.
+    """
+    if not isinstance(preprocess, Preprocessing):
+        return
+    mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
+    if max(mean) <= 1 and max(std) <= MOST_STD:
+        return
+    meant = [
+        f"{option} {','.join(f'{value / 255:.4g}' for value in values)}"
+        for option, values in (("--mean", preprocess.mean), ("--std", preprocess.std))
+        if values is not None and max(values) > 1
+    ]
+    raise ValueError(
+        "pixels of pictures are scaled to [0, 1] before --mean is subtracted, and these are numbers of pixels from 0 "
+        f"to 255: give {' '.join(meant)}"
+    )
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> Any:

@@ -1,0 +1,139 @@
+"""Folders of pictures: a folder for each class, or labels in a file of metadata, as the Hub's image folders have."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stochbn.schema import counted, listing
+from stochbn.sources.files import Listing
+from stochbn.sources.hub import DataError
+from stochbn.sources.inside import open_regular
+from stochbn.sources.labels import as_labels, usual_label
+from stochbn.sources.pictures import Decoding, decode
+from stochbn.texts import unambiguous
+
+__all__ = ["METADATA", "FolderRows"]
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Files that say more about pictures, each about those in its folder and the folders in it."""
+FILE = "file_name"
+
+
+class FolderRows:
+    """The pictures of a folder, in the order of their paths.
+
+    Where a file of metadata has a column of labels, these are the labels. Otherwise, where all pictures lie in folders
+    of their own, these are the classes, in alphabetical order.
+
+    Args:
+        found: the pictures, and what is left out.
+        metadata: files of metadata that are about some of them.
+        label: the column of labels in the metadata; None is the one that is called as labels usually are.
+        decoding: how pictures are read.
+
+    Attributes:
+        notes: what is to be told of the labels.
+        left_out: pictures that are not taken, and why.
+
+    Raises:
+        DataError: the metadata cannot be used.
+    """
+
+    key_name = "file"
+
+    def __init__(
+        self,
+        found: Listing,
+        metadata: tuple[Path, ...] = (),
+        label: str | None = None,
+        decoding: Decoding | None = None,
+    ) -> None:
+        self.folder, self.decoding = found.root, decoding or Decoding()
+        self.files = list(found.files)
+        self.notes: list[str] = []
+        self.left_out: list[str] = []
+        self.label: str | None = None
+        self.classes: tuple[str, ...] = ()
+        self._labels: Tensor | None = None
+        self._missing: set[Path] = set()
+        if metadata:
+            self._read_metadata(metadata, label)
+        if self._labels is None and self.files and all(len(file.parts) > 1 for file in self.files):
+            empty = [name for name in found.folders if not any(file.parts[0] == name for file in self.files)]
+            empty = [name for name in empty if not any((found.root / name).iterdir())]
+            names = [file.parts[0] for file in self.files]
+            self.classes = tuple(sorted({*names, *empty}))
+            number = {name: i for i, name in enumerate(self.classes)}
+            self._labels, _ = as_labels([number[name] for name in names], "the folder")
+            if empty:
+                self.notes.append(f"Classes without a picture: {listing(map(unambiguous, empty))}.")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, position: int) -> str:
+        """The path within the folder; bytes in it that are not UTF-8 are escaped."""
+        return unambiguous(self.files[position].as_posix())
+
+    def read(self, position: int) -> Any:
+        """The image."""
+        file = self.files[position]
+        if file in self._missing:
+            raise ValueError("is named by a file of metadata, and is not in the folder")
+        with open_regular(self.folder / file) as stream:
+            return decode(stream, decoding=self.decoding)
+
+    def labels(self) -> Tensor | None:
+        """The numbers of the classes."""
+        return self._labels
+
+    def _read_metadata(self, metadata: tuple[Path, ...], label: str | None) -> None:
+        """Take labels from files of metadata, and the pictures that they name."""
+        about: dict[Path, Any] = {}
+        columns: list[str] = []
+        for file in sorted(metadata, key=lambda path: len(path.parts)):  # those in folders inside have the last word
+            for row in _rows(self.folder / file):
+                if not isinstance(row.get(FILE), str):
+                    raise DataError(f"{str(self.folder / file)!r} has a row without {FILE!r}, which names the picture")
+                columns += [name for name in row if name not in columns]
+                path = file.parent / row[FILE].replace("\\", "/")
+                if path.is_absolute() or ".." in path.parts:
+                    raise DataError(f"{str(self.folder / file)!r} names {row[FILE]!r}, outside its folder")
+                about[path] = row
+        names = " and ".join(sorted({file.name for file in metadata}))
+        label = label or usual_label([name for name in columns if name != FILE])
+        if label is None:
+            self.notes.append(f"{names} has no column of labels (it has {listing(columns)}): see --label.")
+            return
+        if label not in columns:
+            raise DataError(f"{names} of {str(self.folder)!r} has no column {label!r}; it has {listing(columns)}")
+        there = set(self.files)
+        self._missing = {path for path in about if path not in there}
+        if unnamed := there - about.keys():
+            self.left_out.append(f"{counted(len(unnamed), 'pictures')} that {names} does not name")
+        self.files = sorted(about)
+        values = [about[file].get(label) for file in self.files]
+        self._labels, self.classes = as_labels(values, f"{names} of {str(self.folder)!r}")
+        self.label = label
+        self.notes.append(f"Labels are those of {names}; folders are no classes.")
+        if self._missing:
+            self.notes.append(f"{counted(len(self._missing), 'pictures')} named there are missing, and become errors.")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of metadata."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(lines))
+            found = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
+    if not all(isinstance(row, dict) for row in found):
+        raise DataError(f"{str(path)!r} has a line that is no mapping of names to values")
+    return found
