@@ -857,3 +857,25 @@ def test_every_public_name_is_there_at_first_use() -> None:
     code += "try: stochbn.nothing\nexcept AttributeError as error: print(error)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "module 'stochbn' has no attribute 'nothing'\n"
+
+
+def test_names_can_be_used_first_from_many_threads() -> None:
+    code = """
+import sys, threading
+sys.setswitchinterval(1e-5)
+import stochbn
+names, errors = [*stochbn.__all__], []
+begin = threading.Barrier(len(names))
+def use(name):
+    begin.wait()
+    try: getattr(stochbn, name)
+    except BaseException as error: errors.append((name, repr(error)))
+threads = [threading.Thread(target=use, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not errors, errors
+assert not hasattr(stochbn, "a.b") and not hasattr(stochbn, "_nothing")
+"""
+    for _ in range(3):
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr

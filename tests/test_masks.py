@@ -304,3 +304,9 @@ def test_training_output_of_another_structure_warns_the_caller() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is told once
         dropped(x)
+
+
+def test_a_rate_that_is_none_is_refused_by_torch_however_large_the_mask() -> None:
+    for size in (10, 10_000):
+        with Masks(5), pytest.raises(RuntimeError, match="bernoulli_ expects p to be in"):
+            torch.native_dropout(torch.ones(size), float("nan"), True)

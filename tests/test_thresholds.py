@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from conftest import normal, seeded
+from conftest import mlp, normal, seeded, settled
 from stochbn import conformal
 from stochbn.conformal import Sets
 from stochbn.files import read_tensors, write_tensors
@@ -250,3 +251,34 @@ def test_a_stream_marks_them_too(posterior: stochbn.Posterior) -> None:
     adapted = stochbn.shift.Adapter(network(), posterior).update(data(60, 6)[0])
     assert isinstance(adapted.thresholds, Thresholds)
     assert adapted.thresholds.adapted
+
+
+def test_thresholds_of_another_centre_are_dropped() -> None:
+    model = settled(mlp(), 4)
+    batches = [normal(512, 4, seed=9)]
+    posterior = stochbn.fit(model, batches, 8)
+    probs = stochbn.Predictive(model, posterior, 8)(normal(300, 4, seed=3)).probs
+    sets = stochbn.conformal.lac(probs, probs.argmax(1), 0.9)
+    kept = posterior.with_sets(sets)
+    assert kept.recentre(model).thresholds is not None, "the same statistics"
+    changed = copy.deepcopy(model)
+    means = next(m.running_mean for m in changed.modules() if isinstance(m, nn.BatchNorm1d))
+    assert means is not None
+    means.add_(1.5)
+    with pytest.warns(UserWarning, match="were dropped"):
+        assert kept.recentre(changed).thresholds is None
+    observed = posterior.recentre_observed().with_sets(sets)
+    with pytest.warns(UserWarning, match="were dropped"):
+        assert stochbn.adapt(model, observed, batches).thresholds is None
+
+
+def test_other_draws_than_those_of_the_thresholds_are_told() -> None:
+    model = settled(mlp(), 4)
+    posterior = stochbn.fit(model, [normal(512, 4, seed=9)], 8)
+    probs = stochbn.Predictive(model, posterior, 8)(normal(300, 4, seed=3)).probs
+    sets = stochbn.conformal.lac(probs, probs.argmax(1), 0.9)
+    thresholds = posterior.with_sets(sets, draws=50).thresholds
+    assert thresholds is not None
+    assert not thresholds.unlike(50, None)
+    assert "--draws 50 and no --augment: predict with these" in thresholds.unlike(4, None)
+    assert "predict with these" in thresholds.unlike(50, "flip")

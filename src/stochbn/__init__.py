@@ -11,6 +11,7 @@ Stochastic Batch Normalization (Atanov et al., 2018, arXiv 1802.04893)::
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,18 +71,25 @@ _HOMES = {
 """The modules that public names are from. They are imported at first use: the command line's help needs none."""
 
 
+_LOCK = threading.RLock()
+"""One thread imports at a time: modules that import each other must not be begun from two ends."""
+
+
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            globals()[name] = found = getattr(importlib.import_module(home), name)
-            return found
-    if not name.startswith("_"):
+    home = next((home for home, names in _HOMES.items() if name in names), f"stochbn.{name}")
+    if not name.isidentifier() or name.startswith("_"):
+        raise AttributeError(f"module 'stochbn' has no attribute {name!r}")
+    with _LOCK:
         try:
-            return importlib.import_module(f"stochbn.{name}")
+            found = importlib.import_module(home)
         except ModuleNotFoundError as error:
-            if error.name != f"stochbn.{name}":
+            if error.name != home:
                 raise
-    raise AttributeError(f"module 'stochbn' has no attribute {name!r}")
+            raise AttributeError(f"module 'stochbn' has no attribute {name!r}") from error
+    if home == f"stochbn.{name}":
+        return found
+    globals()[name] = value = getattr(found, name)
+    return value
 
 
 def __dir__() -> list[str]:

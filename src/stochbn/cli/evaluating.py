@@ -80,6 +80,7 @@ def evaluate(
     from stochbn.paper import report
     from stochbn.paper.folders import RESULTS
     from stochbn.paper.predicting import has_dropout, predict_member
+    from stochbn.posteriors.thresholds import compare_draws
     from stochbn.report.facts import facts
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
@@ -163,6 +164,7 @@ def evaluate(
     names_of = subjects[0].classes or known.classes
     covered = None
     if len(subjects) == 1 and fitted[0] is not None and fitted[0].thresholds is not None:
+        compare_draws(fitted[0], draws, augment)
         about["sets"], covered = _covered(fitted[0].thresholds, found, names_of)
     if folder is None:
         shown = report.tabulate(scores, *names)

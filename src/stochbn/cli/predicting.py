@@ -22,7 +22,6 @@ from stochbn.cli.subject import Given, Subject, about_networks, settings_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from stochbn.posteriors import Posterior
 
 __all__ = ["predict"]
 
@@ -91,6 +90,7 @@ def predict(
     from stochbn.deploy.engine import check_ray, ray_engine
     from stochbn.files import check_folder
     from stochbn.paper.tables import Table
+    from stochbn.posteriors.thresholds import compare_draws
     from stochbn.predictive import Predictive
     from stochbn.scoring import check_table, part_size, score
     from stochbn.sources import ParquetObjects, stored
@@ -122,7 +122,7 @@ def predict(
                 fitted = adapted_to(subject, fitted, stream, adapt, seed)
         elif engine == "local":
             reading = compared(subject, fitted, stream, batch, seed)
-        _check_sets(fitted, draws, augment)
+        compare_draws(fitted, draws, augment)
         predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
         read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
@@ -187,19 +187,6 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
         "std": numbers_of("--std", given.std),
         "settings": settings_of(given),
     }
-
-
-def _check_sets(posterior: Posterior, draws: int, augment: str | None) -> None:
-    """Warn of thresholds that were made with other predictions than these."""
-    made = posterior.thresholds
-    if made is None or (made.draws in (None, draws) and made.augment == augment):
-        return
-    options = f"--draws {made.draws}" + (f" --augment {made.augment}" if made.augment else " and no --augment")
-    warnings.warn(
-        f"the thresholds of the prediction sets are from predictions with {options}: predict with these, or make "
-        "thresholds again with 'stochbn conformal', as the coverage may be another one",
-        stacklevel=2,
-    )
 
 
 def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stochbn.arrays import as_array
 from stochbn.posteriors import load
+from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
 from stochbn.schema import Schema
 from stochbn.scoring import Row, scored, without_nan
@@ -128,6 +129,7 @@ class Scorer:
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
         self._not_compared, self._why = 0, ""
         self._reading: Reading | None = None
+        compare_draws(fitted, draws, augment)
         device = torch.accelerator.current_accelerator(check_available=True)
         self.predictive = Predictive(
             built.model if device is None else built.model.to(device),

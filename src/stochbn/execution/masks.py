@@ -77,7 +77,7 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         generator = self._generator(device)
         if func.overloadpacket is torch.ops.aten.native_dropout:
             return _dropout(args[0], args[1], generator)
-        if func is torch.ops.aten.bernoulli_.float and device.type == "cpu" and args[0].numel() >= LARGE:
+        if func is torch.ops.aten.bernoulli_.float and _is_large(args[0]) and 0 <= bound["p"] <= 1:
             return _drop(bound["self"], bound["p"], generator)
         taking = _taking_generator(func)
         if taking is None:
@@ -139,6 +139,10 @@ def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> 
     return result
 
 
+def _is_large(mask: Tensor) -> bool:
+    return mask.device.type == "cpu" and mask.numel() >= LARGE
+
+
 def _drop(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
     """Fill a mask with ones, of which each is there with the probability `kept`, and zeros.
 
@@ -154,7 +158,7 @@ def _drop(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
 def _dropout(x: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The function of ``native_dropout``, which takes no generator."""
     kept = torch.empty_like(x)
-    large = x.device.type == "cpu" and x.numel() >= LARGE
+    large = _is_large(x) and 0 <= rate <= 1
     kept = _drop(kept, 1 - rate, generator) if large else kept.bernoulli_(1 - rate, generator=generator)
     return (x * kept / (1 - rate) if rate < 1 else torch.zeros_like(x)), kept.bool()
 

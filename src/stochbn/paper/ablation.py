@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.paper import checkpoints, networks

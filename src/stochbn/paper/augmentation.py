@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import stochbn
-from stochbn import augment, metrics
+import stochbn.augment as augment
+import stochbn.metrics as metrics
 from stochbn.distributed import Ranks
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import checkpoints, figures

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import stochbn
-from stochbn import augment
+import stochbn.augment as augment
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
 from stochbn.paper import ExperimentError, checkpoints, figures
 from stochbn.paper.data import Images

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.network.layers import batch_norms
 from stochbn.paper import checkpoints, data, figures

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.predictions import entropy
 
 __all__ = ["paired", "standard_errors"]

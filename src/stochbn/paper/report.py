@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json
 from stochbn.paper import figures, tables
 from stochbn.paper.differences import paired, standard_errors

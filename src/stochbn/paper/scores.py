@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.predictions import entropy
 
 __all__ = ["divergence", "mixture", "score_all"]

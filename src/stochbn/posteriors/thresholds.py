@@ -17,7 +17,7 @@ from stochbn.posteriors.adaptation import UNUSUAL
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["AGAIN", "Thresholds", "dropped", "still_valid"]
+__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "still_valid", "warn_of_dropping"]
 
 AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
 """How thresholds are made."""
@@ -36,7 +36,7 @@ class Thresholds:
         augment: what draws did to the input, as text such as ``"flip"``; None for nothing.
         temperature: of the posterior that predicted.
         batch_size: of that posterior's noise.
-        centre: of that posterior.
+        centre: of that posterior: weighted sums of its expected means and variances.
         adapted: whether the posterior was adapted to other data after they were made. No coverage is promised then.
 
     Raises:
@@ -49,7 +49,7 @@ class Thresholds:
     augment: str | None
     temperature: float
     batch_size: float | None
-    centre: str
+    centre: tuple[float, float]
     adapted: bool = False
 
     def __post_init__(self) -> None:
@@ -66,9 +66,9 @@ class Thresholds:
             raise ValueError(f"sets must have a number of classes of at least 2, got {sets.classes!r:.40}")
         if not isinstance(sets.coverage, float) or not 0 < sets.coverage < 1:
             raise ValueError(f"the coverage of sets must lie between 0 and 1, got {sets.coverage!r:.40}")
-        if not isinstance(sets.penalty, (int, float)) or not 0 <= sets.penalty < math.inf:
+        if not _is_number(sets.penalty) or not 0 <= sets.penalty < 1e100:
             raise ValueError(f"the penalty of sets must be at least 0, got {sets.penalty!r:.40}")
-        if type(sets.free) is not int or sets.free < 0 or type(sets.by_class) is not bool:
+        if type(sets.free) is not int or not 0 <= sets.free < 2**31 or type(sets.by_class) is not bool:
             raise ValueError("sets must have a number of free ranks of at least 0, and tell whether they are by class")
         threshold = torch.as_tensor(sets.threshold)
         if threshold.dtype != torch.float64 and isinstance(sets.threshold, Tensor):
@@ -80,6 +80,11 @@ class Thresholds:
         for name in ("examples", "draws"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
+        numbers = self.temperature, *self.centre, *([] if self.batch_size is None else [self.batch_size])
+        if not all(map(_is_number, numbers)) or len(self.centre) != 2:
+            raise ValueError(
+                "thresholds must have the temperature, batch size and centre of their posterior as numbers"
+            )
         if not isinstance(self.augment, str | None) or type(self.adapted) is not bool:
             raise ValueError("thresholds must have augment as a text or None, and tell whether they were adapted")
 
@@ -90,16 +95,31 @@ class Thresholds:
         Raises:
             TypeError, ValueError: as the class.
         """
-        return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, posterior.centre)
+        return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, _centre(posterior))
 
     def fit(self, posterior: Posterior) -> bool:
         """Whether they are of a posterior with this noise, centre and temperature."""
-        own = self.temperature, self.batch_size, self.centre
-        return own == (posterior.temperature, posterior.batch_size, posterior.centre)
+        own = self.temperature, self.batch_size
+        return own == (posterior.temperature, posterior.batch_size) and self.fit_centre(posterior)
 
-    def after_adapting(self) -> Thresholds:
+    def fit_centre(self, posterior: Posterior) -> bool:
+        """Whether they are of a posterior with these expected means and variances, to the rounding of its file."""
+        pairs = zip(self.centre, _centre(posterior), strict=True)
+        return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
+
+    def after_adapting(self, posterior: Posterior) -> Thresholds:
         """The same for the adapted posterior, with a mark that no coverage is promised."""
-        return replace(self, centre="adapted", adapted=True)
+        return replace(self, centre=_centre(posterior), adapted=True)
+
+    def unlike(self, draws: int, augment: str | None) -> str:
+        """What to do where predictions are made with other draws than those of the held-out data; empty if not."""
+        if self.draws in (None, draws) and self.augment == augment:
+            return ""
+        options = f"--draws {self.draws}" + (f" --augment {self.augment}" if self.augment else " and no --augment")
+        return (
+            f"the thresholds of the prediction sets are from predictions with {options}: predict with these, or make "
+            "thresholds again with 'stochbn conformal', as the coverage may be another one"
+        )
 
     def caveat(self, posterior: Posterior) -> str:
         """What cannot be promised of them, in one sentence; empty if they are of data that is held to be the same."""
@@ -139,11 +159,25 @@ class Thresholds:
         if not isinstance(about, dict) or about.keys() != wanted:
             raise ValueError(f"thresholds must have {', '.join(sorted(wanted))}, got {about!r:.60}")
         threshold = tensors.get("threshold")
-        if threshold is None or threshold.dtype != torch.float64:
+        if tensors.keys() != {"threshold"} or threshold is None or threshold.dtype != torch.float64:
             raise ValueError("thresholds must have a tensor 'threshold' of float64")
         value = threshold if threshold.ndim else threshold.item()
         sets = Sets(threshold=value, **{name: about[name] for name in SETTINGS})
-        return cls(sets=sets, **{name: about[name] for name in own})
+        if not isinstance(about["centre"], list):
+            raise ValueError(f"thresholds must have a centre of two numbers, got {about['centre']!r:.40}")
+        return cls(sets=sets, **{**{name: about[name] for name in own}, "centre": tuple(about["centre"])})
+
+
+def _centre(posterior: Posterior) -> tuple[float, float]:
+    """Sums of the expected means and variances, each with a weight of its own."""
+    expected = posterior.expected.double().cpu()
+    weights = 1 + (torch.arange(expected.shape[1], dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
+    mean, variance = (expected * weights).sum(1).tolist()
+    return mean, variance
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def still_valid(posterior: Posterior) -> Thresholds | None:
@@ -157,19 +191,27 @@ def still_valid(posterior: Posterior) -> Thresholds | None:
         raise TypeError(f"thresholds must be Thresholds or None, got {type(found).__name__}; see posterior.with_sets")
     if found is None or found.fit(posterior):
         return found
-    _warn()
+    warn_of_dropping()
     return None
+
+
+def compare_draws(posterior: Posterior | None, draws: int, augment: str | None) -> None:
+    """Warn where predictions with a posterior's sets are made with other draws than those for its thresholds."""
+    found = None if posterior is None else posterior.thresholds
+    if found is not None and (about := found.unlike(draws, augment)):
+        warn(about)
 
 
 def dropped(posterior: Posterior) -> Posterior:
     """The same posterior without thresholds; a warning tells of it, if there were any."""
     if posterior.thresholds is None:
         return posterior
-    _warn()
+    warn_of_dropping()
     return replace(posterior, thresholds=None)
 
 
-def _warn() -> None:
+def warn_of_dropping() -> None:
+    """Say that thresholds do not hold any longer, and what makes them again."""
     warn(
         "the thresholds of the posterior's prediction sets do not hold for another noise, centre or temperature, and "
         f"were dropped; make them again with {AGAIN}"

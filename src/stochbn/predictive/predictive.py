@@ -43,14 +43,15 @@ class Predictive:
     many independent draws. Fewer passes do, as draws are quasi-random (``Posterior.iter_draws(quasi=True)``) and
     come in opposite pairs, whose means tell the error that is left. Every example gets at least 4 draws, and examples
     whose draws differ most get most of the others. What it comes to on many networks is measured in
-    docs/networks.md; where the response to noise is even, opposite draws tell nothing new, and nearly all are made.
+    benchmarks/suite.md. Where the response to noise is even, opposite draws tell nothing new. Then nearly all are made,
+    and the squared error can be twice that of independent draws.
 
     Passes run in evaluation mode, without gradients, on a copy of the network that shares its parameters and has
     buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
     changed, training it further is seen, plain calls beside a prediction are right, and one predictive serves many
     threads. The network's hooks are copied with it and see all passes. A network that cannot be copied so runs in
     place, one call at a time. Objects that are not proven to be independent of each other go through the network
-    together, get all draws, and are right.
+    together, stop together, and are right.
 
     The passes are made in the way that is fastest with the same results, see `explain`. Averages are made as draws
     come, so memory does not grow with their number.

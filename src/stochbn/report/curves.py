@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stochbn import metrics
+import stochbn.metrics as metrics
 from stochbn.report.style import SEQUENCE, line_of
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.adaptation import UNUSUAL, Adaptation
 from stochbn.posteriors.base import BROKEN
+from stochbn.posteriors.thresholds import warn_of_dropping
 from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import Looker, looking
 from stochbn.shift.parts import Part, grouped, total
@@ -149,7 +150,6 @@ class Adapter:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
         self._ranks = Ranks(None)
-        self._thresholds = posterior.thresholds
         self._source, unusable = replace(posterior, thresholds=None).centred(model, begun=False)
         if broken := [name for name, why in unusable.items() if why == BROKEN]:
             raise ValueError(
@@ -157,6 +157,10 @@ class Adapter:
                 "nothing to adapt; train the network, or load its buffers too"
             )
         self._fixed = set(unusable)
+        self._thresholds = posterior.thresholds
+        if self._thresholds and not self._thresholds.adapted and not self._thresholds.fit_centre(self._source):
+            warn_of_dropping()  # they are of another centre than the running statistics, which adapting begins with
+            self._thresholds = None
         reference = posterior.reference
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)
@@ -226,7 +230,7 @@ class Adapter:
         )
         mean, variance = torch.cat(moved, 1)
         adapted = self._source.adapted(mean, variance, about)
-        return replace(adapted, thresholds=self._thresholds and self._thresholds.after_adapting())
+        return replace(adapted, thresholds=self._thresholds and self._thresholds.after_adapting(adapted))
 
     def _input(self, batch: Batch) -> NetworkInput:
         taken = network_input(self._model, batch, self._inputs)
