@@ -21,7 +21,7 @@ DRAWS = 1.0
 """Pairs that the batch's spread counts as. An example whose first draws agree by chance would stop too early."""
 RATIO, BEFORE = 0.5, 0.1
 """The ratio of error to variance that is expected before any draw, and the pairs that this counts as."""
-EVEN = 1.3
+EVEN = 1.15
 """What the squared error of quasi-random means is smaller by than that of as many independent pairs."""
 TYPICAL, MOST = 0.4, 2.5
 """The ratio down to which that holds. Smoother responses gain more, by at most `MOST` times."""
