@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -202,11 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "suite", help="where finished rows are kept")
     runs = parser.parse_args().runs
+    runs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     makers = [(case, network) for case in cases() if not case.refusal]
     for case, make in [(trained(), of_trained), *makers]:
-        path = runs / f"{case.id.replace('/', '-')}.json"
+        path = runs / f"{re.sub('[^A-Za-z0-9_]+', '-', case.id)}.json"
         if not path.exists():
             write_json(path, measured(case, *make(case)))
             print(path.stem, flush=True)
