@@ -131,7 +131,7 @@ def accuracy(model: nn.Module, posterior: stochbn.Posterior, case: Case, x: Any)
         errors.append(float((found.double() - truth).square().sum()))
     error = statistics.mean(errors)
     small = variance < 1e-12 * float(truth.square().sum())  # rounding, as what is drawn changes nothing
-    return {"worth": None if small else variance / max(error, 1e-300), "draws": sum(made) / CALLS}
+    return {"worth": None if small else variance / max(error, 1e-300), "draws": sum(made) / CALLS or default.draws}
 
 
 @contextmanager
