@@ -65,8 +65,8 @@ BATCH = 100
 LOADED = 128
 """Training images in a batch of the data loaders."""
 REPETITIONS = 15
-GRID = 20
-"""Prior precisions in the grid search of laplace-torch, whose own default is 100."""
+GRID = 9
+"""Prior precisions in the grid search of laplace-torch, powers of ten; its own default is 100 in the same range."""
 AUGMENTED = 8
 """Draws over the input."""
 LIMIT = 2.0
@@ -477,16 +477,15 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n\n".join([ABOUT.strip(), run, f"{found['about']}.", *tables, methods_list(rows), LEFT_OUT.strip()]) + "\n"
 
 
-def loaders(train: Images, held_out: Images, seed: int) -> dict[str, DataLoader[Any]]:
-    """Data loaders of the training images, of augmented ones, and of those held out."""
+def loaders(train: Images, held_out: Images) -> dict[str, DataLoader[Any]]:
+    """Data loaders of the training images, of augmented ones, and of those held out: see `Subject`."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         augmented = augment(train.pixels)
 
     def loader(pixels: Tensor, labels: Tensor, shuffle: bool) -> DataLoader[Any]:
-        order = torch.Generator().manual_seed(seed)
         examples = TensorDataset(as_input(pixels).contiguous(), labels)
-        return DataLoader(examples, LOADED, shuffle=shuffle, generator=order)
+        return DataLoader(examples, LOADED, shuffle=shuffle, generator=torch.Generator())
 
     return {
         "train": loader(train.pixels, train.labels, True),
@@ -496,7 +495,11 @@ def loaders(train: Images, held_out: Images, seed: int) -> dict[str, DataLoader[
 
 
 def rows_of(
-    name: str, models: Sequence[nn.Module], data: Mapping[str, Images], folder: Path
+    name: str,
+    models: Sequence[nn.Module],
+    data: Mapping[str, Images],
+    batches: Mapping[str, DataLoader[Any]],
+    folder: Path,
 ) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
     """A method's predictions with every network, and its costs; made, or read where they were made before."""
     method = METHODS[name]
@@ -508,7 +511,9 @@ def rows_of(
         file = folder / f"{key}.safetensors"
         if not file.exists():
             torch.manual_seed(number)
-            made = measure(method, Subject(used, **loaders(data["train"], data["held_out"], number)), known, unknown)
+            for loader in batches.values():
+                loader.generator.manual_seed(number)
+            made = measure(method, Subject(used, **batches), known, unknown)
             tensors = {part: made.pop(part) for part in ("known", "unknown")}
             write_tensors(file, FORMAT, tensors, made)
             print(f"{name}, network {number}: {made}", flush=True)
@@ -560,15 +565,16 @@ def main() -> None:
     folder = options.runs / (f"few-{options.few}" if options.few else "all")
     folder.mkdir(parents=True, exist_ok=True)
     labels = data["known"].labels
+    batches = loaders(data["train"], data["held_out"])
     bases: dict[str, list[dict[str, Tensor]]] = {}
     for key, name in (("from_plain", PLAIN), ("from_default", DEFAULT)):
-        bases[key] = [tensors for tensors, _ in rows_of(name, models, data, folder)]
+        bases[key] = [tensors for tensors, _ in rows_of(name, models, data, batches, folder)]
     new, absent = {}, {}
     for name in options.methods or METHODS:
         if reason := missing(METHODS[name]):
             absent[name] = reason
             continue
-        new[name] = summarised(name, rows_of(name, models, data, folder), bases, labels)
+        new[name] = summarised(name, rows_of(name, models, data, batches, folder), bases, labels)
     earlier: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
         earlier = _read_json(options.out / "rivals.json")["methods"]
