@@ -401,7 +401,9 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
         passes = f"{statistics.mean(one['passes'] for one in each):.1f}"
         body.append([name, *cells, passes, _fitting(row)])
     columns = ["method", "error %", "NLL", "calibrated NLL", "ECE %", "AUROC", "plain passes", "fitting"]
-    return Table("ResNet-18 on five classes of CIFAR-10: means over three networks", columns, body)
+    number = max(len(row["networks"]) for row in rows.values())
+    title = f"ResNet-18 on five classes of CIFAR-10: means over {number} network{'s' if number > 1 else ''}"
+    return Table(title, columns, body)
 
 
 def _fitting(row: Mapping[str, Any]) -> str:
@@ -494,31 +496,29 @@ def loaders(train: Images, held_out: Images) -> dict[str, DataLoader[Any]]:
     }
 
 
-def rows_of(
+def predictions(
     name: str,
+    number: int,
     models: Sequence[nn.Module],
     data: Mapping[str, Images],
     batches: Mapping[str, DataLoader[Any]],
     folder: Path,
-) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """A method's predictions with every network, and its costs; made, or read where they were made before."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A method's predictions with the network of a number, and its costs; made, or read where they were made before."""
     method = METHODS[name]
-    known, unknown = ([x.contiguous() for x, _ in data[part].batches(BATCH)] for part in ("known", "unknown"))
-    subjects = [models] if method.ensemble else [[model] for model in models]
-    found = []
-    for number, used in enumerate(subjects):
-        key = re.sub(r"[^a-z0-9]+", "-", f"{name} {version_of(method)} {number}".lower())
-        file = folder / f"{key}.safetensors"
-        if not file.exists():
-            torch.manual_seed(number)
-            for loader in batches.values():
-                loader.generator.manual_seed(number)
-            made = measure(method, Subject(used, **batches), known, unknown)
-            tensors = {part: made.pop(part) for part in ("known", "unknown")}
-            write_tensors(file, FORMAT, tensors, made)
-            print(f"{name}, network {number}: {made}", flush=True)
-        found.append(read_tensors(file, FORMAT))
-    return found
+    key = re.sub(r"[^a-z0-9]+", "-", f"{name} {version_of(method)} {number}".lower())
+    file = folder / f"{key}.safetensors"
+    if not file.exists():
+        known, unknown = ([x.contiguous() for x, _ in data[part].batches(BATCH)] for part in ("known", "unknown"))
+        torch.manual_seed(number)
+        for loader in batches.values():
+            loader.generator.manual_seed(number)
+        used = models if method.ensemble else [models[number]]
+        made = measure(method, Subject(used, **batches), known, unknown)
+        tensors = {part: made.pop(part) for part in ("known", "unknown")}
+        write_tensors(file, FORMAT, tensors, made)
+        print(f"{name}, network {number}: {made}", flush=True)
+    return read_tensors(file, FORMAT)
 
 
 def summarised(
@@ -531,7 +531,7 @@ def summarised(
     method = METHODS[name]
     probs = [tensors for tensors, _ in found]
     networks = [{**score(tensors, labels), **about} for tensors, about in found]
-    each = probs * len(NETWORKS) if method.ensemble else probs
+    each = probs * len(bases["from_plain"]) if method.ensemble else probs
     return {
         "about": method.about,
         "version": version_of(method),
@@ -550,6 +550,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: all processors)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="which to measure (default: all)")
+    parser.add_argument("--networks", type=int, choices=(1, 2, 3), default=3, help="how many (default: 3)")
     parser.add_argument("--few", type=int, help="use so many images of each part, for a quick look without files")
     parser.add_argument("--runs", type=Path, default=Path("runs/rivals"), help="folder for finished predictions")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for rivals.json and .md")
@@ -566,15 +567,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     labels = data["known"].labels
     batches = loaders(data["train"], data["held_out"])
-    bases: dict[str, list[dict[str, Tensor]]] = {}
-    for key, name in (("from_plain", PLAIN), ("from_default", DEFAULT)):
-        bases[key] = [tensors for tensors, _ in rows_of(name, models, data, batches, folder)]
-    new, absent = {}, {}
-    for name in options.methods or METHODS:
-        if reason := missing(METHODS[name]):
-            absent[name] = reason
-            continue
-        new[name] = summarised(name, rows_of(name, models, data, batches, folder), bases, labels)
+    absent = {name: reason for name, method in METHODS.items() if (reason := missing(method))}
+    wanted = [
+        name for name in METHODS if name in (PLAIN, DEFAULT, *(options.methods or METHODS)) and name not in absent
+    ]
+    made: dict[str, list[tuple[dict[str, Tensor], dict[str, Any]]]] = {name: [] for name in wanted}
+    for number in range(options.networks):
+        for name in wanted:
+            if number == 0 or not METHODS[name].ensemble:
+                made[name].append(predictions(name, number, models, data, batches, folder))
+    bases = {
+        key: [tensors for tensors, _ in made[name]] for key, name in (("from_plain", PLAIN), ("from_default", DEFAULT))
+    }
+    new = {name: summarised(name, found, bases, labels) for name, found in made.items()}
     earlier: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
         earlier = _read_json(options.out / "rivals.json")["methods"]
