@@ -21,6 +21,7 @@ NAMES = (
     "docs/augmentation",
     "docs/export",
     "docs/shift",
+    "docs/coming-from",
 )
 DOCUMENTS = [ROOT / f"{name}.md" for name in NAMES]
 
