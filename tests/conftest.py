@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,43 @@ torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # which a console keeps from its import on: tests set it themselves
 settings.register_profile("stochbn", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("stochbn")
+
+
+def command_output(*args: object) -> str:
+    """What a command prints that succeeds, on one line."""
+    from typer.testing import CliRunner
+
+    from stochbn import cli
+
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.split())
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """Runs the program as its script does: the code that it ends with, what it prints, and its errors."""
+    import stochbn.__main__
+
+    def call(*args: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stochbn", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            stochbn.__main__.main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+def script(path: Path) -> types.ModuleType:
+    """The module of a script outside of the library, such as a benchmark."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # its dataclasses look there for their own module
+    spec.loader.exec_module(module)
+    return module
 
 
 def seeded(seed: int = 0) -> torch.Generator:

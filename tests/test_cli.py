@@ -469,18 +469,14 @@ class Ended:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def main(program: Callable[..., tuple[Any, str, str]]) -> Callable[..., Ended]:
     """Runs the program as its script does."""
 
     def call(*args: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["stochbn", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            stochbn.__main__.main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        error = captured.err + (f"{code}\n" if isinstance(code, str) else "")
-        return Ended(1 if isinstance(code, str) else code or 0, captured.out, error)
+        code, output, error = program(*args)
+        if isinstance(code, str):
+            return Ended(1, output, f"{error}{code}\n")
+        return Ended(code or 0, output, error)
 
     return call
 

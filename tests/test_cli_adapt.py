@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
 import stochbn
-from stochbn import cli
+from conftest import command_output as run
 from stochbn.sources import build, load_weights
 from test_own_network import told  # noqa: F401 - a fixture
 
@@ -109,13 +108,6 @@ def fitted(own: tuple[str, ...]) -> tuple[str, ...]:
     """The same, with a posterior beside the weights."""
     run("fit", *own, "--data", "train.npz")
     return own
-
-
-def run(*args: object) -> str:
-    """What a command prints that succeeds."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return " ".join(result.stdout.split())
 
 
 def of_numbers(own: tuple[str, ...], function: str) -> tuple[str, ...]:

@@ -16,10 +16,11 @@ from scipy.stats import beta
 from typer.testing import CliRunner
 
 import stochbn
+from conftest import command_output as run
 from stochbn import cli
 from stochbn.cli import drift
 from stochbn.report.coverage import coverage_table, coverages
-from test_cli_adapt import fitted, network, own, pictures, run  # noqa: F401 - fixtures
+from test_cli_adapt import fitted, network, own, pictures  # noqa: F401 - fixtures
 
 CLASSES = ["bird", "cat", "dog"]
 FILE = "w.sbn.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import stochbn
+from conftest import script
 
 ROOT = Path(__file__).parent.parent
 NAMES = (
@@ -94,11 +94,7 @@ def test_readme_names_only_commands_that_exist() -> None:
 
 
 def test_the_page_of_other_networks_is_that_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("networks", ROOT / "benchmarks" / "networks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script(ROOT / "benchmarks" / "networks.py")
     assert (ROOT / "docs" / "networks.md").read_text() == module.document()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from conftest import script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHANCE = {
@@ -19,12 +20,7 @@ CHANCE = {
 
 def loaded(name: str) -> Any:
     """The module of an example."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(EXAMPLES / f"{name}.py")
 
 
 @pytest.mark.parametrize("name", CHANCE)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import stochbn
 import stochbn.__main__
+from conftest import command_output as run
 from stochbn import cli
 from stochbn.deploy import Scorer
 from stochbn.schema import Schema
@@ -65,25 +66,15 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def run(*args: object) -> str:
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return " ".join(result.stdout.split())
-
-
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def told(program: Callable[..., tuple[Any, str, str]]) -> Callable[..., str]:
     """What a command says that fails."""
 
     def call(*args: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["stochbn", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            stochbn.__main__.main()
-        assert caught.value.code == 1
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return captured.out + captured.err
+        code, output, error = program(*args)
+        assert code == 1
+        assert "Traceback" not in error
+        return output + error
 
     return call
 

@@ -22,11 +22,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import stochbn
 import stochbn.__main__
-from stochbn import cli
+from conftest import command_output as stochbn_
 from stochbn.sources import build, load_weights, open_objects
 from stochbn.sources.rows import TableRows
 
@@ -87,24 +86,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def stochbn_(*args: object) -> str:
-    """What a command prints that succeeds."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return " ".join(result.stdout.split())
-
-
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def told(program: Callable[..., tuple[Any, str, str]]) -> Callable[..., str]:
     """The one line by which a command fails."""
 
     def call(*args: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["stochbn", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            stochbn.__main__.main()
-        assert caught.value.code == 1
-        error = capsys.readouterr().err
+        code, _, error = program(*args)
+        assert code == 1
         assert len(error.strip().splitlines()) == 1, error
         return error
 

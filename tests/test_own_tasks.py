@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import stochbn
+from conftest import command_output as stochbn_
 from stochbn import Predictive, metrics
 from stochbn.dense_masks import mask_name
 from stochbn.sources import build
-from test_own_network import NUMBER, settled, stochbn_, told  # noqa: F401 - a fixture
+from test_own_network import NUMBER, settled, told  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of these networks, which have learnt nothing
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import script
+
 FILE = Path(__file__).parent.parent / "benchmarks" / "rivals.py"
 COMMITTED = FILE.with_suffix(".json")
 
-
-def _loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rivals", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their own module
-    spec.loader.exec_module(module)
-    return module
-
-
-rivals = _loaded()
+rivals = script(FILE)
 
 
 def changes(*values: float, error: float = 1.0) -> list[dict[str, float]]:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from conftest import script
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "shift_corruptions.py"
 RANDOM = ("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "frost", "fog")
 GROWING = {"gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "zoom_blur", "snow", "fog", "brightness"}
 GROWING |= {"contrast", "pixelate"}
 
-
-def _loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shift_corruptions", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks there for its own module
-    spec.loader.exec_module(module)
-    return module
-
-
-shift = _loaded()
+shift = script(FILE)
 NAMES = list(shift.CORRUPTIONS)
 
 
