@@ -198,12 +198,12 @@ def read_versions(path: str | os.PathLike[str], *formats: str) -> tuple[dict[str
     Raises:
         FileNotFoundError, ValueError: as `read_tensors`.
     """
+    from safetensors.torch import load
+
     path = Path(path)
     if not path.is_file():
         other = "; there is a folder, a pipe or a device" if path.exists() else ""
         raise FileNotFoundError(f"there is no file {str(path)!r}{other}")
-    from safetensors.torch import load
-
     content, header = _read(path)
     try:
         tensors = load(content)

@@ -121,7 +121,7 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {one if count == 1 else what}"
 
 
-def listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[str], most: int = SHOWN) -> str:
     """Names with commas, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,8 +1,8 @@
 """When draws are enough: the error of a mean over draws, and the examples that need more of them.
 
-Draws come in pairs with opposite noise, so the means of pairs tell the error of the mean: linear responses cancel in
-each of them. What a pair has left is about as independent of other pairs as the draws are, or less. The error of each
-example is known from a few pairs only, so it is shrunk towards what the batch has for its variance.
+Draws come in pairs with opposite noise. In the mean of a pair, linear responses cancel, and how the means of pairs
+differ tells the error that is left. An example has a few pairs only, so its error is shrunk towards its variance times
+the ratio of error to variance in the whole batch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 __all__ = ["Spread", "Stopping"]
 
 PAIRS = 10.0
-"""Pairs that the batch's ratio of error to variance counts as, beside the pairs of an example."""
+"""How many pairs the ratio of the batch counts as, beside the example's own pairs."""
 DRAWS = 1.0
-"""Pairs that the batch's spread counts as. An example whose first draws agree by chance would stop too early."""
+"""How many pairs the variance of the batch counts as. Without it, examples whose draws agree by chance stop early."""
 RATIO, BEFORE = 0.5, 0.1
-"""The ratio of error to variance that is expected before any draw, and the pairs that this counts as."""
+"""The ratio of error to variance that is expected before any draw, and how many pairs this counts as."""
 EVEN = 1.15
-"""What the squared error of quasi-random means is smaller by than that of as many independent pairs."""
+"""Independent pairs have a squared error that is larger than that of quasi-random pairs by this factor, at least."""
 TYPICAL, MOST = 0.4, 2.5
-"""The ratio down to which that holds. Smoother responses gain more, by at most `MOST` times."""
+"""If the ratio of error to variance is below `TYPICAL`, the factor is larger, by at most `MOST` times."""
 ROUNDING = 1e-6
-"""A standard error of probabilities that is as small as their rounding: no draws are made to lower it."""
+"""Standard errors of probabilities below this are rounding, which more draws do not lower."""
 
 
 @dataclass

@@ -88,8 +88,10 @@ class Summary:
             ValueError: an output was not finite.
         """
         objects, *columns = (torch.cat(column) for column in zip(*self._done, self._held(), strict=True))
-        order = objects.argsort()
-        mean, second, variance = (column[order] for column in columns)
+        if self._done:
+            order = objects.argsort()
+            columns = [column[order] for column in columns]
+        mean, second, variance = columns
         if not mean.isfinite().all():
             raise ValueError(
                 "the network's output is not finite (NaN or infinity) for some of these objects; check the input "

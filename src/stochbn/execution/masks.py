@@ -31,13 +31,13 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 LARGE = 4096
-"""Entries of a dropout mask on a CPU from which on it is made of 16 random bits for each: ten times faster."""
+"""On a CPU, dropout masks of at least so many entries are made from 16 random bits an entry, which is much faster."""
 
 
 class Masks(DispatchMode):  # type: ignore[no-untyped-call]
     """Within it, random numbers are those that ``torch.manual_seed(seed)`` would give, and no global generator is used.
 
-    Dropout masks of `LARGE` entries or more, on a CPU, are others, which the seed gives too.
+    Large dropout masks on a CPU are the exception: they come from the same seed, but in a faster way (`LARGE`).
 
     Args:
         seed: of the pass, or a function that gives it once it is needed.
@@ -77,8 +77,8 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         generator = self._generator(device)
         if func.overloadpacket is torch.ops.aten.native_dropout:
             return _dropout(args[0], args[1], generator)
-        if func is torch.ops.aten.bernoulli_.float and _is_large(args[0]) and 0 <= bound["p"] <= 1:
-            return _drop(bound["self"], bound["p"], generator)
+        if func is torch.ops.aten.bernoulli_.float:
+            return _bernoulli(bound["self"], bound["p"], generator)
         taking = _taking_generator(func)
         if taking is None:
             return _in_place_of_global(generator, functools.partial(func, *args, **kwargs))
@@ -139,16 +139,14 @@ def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> 
     return result
 
 
-def _is_large(mask: Tensor) -> bool:
-    return mask.device.type == "cpu" and mask.numel() >= LARGE
-
-
-def _drop(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
-    """Fill a mask with ones, of which each is there with the probability `kept`, and zeros.
+def _bernoulli(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
+    """Fill a mask with ones, each with the probability `kept`, and zeros.
 
     16 bits cannot tell all probabilities apart. The threshold is rounded up or down at random, so that the probability
     of every entry is `kept` to 48 bits.
     """
+    if mask.device.type != "cpu" or mask.numel() < LARGE or not 0 <= kept <= 1:
+        return mask.bernoulli_(kept, generator=generator)
     words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     bits = words.view(torch.int16)[: mask.numel()].view(mask.shape)
     threshold = math.floor(kept * 2**16 + torch.rand((), dtype=torch.float64, generator=generator).item()) - 2**15
@@ -157,9 +155,7 @@ def _drop(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
 
 def _dropout(x: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The function of ``native_dropout``, which takes no generator."""
-    kept = torch.empty_like(x)
-    large = _is_large(x) and 0 <= rate <= 1
-    kept = _drop(kept, 1 - rate, generator) if large else kept.bernoulli_(1 - rate, generator=generator)
+    kept = _bernoulli(torch.empty_like(x), 1 - rate, generator)
     return (x * kept / (1 - rate) if rate < 1 else torch.zeros_like(x)), kept.bool()
 
 

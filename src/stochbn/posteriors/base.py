@@ -21,7 +21,7 @@ from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.adaptation import Adaptation
-from stochbn.posteriors.checks import check_draws, check_fields, check_network, check_tensor, positive
+from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.saved import save
 from stochbn.posteriors.thresholds import Thresholds, still_valid
@@ -94,8 +94,9 @@ class Posterior(ABC):
         object.__setattr__(self, "thresholds", still_valid(self))
 
     def __repr__(self) -> str:
-        size, about = f"of {self.batch_size or 0:g}", f"the {self.centre} statistics"
-        noise = f"the noise of mini-batches {'as they came' if self.batch_size is None else size} about {about}"
+        size = "as they came" if self.batch_size is None else f"of {self.batch_size:g}"
+        about = f"the {self.centre} statistics"
+        noise = f"the noise of mini-batches {size} about {about}"
         if self.noiseless:
             noise = "no noise: the plain network" if self.centre == "running" else f"no noise, {about}"
         return (
@@ -395,6 +396,3 @@ class Posterior(ABC):
     @classmethod
     def _tensors(cls) -> list[str]:
         return [f.name for f in fields(cls) if f.type == "Tensor"]
-
-    def _check_tensor(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, negative: bool) -> None:
-        check_tensor(self, name, shape, dtype, negative)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stochbn.posteriors.accumulators import Sample
 from stochbn.posteriors.base import Posterior
+from stochbn.posteriors.checks import check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,7 +37,7 @@ class Empirical(Posterior):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_tensor("statistics", (None, 2, self.channels), torch.float32, negative=True)
+        check_tensor(self, "statistics", (None, 2, self.channels), torch.float32, negative=True)
         if not len(self.statistics):
             raise ValueError("statistics must be of at least one mini-batch")
         if (self.statistics[:, 1] < 0).any():

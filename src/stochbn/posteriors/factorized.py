@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stochbn.posteriors.accumulators import Accumulator, Observation
 from stochbn.posteriors.base import Posterior
+from stochbn.posteriors.checks import check_tensor
 from stochbn.posteriors.noise import normals
 from stochbn.statistics import Moments
 
@@ -51,7 +52,7 @@ class Factorized(Posterior):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self._tensors():
-            self._check_tensor(name, (self.channels,), torch.float64, negative=name == "mean_mean")
+            check_tensor(self, name, (self.channels,), torch.float64, negative=name == "mean_mean")
 
     @classmethod
     def accumulator(cls) -> VarianceMomentsOfLayers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stochbn.posteriors.accumulators import Observation
 from stochbn.posteriors.base import TINY, Posterior
+from stochbn.posteriors.checks import check_tensor
 from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
 from stochbn.posteriors.noise import normals
 from stochbn.statistics import Moments
@@ -53,7 +54,7 @@ class FactorizedLog(Posterior):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self._tensors():
-            self._check_tensor(name, (self.channels,), torch.float64, negative=name.endswith("_mean"))
+            check_tensor(self, name, (self.channels,), torch.float64, negative=name.endswith("_mean"))
 
     @classmethod
     def accumulator(cls) -> LogMomentsOfLayers:

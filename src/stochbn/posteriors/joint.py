@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stochbn.posteriors.accumulators import Sample
 from stochbn.posteriors.base import TINY, Posterior
+from stochbn.posteriors.checks import check_tensor
 from stochbn.posteriors.noise import SOBOL, normals, sobol
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class Joint(Posterior):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_tensor("location", (2 * self.channels,), torch.float64, negative=True)
-        self._check_tensor("directions", (None, 2 * self.channels), torch.float32, negative=True)
-        self._check_tensor("residual", (2 * self.channels,), torch.float64, negative=False)
+        check_tensor(self, "location", (2 * self.channels,), torch.float64, negative=True)
+        check_tensor(self, "directions", (None, 2 * self.channels), torch.float32, negative=True)
+        check_tensor(self, "residual", (2 * self.channels,), torch.float64, negative=False)
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
 

@@ -17,7 +17,7 @@ from stochbn.posteriors.adaptation import UNUSUAL
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "still_valid", "warn_of_dropping"]
+__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "still_valid"]
 
 AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
 """How thresholds are made."""
@@ -36,7 +36,7 @@ class Thresholds:
         augment: what draws did to the input, as text such as ``"flip"``; None for nothing.
         temperature: of the posterior that predicted.
         batch_size: of that posterior's noise.
-        centre: of that posterior: weighted sums of its expected means and variances.
+        centre: weighted sums of that posterior's expected means and variances.
         adapted: whether the posterior was adapted to other data after they were made. No coverage is promised then.
 
     Raises:
@@ -98,12 +98,9 @@ class Thresholds:
         return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, _centre(posterior))
 
     def fit(self, posterior: Posterior) -> bool:
-        """Whether they are of a posterior with this noise, centre and temperature."""
-        own = self.temperature, self.batch_size
-        return own == (posterior.temperature, posterior.batch_size) and self.fit_centre(posterior)
-
-    def fit_centre(self, posterior: Posterior) -> bool:
-        """Whether they are of a posterior with these expected means and variances, to the rounding of its file."""
+        """Whether they are of a posterior with this noise, centre (to the rounding of its file) and temperature."""
+        if (self.temperature, self.batch_size) != (posterior.temperature, posterior.batch_size):
+            return False
         pairs = zip(self.centre, _centre(posterior), strict=True)
         return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
 
@@ -191,7 +188,7 @@ def still_valid(posterior: Posterior) -> Thresholds | None:
         raise TypeError(f"thresholds must be Thresholds or None, got {type(found).__name__}; see posterior.with_sets")
     if found is None or found.fit(posterior):
         return found
-    warn_of_dropping()
+    _warn()
     return None
 
 
@@ -206,12 +203,11 @@ def dropped(posterior: Posterior) -> Posterior:
     """The same posterior without thresholds; a warning tells of it, if there were any."""
     if posterior.thresholds is None:
         return posterior
-    warn_of_dropping()
+    _warn()
     return replace(posterior, thresholds=None)
 
 
-def warn_of_dropping() -> None:
-    """Say that thresholds do not hold any longer, and what makes them again."""
+def _warn() -> None:
     warn(
         "the thresholds of the posterior's prediction sets do not hold for another noise, centre or temperature, and "
         f"were dropped; make them again with {AGAIN}"

@@ -40,7 +40,7 @@ class Predictive:
     """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
 
     `draws` says how accurate probabilities should be: in the mean over a batch, about as accurate as a mean over so
-    many independent draws. Fewer passes do, as draws are quasi-random (``Posterior.iter_draws(quasi=True)``) and
+    many independent draws. Fewer passes suffice, as draws are quasi-random (``Posterior.iter_draws(quasi=True)``) and
     come in opposite pairs, whose means tell the error that is left. Every example gets at least 4 draws, and examples
     whose draws differ most get most of the others. What it comes to on many networks is measured in
     benchmarks/suite.md. Where the response to noise is even, opposite draws tell nothing new. Then nearly all are made,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stochbn.conformal import evaluate
 from stochbn.paper.tables import Table
 
 if TYPE_CHECKING:
@@ -31,21 +32,20 @@ def coverages(sets: Tensor, labels: Tensor, names: Sequence[str] = ()) -> list[d
     """
     from scipy.stats import binomtest
 
-    held, sizes = sets.gather(1, labels[:, None])[:, 0], sets.sum(1)
     rows = []
     for k in (None, *sorted(set(labels.tolist()))):
         chosen = slice(None) if k is None else labels == k
-        right, size = held[chosen], sizes[chosen]
-        interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, "exact")
+        scores, count = evaluate(sets[chosen], labels[chosen]), len(labels[chosen])
+        interval = binomtest(round(scores["coverage"] * count), count).proportion_ci(CONFIDENCE, "exact")
         rows.append(
             {
                 "class": "all" if k is None else names[k] if names else str(k),
-                "examples": len(right),
-                "coverage": right.double().mean().item(),
+                "examples": count,
+                "coverage": scores["coverage"],
                 "low": float(interval.low),
                 "high": float(interval.high),
-                "size": size.double().mean().item(),
-                "empty": (size == 0).double().mean().item(),
+                "size": scores["size"],
+                "empty": scores["empty"],
             }
         )
     return rows

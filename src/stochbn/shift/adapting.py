@@ -19,7 +19,6 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.adaptation import UNUSUAL, Adaptation
 from stochbn.posteriors.base import BROKEN
-from stochbn.posteriors.thresholds import warn_of_dropping
 from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import Looker, looking
 from stochbn.shift.parts import Part, grouped, total
@@ -158,9 +157,8 @@ class Adapter:
             )
         self._fixed = set(unusable)
         self._thresholds = posterior.thresholds
-        if self._thresholds and not self._thresholds.adapted and not self._thresholds.fit_centre(self._source):
-            warn_of_dropping()  # they are of another centre than the running statistics, which adapting begins with
-            self._thresholds = None
+        if self._thresholds and not self._thresholds.adapted:  # dropped if they are not of the running statistics
+            self._thresholds = replace(self._source, thresholds=self._thresholds).thresholds
         reference = posterior.reference
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochbn.schema import listing
+
 __all__ = ["load_weights"]
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pkl", ".t7", ".model", ".checkpoint")
@@ -33,6 +35,8 @@ NO_PART = re.compile(
 )
 """Entries of a checkpoint that are no part of a network's outputs: counters, weights of losses, states of metrics."""
 DEPTH = 4
+SHOWN = 4
+"""How many names a message shows, of more."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str | None
         places = [p for p in places if key.strip(".") in (p.name, p.key, p.prefix.strip("."))]
         if not places:
             names = dict.fromkeys(p.name for p in _places(content, model) if p.name)
-            raise ValueError(f"{str(path)!r} has no weights under {key!r}; it has {_some(list(names)) or 'no keys'}")
+            raise ValueError(f"{str(path)!r} has no weights under {key!r}; it has {listing(names, SHOWN) or 'no keys'}")
     before = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     fitting = [place for place in places if _fits(model, place)]
     if not fitting:
@@ -125,7 +129,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str | None
     chosen = next((place for place in fitting if not place.averaged), fitting[0])
     others = [place for place in fitting if place is not chosen and _differ(model, chosen, place)]
     if others and key is None:
-        several = _some([place.shown for place in (chosen, *others)])
+        several = listing([place.shown for place in (chosen, *others)], SHOWN)
         if any(
             not p.averaged and (p.key == chosen.key or chosen.key.split(".")[0] not in ("", *USUAL)) for p in others
         ):
@@ -212,7 +216,9 @@ def _read_parts(path: Path) -> dict[str, Any]:
         part = _read(path.parent / name)
         found |= {key: value for key, value in part.items() if index.get(key, name) == name}
     if lacking := sorted(set(index) - set(found)):
-        raise ValueError(f"{str(path)!r} names {_some(lacking)}, which no part holds; a part may be of another save")
+        raise ValueError(
+            f"{str(path)!r} names {listing(lacking, SHOWN)}, which no part holds; a part may be of another save"
+        )
     return found
 
 
@@ -314,8 +320,12 @@ def _misfit(model: nn.Module, places: list[_Place]) -> str:
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         keys = [place.key for place in places if place.key and place.key != nearest.key]
-        more = f" (it also has {_some(list(dict.fromkeys(keys)))})" if keys else ""
-        told = [f"{text}: {_some(them)}" for text, them in (("missing", missing), ("unexpected", unexpected)) if them]
+        more = f" (it also has {listing(dict.fromkeys(keys), SHOWN)})" if keys else ""
+        told = [
+            f"{text}: {listing(them, SHOWN)}"
+            for text, them in (("missing", missing), ("unexpected", unexpected))
+            if them
+        ]
         return f"{under}{'; '.join(told)}; check --model and --model-arg{more}"
     wrong = [k for k in own if isinstance(state[k], Tensor) and own[k].shape != state[k].shape]
     if wrong:
@@ -335,8 +345,4 @@ def _told(model: nn.Module, place: _Place) -> str:
     parts += [f"with the prefix {place.added!r} before their names"] if place.added else []
     _, left = place.entries(model.state_dict())
     told = f"weights {', '.join(parts)}" if parts else ""
-    return f"{told or 'weights'}; left out: {_some(left)}" if left else told
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"{told or 'weights'}; left out: {listing(left, SHOWN)}" if left else told
