@@ -202,7 +202,7 @@ def test_tables_that_cannot_be_are_told(tmp_path: Path, predictive: stochbn.Pred
         score(predictive, stream, tmp_path / "p.csv", settings={}, classes=("a", "b"))
     with pytest.raises(ValueError, match="the key's column is called 'entropy'"):
         score(predictive, Numbers(normal(9, 4), key_name="entropy"), tmp_path / "p.csv", settings={})
-    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs need --masks"):
+    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs have no table.* need --masks"):
         score(lambda *_, **__: Prediction(torch.rand(9, 2, 4, 4), torch.rand(9, 4, 4)), stream, tmp_path / "p.csv",
               settings={})  # fmt: skip
 

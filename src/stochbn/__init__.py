@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
     from stochbn.sharing import from_pretrained
     from stochbn.shift import adapt
+    from stochbn.tasks import Task
 
 __all__ = [
     "Empirical",
@@ -40,6 +41,7 @@ __all__ = [
     "Prediction",
     "Predictive",
     "Settings",
+    "Task",
     "adapt",
     "augment",
     "calibrate",
@@ -67,6 +69,7 @@ _HOMES = {
     "stochbn.predictive": ("Ensemble", "Exact", "MCDropout", "Predictive", "snapshots"),
     "stochbn.sharing": ("from_pretrained",),
     "stochbn.shift": ("adapt",),
+    "stochbn.tasks": ("Task",),
 }
 """The modules that public names are from. They are imported at first use: the command line's help needs none."""
 

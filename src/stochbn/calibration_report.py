@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from stochbn.distributed import Ranks
+from stochbn.tasks.draw_scores import NAMES
 
 __all__ = ["Choice", "Option", "Totals", "Tried"]
-
-UNITS = {"nll": "nats", "brier": ""}
-NAMES = {"nll": "NLL", "brier": "Brier score"}
 
 
 def _draws(way: Tried | Option) -> bool:
@@ -118,7 +116,7 @@ class Choice:
         return self.chosen if self.chosen.drawing else min(drawing, key=lambda one: one.mean, default=self.chosen)
 
     def __str__(self) -> str:
-        name, unit = NAMES[self.score], UNITS[self.score]
+        name, unit = NAMES[self.score]
         best, plain = self.drawing, self.options[0]
         on = f"beyond a temperature on {self.objects:,} held-out {self.units}"
         if best.drawing and self.chosen is best:

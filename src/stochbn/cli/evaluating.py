@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +99,7 @@ def evaluate(
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given, held_by(given, named[0]))
-        if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
+        if dense or not all(one.task.one_class for one in subjects):
             if len(subjects) > 1 or ood is not None or report_file is not None:
                 raise ValueError(
                     "several networks, --ood and --report are for networks that give one class for each object"
@@ -220,31 +219,33 @@ def _evaluate_task(
     Returns:
         A sentence about SBN if that made it worse.
     """
-    from stochbn.cli.tasks import score_tasks, tabulate
+    from stochbn.cli.comparing import compare, tabulate
     from stochbn.files import write_bytes, write_json
     from stochbn.report.words import worsened
+    from stochbn.tasks import TASKS
 
-    task = subject.settings.get("task", "classification")
-    if task == "embedding":
-        raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
-                         "regression")  # fmt: skip
+    task = subject.task
+    if not task.score_columns:
+        known = ", ".join(name for name, one in TASKS.items() if one.score_columns)
+        raise ValueError(f"--task {task.name} has no scores: evaluate takes --task {known}")
     known = subject.load(data, "test")
     with progress_bars() as bars:
-        scored = score_tasks(
+        found = compare(
             subject, posterior, _Share(known, ranks).objects, ranks,
             draws=draws, seed=seed, augment=changes, ignore=ignore, progress=follow(bars, "predicting"),
         )  # fmt: skip
-    shown = tabulate(scored, known.name)
+    shown = tabulate(found, known.name)
     show(shown)
     worse = []
-    if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
-        worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
+    change, error = found.change, found.change_se
+    if change is not None and error is not None and change > 2 * error:
+        worse.append(worsened(f"the mean {found.loss}", change, error))
     if folder is None or ranks.rank:
         return worse
     folder.mkdir(parents=True, exist_ok=True)
     about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
-             "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
-    write_json(folder / "results.json", {**about, **asdict(scored)})
+             "task": task.name, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
+    write_json(folder / "results.json", {**about, **found.description()})
     write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
     say(f"Results are in {folder}.", folder)
     return worse

@@ -165,16 +165,13 @@ def calibrate(
     """
     import stochbn
     from stochbn.augment import named, turns
-    from stochbn.calibration import TASKS_WITH_LABELS
+    from stochbn.tasks import Classification
 
     changes = named(augment) if augment is not None else None
     if choose and not isinstance(changes, turns):
         raise ValueError(
             "--choose needs several augmentations with bars between: --augment 'flip|shift:2|flip,shift:4'"
         )
-    if score not in ("nll", "brier"):
-        raise ValueError(f"--score must be nll or brier, got {score!r}")
-
     beside = given.networks[0] if given.networks else given.weights
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
     if target is None:
@@ -182,17 +179,19 @@ def calibrate(
     check_file(target, [*given.files, held_out])
     with job() as ranks, ranks.failing_together():
         subject = Subject.held(given, posterior)
-        task = subject.settings.get("task", "classification")
-        if task not in TASKS_WITH_LABELS:
+        task = subject.task
+        if not task.calibrated_by:
             raise ValueError(
-                f"calibrate chooses the noise by labels, which --task {task} has none of: choose it with 'stochbn fit "
-                "--batch-size' (more objects, less noise); intervals for numbers come from held-out data with "
+                f"calibrate chooses the noise by labels, which --task {task.name} has none of: choose it with 'stochbn "
+                "fit --batch-size' (more objects, less noise); intervals for numbers come from held-out data with "
                 "stochbn.conformal.intervals"
             )
-        if choose and task != "classification":
-            raise ValueError(f"--choose is for --task classification, got --task {task}")
+        if score not in task.calibrated_by:
+            raise ValueError(f"--score must be {' or '.join(task.calibrated_by)}, got {score!r}")
+        if choose and type(task) is not Classification:
+            raise ValueError(f"--choose is for --task {Classification.name}, got --task {task.name}")
         old = subject.need_posterior(posterior)
-        classes = task == "classification" and ignore is None
+        classes = type(task) is Classification and ignore is None
         data = subject.load(held_out, "held-out", "--held-out", labelled=classes).shuffled(seed).first(objects)
         if choose and isinstance(changes, turns):
             if ranks.count > 1:
@@ -263,10 +262,11 @@ def _table(choice: Choice, ends: bool) -> Table:
     """How the options compare that there were to choose from; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
     from stochbn.paper.tables import Table
+    from stochbn.tasks.draw_scores import NAMES
 
     lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}
-    name = {"nll": "NLL", "brier": "Brier score"}[choice.score]
+    name, _ = NAMES[choice.score]
     rows = []
     for one in choice.options:
         sizes = {math.inf: "none"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stochbn.cli.subject import ANEW, SHARED, Given
+from stochbn.cli.subject import ANEW, SHARED, Given, task_given
 from stochbn.report.words import mend
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def after_evaluating(
 
 def _has_labels(given: Given) -> bool:
     """Whether `calibrate` takes the network's task."""
-    from stochbn.calibration import TASKS_WITH_LABELS
-
-    return given.task in (None, *TASKS_WITH_LABELS)
+    return bool(task_given(given).calibrated_by)
 
 
 def _calibrate(

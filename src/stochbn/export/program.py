@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stochbn.execution import Call, Draw
 from stochbn.execution.verify import examine
-from stochbn.export.graph import OutOfReachError, UnderDraws, outputs_of, with_names
+from stochbn.export.graph import OutOfReachError, UnderDraws, with_names
 from stochbn.network.calling import NetworkInput
 from stochbn.network.layers import batch_norms, buffer_names, listed, unwrap
 from stochbn.network.replica import Network
@@ -59,7 +59,7 @@ class Predicting:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the outputs."""
-        return outputs_of(self.task)
+        return self.task.outputs
 
 
 def predicting(

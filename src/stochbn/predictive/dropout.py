@@ -43,7 +43,7 @@ class MCDropout(Predictive):
         draws: int = 50,
         posterior: Posterior | None = None,
         *,
-        task: str | None = None,
+        task: Task | str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: str | None = None,
@@ -58,7 +58,7 @@ class MCDropout(Predictive):
             model,
             posterior,
             draws,
-            task=task,  # type: ignore[arg-type]
+            task=task,
             logits=logits,
             class_axis=class_axis,
             output=output,  # type: ignore[arg-type]

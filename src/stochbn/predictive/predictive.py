@@ -20,7 +20,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.stopping import Stopping
 from stochbn.summary import Summary
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["Predictive", "Predictor", "checked_generator"]
@@ -68,7 +68,7 @@ class Predictive:
             logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``:
             numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances. ``"embedding"``: a vector for
             each object. The last two give a `stochbn.predictions.Estimate`; their objects get all draws unless a
-            `tolerance` is given.
+            `tolerance` is given. Or a `stochbn.Task`, such as one of your own.
         logits: where the logits (or numbers) are in an output that is not a tensor: a key, a field or a position. None
             looks for ``logits``, then ``out``, then the first entry of a tuple. For regression also a pair of places,
             of the mean and of the log-variance.
@@ -109,7 +109,7 @@ class Predictive:
         posterior: Posterior | None = None,
         draws: int = 50,
         *,
-        task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+        task: Task | str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: Literal["logits", "probs"] | None = None,
@@ -142,7 +142,7 @@ class Predictive:
         self._model = model
         self.posterior = posterior
         self.draws = draws
-        self.task = make_task(task_named(task, model), logits, class_axis, output)
+        self.task = task_of(model, task, logits, class_axis, output)
         self.inputs = inputs
         self.generator = generator
         self.keep_draws = keep_draws

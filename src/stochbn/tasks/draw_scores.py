@@ -1,4 +1,4 @@
-"""Scores of mean probabilities that are made draw by draw, at several temperatures at once."""
+"""Scores of a mean over draws that is made draw by draw, at several temperatures at once: for `stochbn.calibrate`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["SCORES", "Score", "check_labels"]
+__all__ = ["CLASS_SCORES", "NAMES", "DrawScore", "check_labels"]
+
+NAMES = {"nll": ("NLL", "nats"), "brier": ("Brier score", "")}
+"""What scores are called, and their units."""
 
 
-class Score(ABC):
-    """The score of mean probabilities, made of draws one by one, at several temperatures of their logits."""
+class DrawScore(ABC):
+    """The score of a mean over draws, which are added one by one, at several temperatures.
+
+    Args:
+        temperatures: ``[T]``: what raw values are divided by.
+    """
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures
@@ -21,15 +28,15 @@ class Score(ABC):
 
     @abstractmethod
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a draw ``[N, K, ...]``."""
+        """Add the raw values ``[N, C, ...]`` of a draw."""
 
     @abstractmethod
     def of_each(self, labels: Tensor) -> Tensor:
-        """``[T, N, ...]``, float64: of each object (and place), under each temperature."""
+        """``[T, N, ...]``, float64: of each example (and place), under each temperature."""
 
 
-class NLL(Score):
-    """The negative log-likelihood."""
+class NLL(DrawScore):
+    """The negative log-likelihood of classes, of logits ``[N, K, ...]``."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         each = _log_likelihoods(logits, labels, self.temperatures)
@@ -42,8 +49,8 @@ class NLL(Score):
         return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
 
 
-class Brier(Score):
-    """The Brier score: the squared distance of the probabilities from those of certainty of the label."""
+class Brier(DrawScore):
+    """The Brier score of classes: the squared distance of the probabilities from those of certainty of the label."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         check_labels(logits, labels)
@@ -61,8 +68,8 @@ class Brier(Score):
         return probs.square().sum(2) - 2 * right[:, :, 0] + 1
 
 
-SCORES: dict[str, type[Score]] = {"nll": NLL, "brier": Brier}
-"""What noise and temperature can be chosen by."""
+CLASS_SCORES: dict[str, type[DrawScore]] = {"nll": NLL, "brier": Brier}
+"""Scores of classes, by their names."""
 
 
 def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
