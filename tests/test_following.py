@@ -22,7 +22,7 @@ from stochbn.shift import Reading
 
 OWN = Given(
     model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
-    label="kind", class_axis=0, probs=True,
+    label=["kind"], class_axis=0, probs=True,
 )  # fmt: skip
 TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
 A_POSTERIOR: Any = SimpleNamespace(batch_size=16, noiseless=False, choice="")

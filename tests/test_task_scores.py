@@ -23,7 +23,7 @@ def jackknife(score: Any, n: int) -> float:
 
 
 def in_batches(prediction: Any, labels: Tensor, size: int = 7) -> Iterator[tuple[Any, Tensor]]:
-    for index in torch.arange(len(labels)).split(size):
+    for index in torch.split(torch.arange(len(labels)), size):
         yield prediction.of([values[index] for values in prediction.averages], None), labels[index]
 
 

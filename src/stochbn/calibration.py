@@ -311,7 +311,7 @@ def _losses(
 ) -> Tensor:
     """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
     losses, task = [], call.task
-    labels = labels.where(counted, 0)
+    labels = labels if bool(counted.all()) else labels.where(counted, 0)
     with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()

@@ -41,6 +41,18 @@ class Compared:
     change_se: float | None
     loss: str
 
+    def summary(self) -> str:
+        """What SBN changes, in a sentence."""
+        count = len(self.scores["plain"].losses)
+        if self.change is None or self.change_se is None:
+            return f"{count:,} examples were scored. There was no posterior, so nothing is said of SBN."
+        error = f" ± {self.change_se:.4f}" if math.isfinite(self.change_se) else ""
+        told = "lowers" if self.change < -2 * self.change_se else "raises" if self.change > 2 * self.change_se else ""
+        verb = (
+            f"{told} the mean {self.loss}" if told else f"makes no difference to the mean {self.loss} that can be told"
+        )
+        return f"On {count:,} examples SBN {verb} ({self.change:+.4f}{error})."
+
     def description(self) -> dict[str, Any]:
         """The numbers, for JSON."""
         values, errors = ({name: dict(getattr(one, key)) for name, one in self.scores.items()} for key in PARTS)

@@ -59,7 +59,10 @@ class Given:
     input: Annotated[
         list[str] | None, Override("--input", help="A column (or array) of inputs; repeat it for more columns.")
     ] = None
-    label: Annotated[str | None, Override("--label", help="The column (or array) of labels.")] = None
+    label: Annotated[
+        list[str] | None,
+        Override("--label", help="The column (or array) of labels; repeat it for a task with several, in their order."),
+    ] = None
     key: Annotated[str | None, Override("--key", help="The column (or array) that names the rows.")] = None
     size: Annotated[str | None, Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH.")] = None
     mean: Annotated[str | None, Override("--mean", help="Subtract this from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")] = (
@@ -75,7 +78,7 @@ class Given:
     ] = None
     task: Annotated[
         str | None,
-        Override("--task", help="classification (default), binary, multilabel, regression or embedding."),
+        Override("--task", help="classification (default), binary, multilabel, regression, survival or embedding."),
     ] = None
     logits: Annotated[
         str | None, Override("--logits", help="Where the logits are in the output: a key, a field or a position.")

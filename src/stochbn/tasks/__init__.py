@@ -19,6 +19,7 @@ from stochbn.tasks.classification import Classification
 from stochbn.tasks.embedding import Embedding
 from stochbn.tasks.multilabel import Multilabel
 from stochbn.tasks.regression import Regression
+from stochbn.tasks.survival import Survival
 
 __all__ = [
     "TASKS",
@@ -27,6 +28,7 @@ __all__ = [
     "Embedding",
     "Multilabel",
     "Regression",
+    "Survival",
     "Task",
     "make_task",
     "named",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 TASKS: Mapping[str, type[Task]] = {
-    task.name: task for task in (Classification, Binary, Multilabel, Regression, Embedding)
+    task.name: task for task in (Classification, Binary, Multilabel, Regression, Survival, Embedding)
 }
 """Every task by its name."""
 

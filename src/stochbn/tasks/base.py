@@ -16,11 +16,11 @@ from stochbn.arrays import as_array, as_tensor
 from stochbn.tasks.answers import Answer
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
     from stochbn.tasks.draw_scores import DrawScore
 
-__all__ = ["Join", "Predictions", "Scores", "Task", "floating", "joined", "ratio_error", "standard_error"]
+__all__ = ["Join", "Panel", "Predictions", "Scores", "Task", "floating", "joined", "ratio_error", "standard_error"]
 
 Predictions = Iterable[tuple[Any, Tensor]]
 """Predictions of batches, and their labels."""
@@ -47,6 +47,21 @@ class Scores:
     loss: str = "NLL"
     weights: Tensor | None = None
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A figure of a report.
+
+    Attributes:
+        title: its heading, a question.
+        caption: what is seen in it, in sentences.
+        draw: draws it, given the axes and the colour of each method.
+    """
+
+    title: str
+    caption: str
+    draw: Callable[[Axes, Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -212,8 +227,8 @@ class Task(ABC):
         """
         raise ValueError(f"the task {self.name!r} has no scores")
 
-    def panels(self, scores: Mapping[str, Scores]) -> Sequence[tuple[str, str, Figure]]:
-        """The figures of a report, of each method by its name: heading, caption and figure."""
+    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
+        """The figures of a report about the scores of each method, by its name."""
         return []
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from stochbn.caller import warn
 from stochbn.network.calling import read_output
 from stochbn.tasks.answers import Answer, entropy, frame
-from stochbn.tasks.base import Join, Predictions, Scores, Task, floating, ratio_error, whole_labels
+from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating, ratio_error, whole_labels
 from stochbn.tasks.draw_scores import CLASS_SCORES, DrawScore
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 __all__ = ["Classification", "Prediction"]
@@ -230,7 +231,7 @@ class Classification(Task):
                 confidence, predicted = (values[mask] for values in one.double().max(0))
                 bins.append(confidence_bins(confidence, (predicted == truth[mask]).double()))
         each = torch.tensor(rows, dtype=torch.float64).view(-1, 1 + len(keys))
-        empty = torch.empty(0, 2, BINS, dtype=torch.float64)
+        empty = torch.empty(0, 3, BINS, dtype=torch.float64)
         found = join({"each": each, "bins": torch.stack(bins) if bins else empty})
         places, *columns = found["each"].unbind(1)
         if not len(places):
@@ -238,7 +239,12 @@ class Classification(Task):
         values = {key: ((places * one).sum() / places.sum()).item() for key, one in zip(keys, columns, strict=True)}
         errors = {key: ratio_error(one, places) for key, one in zip(keys, columns, strict=True)}
         values["ece"], errors["ece"] = calibration_error(found["bins"], places)
-        return Scores(values, errors, columns[keys.index("nll")], weights=places)
+        evidence = {"bins": found["bins"].sum(0)}
+        return Scores(values, errors, columns[keys.index("nll")], weights=places, evidence=evidence)
+
+    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
+        """The reliability of the most probable class."""
+        return [reliability(scores, "the predicted class")]
 
 
 def _rounding(probs: Tensor) -> float:
@@ -250,21 +256,45 @@ def _rounding(probs: Tensor) -> float:
 
 
 def confidence_bins(confidence: Tensor, right: Tensor) -> Tensor:
-    """``[2, BINS]``, float64: in each bin of equal width the sums of confidences, and of what was right."""
+    """``[3, BINS]``, float64: in each bin of equal width the sums of confidences and of what was right, and a count."""
     from stochbn.metrics import BINS
 
     bins = (confidence.clamp(max=1 - 2**-53) * BINS).long()
-    counts = torch.zeros(2, BINS, dtype=torch.float64)
-    for row, values in enumerate((confidence, right)):
+    counts = torch.zeros(3, BINS, dtype=torch.float64)
+    for row, values in enumerate((confidence, right, torch.ones_like(right))):
         counts[row].index_add_(0, bins.flatten(), values.double().flatten())
     return counts
+
+
+def reliability(scores: Mapping[str, Scores], what: str) -> Panel:
+    """How often methods are right, against how sure they are.
+
+    Args:
+        scores: of each method, with the `confidence_bins` of all examples as evidence.
+        what: the probabilities are of.
+    """
+
+    def draw(axes: Axes, colors: Mapping[str, str]) -> None:
+        axes.plot([0, 1], [0, 1], ls=":", lw=1, color="#767676")
+        for method, one in scores.items():
+            confidence, right, count = one.evidence["bins"][:, one.evidence["bins"][2] > 0]
+            axes.plot((confidence / count).tolist(), (right / count).tolist(), "o-", color=colors[method], label=method)
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel=f"probability of {what}", ylabel="share that is right")
+        axes.legend(loc="best", fontsize=8)
+
+    return Panel(
+        "Is it as often right as it says?",
+        "Reliability: on the dotted line, of what gets a probability of 80 % four fifths are right; below it the "
+        "method is too sure.",
+        draw,
+    )
 
 
 def calibration_error(bins: Tensor, places: Tensor) -> tuple[float, float]:
     """The expected calibration error and its standard error, by the jackknife over examples.
 
     Args:
-        bins: ``[N, 2, BINS]``: `confidence_bins` of each example.
+        bins: ``[N, 3, BINS]``: `confidence_bins` of each example.
         places: ``[N]``: how many places each has.
     """
     total, n = bins.sum(0), len(bins)

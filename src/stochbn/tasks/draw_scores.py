@@ -39,9 +39,18 @@ class NLL(DrawScore):
     """The negative log-likelihood of classes, of logits ``[N, K, ...]``."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        each = _log_likelihoods(logits, labels, self.temperatures)
+        each = self.log_likelihoods(logits, labels)
         self.total = each if self.total is None else torch.logaddexp(self.total, each)
         self.draws += 1
+
+    def log_likelihoods(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``[T, N, ...]``, float64: the log-probability of each label under each temperature, in one draw."""
+        check_labels(logits, labels)
+        labels = labels.to(logits.device)[:, None].long()
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        each = [(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in self.temperatures.tolist()]
+        return torch.stack(each).double()
 
     def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
@@ -70,15 +79,6 @@ class Brier(DrawScore):
 
 CLASS_SCORES: dict[str, type[DrawScore]] = {"nll": NLL, "brier": Brier}
 """Scores of classes, by their names."""
-
-
-def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
-    """``[T, N, ...]``, float64: the log-probability of each label under each temperature."""
-    check_labels(logits, labels)
-    labels = labels.to(logits.device)[:, None].long()
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    return torch.stack([(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in temperatures.tolist()]).double()
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:

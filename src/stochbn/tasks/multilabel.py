@@ -14,6 +14,7 @@ from stochbn.network.calling import read_output
 from stochbn.tasks.answers import entropy
 from stochbn.tasks.base import (
     Join,
+    Panel,
     Predictions,
     Scores,
     Task,
@@ -24,7 +25,7 @@ from stochbn.tasks.base import (
     whole_labels,
 )
 from stochbn.tasks.binary import check_sigmoid, logit
-from stochbn.tasks.classification import Prediction, calibration_error, confidence_bins
+from stochbn.tasks.classification import Prediction, calibration_error, confidence_bins, reliability
 from stochbn.tasks.draw_scores import CLASS_SCORES, DrawScore
 
 __all__ = ["Multilabel", "MultilabelPrediction"]
@@ -140,7 +141,11 @@ class Multilabel(Task):
             "ece": calibration_error(bins, torch.full((len(probs),), probs.shape[1], dtype=torch.float64))[1],
             "auroc": _auroc_error(exact, there),
         }
-        return Scores(values, errors, losses)
+        return Scores(values, errors, losses, evidence={"bins": bins.sum(0)})
+
+    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
+        """The reliability of the labels' probabilities."""
+        return [reliability(scores, "a label")]
 
 
 def _auroc_error(probs: Tensor, there: Tensor) -> float:
