@@ -1,4 +1,4 @@
-"""Survival: how long machines run until they fail, from eight measurements, where many were still running when last seen.
+"""Survival: how long machines run until they fail, where many were still running when they were last seen.
 
 Time is cut into ten intervals, and the network gives the logit of the hazard of each: of failing there, if not before.
 SBN averages the survival curves of its draws. Data is made: Weibull failure times, a third of them censored.
@@ -67,9 +67,8 @@ def main() -> dict[str, float]:
     print(calibrated.choice)
     first = stochbn.Predictive(model, calibrated, task="survival")(x_test[:1])
     curve = ", ".join(f"{p:.2f}" for p in first.survival[0].tolist())
-    print(
-        f"Half of the machines like the first have failed by the end of interval {first.median_time.item():.0f}: {curve}"
-    )
+    half = first.median_time.item()
+    print(f"Half of the machines like the first have failed by the end of interval {half:.0f}: {curve}")
     return results
 
 

@@ -191,6 +191,17 @@ def test_the_brier_score_weighs_by_the_chance_of_being_seen() -> None:
             assert found[i, t] == pytest.approx(float(wanted), rel=1e-9)
 
 
+def test_scores_are_those_of_scikit_survival() -> None:
+    """Its release 0.28, given events at k + 0.5 and censoring at k + 0.9 for the interval k."""
+    generator = seeded()
+    times, events = (torch.randint(0, most, (300,), generator=generator) for most in (6, 2))
+    predicted = times + 2 * torch.randn(300, generator=generator)
+    survival = torch.rand(300, 6, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    assert concordance(predicted, times, events)[0] == pytest.approx(0.7287180164706919, abs=1e-9)
+    wanted = [0.09178086, 0.18320894, 0.23678171, 0.26981385, 0.26730251]
+    assert brier_scores(survival, times, events).mean(0)[:5].tolist() == pytest.approx(wanted, abs=1e-7)
+
+
 def test_without_censoring_the_brier_score_is_the_plain_one() -> None:
     times, events = labelled(30)[0], torch.ones(30, dtype=torch.long)
     survival = torch.rand(30, SPANS, generator=seeded(), dtype=torch.float64)
