@@ -39,7 +39,7 @@ def test_scores_of_dense_classes_are_those_of_all_places_with_errors_over_exampl
 
         assert found.errors[name] == pytest.approx(jackknife(score, 40), rel=0.05)
     each = [metrics.evaluate(p[None], t[None], ignore_index=255)["nll"] for p, t in zip(probs, labels, strict=True)]
-    torch.testing.assert_close(found.losses, torch.tensor(each, dtype=torch.float64))
+    torch.testing.assert_close(found.losses["NLL"], torch.tensor(each, dtype=torch.float64))
 
 
 def test_scores_of_labels_have_errors_over_examples() -> None:
@@ -60,7 +60,7 @@ def test_numbers_without_a_spread_are_scored_by_their_squares() -> None:
     mean, truth = normal(50, 2, seed=3), normal(50, 2, seed=4)
     zero = torch.zeros(50, 2)
     found = Regression().scores(in_batches(Estimate(mean, zero, zero), truth))
-    assert found.loss == "squared error"
+    assert list(found.losses) == ["squared error"]
     assert found.values["rmse"] == pytest.approx((mean - truth).square().mean().sqrt().item())
     assert found.errors["rmse"] == pytest.approx(
         jackknife(lambda mask: (mean - truth)[mask].square().mean().sqrt().item(), 50), rel=0.05
@@ -71,7 +71,9 @@ def test_what_a_task_cannot_score_is_refused() -> None:
     with pytest.raises(ValueError, match="'embedding' has no scores"):
         Embedding().scores([])
     with pytest.raises(ValueError, match="numbers have no label that could be ignored"):
-        Regression().scores([], ignore=3)
+        Regression().scores([(Estimate(*3 * [torch.ones(2)]), torch.ones(2))], ignore=3)
+    with pytest.raises(ValueError, match="the data has no batches"):
+        Regression().scores([])
     with pytest.raises(ValueError, match="no place has a label that counts"):
         Classification().scores([(Prediction(torch.full((2, 2), 0.5), torch.zeros(2)), torch.tensor([9, 9]))], ignore=9)
 

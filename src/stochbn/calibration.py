@@ -23,9 +23,11 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.posteriors.checks import positive
+from stochbn.posteriors.residual import with_residual
 from stochbn.posteriors.thresholds import dropped
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import TASKS, Task, task_of
+from stochbn.tasks.residual import fit_residual
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["calibrate"]
@@ -67,6 +69,11 @@ def calibrate(
     ``posterior.choice`` says why. What was fitted is not lost: `calibrate` begins again from there, and
     ``posterior.fitted()`` gives it.
 
+    For ``task="regression"`` no temperature is chosen, but a residual variance is fitted for each option: that of an
+    observation beyond what draws differ by and, where the network gives variances, beyond those
+    (`stochbn.tasks.residual.Residual`). The likelihood of the held-out numbers under Normal distributions then decides
+    between the plain network and draws. ``total_std`` of predictions is known from then on.
+
     `held_out` is read once. Every batch goes through the network once for the plain network, once for the observed
     statistics without noise, and `draws` times for each noise about each centre: 82 passes by default, beside trials
     with at most 34 examples of the first batch, which tell how passes can be made. Some thousand examples suffice.
@@ -86,7 +93,8 @@ def calibrate(
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
             dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
-            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object.
+            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object;
+            ``"regression"`` with numbers as the network predicts; ``"survival"``; or a `stochbn.Task`.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
         class_axis: the axis of the classes in the output; None is axis 1.
@@ -118,18 +126,22 @@ def calibrate(
         read = task_of(model, task, logits, class_axis, output)
         _check(model, posterior, draws, read, score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
-        posterior = dropped(posterior)
+        posterior = replace(dropped(posterior), residual_variance=None)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
         noises = _noises(model, base, sizes, augment is not None)
         plain = _plain(model, base)
     if ranks.count > 1:
         asked = {"batch_sizes": sizes, "temperature": temperature, "draws": draws, "task": repr(read), "score": score}
         ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
-    temperatures = torch.cat([TEMPERATURES, torch.tensor([posterior.temperature], dtype=torch.float64)])
+    tempered = not read.fits_residual
+    temperatures = torch.tensor([posterior.temperature], dtype=torch.float64)
+    temperatures = torch.cat([TEMPERATURES, temperatures]) if tempered else temperatures
     selectable = augment is None and (sizes is None or math.inf in sizes)
     tried = _tried(noises, draws, temperature, selectable, augment is not None)
+    if not tempered:
+        tried = [one._replace(temperatures=(0,)) for one in (tried[0], *tried[2:])]
     totals = Totals(1 + len(noises), len(temperatures))
-    units = "examples"
+    units, moments = "examples", list[Tensor]()
     network = Network.of(model)
     call = Call(
         read,
@@ -138,7 +150,8 @@ def calibrate(
         augment=augment,
         clean=clean,
     )
-    ways = list(zip([plain, *noises], (one.passes for one in tried[1:]), strict=True))  # of each row of the scores
+    passes_of = {one.row: one.passes for one in tried}
+    ways = [(way, passes_of[row]) for row, way in enumerate([plain, *noises])]  # of each row of the scores
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
@@ -153,9 +166,22 @@ def calibrate(
             for way, noise in ((plain_call, ways[:1]), (this, ways[1:])):
                 given = labels, counted, noise, temperatures, score
                 made.append(repeated(functools.partial(_losses, network, examples, way, *given)))
-            totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
-            progress(totals.units)
-    totals.share(ranks)
+            if tempered:
+                totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
+            else:
+                moments.append(torch.cat(made).float())
+            progress(totals.units + sum(one.shape[2] for one in moments))
+    residuals = list[Tensor]()
+    if tempered or not moments:
+        totals.share(ranks)
+    else:  # ways, moments, examples, numbers, places
+        each = ranks.joined({"moments": torch.cat(moments, 2).movedim(2, 0).contiguous()})["moments"].movedim(0, 2)
+        fits = list(map(fit_residual, each))
+        residuals = [parts for parts, _ in fits]
+        totals.add(
+            torch.stack([losses for _, losses in fits])[:, None],
+            torch.full((each.shape[2],), each.shape[3] * each.shape[4]),
+        )
     if not totals.units:
         ignored = f"all {totals.objects} have the label {ignore_index}, which is ignored"
         reason = ignored if totals.objects else "the iterable is empty or already used up"
@@ -164,11 +190,13 @@ def calibrate(
         raise ValueError("the network's output is not finite for some held-out examples; check the input for NaN")
     options = totals.options(tried, temperatures)
     number = totals.choose(tried)
-    choice = Choice(score, totals.units, units, options, options[number])
-    _warn_of_ends(choice, temperature)
+    beyond = "a temperature" if tempered else "the plain network, both with a residual variance,"
+    choice = Choice(score, totals.units, units, options, options[number], beyond)
+    _warn_of_ends(choice, temperature and tempered)
     report(choice)
     chosen, _ = ways[tried[number].row]
-    return replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
+    found = replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
+    return with_residual(found, residuals[tried[number].row], totals.objects) if residuals else found
 
 
 def _check(
@@ -309,7 +337,10 @@ def _losses(
     score: str,
     whole: str,
 ) -> Tensor:
-    """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
+    """``[B, T, N]``: the scores of a batch's examples under each noise and temperature, summed over what is counted.
+
+    Of a task that fits a residual variance: ``[B, 4, N, D, P]``, what it is fitted to.
+    """
     losses, task = [], call.task
     labels = labels if bool(counted.all()) else labels.where(counted, 0)
     with passes(network, inputs, replace(call, whole=whole)) as made:
@@ -323,6 +354,7 @@ def _losses(
                     _, mask = task.paired(raw, counted)
                     total.add(each, truth)
             scores = total.of_each(truth)
-            scores *= mask.to(scores.device)
-            losses.append(scores.reshape(*scores.shape[:2], -1).sum(2).cpu())
+            if not task.fits_residual:
+                scores = (scores * mask.to(scores.device)).reshape(*scores.shape[:2], -1).sum(2)
+            losses.append(scores.cpu())
     return torch.stack(losses) if losses else torch.empty(0, len(temperatures), len(labels), dtype=torch.float64)

@@ -43,7 +43,7 @@ class Compared:
 
     def summary(self) -> str:
         """What SBN changes, in a sentence."""
-        count = len(self.scores["plain"].losses)
+        count = len(self.scores["plain"].losses[self.loss])
         if self.change is None or self.change_se is None:
             return f"{count:,} examples were scored. There was no posterior, so nothing is said of SBN."
         error = f" ± {self.change_se:.4f}" if math.isfinite(self.change_se) else ""
@@ -103,12 +103,13 @@ def compare(
 
         found[name] = subject.task.scores(predictions(), ranks.joined, ignore)
     plain = found["plain"]
+    loss = next(name for name in found[list(found)[-1]].losses if name in plain.losses)
     if posterior is None:
-        return Compared(subject.task, found, None, None, plain.loss)
-    change = found["SBN"].losses - plain.losses
+        return Compared(subject.task, found, None, None, loss)
+    change = found["SBN"].losses[loss] - plain.losses[loss]
     weights = torch.ones_like(change) if plain.weights is None else plain.weights
     mean = ((weights * change).sum() / weights.sum()).item()
-    return Compared(subject.task, found, mean, ratio_error(change, weights), plain.loss)
+    return Compared(subject.task, found, mean, ratio_error(change, weights), loss)
 
 
 def tabulate(compared: Compared, name: str) -> list[Table]:

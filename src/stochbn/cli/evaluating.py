@@ -240,6 +240,8 @@ def _evaluate_task(
     shown = tabulate(found, known.name)
     show(shown)
     worse = []
+    if caveat := task.caveat(posterior, [name for one in found.scores.values() for name in one.values]):
+        say(caveat)
     change, error = found.change, found.change_se
     if change is not None and error is not None and change > 2 * error:
         worse.append(worsened(f"the mean {found.loss}", change, error))
@@ -259,7 +261,12 @@ def _evaluate_task(
         made = {"networks": [subject.name], "posteriors": [described], "data": known.name, "ood": None, **asked}
         told = facts(made, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(posterior, reading))
         title = f"{subject.name} on {known.name}"
-        write_page(report_file, page_of_task(title, [found.summary(), *worse], shown, task.panels(found.scores), told))
+        write_page(
+            report_file,
+            page_of_task(
+                title, [found.summary(), *filter(None, [caveat]), *worse], shown, task.panels(found.scores), told
+            ),
+        )
         say(f"The page is {report_file}; a browser opens it.", report_file)
     return worse
 

@@ -183,8 +183,7 @@ def calibrate(
         if not task.calibrated_by:
             raise ValueError(
                 f"calibrate chooses the noise by labels, which --task {task.name} has none of: choose it with 'stochbn "
-                "fit --batch-size' (more objects, less noise); intervals for numbers come from held-out data with "
-                "stochbn.conformal.intervals"
+                "fit --batch-size' (more examples, less noise)"
             )
         if score not in task.calibrated_by:
             raise ValueError(f"--score must be {' or '.join(task.calibrated_by)}, got {score!r}")
@@ -227,16 +226,27 @@ def calibrate(
         if ranks.rank:
             return
         new.save(target)
-    show([_table(choices[0], ends=temperature)])
+    show([_table(choices[0], ends=temperature and choices[0].tempered)])
     dense = choices[0].units == "places"
     shown = ignore if dense else None  # evaluate has no such option for one class an object
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
-        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}. "
+        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, {_fitted(new)}. "
         f"The held-out data was shown as at test time{f', with --augment {augment}' if augment else ''}.",
         target,
     )
     say(again)
+
+
+def _fitted(posterior: Posterior) -> str:
+    """What was fitted beside the noise, in words."""
+    found = posterior.residual_variance
+    if found is None:
+        return f"temperature {posterior.temperature:.3f}"
+    stds = ", ".join(f"{std:.4g}" for std in found.parts[2].sqrt().tolist()[:4])
+    a, c = (", ".join(f"{one:.3g}" for one in row.tolist()[:4]) for row in found.parts[:2])
+    beside = f"beside {a} times the variance over draws and {c} times that of the network"
+    return f"residual standard deviation {stds}, {beside}"
 
 
 def _compared(posterior: Posterior, asked: bool) -> str:
@@ -283,7 +293,15 @@ def _table(choice: Choice, ends: bool) -> Table:
             ]
         )
     title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
-    columns = ["predictions", "noise of", "passes", "temperature", name, "beyond a temperature", "choice"]
+    columns = [
+        "predictions",
+        "noise of",
+        "passes",
+        "temperature",
+        name,
+        f"beyond {choice.beyond.partition(',')[0]}",
+        "choice",
+    ]
     return Table(title, columns, rows)
 
 

@@ -54,6 +54,8 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         return again
     chosen = _calibrate(given, None, None if path == beside else path, augment)
     choose = "choose between the plain network, a temperature and draws by data that it was not trained on"
+    if task_given(given).fits_residual:
+        choose = "fit the variance of an observation, and choose whether to draw, by data that it was not trained on"
     return f"Next, {choose}: {chosen}\nOr as it is. {again}"
 
 

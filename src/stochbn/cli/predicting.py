@@ -163,6 +163,8 @@ def predict(
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     if about_them := about_sets(fitted):
         say(about_them)
+    if least and (caveat := subject.task.caveat(fitted, least[0])):
+        say(caveat)
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:

@@ -88,7 +88,8 @@ class UnderDraws(nn.Module):
         mean = values.mean(0)
         variance = (values - mean).square().sum(0) / max(self.draws - 1, 1)
         prediction = self._task.prediction(mean, second.mean(0), variance, None)
-        return {name: getattr(prediction, name) for name in self._task.outputs}
+        found = {name: getattr(prediction, name) for name in self._task.outputs}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _one_by_one(self, plain: Mapping[fx.Node, Any]) -> Tensor:
         """The raw values ``[S, N, C, ...]``, from a pass for each draw."""

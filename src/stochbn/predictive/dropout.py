@@ -106,6 +106,11 @@ class MCDropout(Predictive):
         return dropping
 
     @property
+    def _read_as(self) -> Task:
+        """The task itself: what was fitted for it was so without dropout."""
+        return self.task
+
+    @property
     def _once(self) -> bool:
         """Never: draws differ in their masks."""
         return False

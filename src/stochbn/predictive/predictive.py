@@ -286,7 +286,7 @@ class Predictive:
         with passes(self._network, inputs, call) as made:
             stopping = self._stopping(keep, apart=not made.plan.together)
             temperature = self.posterior.temperature if self.posterior is not None else 1.0
-            summary = Summary(self.task, keep, stopping, temperature)
+            summary = Summary(self._read_as, keep, stopping, temperature)
             most = self.draws if stopping is None else stopping.most
             with closing(self._drawn(most, generator)) as drawn:
                 while block := list(itertools.islice(drawn, summary.next(made.draws))):
@@ -301,8 +301,14 @@ class Predictive:
         prediction = summary.prediction()
         if self._once and self.posterior is not None:
             reason = self.posterior.choice if "at one pass" in self.posterior.choice else "the posterior has no noise"
-            prediction = replace(prediction, note=f"one pass without draws, so nothing is due to them: {reason}")
+            note = f"one pass without draws, so nothing is due to them: {reason}"
+            prediction = replace(prediction, note=f"{note}; {prediction.note}" if prediction.note else note)
         return prediction
+
+    @property
+    def _read_as(self) -> Task:
+        """The task with what was fitted for it."""
+        return self.task.calibrated(self.posterior)
 
     @property
     def _once(self) -> bool:

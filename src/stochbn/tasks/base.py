@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,16 +35,15 @@ class Scores:
     Attributes:
         values: the scores, by their names.
         errors: the standard error of each score of which one is known.
-        losses: ``[N]``, float64: the loss of each example, by which methods are compared.
-        loss: what that loss is called.
+        losses: ``[N]``, float64: losses of each example, by what they are called. Methods are compared by the first
+            that both have.
         weights: ``[N]``: how much each example counts, such as the places of a dense output; None is alike.
         evidence: what the figures of a report are drawn from.
     """
 
     values: Mapping[str, float]
     errors: Mapping[str, float]
-    losses: Tensor
-    loss: str = "NLL"
+    losses: Mapping[str, Tensor]
     weights: Tensor | None = None
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -103,6 +102,8 @@ class Task(ABC):
     """Columns of a table whose largest values are the least certain predictions; the first that is there counts."""
     calibrated_by: ClassVar[tuple[str, ...]] = ()
     """The scores that `stochbn.calibrate` can choose by; none where labels do not tell how much noise is right."""
+    fits_residual: ClassVar[bool] = False
+    """Whether `stochbn.calibrate` fits a residual variance, and no temperature."""
     score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {}
     """The columns of a table of scores: the name of the score, its digits, and a factor; none where there are none."""
 
@@ -156,6 +157,19 @@ class Task(ABC):
     @abstractmethod
     def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Answer:
         """What a predictive returns, from the means of both values, the first's variance over draws and kept draws."""
+
+    def calibrated(self, posterior: Any) -> Task:
+        """The task with what `stochbn.calibrate` has fitted for it and keeps in a posterior, beside a temperature."""
+        return self
+
+    def caveat(self, posterior: Any, known: Collection[str]) -> str:
+        """What to know of predictions, in sentences; empty for nothing.
+
+        Args:
+            posterior: that was drawn from, or None.
+            known: the columns, or scores, that there are.
+        """
+        return ""
 
     def keep(self, raw: Tensor, temperature: float) -> Tensor:
         """What of raw values ``[S, N, C, ...]`` is kept of every draw."""
@@ -285,7 +299,13 @@ def _described(labels: Tensor | None, batch: Any) -> str:
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]], join: Join) -> dict[str, Tensor]:
-    """The tensors of all batches of all processes behind each other."""
+    """The tensors of all batches of all processes behind each other.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not batches:
+        raise ValueError("there is nothing to evaluate: the data has no batches")
     return join({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
 
 

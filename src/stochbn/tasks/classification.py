@@ -240,7 +240,8 @@ class Classification(Task):
         errors = {key: ratio_error(one, places) for key, one in zip(keys, columns, strict=True)}
         values["ece"], errors["ece"] = calibration_error(found["bins"], places)
         evidence = {"bins": found["bins"].sum(0)}
-        return Scores(values, errors, columns[keys.index("nll")], weights=places, evidence=evidence)
+        losses = {"NLL": columns[keys.index("nll")]}
+        return Scores(values, errors, losses, weights=places, evidence=evidence)
 
     def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
         """The reliability of the most probable class."""

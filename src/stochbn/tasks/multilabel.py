@@ -141,7 +141,7 @@ class Multilabel(Task):
             "ece": calibration_error(bins, torch.full((len(probs),), probs.shape[1], dtype=torch.float64))[1],
             "auroc": _auroc_error(exact, there),
         }
-        return Scores(values, errors, losses, evidence={"bins": bins.sum(0)})
+        return Scores(values, errors, {"NLL": losses}, evidence={"bins": bins.sum(0)})
 
     def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
         """The reliability of the labels' probabilities."""

@@ -226,7 +226,9 @@ class Survival(Task):
         index, error = concordance(survival.sum(1), times, events)
         values = {"nll": losses.mean().item(), "concordance": index, "brier": each.mean().item()}
         errors = {"nll": standard_error(losses), "concordance": error, "brier": standard_error(each)}
-        return Scores(values, errors, losses, evidence={"survival": survival, "labels": labels, "brier": brier})
+        return Scores(
+            values, errors, {"NLL": losses}, evidence={"survival": survival, "labels": labels, "brier": brier}
+        )
 
     def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
         """Mean curves against the share that survived (Kaplan-Meier), and the Brier score by interval."""
