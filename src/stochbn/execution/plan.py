@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stochbn.augment import Augment
 from stochbn.execution.follow import Followed
-from stochbn.execution.ways import compiled
 from stochbn.execution.watch import Unit
+from stochbn.execution.ways import compiled
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior

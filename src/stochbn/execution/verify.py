@@ -156,7 +156,8 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
     refused = {way: reason for way, reason in reasons.items() if reason}
 
     def works(refused: Mapping[str, str]) -> bool:
-        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused=dict.fromkeys(UNTRIED, "not here"))
+        untried = dict.fromkeys(UNTRIED, "not here")
+        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused=untried)
         plan = _strained(plan, len(some), "pieces" not in refused and "pieces" in settings.ways)
         with network.replica() as replica:
             passes = Passes(network, replica, some, call, plan)
