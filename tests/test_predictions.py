@@ -35,7 +35,7 @@ def test_columns_are_a_row_for_each_example() -> None:
     assert found["mutual_information"] == pytest.approx([0.8018 - 0.5, 0.6390 - 0.4], abs=1e-4)
     labels = MultilabelPrediction(PROBS, torch.zeros(2)).columns()
     assert list(labels) == ["probability_0", "probability_1", "probability_2", "entropy", "mutual_information"]
-    numbers = Estimate(torch.zeros(3, 2), *3 * [torch.ones(3, 2)]).columns()
+    numbers = Estimate(torch.zeros(3, 2), torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)).columns()
     assert list(numbers) == ["mean_0", "mean_1", "std_0", "std_1", "total_std_0", "total_std_1"]
 
 
@@ -47,7 +47,7 @@ def test_data_frames_have_the_columns_and_every_probability() -> None:
     assert frame["class"].tolist() == ["a", "c"]
     torch.testing.assert_close(torch.tensor(frame.iloc[:, -3:].to_numpy(), dtype=torch.float32), PROBS)
     assert next(iter(MultilabelPrediction(PROBS, torch.zeros(2)).to_pandas().columns)) == "probability_0"
-    assert list(Estimate(torch.zeros(3), *3 * [torch.ones(3)]).to_pandas().columns) == [
+    assert list(Estimate(torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)).to_pandas().columns) == [
         "mean",
         "std",
         "total_std",

@@ -71,7 +71,7 @@ def test_what_a_task_cannot_score_is_refused() -> None:
     with pytest.raises(ValueError, match="'embedding' has no scores"):
         Embedding().scores([])
     with pytest.raises(ValueError, match="numbers have no label that could be ignored"):
-        Regression().scores([(Estimate(*3 * [torch.ones(2)]), torch.ones(2))], ignore=3)
+        Regression().scores([(Estimate(torch.ones(2), torch.ones(2), torch.ones(2)), torch.ones(2))], ignore=3)
     with pytest.raises(ValueError, match="the data has no batches"):
         Regression().scores([])
     with pytest.raises(ValueError, match="no place has a label that counts"):

@@ -74,7 +74,8 @@ def onnx(
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
     Outputs are ``probs`` ``[N, K]``, ``entropy`` ``[N]`` and ``mutual_information`` ``[N]`` (nats), as in
-    `stochbn.Prediction`; for regression and embedding ``mean``, ``std`` and ``total_std``, as in `stochbn.Estimate`.
+    `stochbn.Prediction`; for other tasks what their predictions have, such as ``mean``, ``std`` and, where
+    it is known, ``total_std`` of a regression.
     Inputs have the names of the arguments of the network's ``forward``. The number of objects N is free.
 
     The network is exported in evaluation mode, so dropout is off. What comes before the first drawn batch norm is in
