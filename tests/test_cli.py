@@ -771,7 +771,7 @@ def test_a_command_line_that_is_not_installed_says_what_to_install(
         if module.split(".")[:2] == ["stochbn", "cli"] or module.split(".")[0] == name:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[paper]'")
+    assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[cli]'")
 
 
 @pytest.mark.parametrize("name", ["sklearn", "torchmetrics"])
