@@ -1,6 +1,7 @@
 """What predictives return, for every task: see its module in `stochbn.tasks`."""
 
-from stochbn.tasks.answers import Answer, entropy
+from stochbn.metrics.entropies import entropy
+from stochbn.tasks.answers import Answer
 from stochbn.tasks.classification import Prediction
 from stochbn.tasks.multilabel import MultilabelPrediction
 from stochbn.tasks.regression import Estimate

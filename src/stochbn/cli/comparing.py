@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from stochbn.augment import Augment
     from stochbn.cli.subject import Subject
     from stochbn.distributed import Ranks
-    from stochbn.paper.tables import Table
     from stochbn.posteriors import Posterior
+    from stochbn.report.tables import Table
     from stochbn.tasks import Task
     from stochbn.tasks.base import Scores
 
@@ -114,7 +114,7 @@ def compare(
 
 def tabulate(compared: Compared, name: str) -> list[Table]:
     """The scores of data of a name, and what SBN changes."""
-    from stochbn.paper.tables import Table
+    from stochbn.report.tables import Table
 
     columns = compared.task.score_columns
 

@@ -14,17 +14,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from typing_extensions import Self
 
-__all__ = ["Answer", "entropy", "frame", "table_columns"]
-
-
-def entropy(probs: Tensor, axis: int = 1) -> Tensor:
-    """The entropy in nats over an axis of probabilities: that of the classes, ``[N, K, ...]`` to ``[N, ...]``.
-
-    >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-    tensor([0.6931, 0.0000])
-    """
-    total: Tensor = torch.special.entr(probs).sum(axis)
-    return total
+__all__ = ["Answer", "frame", "table_columns"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stochbn.caller import warn
+from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
-from stochbn.tasks.answers import Answer, entropy, frame
+from stochbn.tasks.answers import Answer, frame
 from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating, ratio_error, whole_labels
 from stochbn.tasks.draw_scores import CLASS_SCORES, DrawScore
 

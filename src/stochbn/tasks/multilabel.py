@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
-from stochbn.tasks.answers import entropy
 from stochbn.tasks.base import (
     Join,
     Panel,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
-from stochbn.tasks.answers import Answer, entropy, table_columns
+from stochbn.tasks.answers import Answer, table_columns
 from stochbn.tasks.base import (
     Join,
     Panel,
