@@ -78,7 +78,9 @@ class Given:
     ] = None
     task: Annotated[
         str | None,
-        Override("--task", help="classification (default), binary, multilabel, regression, survival or embedding."),
+        Override(
+            "--task", help="classification (default), binary, multilabel, regression, survival, detection or embedding."
+        ),
     ] = None
     logits: Annotated[
         str | None, Override("--logits", help="Where the logits are in the output: a key, a field or a position.")

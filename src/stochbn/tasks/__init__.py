@@ -16,6 +16,7 @@ from stochbn.network.layers import unwrap
 from stochbn.tasks.base import Task
 from stochbn.tasks.binary import Binary
 from stochbn.tasks.classification import Classification
+from stochbn.tasks.detection import Detection
 from stochbn.tasks.embedding import Embedding
 from stochbn.tasks.multilabel import Multilabel
 from stochbn.tasks.regression import Regression
@@ -25,6 +26,7 @@ __all__ = [
     "TASKS",
     "Binary",
     "Classification",
+    "Detection",
     "Embedding",
     "Multilabel",
     "Regression",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 TASKS: Mapping[str, type[Task]] = {
-    task.name: task for task in (Classification, Binary, Multilabel, Regression, Survival, Embedding)
+    task.name: task for task in (Classification, Binary, Multilabel, Regression, Survival, Detection, Embedding)
 }
 """Every task by its name."""
 
