@@ -221,6 +221,7 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": lambda m, h: _attended(h.view(h.shape[0], 3, 2)).flatten(1),
     "filled in place": lambda m, h: _filled(h),
     "a token in front": lambda m, h: torch.cat([m.table[0].expand(h.shape[0], -1), h], 1)[:, 3:9],
+    "zeros behind": lambda m, h: torch.cat([h, torch.zeros(h.shape[0], 2)], 1)[:, 2:],
     "slices": lambda m, h: torch.cat([h[:, :8], h[:, 6:]], 1),
     "looked up": lambda m, h: h + m.table[h.argmax(1)],
     "gathered": lambda m, h: h.gather(1, h.argsort(1)),
@@ -300,6 +301,7 @@ def test_what_treats_objects_one_by_one_is_judged_so(operation: str) -> None:
     found = followed(model, normal(9, 4), 3)
     assert not found.dependent
     assert found.sizes.hold(1000)
+    assert followed(model, normal(9, 4), 2).trace == found.trace, "whatever their number is"
 
 
 @pytest.mark.parametrize("operation", SIZED)

@@ -115,7 +115,8 @@ def _batch_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, obj
         constant(flow, channels)
         if training:
             raise MixedError("a batch norm that normalises by its mini-batch")
-    return [(axis, per), *[None] * (len(made) - 1)] if made[0].ndim > axis else [None] * len(made)
+    saved = [(0, per) if axis == 1 and t.shape == (objects * per,) else None for t in made[1:]]
+    return [(axis, per), *saved] if made[0].ndim > axis else [None] * len(made)
 
 
 def _layer_norm(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:

@@ -132,7 +132,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         shapes = [
             (flow.axis, flow.per, *(n for axis, n in enumerate(t.shape) if axis != flow.axis))
             for t, flow in zip(made, flows, strict=True)
-            if not flow.mixed
+            if not flow.mixed and t.numel()  # of nothing, any length is as good
         ]
         self.trace.append((name, shapes))
         source = bound.get("self")
@@ -231,13 +231,13 @@ class Reads(TorchFunctionMode):
             self._look_at_bounds(args[0], args[1])
         elif found and name not in _TAKE_SIZES and name not in _CREATING:
             follower.sizes.pin()
-        outer, follower.called = follower.called, True
+        outer, follower.called, begun = follower.called, True, len(follower.trace)
         try:
             result = func(*args, **kwargs)
         finally:
             follower.called = outer
         if name in _CREATING and found:
-            self._created(name, result, given)
+            self._created(name, result, given, begun)
         elif attribute in ("shape", "size", "__len__", "numel", "nelement"):
             return self._symbolic(args[0], result, attribute, args[1:], kwargs)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -246,8 +246,11 @@ class Reads(TorchFunctionMode):
             follower.sizes.pin()  # the number may be that of objects
         return result
 
-    def _created(self, name: str, result: Any, given: list[Any]) -> None:
-        """A constant that is as long as there are objects is followed as one of them: its length is."""
+    def _created(self, name: str, result: Any, given: list[Any], begun: int) -> None:
+        """A constant that is as long as there are objects is followed as one of them: its length is.
+
+        So its length is left out of the course of the pass, from the operation `begun` on.
+        """
         flow, objects = self.follower.flow(result), self.follower.objects
         if not flow.constant:
             return
@@ -255,7 +258,10 @@ class Reads(TorchFunctionMode):
         axes = [result.ndim - len(lengths) + place for place, v in enumerate(lengths) if is_symbol(v)]
         stretched = name not in _STRETCHING or all(result.stride(axis) == 0 for axis in axes)
         if len(axes) == 1 and not symbols(given)[0].offset and stretched:
-            self.follower.set(result, Flow(axis=axes[0], per=result.shape[axes[0]] // objects, drawn=flow.drawn))
+            axis, per = axes[0], result.shape[axes[0]] // objects
+            self.follower.set(result, Flow(axis=axis, per=per, drawn=flow.drawn))
+            others = [n for place, n in enumerate(result.shape) if place != axis]
+            self.follower.trace[begun:] = [(name, [(axis, per, *others)])]
         else:
             self.follower.sizes.pin()
 
