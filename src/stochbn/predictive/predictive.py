@@ -63,12 +63,11 @@ class Predictive:
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1. At most so many are made, and all of them with
             ``tolerance=0`` or `keep_draws`.
-        task: what the output means; None is what the network's own ``config.problem_type`` says, as of Transformers, or
-            else ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense predictions. ``"binary"``: one
-            logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``:
-            numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances. ``"embedding"``: a vector for
-            each object. The last two give a `stochbn.predictions.Estimate`; their objects get all draws unless a
-            `tolerance` is given. Or a `stochbn.Task`, such as one of your own.
+        task: what the output means, a name or a `stochbn.Task`; None is what ``config.problem_type`` of the network says,
+            or ``"classification"``: logits ``[N, K]``, or dense ``[N, K, H, W]``. ``"binary"``: one logit, ``[N]`` or
+            ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a
+            pair of them and their log-variances. ``"survival"``, ``"detection"``, ``"embedding"``: see `stochbn.tasks`.
+            Of numbers, embeddings and detections, all examples get all draws unless a `tolerance` is given.
         logits: where the logits (or numbers) are in an output that is not a tensor: a key, a field or a position. None
             looks for ``logits``, then ``out``, then the first entry of a tuple. For regression also a pair of places,
             of the mean and of the log-variance.
@@ -178,7 +177,7 @@ class Predictive:
             keep_draws: in place of what was given at construction.
 
         Returns:
-            A `stochbn.Prediction`, or a `stochbn.predictions.Estimate` for regression and embedding.
+            What the task predicts: a `stochbn.Prediction` of classes, a `stochbn.Estimate` of numbers, or another.
 
         Raises:
             RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
