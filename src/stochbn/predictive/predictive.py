@@ -63,7 +63,7 @@ class Predictive:
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1. At most so many are made, and all of them with
             ``tolerance=0`` or `keep_draws`.
-        task: what the output means, a name or a `stochbn.Task`; None is what ``config.problem_type`` of the network says,
+        task: what the output means, a name or a `stochbn.Task`; None is what ``config.problem_type`` of a network says,
             or ``"classification"``: logits ``[N, K]``, or dense ``[N, K, H, W]``. ``"binary"``: one logit, ``[N]`` or
             ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a
             pair of them and their log-variances. ``"survival"``, ``"detection"``, ``"embedding"``: see `stochbn.tasks`.
