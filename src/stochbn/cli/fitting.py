@@ -243,10 +243,10 @@ def _fitted(posterior: Posterior) -> str:
     found = posterior.residual_variance
     if found is None:
         return f"temperature {posterior.temperature:.3f}"
-    stds = ", ".join(f"{std:.4g}" for std in found.parts[2].sqrt().tolist()[:4])
-    a, c = (", ".join(f"{one:.3g}" for one in row.tolist()[:4]) for row in found.parts[:2])
-    beside = f"beside {a} times the variance over draws and {c} times that of the network"
-    return f"residual standard deviation {stds}, {beside}"
+    rows = found.parts[2].sqrt(), found.parts[0]
+    stds, factors = (", ".join(f"{one:.4g}" for one in row.tolist()[:4]) for row in rows)
+    told = f"residual standard deviation {stds}"
+    return told if posterior.noiseless else f"{told}, beside {factors} times the variance over draws"
 
 
 def _compared(posterior: Posterior, asked: bool) -> str:
@@ -286,22 +286,15 @@ def _table(choice: Choice, ends: bool) -> Table:
                 f"draws about {one.centre}" if one.centre else "plain network",
                 noise,
                 str(one.passes),
-                f"{signs.get(one.temperature, '')}{one.temperature:.3f}",
+                *([f"{signs.get(one.temperature, '')}{one.temperature:.3f}"] if choice.tempered else []),
                 f"{one.mean:.4f}",
                 "0" if one.error == 0 else f"{one.more:+.4f} \u00b1 {one.error:.4f}",
                 "chosen" if one is choice.chosen else "" if one.selectable else "for comparison",
             ]
         )
     title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
-    columns = [
-        "predictions",
-        "noise of",
-        "passes",
-        "temperature",
-        name,
-        f"beyond {choice.beyond.partition(',')[0]}",
-        "choice",
-    ]
+    columns = ["predictions", "noise of", "passes", *(["temperature"] if choice.tempered else [])]
+    columns += [name, f"beyond {choice.beyond.partition(',')[0]}", "choice"]
     return Table(title, columns, rows)
 
 
