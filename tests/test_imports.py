@@ -14,12 +14,14 @@ import stochbn
 ROOT = Path(stochbn.__file__).parent
 LAYERS = (
     ("arrays", "caller", "files", "processes", "schema", "stopping", "tempering", "texts", "undisturbed"),
-    ("network", "predictions"),
-    ("augment", "dense_masks", "metrics", "sharing", "table_files", "tasks"),
-    ("conformal", "summary"),
+    ("network",),
+    ("augment", "metrics", "sharing", "table_files"),
+    ("tasks",),
+    ("conformal", "predictions", "summary"),
+    ("dense_masks",),
     ("posteriors", "sources"),
     ("distributed", "execution"),
-    ("calibration_report", "calibration_scores", "fit_data", "statistics"),
+    ("calibration_report", "fit_data", "statistics"),
     ("fit_diagnosis", "shift"),
     ("fitting",),
     ("predictive",),

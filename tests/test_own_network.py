@@ -251,7 +251,7 @@ def test_columns_are_chosen_by_name(module: str, told: Callable[..., str]) -> No
 def _columns(inputs: tuple[str, ...], label: str | None = None) -> Any:
     from stochbn.sources import Columns
 
-    return Columns(inputs, label)
+    return Columns(inputs, () if label is None else (label,))
 
 
 def test_arguments_are_literals_where_they_are() -> None:

@@ -202,7 +202,7 @@ def test_tables_that_cannot_be_are_told(tmp_path: Path, predictive: stochbn.Pred
         score(predictive, stream, tmp_path / "p.csv", settings={}, classes=("a", "b"))
     with pytest.raises(ValueError, match="the key's column is called 'entropy'"):
         score(predictive, Numbers(normal(9, 4), key_name="entropy"), tmp_path / "p.csv", settings={})
-    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs need --masks"):
+    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs have no table.* need --masks"):
         score(lambda *_, **__: Prediction(torch.rand(9, 2, 4, 4), torch.rand(9, 4, 4)), stream, tmp_path / "p.csv",
               settings={})  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_tables_that_cannot_be_are_told(tmp_path: Path, predictive: stochbn.Pred
 @pytest.mark.parametrize("d", [None, 2])
 def test_numbers_have_mean_and_standard_deviations(d: int | None, tmp_path: Path) -> None:
     values = torch.arange(9.0) if d is None else torch.arange(18.0).view(9, 2)
-    estimate = Estimate(values, values + 1, values + 2)
+    estimate = Estimate(values, values + 1, values + 2, 2 * values + 3)
     score(lambda *_, **__: estimate, Numbers(normal(9, 4)), tmp_path / "p.csv", settings={})
     row = rows_in(tmp_path / "p.csv")[4]
     ending, number = ("", 4) if d is None else ("_1", 9)

@@ -282,3 +282,13 @@ def test_other_draws_than_those_of_the_thresholds_are_told() -> None:
     assert not thresholds.unlike(50, None)
     assert "--draws 50 and no --augment: predict with these" in thresholds.unlike(4, None)
     assert "predict with these" in thresholds.unlike(50, "flip")
+
+
+def test_sets_are_kept_with_a_posterior_without_noise(tmp_path: Path) -> None:
+    model = network()
+    posterior = stochbn.fit(model, [data(320, 5)[0]], 8).rescale(math.inf)
+    posterior.with_sets(SETS["lac"](*held())).save(tmp_path / "p.safetensors")
+    loaded = stochbn.load(tmp_path / "p.safetensors")
+    assert loaded.thresholds is not None
+    assert loaded.thresholds.batch_size == math.inf
+    assert loaded.thresholds.sets(NEW).equal(SETS["lac"](*held())(NEW))

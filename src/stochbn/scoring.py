@@ -24,7 +24,7 @@ from torch import Tensor
 from stochbn.conformal import Sets
 from stochbn.dense_masks import Masks, write_masks
 from stochbn.files import check_file, write, write_json
-from stochbn.predictions import Estimate, Prediction
+from stochbn.predictions import Answer, Prediction
 from stochbn.predictive import Predictive, Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
@@ -276,13 +276,9 @@ def rows_of(
 
 
 def _predicted(prediction: Any, classes: Sequence[str], top: int, sets: Sets | None) -> list[Row]:
-    if isinstance(prediction, Estimate):
-        found = prediction.columns()
-    elif isinstance(prediction, Prediction) and prediction.probs.ndim == 2:
-        found = prediction.columns(classes, top)
-    else:
-        shape = list(prediction.probs.shape) if isinstance(prediction, Prediction) else type(prediction).__name__
-        raise ValueError(f"expected one prediction for each object, got {shape}: dense outputs need --masks FOLDER")
+    if not isinstance(prediction, Answer):
+        raise ValueError(f"expected one prediction for each object, got {type(prediction).__name__}")
+    found = prediction.columns(classes, top)
     if sets is not None and type(prediction) is Prediction:
         names = [as_utf8(name) for name in classes or map(str, range(prediction.probs.shape[1]))]
         measures = {name: found.pop(name) for name in ("entropy", "mutual_information")}

@@ -12,7 +12,7 @@ from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.following import command
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Augmentation, Draws, Override, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.cli.subject import Given, Subject, about_networks, needs, task_given
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["conformal"]
 
 BATCH = 250
-TASKS = ("classification", "binary")
-"""Tasks whose predictions have one class for each example."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,11 @@ def conformal(
     if target is None:
         raise ValueError(needs("--out"))
     check_file(target, [*given.files, held_out])
-    task = given.task or "classification"
-    if task not in TASKS:
+    task = task_given(given)
+    if not task.one_class:
         raise ValueError(
-            f"prediction sets are for --task classification and binary, got --task {task}; intervals for numbers come "
-            "from held-out data with stochbn.conformal.intervals"
+            f"prediction sets are for --task classification and binary, got --task {task.name}; intervals for numbers "
+            "come from held-out data with stochbn.conformal.intervals"
         )
     subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,8 +71,8 @@ def evaluate(
 
     Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
     evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
-    that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
-    of their own and no page; labels that are no single numbers come as an array 'labels' of a .npz file.
+    that with 'stochbn calibrate --augment'. Other tasks than those of one class, and networks with --dense, have scores
+    of their own. Labels of several numbers come from several columns, or as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.evaluation.methods import methods, score
@@ -100,13 +99,12 @@ def evaluate(
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given, held_by(given, named[0]))
-        if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
-            if len(subjects) > 1 or ood is not None or report_file is not None:
-                raise ValueError(
-                    "several networks, --ood and --report are for networks that give one class for each object"
-                )
+        if dense or not all(one.task.one_class for one in subjects):
+            if len(subjects) > 1 or ood is not None:
+                raise ValueError("several networks and --ood are for networks that give one class for each object")
             fitted_one = subjects[0].find_posterior(named[0])
-            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, seed, ignore, folder)
+            asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
+            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
@@ -209,44 +207,67 @@ def _evaluate_task(
     posterior: Posterior | None,
     data: str | None,
     ranks: Ranks,
-    draws: int,
     changes: Any,
-    seed: int,
-    ignore: int | None,
+    asked: dict[str, Any],
     folder: Path | None,
+    report_file: Path | None,
 ) -> list[str]:
     """Evaluate a network that gives more or less than one class for each object.
 
     Returns:
         A sentence about SBN if that made it worse.
     """
-    from stochbn.cli.tasks import score_tasks, tabulate
+    from stochbn.cli.comparing import compare, tabulate
     from stochbn.files import write_bytes, write_json
+    from stochbn.report.facts import facts
+    from stochbn.report.page import page_of_task, write_page
     from stochbn.report.words import worsened
+    from stochbn.tasks import TASKS
 
-    task = subject.settings.get("task", "classification")
-    if task == "embedding":
-        raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
-                         "regression")  # fmt: skip
-    known = subject.load(data, "test")
+    task = subject.task
+    if not task.score_columns:
+        known = ", ".join(name for name, one in TASKS.items() if one.score_columns)
+        raise ValueError(f"--task {task.name} has no scores: evaluate takes --task {known}")
+    data = data or subject.data
+    known, started = subject.load(data, "test"), time.perf_counter()
     with progress_bars() as bars:
-        scored = score_tasks(
+        found = compare(
             subject, posterior, _Share(known, ranks).objects, ranks,
-            draws=draws, seed=seed, augment=changes, ignore=ignore, progress=follow(bars, "predicting"),
+            draws=asked["draws"], seed=asked["seed"], augment=changes, ignore=asked["ignore"],
+            progress=follow(bars, "predicting"),
         )  # fmt: skip
-    shown = tabulate(scored, known.name)
+    seconds = time.perf_counter() - started
+    shown = tabulate(found, known.name)
     show(shown)
     worse = []
-    if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
-        worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
-    if folder is None or ranks.rank:
+    if caveat := task.caveat(posterior, [name for one in found.scores.values() for name in one.values]):
+        say(caveat)
+    change, error = found.change, found.change_se
+    if change is not None and error is not None and change > 2 * error:
+        worse.append(worsened(f"the mean {found.loss}", change, error))
+    if ranks.rank:
         return worse
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
-             "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
-    write_json(folder / "results.json", {**about, **asdict(scored)})
-    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
-    say(f"Results are in {folder}.", folder)
+    described = posterior and _described(posterior)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"network": subject.name, "posterior": described, "data": known.name, "task": task.name, **asked}
+        write_json(folder / "results.json", {**about, **found.description()})
+        write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+        say(f"Results are in {folder}.", folder)
+    if report_file is not None:
+        reading = (
+            None if posterior is None else compared(subject, posterior, stream_of(subject, data), seed=asked["seed"])
+        )
+        made = {"networks": [subject.name], "posteriors": [described], "data": known.name, "ood": None, **asked}
+        told = facts(made, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(posterior, reading))
+        title = f"{subject.name} on {known.name}"
+        write_page(
+            report_file,
+            page_of_task(
+                title, [found.summary(), *filter(None, [caveat]), *worse], shown, task.panels(found.scores), told
+            ),
+        )
+        say(f"The page is {report_file}; a browser opens it.", report_file)
     return worse
 
 

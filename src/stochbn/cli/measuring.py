@@ -62,9 +62,8 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
     from stochbn.files import write_json
     from stochbn.measuring import own_cost
 
-    if subject.settings.get("task", "classification") not in ("classification", "binary", "multilabel"):
-        raise ValueError("bench measures how accurate probabilities are: it takes --task classification, binary or "
-                         "multilabel")  # fmt: skip
+    if "probs" not in subject.task.outputs:
+        raise ValueError("bench measures how accurate probabilities are: it takes tasks with classes or labels")
     objects = subject.load(asked.data, "train").shuffled(asked.seed)
     largest = max(16, *asked.batch)
     if len(objects) < largest:

@@ -47,7 +47,7 @@ class OwnData:
         mean = held.mean if given.mean is None else numbers_of("--mean", given.mean)
         std = held.std if given.std is None else numbers_of("--std", given.std)
         self.built = prepared(built, size, mean, std)
-        self.columns = Columns(tuple(given.input or ()), given.label, given.key, held)
+        self.columns = Columns(tuple(given.input or ()), tuple(given.label or ()), given.key, held)
         exif = held.exif if given.exif is None else given.exif
         page = held.page if given.page is None else given.page
         self.decoding = Decoding(exif, page)

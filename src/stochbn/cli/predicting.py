@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -164,7 +164,7 @@ def predict(
                 progress=follow(bars, "predicting"),
                 engine=elsewhere,
             )
-        count, failed, least = _summary(rows)
+        count, failed, least = _summary(rows, subject.task.uncertainty)
     if least:
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
@@ -175,6 +175,8 @@ def predict(
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     if about_them := about_sets(fitted):
         say(about_them)
+    if least and (caveat := subject.task.caveat(fitted, least[0])):
+        say(caveat)
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {count} predictions as {path}{units}.", path)
     if failed:
@@ -201,8 +203,8 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     }
 
 
-def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:
-    """How many rows there are, how many of them have an error, and the least certain ones."""
+def _summary(rows: Iterator[dict[str, Any]], by: Sequence[str]) -> tuple[int, int, list[dict[str, Any]]]:
+    """How many rows there are, how many of them have an error, and those with most of the first column of `by`."""
     count = failed = 0
 
     def readable() -> Iterator[dict[str, Any]]:
@@ -215,7 +217,7 @@ def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, A
                 yield row
 
     def uncertainty(row: dict[str, Any]) -> float:
-        return next(float(row[name]) for name in ("entropy", "total_std", "total_std_0") if name in row)
+        return next((float(row[name]) for name in by if name in row), 0.0)
 
     least = heapq.nlargest(SHOWN, readable(), key=uncertainty)
     return count, failed, least

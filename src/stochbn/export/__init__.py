@@ -27,7 +27,7 @@ from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import checks_weights
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import Task, task_of
 
 __all__ = ["Export", "ExportError", "onnx", "pt2"]
 
@@ -64,7 +64,7 @@ def onnx(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+    task: Task | str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
@@ -74,7 +74,8 @@ def onnx(
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
     Outputs are ``probs`` ``[N, K]``, ``entropy`` ``[N]`` and ``mutual_information`` ``[N]`` (nats), as in
-    `stochbn.Prediction`; for regression and embedding ``mean``, ``std`` and ``total_std``, as in `stochbn.Estimate`.
+    `stochbn.Prediction`; for other tasks what their predictions have, such as ``mean``, ``std`` and, where
+    it is known, ``total_std`` of a regression.
     Inputs have the names of the arguments of the network's ``forward``. The number of objects N is free.
 
     The network is exported in evaluation mode, so dropout is off. What comes before the first drawn batch norm is in
@@ -111,7 +112,7 @@ def onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     _check(path, model, posterior, draws, seed, check)
-    read = make_task(task_named(task, model), logits, class_axis, output)
+    read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
     return _written(path, given, lambda place: _write_onnx(place, given), _with_onnxruntime)
 
@@ -124,7 +125,7 @@ def pt2(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+    task: Task | str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
@@ -157,7 +158,7 @@ def pt2(
         ExportError, OSError, TypeError, ValueError: as in `onnx`.
     """
     _check(path, model, posterior, draws, seed, check)
-    read = make_task(task_named(task, model), logits, class_axis, output)
+    read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
     return _written(path, given, lambda place: _write_pt2(place, given), _with_torch)
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stochbn.execution import Call, Draw
 from stochbn.execution.verify import examine
-from stochbn.export.graph import OutOfReachError, UnderDraws, outputs_of, with_names
+from stochbn.export.graph import OutOfReachError, UnderDraws, with_names
 from stochbn.network.calling import NetworkInput
 from stochbn.network.layers import batch_norms, buffer_names, listed, unwrap
 from stochbn.network.replica import Network
@@ -58,8 +58,8 @@ class Predicting:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the outputs."""
-        return outputs_of(self.task)
+        """The names of the outputs: of those that the task may have, what is known with this network and posterior."""
+        return tuple(self.program.call_spec.out_spec.context)
 
 
 def predicting(
@@ -70,7 +70,7 @@ def predicting(
     Raises:
         ExportError: the network cannot be copied or exported.
     """
-    name = type(unwrap(model)).__name__
+    name, task = type(unwrap(model)).__name__, task.calibrated(posterior)
     example = _checked(example, name)
     network = Network.of(model)
     network.look()

@@ -102,6 +102,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         raise ValueError(
             f"{type(model).__name__} has no batch-norm layers, so there are no statistics to draw; "
             f"stochbn needs a network with BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm or a subclass{others}"
+            f"{_what_to_do(model)}"
         )
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
@@ -112,6 +113,22 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise ValueError(f"batch-norm layer {name!r} is lazy and not initialised; run the network once first")
     return layers
+
+
+def _what_to_do(model: nn.Module) -> str:
+    """How a network without batch norm may come to have some: of frozen, and of fused ones."""
+    modules = list(model.modules())
+    if any("FrozenBatchNorm" in type(module).__name__ for module in modules):
+        return (
+            ". Build the network with torch.nn.BatchNorm2d (norm_layer= of torchvision) and load the same weights: its "
+            "buffers have the same names"
+        )
+    if any(hasattr(module, "forward_fuse") or hasattr(module, "fuse") for module in modules):
+        return (
+            ". Its class can fuse batch norms into the convolutions before them, as some libraries do on loading or "
+            "before predicting: load the network without fuse()"
+        )
+    return ""
 
 
 def qualified_names(model: nn.Module) -> dict[str, str]:

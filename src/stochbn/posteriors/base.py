@@ -23,9 +23,11 @@ from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
 from stochbn.posteriors.reference import Reference
+from stochbn.posteriors.residual import residual_still_valid
 from stochbn.posteriors.saved import save
 from stochbn.posteriors.thresholds import Thresholds, still_valid
 from stochbn.schema import Schema
+from stochbn.tasks.residual import Residual
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +65,7 @@ class Posterior(ABC):
         reference: what new data is compared with; None if it was left out.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
         thresholds: of prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
+        residual_variance: of observed numbers, see `stochbn.tasks.residual.Residual`; None until it is calibrated.
         schema: what the data of the command ``stochbn fit`` was, which later commands hold to; None if it is not known.
     """
 
@@ -84,6 +87,7 @@ class Posterior(ABC):
     reference: Reference | None = None
     adaptation: Adaptation | None = None
     thresholds: Thresholds | None = None
+    residual_variance: Residual | None = None
     schema: Schema | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class Posterior(ABC):
         if self.fitted_size is None and self.batch_size != math.inf:
             object.__setattr__(self, "fitted_size", self.batch_size)
         object.__setattr__(self, "thresholds", still_valid(self))
+        object.__setattr__(self, "residual_variance", residual_still_valid(self))
 
     def __repr__(self) -> str:
         size = "as they came" if self.batch_size is None else f"of {self.batch_size:g}"
@@ -249,15 +254,12 @@ class Posterior(ABC):
         return replace(self._scaled(size / batch_size), batch_size=batch_size, choice="")
 
     def fitted(self) -> Self:
-        """The posterior as `stochbn.fit` made it, at temperature 1: without what `stochbn.calibrate` chose.
-
-        Its centre stays, see `recentre` and `recentre_observed`.
-        """
-        unscaled = self
+        """The posterior as `stochbn.fit` made it: without what `stochbn.calibrate` chose; its centre stays."""
+        unscaled = replace(self, residual_variance=None)
         if self.fitted_size is not None and self.batch_size != self.fitted_size:
-            unscaled = self.rescale(self.fitted_size)
+            unscaled = unscaled.rescale(self.fitted_size)
         elif self.noiseless:  # of mini-batches as they came
-            unscaled = replace(self, batch_size=None)
+            unscaled = replace(unscaled, batch_size=None)
         return replace(unscaled, temperature=1.0, choice="")
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:

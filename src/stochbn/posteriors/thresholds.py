@@ -17,7 +17,7 @@ from stochbn.posteriors.adaptation import UNUSUAL
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "still_valid"]
+__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "is_centre", "still_valid", "sums_of_centre"]
 
 AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
 """How thresholds are made."""
@@ -80,8 +80,8 @@ class Thresholds:
         for name in ("examples", "draws"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
-        numbers = self.temperature, *self.centre, *([] if self.batch_size is None else [self.batch_size])
-        if not all(map(_is_number, numbers)) or len(self.centre) != 2:
+        sized = self.batch_size in (None, math.inf) or _is_number(self.batch_size)  # infinite where there is no noise
+        if not sized or not all(map(_is_number, (self.temperature, *self.centre))) or len(self.centre) != 2:
             raise ValueError(
                 "thresholds must have the temperature, batch size and centre of their posterior as numbers"
             )
@@ -95,18 +95,19 @@ class Thresholds:
         Raises:
             TypeError, ValueError: as the class.
         """
-        return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, _centre(posterior))
+        return cls(
+            sets, examples, draws, augment, posterior.temperature, posterior.batch_size, sums_of_centre(posterior)
+        )
 
     def fit(self, posterior: Posterior) -> bool:
         """Whether they are of a posterior with this noise, centre (to the rounding of its file) and temperature."""
         if (self.temperature, self.batch_size) != (posterior.temperature, posterior.batch_size):
             return False
-        pairs = zip(self.centre, _centre(posterior), strict=True)
-        return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
+        return is_centre(self.centre, posterior)
 
     def after_adapting(self, posterior: Posterior) -> Thresholds:
         """The same for the adapted posterior, with a mark that no coverage is promised."""
-        return replace(self, centre=_centre(posterior), adapted=True)
+        return replace(self, centre=sums_of_centre(posterior), adapted=True)
 
     def unlike(self, draws: int, augment: str | None) -> str:
         """What to do where predictions are made with other draws than those of the held-out data; empty if not."""
@@ -165,12 +166,18 @@ class Thresholds:
         return cls(sets=sets, **{**{name: about[name] for name in own}, "centre": tuple(about["centre"])})
 
 
-def _centre(posterior: Posterior) -> tuple[float, float]:
+def sums_of_centre(posterior: Posterior) -> tuple[float, float]:
     """Sums of the expected means and variances, each with a weight of its own."""
     expected = posterior.expected.double().cpu()
     weights = 1 + (torch.arange(expected.shape[1], dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
     mean, variance = (expected * weights).sum(1).tolist()
     return mean, variance
+
+
+def is_centre(sums: tuple[float, float], posterior: Posterior) -> bool:
+    """Whether these are the sums of a posterior's centre, to the rounding of its file."""
+    pairs = zip(sums, sums_of_centre(posterior), strict=True)
+    return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["entropies_of_unknown", "known_and_unknown", "reliability", "risk_coverage"]
+__all__ = ["entropies_of_unknown", "known_and_unknown", "panel", "reliability", "risk_coverage"]
 
 Methods = Mapping[tuple[str, bool], Tensor]
 """Something of each method, by its name and whether it draws the statistics."""
@@ -37,7 +37,7 @@ def entropies_of_unknown(entropies: Methods, *, classes: int, title: str = "") -
         classes: the number of classes K: entropies end at ln K.
         title: the figure's title.
     """
-    figure, axes = _panel(6, 4.2)
+    figure, axes = panel(6, 4.2)
     for (method, sbn), values in entropies.items():
         label, color, style = line_of(method, sbn)
         _distribution(axes, values, label=label, ls=style, color=color, lw=1.8)
@@ -55,7 +55,7 @@ def known_and_unknown(known: Methods, unknown: Methods, *, classes: int) -> Figu
         unknown: ``[M]``, nats, likewise; empty where there are no unknown objects.
         classes: the number of classes K: entropies end at ln K.
     """
-    figure, axes = _panel()
+    figure, axes = panel()
     for objects, found, style in (("known", known, ":"), ("unknown", unknown, "-")):
         for method, values in found.items():
             label, color, _ = line_of(*method)
@@ -74,7 +74,7 @@ def reliability(predictions: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
 
     Source: intervals of a share as Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
     """
-    figure, axes = _panel()
+    figure, axes = panel()
     axes.plot([0, 1], [0, 1], ls=":", lw=1, color="#767676")
     for i, (method, (confidence, right)) in enumerate(predictions.items()):
         label, color, _ = line_of(*method)
@@ -100,7 +100,7 @@ def risk_coverage(uncertain: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
     Args:
         uncertain: entropies ``[N]`` and whether the predicted class is wrong ``[N]``, of each method.
     """
-    figure, axes = _panel()
+    figure, axes = panel()
     for method, (entropies, wrong) in uncertain.items():
         label, color, style = line_of(*method)
         curve = metrics.risk_coverage(entropies, wrong)
@@ -111,7 +111,8 @@ def risk_coverage(uncertain: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
     return figure
 
 
-def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+def panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of one panel, with a faint grid."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

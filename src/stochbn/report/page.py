@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from stochbn.evaluation.methods import Method
     from stochbn.posteriors import Posterior
+    from stochbn.tasks.base import Panel
 
-__all__ = ["Curve", "Page", "page_of", "write_page"]
+__all__ = ["Curve", "Page", "page_of", "page_of_task", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,31 @@ def page_of(
     name = line_of(shown.name, shown.sbn).label
     said = [*summary(scores, *data, posteriors), *_least_certain(shown, name)]
     return Page(title, said, tables, [*_curves(found), *more], name, least, most, facts)
+
+
+def page_of_task(
+    title: str,
+    summary: Sequence[str],
+    tables: Sequence[Table],
+    panels: Sequence[Panel],
+    facts: Mapping[str, str],
+) -> Page:
+    """The page about the scores of a task, with the figures that the task has.
+
+    Args:
+        title: its heading.
+        summary: what was found, in sentences.
+        tables: the numbers as tables.
+        panels: of the task, see `stochbn.tasks.Task.panels`.
+        facts: as for `page_of`.
+    """
+    colors = {"plain": line_of("plain", False).color, "SBN": line_of("plain", True).color}
+    drawn = []
+    for number, one in enumerate(panels):
+        figure, axes = curves.panel()
+        one.draw(axes, colors)
+        drawn.append(Curve(one.title, one.caption, inline(figure, f"f{number}")))
+    return Page(title, summary, tables, drawn, "", (), (), facts)
 
 
 def _least_certain(method: Method, name: str) -> list[str]:

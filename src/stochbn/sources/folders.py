@@ -13,7 +13,7 @@ from stochbn.schema import counted, listing
 from stochbn.sources.files import Listing
 from stochbn.sources.hub import DataError
 from stochbn.sources.inside import open_regular
-from stochbn.sources.labels import as_labels, usual_label
+from stochbn.sources.labels import as_labels, labels_of_columns, usual_label
 from stochbn.sources.pictures import Decoding, decode
 from stochbn.texts import unambiguous
 
@@ -50,14 +50,14 @@ class FolderRows:
         self,
         found: Listing,
         metadata: tuple[Path, ...] = (),
-        label: str | None = None,
+        label: tuple[str, ...] = (),
         decoding: Decoding | None = None,
     ) -> None:
         self.folder, self.decoding = found.root, decoding or Decoding()
         self.files = list(found.files)
         self.notes: list[str] = []
         self.left_out: list[str] = []
-        self.label: str | None = None
+        self.label: tuple[str, ...] = ()
         self.classes: tuple[str, ...] = ()
         self._labels: Tensor | None = None
         self._missing: set[Path] = set()
@@ -92,7 +92,7 @@ class FolderRows:
         """The numbers of the classes."""
         return self._labels
 
-    def _read_metadata(self, metadata: tuple[Path, ...], label: str | None) -> None:
+    def _read_metadata(self, metadata: tuple[Path, ...], label: tuple[str, ...]) -> None:
         """Take labels from files of metadata, and the pictures that they name."""
         about: dict[Path, Any] = {}
         columns: list[str] = []
@@ -106,19 +106,19 @@ class FolderRows:
                     raise DataError(f"{str(self.folder / file)!r} names {row[FILE]!r}, outside its folder")
                 about[path] = row
         names = " and ".join(sorted({file.name for file in metadata}))
-        label = label or usual_label([name for name in columns if name != FILE])
-        if label is None:
+        label = label or tuple(filter(None, (usual_label([name for name in columns if name != FILE]),)))
+        if not label:
             self.notes.append(f"{names} has no column of labels (it has {listing(columns)}): see --label.")
             return
-        if label not in columns:
-            raise DataError(f"{names} of {str(self.folder)!r} has no column {label!r}; it has {listing(columns)}")
+        if missing := [name for name in label if name not in columns]:
+            raise DataError(f"{names} of {str(self.folder)!r} has no column {missing[0]!r}; it has {listing(columns)}")
         there = set(self.files)
         self._missing = {path for path in about if path not in there}
         if unnamed := there - about.keys():
             self.left_out.append(f"{counted(len(unnamed), 'pictures')} that {names} does not name")
         self.files = sorted(about)
-        values = [about[file].get(label) for file in self.files]
-        self._labels, self.classes = as_labels(values, f"{names} of {str(self.folder)!r}")
+        values = {name: [about[file].get(name) for file in self.files] for name in label}
+        self._labels, self.classes = labels_of_columns(values, f"{names} of {str(self.folder)!r}")
         self.label = label
         self.notes.append(f"Labels are those of {names}; folders are no classes.")
         if self._missing:

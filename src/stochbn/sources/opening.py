@@ -216,7 +216,7 @@ def _tables(
 ) -> tuple[Rows, Schema]:
     """The rows of files of tables, with their columns by name."""
     if kind == "csv":
-        text = (columns.label, columns.key, columns.held.label if columns.held else None)
+        text = (*columns.label, columns.key, *(columns.held.label if columns.held else ()))
         table, whole = read_csv(files, source, text)
         table = as_dataset(table)
     else:
@@ -278,13 +278,15 @@ def _arrays(path: Path, columns: Columns) -> tuple[Rows, Schema]:
 
         if len(asked.inputs) > 1:
             raise DataError(f"name one array of {str(path)!r} with --input, not {len(asked.inputs)}")
-        usual = (*USUAL_INPUTS, *(names if len(names) == 1 else ()))
-        taken = asked.inputs[0] if asked.inputs else next((name for name in usual if name in names), None)
+        candidates = (*USUAL_INPUTS, *(names if len(names) == 1 else ()))
+        taken = asked.inputs[0] if asked.inputs else next((name for name in candidates if name in names), None)
         if taken is None:
             raise DataError(f"{str(path)!r} has the arrays {', '.join(names)}; say with --input which are the inputs")
-        label = asked.label or ("y" if "y" in names else usual_label([name for name in names if name != taken]))
-        inputs, labels, keys = pick(taken), pick(label), pick(asked.key)
-    others = [name for name in names if name not in (taken, label, asked.key)]
+        usual = "y" if "y" in names else usual_label([name for name in names if name != taken])
+        label = asked.label or tuple(filter(None, (usual,)))
+        inputs, keys = pick(taken), pick(asked.key)
+        labels = {name: pick(name) for name in label} or None
+    others = [name for name in names if name not in (taken, *label, asked.key)]
     try:
         rows = ArrayRows(inputs, labels, keys, asked.key or "row")
     except ValueError as error:

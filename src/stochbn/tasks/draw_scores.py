@@ -1,4 +1,4 @@
-"""Scores of mean probabilities that are made draw by draw, at several temperatures at once."""
+"""Scores of a mean over draws that is made draw by draw, at several temperatures at once: for `stochbn.calibrate`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["SCORES", "Score", "check_labels"]
+__all__ = ["CLASS_SCORES", "NAMES", "DrawScore", "check_labels"]
+
+NAMES = {"nll": ("NLL", "nats"), "brier": ("Brier score", "")}
+"""What scores are called, and their units."""
 
 
-class Score(ABC):
-    """The score of mean probabilities, made of draws one by one, at several temperatures of their logits."""
+class DrawScore(ABC):
+    """The score of a mean over draws, which are added one by one, at several temperatures.
+
+    Args:
+        temperatures: ``[T]``: what raw values are divided by.
+    """
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures
@@ -21,20 +28,29 @@ class Score(ABC):
 
     @abstractmethod
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a draw ``[N, K, ...]``."""
+        """Add the raw values ``[N, C, ...]`` of a draw."""
 
     @abstractmethod
     def of_each(self, labels: Tensor) -> Tensor:
-        """``[T, N, ...]``, float64: of each object (and place), under each temperature."""
+        """``[T, N, ...]``, float64: of each example (and place), under each temperature."""
 
 
-class NLL(Score):
-    """The negative log-likelihood."""
+class NLL(DrawScore):
+    """The negative log-likelihood of classes, of logits ``[N, K, ...]``."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        each = _log_likelihoods(logits, labels, self.temperatures)
+        each = self.log_likelihoods(logits, labels)
         self.total = each if self.total is None else torch.logaddexp(self.total, each)
         self.draws += 1
+
+    def log_likelihoods(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``[T, N, ...]``, float64: the log-probability of each label under each temperature, in one draw."""
+        check_labels(logits, labels)
+        labels = labels.to(logits.device)[:, None].long()
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        each = [(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in self.temperatures.tolist()]
+        return torch.stack(each).double()
 
     def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
@@ -42,8 +58,8 @@ class NLL(Score):
         return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
 
 
-class Brier(Score):
-    """The Brier score: the squared distance of the probabilities from those of certainty of the label."""
+class Brier(DrawScore):
+    """The Brier score of classes: the squared distance of the probabilities from those of certainty of the label."""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         check_labels(logits, labels)
@@ -61,17 +77,8 @@ class Brier(Score):
         return probs.square().sum(2) - 2 * right[:, :, 0] + 1
 
 
-SCORES: dict[str, type[Score]] = {"nll": NLL, "brier": Brier}
-"""What noise and temperature can be chosen by."""
-
-
-def _log_likelihoods(logits: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:
-    """``[T, N, ...]``, float64: the log-probability of each label under each temperature."""
-    check_labels(logits, labels)
-    labels = labels.to(logits.device)[:, None].long()
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    return torch.stack([(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in temperatures.tolist()]).double()
+CLASS_SCORES: dict[str, type[DrawScore]] = {"nll": NLL, "brier": Brier}
+"""Scores of classes, by their names."""
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:
