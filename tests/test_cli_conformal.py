@@ -99,6 +99,7 @@ def test_the_file_has_what_was_asked_for_and_another_file_leaves_the_first_alone
     assert Path(FILE).read_bytes() == before
     found = stochbn.load("c.safetensors").thresholds
     assert found is not None
+    assert isinstance(found.sets, stochbn.conformal.Sets)
     assert (found.sets.method, found.sets.coverage, found.sets.classes) == ("raps", 0.75, 3)
     assert (found.examples, found.draws, found.augment) == (150, 50, None)
 
@@ -118,7 +119,7 @@ def test_it_says_between_what_the_coverage_lies(held: tuple[str, ...]) -> None:
         (("--new-mix", "--by", "class"), "cannot be given together"),
         (("--new-mix",), "--new-mix is for a posterior of 'stochbn adapt'"),
         (("--coverage", "0.999"), "needs at least 999 held-out"),
-        (("--coverage", "0.99", "--by", "class"), "objects of class 0, got"),
+        (("--coverage", "0.99", "--by", "class"), "examples of class 0, got"),
         (("--task", "regression"), "--task classification and binary"),
     ],
 )

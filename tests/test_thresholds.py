@@ -97,7 +97,7 @@ def test_by_class_each_class_needs_enough_examples_and_no_weights() -> None:
     probs, labels = held()
     keep = (labels != 2) | (torch.arange(90) < 10)
     few = int((labels[keep] == 2).sum())
-    with pytest.raises(ValueError, match=f"at least 9 held-out objects of class 2, got {few}; pass more"):
+    with pytest.raises(ValueError, match=f"at least 9 held-out examples of class 2, got {few}; pass more"):
         conformal.lac(probs[keep], labels[keep], 0.9, by_class=True)
     with pytest.raises(ValueError, match="the mix of classes does not matter"):
         conformal.lac(probs, labels, 0.8, by_class=True, weights=[1.0, 1.0, 1.0])
@@ -115,6 +115,7 @@ def test_sets_come_back_from_a_file(kind: str, posterior: stochbn.Posterior, tmp
     assert torch.equal(found.sets(NEW), sets(NEW))
     assert torch.equal(torch.as_tensor(found.sets.threshold), torch.as_tensor(sets.threshold))
     assert (found.examples, found.draws, found.augment, found.adapted) == (90, 20, "flip", False)
+    assert isinstance(found.sets, Sets)
     assert replace(found.sets, threshold=0.0) == replace(sets, threshold=0.0)
 
 
@@ -173,7 +174,7 @@ def test_a_threshold_of_a_file_that_cannot_be_is_refused(
 def test_sets_that_are_random_or_no_sets_are_refused(posterior: stochbn.Posterior) -> None:
     with pytest.raises(ValueError, match="a generator cannot be stored: fit them without generator="):
         posterior.with_sets(conformal.aps(*held(), 0.8, generator=seeded()))
-    with pytest.raises(TypeError, match="aps or raps, got float"):
+    with pytest.raises(TypeError, match="as of lac, got float"):
         posterior.with_sets(0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got float; see posterior"):
         replace(posterior, thresholds=0.5)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stochbn.conformal import Sets
+from stochbn.conformal import Rule
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
 from stochbn.posteriors.accumulators import Accumulator
@@ -311,20 +311,28 @@ class Posterior(ABC):
         return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
     def with_sets(
-        self, sets: Sets, *, examples: int | None = None, draws: int | None = None, augment: str | None = None
+        self,
+        sets: Rule,
+        *,
+        examples: int | None = None,
+        draws: int | None = None,
+        augment: str | None = None,
+        by: str | None = None,
     ) -> Self:
         """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
 
         Args:
-            sets: of `stochbn.conformal`, without a generator, from held-out predictions with this posterior.
+            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with this
+                posterior.
             examples: how many held-out examples there were.
             draws: of these predictions.
             augment: what draws did to the input, as text.
+            by: of sets by group, the column of data that has the groups, which ``stochbn predict`` then reads.
 
         Raises:
             TypeError, ValueError: the sets cannot be stored.
         """
-        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment))
+        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment, by))
 
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
