@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.drift import about_data, about_sets, alarm, compared
+from stochbn.cli.drift import about_data, about_sets, alarm, compared, group_of
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
@@ -106,7 +106,7 @@ def evaluate(
                     "several networks, --ood and --report are for networks that give one class for each object"
                 )
             fitted_one = subjects[0].find_posterior(named[0])
-            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, seed, ignore, folder)
+            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, augment, seed, ignore, folder)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
@@ -116,7 +116,9 @@ def evaluate(
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
         data = data or subjects[0].data
-        known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
+        group = group_of(fitted[0]) if len(fitted) == 1 else None
+        # Each checks that it fits.
+        known, *_ = [subject.load(data, "test", labelled=True, group=group) for subject in subjects]
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
         known_share = _Share(known, ranks)
@@ -165,7 +167,8 @@ def evaluate(
     covered = None
     if len(subjects) == 1 and fitted[0] is not None and fitted[0].thresholds is not None:
         compare_draws(fitted[0], draws, augment)
-        about["sets"], covered = _covered(fitted[0].thresholds, found, names_of)
+        groups = known.groups if group is not None else None
+        about["sets"], covered = _covered(fitted[0].thresholds, found, names_of, groups)
     if folder is None:
         shown = report.tabulate(scores, *names)
     else:
@@ -192,16 +195,20 @@ def evaluate(
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
 
 
-def _covered(thresholds: Thresholds, found: Sequence[Method], names: Sequence[str]) -> tuple[list[Any], Table | None]:
+def _covered(
+    thresholds: Thresholds, found: Sequence[Method], names: Sequence[str], groups: Sequence[str] | None
+) -> tuple[list[Any], Table | None]:
     """How often the prediction sets of SBN hold the truth: as rows, and as a table; with dropout there are none."""
-    from stochbn.report.coverage import coverage_table, coverages
+    from stochbn.predictions import Prediction
+    from stochbn.report.coverage import Coverage, coverage_table, coverages
 
     method = next((one for one in found if one.sbn and one.name == "plain"), None)
     if method is None:
         return [], None
-    sets = thresholds.sets
-    rows = coverages(sets(method.known), method.labels, names)
-    return rows, coverage_table(rows, sets.coverage, sets.method, by_class=sets.by_class)
+    coverage = Coverage(thresholds)
+    coverage.add(Prediction(method.known, method.known), method.labels, groups)
+    rows = coverages(coverage.joined(), thresholds.sets, names, thresholds.by)
+    return rows, coverage_table(rows, thresholds)
 
 
 def _evaluate_task(
@@ -211,6 +218,7 @@ def _evaluate_task(
     ranks: Ranks,
     draws: int,
     changes: Any,
+    augment: str | None,
     seed: int,
     ignore: int | None,
     folder: Path | None,
@@ -222,19 +230,37 @@ def _evaluate_task(
     """
     from stochbn.cli.tasks import score_tasks, tabulate
     from stochbn.files import write_bytes, write_json
+    from stochbn.posteriors.thresholds import compare_draws
+    from stochbn.report.coverage import Coverage, coverage_table, coverages
     from stochbn.report.words import worsened
 
     task = subject.settings.get("task", "classification")
     if task == "embedding":
         raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
                          "regression")  # fmt: skip
-    known = subject.load(data, "test")
+    thresholds = None if posterior is None else posterior.thresholds
+    known = subject.load(data, "test", group=group_of(posterior))
+    share = _Share(known, ranks).objects
+    coverage = None if thresholds is None else Coverage(thresholds, ignore)
+    seen = 0
+
+    def watch(prediction: Any, labels: Tensor) -> None:
+        nonlocal seen
+        if coverage is not None and thresholds is not None:
+            groups = None if thresholds.by is None else share.groups[seen : seen + len(labels)]
+            coverage.add(prediction, labels, groups)
+            seen += len(labels)
+
     with progress_bars() as bars:
         scored = score_tasks(
-            subject, posterior, _Share(known, ranks).objects, ranks,
-            draws=draws, seed=seed, augment=changes, ignore=ignore, progress=follow(bars, "predicting"),
+            subject, posterior, share, ranks, draws=draws, seed=seed, augment=changes, ignore=ignore,
+            progress=follow(bars, "predicting"), watch=watch,
         )  # fmt: skip
-    shown = tabulate(scored, known.name)
+    shown, rows = tabulate(scored, known.name), list[Any]()
+    if coverage is not None and thresholds is not None:
+        compare_draws(posterior, draws, augment)
+        rows = coverages(coverage.joined(ranks.joined), thresholds.sets, subject.classes, thresholds.by)
+        shown = [*shown, coverage_table(rows, thresholds)]
     show(shown)
     worse = []
     if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
@@ -244,6 +270,7 @@ def _evaluate_task(
     folder.mkdir(parents=True, exist_ok=True)
     about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
              "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
+    about |= {"sets": rows} if rows else {}
     write_json(folder / "results.json", {**about, **asdict(scored)})
     write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
     say(f"Results are in {folder}.", folder)

@@ -67,8 +67,9 @@ def score_tasks(
     augment: Augment | None,
     ignore: int | None,
     progress: Callable[[int, int], object],
+    watch: Callable[[Any, Tensor], None] = lambda prediction, labels: None,
 ) -> Scored:
-    """Score a network without and, where there is a posterior, with SBN.
+    """Score a network without and, where there is a posterior, with SBN, whose predictions `watch` sees with labels.
 
     `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank.
 
@@ -88,10 +89,15 @@ def score_tasks(
     for name, predictive in methods.items():
         generator = torch.Generator().manual_seed(seed)
 
-        def predictions(predictive: Any = predictive, generator: Any = generator) -> Iterator[tuple[Any, Tensor]]:
+        def predictions(
+            predictive: Any = predictive, generator: Any = generator, drawn: bool = name == "SBN"
+        ) -> Iterator[tuple[Any, Tensor]]:
             nonlocal done
             for inputs, labels in data.batches(BATCH):
-                yield predictive(inputs, generator=generator), labels
+                prediction = predictive(inputs, generator=generator)
+                if drawn:
+                    watch(prediction, labels)
+                yield prediction, labels
                 done += len(labels)
                 progress(done, len(methods) * len(data))
 

@@ -30,8 +30,6 @@ class Rule(ABC):
 
     kind: ClassVar[str]
     """What it is called in a file."""
-    tasks: ClassVar[tuple[str, ...]]
-    """Tasks whose predictions it is for."""
     unstored: ClassVar[tuple[str, ...]] = ("threshold",)
     """Fields that are no settings in a file."""
 
@@ -46,6 +44,19 @@ class Rule(ABC):
 
         Raises:
             TypeError, ValueError: the prediction is of another task, or as the call.
+        """
+
+    @abstractmethod
+    def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
+        """The sets as columns of a table, a row for each example.
+
+        Args:
+            prediction: of the examples.
+            names: of all classes or labels; none where there are none.
+            groups: as for the call.
+
+        Raises:
+            TypeError, ValueError: as `of`, or the prediction is dense, with more than one row an example.
         """
 
     @abstractmethod

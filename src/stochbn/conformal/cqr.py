@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochbn.conformal.base import Rule, by_group, numbers
+from stochbn.conformal.intervals import check_estimate, ends
 
 __all__ = ["QuantileIntervals", "cqr", "normal_quantiles"]
 
@@ -29,7 +31,6 @@ class QuantileIntervals(Rule):
     groups: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "quantiles"
-    tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __call__(self, lower: Any, upper: Any, groups: Any = None) -> Tensor:
         """``[2, N, ...]``: the lower and the upper end for predicted quantiles ``[N, ...]``.
@@ -46,7 +47,12 @@ class QuantileIntervals(Rule):
 
     def of(self, prediction: Any, groups: Any = None) -> Tensor:
         """The intervals ``[2, N, ...]`` of a `stochbn.predictions.Estimate`, about its normal quantiles."""
+        check_estimate(prediction)
         return self(*normal_quantiles(prediction.mean, prediction.total_std, self.coverage), groups)
+
+    def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
+        """``low`` and ``high``, of several numbers ``low_0``, ``low_1``, ..."""
+        return ends(self.of(prediction, groups))
 
     def scores(self, lower: Any, upper: Any, targets: Any) -> Tensor:
         """``[N, ...]``, float64: how far targets are outside of the quantiles; negative inside.

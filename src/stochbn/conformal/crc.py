@@ -11,6 +11,8 @@ from torch import Tensor
 
 from stochbn.arrays import as_tensor
 from stochbn.conformal.base import Rule, check_coverage, group_names, too_few
+from stochbn.conformal.sets import named
+from stochbn.predictions import Prediction
 
 __all__ = ["LabelSets", "Tally", "crc"]
 
@@ -39,7 +41,6 @@ class LabelSets(Rule):
     groups: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "labels"
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "binary", "multilabel")
 
     def __call__(self, probs: Any, groups: Any = None) -> Tensor:
         """True where a label is in an example's set: ``[N, K, ...]``, or ``[N, ...]``, the mask of one class.
@@ -63,7 +64,16 @@ class LabelSets(Rule):
 
     def of(self, prediction: Any, groups: Any = None) -> Tensor:
         """The sets of a `stochbn.Prediction`, with the classes on axis 1."""
+        if not isinstance(prediction, Prediction):
+            raise TypeError(f"these sets are of labels or classes, got a {type(prediction).__name__}")
         return self(prediction.probs.movedim(prediction.class_axis, 1), groups)
+
+    def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
+        """``set``: the names of the labels in each example's set."""
+        found = self.of(prediction, groups)
+        if found.ndim != 2:
+            raise ValueError(f"expected one row for each example, got sets {list(found.shape)}: they become pictures")
+        return {"set": named(found, names)}
 
     def truth(self, labels: Any, shape: Sequence[int], ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
         """What is true ``[N, K, ...]``, or ``[N, ...]`` of one class, and which of it counts, as `crc` reads labels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stochbn.conformal.base import Rule, by_group, numbers
+from stochbn.predictions import Estimate
 
-__all__ = ["Intervals", "intervals"]
+__all__ = ["Intervals", "check_estimate", "ends", "intervals"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Intervals(Rule):
     groups: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "intervals"
-    tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __call__(self, mean: Any, std: Any = None, groups: Any = None) -> Tensor:
         """``[2, N, ...]``: the lower and the upper end for means and standard deviations ``[N, ...]``.
@@ -52,7 +53,12 @@ class Intervals(Rule):
 
     def of(self, prediction: Any, groups: Any = None) -> Tensor:
         """The intervals ``[2, N, ...]`` of a `stochbn.predictions.Estimate`."""
+        check_estimate(prediction)
         return self(prediction.mean, prediction.total_std if self.scaled else None, groups)
+
+    def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
+        """``low`` and ``high``, of several numbers ``low_0``, ``low_1``, ..."""
+        return ends(self.of(prediction, groups))
 
     def scores(self, mean: Any, std: Any, targets: Any) -> Tensor:
         """``[N, ...]``, float64: how far targets are from means, in standard deviations.
@@ -84,6 +90,33 @@ class Intervals(Rule):
             wanted = "positive" if positive else "at least 0"
             raise ValueError(f"standard deviations must be {wanted}, found {std.min().item():g}")
         return mean, std
+
+
+def check_estimate(prediction: Any) -> None:
+    """Refuse predictions that are no numbers.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if not isinstance(prediction, Estimate):
+        raise TypeError(f"these intervals are of numbers, got a {type(prediction).__name__}")
+
+
+def ends(found: Tensor) -> dict[str, list[float]]:
+    """Intervals ``[2, N]`` or ``[2, N, D]`` as columns of a table.
+
+    Raises:
+        ValueError: they are dense, with more than one row an example.
+    """
+    if found.ndim > 3:
+        raise ValueError(f"expected one row for each example, got intervals {list(found.shape)}")
+    each = found.reshape(2, found.shape[1], -1)
+    count = each.shape[2]
+    return {
+        f"{name}_{i}" if count > 1 else name: each[end, :, i].tolist()
+        for end, name in enumerate(("low", "high"))
+        for i in range(count)
+    }
 
 
 def intervals(mean: Any, std: Any, targets: Any, coverage: float = 0.9, *, groups: Any = None) -> Intervals:

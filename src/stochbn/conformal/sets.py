@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from stochbn.arrays import as_tensor
 from stochbn.conformal.base import ROUNDING, Rule, by_group, is_number, quantile
 from stochbn.metrics import checked_predictions, checked_probabilities
+from stochbn.predictions import Prediction
 
-__all__ = ["METHODS", "Method", "Sets", "fitted", "probabilities"]
+__all__ = ["METHODS", "Method", "Sets", "fitted", "named", "probabilities"]
 
 Method = Literal["lac", "aps", "raps", "saps"]
 METHODS: tuple[Method, ...] = ("lac", "aps", "raps", "saps")
@@ -49,7 +50,6 @@ class Sets(Rule):
     groups: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "sets"
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "binary")
     unstored: ClassVar[tuple[str, ...]] = ("threshold", "generator")
 
     def __call__(self, probs: Any, groups: Any = None) -> Tensor:
@@ -85,7 +85,13 @@ class Sets(Rule):
 
     def of(self, prediction: Any, groups: Any = None) -> Tensor:
         """The sets ``[N, K]`` of a `stochbn.Prediction`."""
+        if type(prediction) is not Prediction:
+            raise TypeError(f"these sets are of one class for each example, got a {type(prediction).__name__}")
         return self(prediction.probs, groups)
+
+    def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
+        """``set``: the names of the classes in each example's set."""
+        return {"set": named(self.of(prediction, groups), names)}
 
     def check(self) -> None:
         """Refuse sets that cannot be stored."""
@@ -180,6 +186,11 @@ def _weighted(scores: Tensor, labels: Tensor, weights: Any, classes: int, covera
     needed = coverage * (total[-1] + weights) * (1 - 1e-12)
     place = torch.searchsorted(total, needed)
     return torch.cat([ordered, ordered.new_tensor([math.inf])])[place]
+
+
+def named(sets: Tensor, names: Sequence[str]) -> list[list[str]]:
+    """The names of what is in each set ``[N, K]``."""
+    return [[name for name, one in zip(names, row, strict=True) if one] for row in sets.tolist()]
 
 
 def probabilities(given: Any) -> Tensor:
