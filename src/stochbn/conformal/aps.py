@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochbn.conformal.sets import Sets, fitted
+from stochbn.conformal.sets import Sets, fitted, sorted_probabilities
 
 __all__ = ["aps", "score"]
 
@@ -17,7 +17,7 @@ def score(probs: Tensor, drawn: Tensor | None, penalty: float, free: int) -> Ten
 
     Classes of a rank beyond the `free` ones get the penalty for each rank.
     """
-    ordered, order = probs.sort(stable=True, dim=1, descending=True)
+    ordered, order = sorted_probabilities(probs)
     scores = ordered.cumsum(1)
     if drawn is not None:
         scores = scores - drawn * ordered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -44,6 +44,13 @@ class Rule(ABC):
 
         Raises:
             TypeError, ValueError: the prediction is of another task, or as the call.
+        """
+
+    @abstractmethod
+    def within(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sets from the outputs of an exported network, by their names in its file; nothing is checked.
+
+        Of sets by group, which need more than these outputs, there are none.
         """
 
     @abstractmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,13 @@ class QuantileIntervals(Rule):
         """The intervals ``[2, N, ...]`` of a `stochbn.predictions.Estimate`, about its normal quantiles."""
         check_estimate(prediction)
         return self(*normal_quantiles(prediction.mean, prediction.total_std, self.coverage), groups)
+
+    def within(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``low`` and ``high``, in the shape of the means."""
+        if self.groups:
+            return {}
+        half = (NormalDist().inv_cdf((1 + self.coverage) / 2) * outputs["total_std"] + self.threshold).clamp(min=0)
+        return {"low": outputs["mean"] - half, "high": outputs["mean"] + half}
 
     def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
         """``low`` and ``high``, of several numbers ``low_0``, ``low_1``, ..."""
@@ -102,5 +110,5 @@ def normal_quantiles(mean: Tensor, std: Tensor | None, coverage: float) -> tuple
     if std is None:
         raise ValueError("these intervals need standard deviations, and this network's predictions have none")
     mean, std = numbers(mean=mean, std=std)
-    z = torch.special.ndtri(mean.new_tensor((1 + coverage) / 2))
+    z = NormalDist().inv_cdf((1 + coverage) / 2)
     return mean - z * std, mean + z * std

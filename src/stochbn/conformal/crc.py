@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +67,11 @@ class LabelSets(Rule):
         if not isinstance(prediction, Prediction):
             raise TypeError(f"these sets are of labels or classes, got a {type(prediction).__name__}")
         return self(prediction.probs.movedim(prediction.class_axis, 1), groups)
+
+    def within(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``set``: truth values as the call gives them."""
+        probs = outputs["probs"] if self.mask is None else outputs["probs"][:, self.mask]
+        return {} if self.groups else {"set": probs >= self.threshold}
 
     def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
         """``set``: the names of the labels in each example's set."""

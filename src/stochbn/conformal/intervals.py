@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,13 @@ class Intervals(Rule):
         """The intervals ``[2, N, ...]`` of a `stochbn.predictions.Estimate`."""
         check_estimate(prediction)
         return self(prediction.mean, prediction.total_std if self.scaled else None, groups)
+
+    def within(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``low`` and ``high``, in the shape of the means."""
+        if self.groups:
+            return {}
+        half = self.threshold * (outputs["total_std"] if self.scaled else torch.ones_like(outputs["mean"]))
+        return {"low": outputs["mean"] - half, "high": outputs["mean"] + half}
 
     def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
         """``low`` and ``high``, of several numbers ``low_0``, ``low_1``, ..."""

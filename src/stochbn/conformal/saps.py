@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochbn.conformal.base import is_number
-from stochbn.conformal.sets import Sets, fitted
+from stochbn.conformal.sets import Sets, fitted, sorted_probabilities
 
 __all__ = ["saps", "score"]
 
@@ -18,7 +18,7 @@ def score(probs: Tensor, drawn: Tensor | None, penalty: float, free: int) -> Ten
 
     Of a class's own last step, a random part is left out.
     """
-    ordered, order = probs.sort(stable=True, dim=1, descending=True)
+    ordered, order = sorted_probabilities(probs)
     steps = torch.full_like(ordered, penalty)
     steps[:, 0] = ordered[:, 0]
     scores = steps.cumsum(1)

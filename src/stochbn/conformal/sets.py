@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from stochbn.conformal.base import ROUNDING, Rule, by_group, is_number, quantile
 from stochbn.metrics import checked_predictions, checked_probabilities
 from stochbn.predictions import Prediction
 
-__all__ = ["METHODS", "Method", "Sets", "fitted", "named", "probabilities"]
+__all__ = ["METHODS", "Method", "Sets", "fitted", "named", "probabilities", "sorted_probabilities"]
 
 Method = Literal["lac", "aps", "raps", "saps"]
 METHODS: tuple[Method, ...] = ("lac", "aps", "raps", "saps")
@@ -89,6 +89,10 @@ class Sets(Rule):
             raise TypeError(f"these sets are of one class for each example, got a {type(prediction).__name__}")
         return self(prediction.probs, groups)
 
+    def within(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``set``: ``[N, K]``, truth values."""
+        return {} if self.groups else {"set": self.held(outputs["probs"].double(), self.threshold)}
+
     def columns(self, prediction: Any, names: Sequence[str], groups: Any = None) -> dict[str, list[Any]]:
         """``set``: the names of the classes in each example's set."""
         return {"set": named(self.of(prediction, groups), names)}
@@ -127,6 +131,17 @@ def _score(method: str) -> Score:
 
     found: Score = import_module(f"stochbn.conformal.{method}").score
     return found
+
+
+def sorted_probabilities(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities ``[N, K]`` of each example in descending order, and the classes that they are of.
+
+    Of equal ones the class with the lower number is first. ONNX has no stable sort, but its TopK orders them alike.
+    """
+    if torch.compiler.is_exporting():
+        return probs.topk(probs.shape[1], dim=1)
+    ordered, order = probs.sort(stable=True, dim=1, descending=True)
+    return ordered, order
 
 
 def _drawn(generator: torch.Generator | None, probs: Tensor) -> Tensor | None:

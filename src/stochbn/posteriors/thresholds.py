@@ -68,7 +68,8 @@ class Thresholds:
         for name in ("examples", "draws"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
-        numbers = self.temperature, *self.centre, *([] if self.batch_size is None else [self.batch_size])
+        noisy = self.batch_size is not None and self.batch_size != math.inf  # which is a posterior without noise
+        numbers = self.temperature, *self.centre, *([self.batch_size] if noisy else [])
         if not all(map(is_number, numbers)) or len(self.centre) != 2:
             raise ValueError(
                 "thresholds must have the temperature, batch size and centre of their posterior as numbers"
@@ -141,6 +142,11 @@ class Thresholds:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sets"}
         return own | {name: getattr(self.sets, name) for name in self.sets.settings()} | {"kind": self.sets.kind}
 
+    def told(self) -> dict[str, Any]:
+        """All of it for programs in other languages, as JSON: an infinite threshold is a text."""
+        threshold = torch.as_tensor(self.sets.threshold).tolist()
+        return {name: _finite(value) for name, value in {**self.description(), "threshold": threshold}.items()}
+
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Thresholds:
         """Those of a file.
@@ -169,6 +175,12 @@ class Thresholds:
             **{name: about[name] for name in rule.settings()},
         )
         return cls(sets=sets, **{name: about[name] for name in own})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _centre(posterior: Posterior) -> tuple[float, float]:
