@@ -1,7 +1,7 @@
 """How often prediction sets hold the truth: on every task, in every group, and on a stream that drifts.
 
-A pool of labelled examples is split at random into held-out ones, which make the sets, and others, of which the sets are
-checked; coverages are means over the splits. Run it as::
+A pool of labelled examples is split at random into held-out ones, which make the sets, and others, whose sets are checked.
+Coverages are means over the splits. Run it as::
 
     STOCHBN_DATA=... python benchmarks/sets.py
 
@@ -409,17 +409,17 @@ def stream_table(rows: Sequence[dict[str, Any]]) -> Table:
 PAGE = """\
 # Prediction sets: how often they hold the truth
 
-`python benchmarks/sets.py` made these tables. A pool of labelled examples is split at random into held-out ones, which make
-the sets, and others, of which the sets are checked. Predictions are stochbn's, with {draws} draws. Behind ± is the error
-of the tested part of one split: the binomial one where a set holds the truth or does not, and the standard error of the
-mean share where it holds a share of it. "Size" is the number of classes or labels in a set (for a mask: the share of
-places; for all classes of places: classes in the set of a place), or the width of an interval. Classes and groups are
-promised nothing by sets that are not made for them.
+`python benchmarks/sets.py` made these tables. A pool of labelled examples is split at random into held-out ones, which
+make the sets, and others, whose sets are checked. Predictions are stochbn's, with {draws} draws. Behind ± is the error of
+the tested part of one split: the binomial one where a set holds the truth or does not, and the standard error of the mean
+share where it holds a share of it. "Size" is the number of classes or labels in a set (for a mask: the share of places;
+for all classes of places: classes in the set of a place), or the width of an interval. Classes and groups are promised
+nothing by sets that are not made for them.
 
 {splits}
 
-A size is a mean over the sets that are finite. On a stream the coverage of adaptive sets differs from what was asked for
-by no more than the bound of Gibbs and Candes (2021), whatever happens in the stream.
+A size is a mean over the sets that are finite. On a stream the coverage of adaptive sets differs from what was asked
+for by no more than the bound of Gibbs and Candes (2021), whatever happens in the stream.
 
 {streams}
 

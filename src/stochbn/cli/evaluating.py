@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import sys
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from stochbn.posteriors.thresholds import Thresholds
 
 __all__ = ["evaluate"]
+
+COSTED = 64
+"""Examples in a prediction whose time is measured."""
 
 
 @about_networks(several=True)
@@ -81,6 +85,7 @@ def evaluate(
     from stochbn.paper.folders import RESULTS
     from stochbn.paper.predicting import has_dropout, predict_member
     from stochbn.posteriors.thresholds import compare_draws
+    from stochbn.report.chosen import chosen
     from stochbn.report.facts import facts
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
@@ -183,7 +188,11 @@ def evaluate(
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
         drawn = [one for one in fitted if one is not None]
-        made = page_of(title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn)
+        cost = _cost(subjects[0], fitted[0], known, draws, changes)
+        head = chosen(fitted, draws, augment, cost)
+        made = page_of(
+            title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn, head=head
+        )
         write_page(report_file, made)
         say(f"The page is {report_file}; a browser opens it.", report_file)
     if folder is not None:
@@ -193,6 +202,27 @@ def evaluate(
     if fitted[0] is not None and (about_them := about_sets(fitted[0])):
         say(about_them)
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
+
+
+def _cost(subject: Subject, posterior: Posterior | None, data: Any, draws: int, changes: Any) -> str:
+    """What a prediction costs, as 'stochbn predict' makes it, in words."""
+    import torch
+
+    from stochbn import Predictive
+    from stochbn.paper.timing import median_seconds
+    from stochbn.report.chosen import cost_words
+
+    inputs, labels = next(iter(data.batches(COSTED)))
+    inputs, count = (
+        (inputs[:COSTED], min(COSTED, len(labels))) if isinstance(inputs, torch.Tensor) else (inputs, len(labels))
+    )
+    works: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
+    if posterior is not None:
+        works["SBN"] = Predictive(subject.model, posterior, draws, augment=changes, **subject.settings)
+    seconds = median_seconds({name: functools.partial(one, inputs) for name, one in works.items()}, 3)
+    device = next(subject.model.parameters()).device.type
+    place = device if device != "cpu" else f"{torch.get_num_threads()} threads of a CPU"
+    return cost_words({name: 1000 * one / count for name, one in seconds.items()}, count, place)
 
 
 def _covered(

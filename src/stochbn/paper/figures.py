@@ -36,7 +36,12 @@ NEAR = 0.15
 
 
 def save_entropy_cdf(
-    path: Path, entropies: Mapping[tuple[str, bool], Tensor], *, classes: int, title: str
+    path: Path,
+    entropies: Mapping[tuple[str, bool], Tensor],
+    *,
+    classes: int,
+    title: str,
+    known: Mapping[tuple[str, bool], Tensor] | None = None,
 ) -> list[Path]:
     """Draw the empirical distribution functions of entropies as the paper's figure does: PNG and SVG.
 
@@ -45,11 +50,12 @@ def save_entropy_cdf(
         entropies: ``[N]``, nats, for each method's name and whether it draws the statistics.
         classes: the number of classes K: entropies end at ln K.
         title: the figure's title.
+        known: the same of known examples; None leaves them out.
 
     Returns:
         The files written.
     """
-    return save(curves.entropies_of_unknown(entropies, classes=classes, title=title), path)
+    return save(curves.entropies_of_unknown(entropies, classes=classes, title=title, known=known), path)
 
 
 def save_training(path: Path, logs: Mapping[str, Sequence[Epoch]]) -> list[Path]:

@@ -213,7 +213,8 @@ def write(
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
         classes = found[0].known.shape[1]
-        figures.save_entropy_cdf(folder / "entropy-cdf", entropies, classes=classes, title=title)
+        known_entropies = {(m.name, m.sbn): entropy(m.known) for m in found}
+        figures.save_entropy_cdf(folder / "entropy-cdf", entropies, classes=classes, title=title, known=known_entropies)
     return shown
 
 
