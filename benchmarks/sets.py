@@ -1,6 +1,6 @@
 """How often prediction sets hold the truth: on every task, in every group, and on a stream that drifts.
 
-A pool of labelled examples is split at random into held-out ones, which make the sets, and others, whose sets are checked.
+A pool of labelled examples is split at random into held-out ones, which make the sets, and others, which check them.
 Coverages are means over the splits. Run it as::
 
     STOCHBN_DATA=... python benchmarks/sets.py
@@ -26,10 +26,10 @@ import stochbn
 from stochbn import conformal
 from stochbn.conformal.cqr import normal_quantiles
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import checkpoints
-from stochbn.paper.data import Images, as_input, load
-from stochbn.paper.tables import Table
 from stochbn.report.coverage import held_by
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images, as_input, load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shift_corruptions import corrupt
@@ -410,8 +410,8 @@ PAGE = """\
 # Prediction sets: how often they hold the truth
 
 `python benchmarks/sets.py` made these tables. A pool of labelled examples is split at random into held-out ones, which
-make the sets, and others, whose sets are checked. Predictions are stochbn's, with {draws} draws. Behind ± is the error of
-the tested part of one split: the binomial one where a set holds the truth or does not, and the standard error of the mean
+make the sets, and others, which check them. Predictions are stochbn's, with {draws} draws. Behind ± is the error of the
+tested part of one split: the binomial one where a set holds the truth or does not, and the standard error of the mean
 share where it holds a share of it. "Size" is the number of classes or labels in a set (for a mask: the share of places;
 for all classes of places: classes in the set of a place), or the width of an interval. Classes and groups are promised
 nothing by sets that are not made for them.

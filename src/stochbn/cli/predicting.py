@@ -97,9 +97,9 @@ def predict(
     from stochbn.augment import named
     from stochbn.deploy.engine import check_ray, ray_engine
     from stochbn.files import check_folder
-    from stochbn.paper.tables import Table
     from stochbn.posteriors.thresholds import compare_draws
     from stochbn.predictive import Predictive
+    from stochbn.report.tables import Table
     from stochbn.scoring import check_table, part_size, score
     from stochbn.sources import ParquetObjects, stored
 

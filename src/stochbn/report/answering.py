@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stochbn.metrics import risk_coverage
-from stochbn.paper.tables import Table
 from stochbn.predictions import entropy
 from stochbn.report.style import line_of
+from stochbn.report.tables import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stochbn.paper.report import Method
+    from stochbn.evaluation.methods import Method
 
 __all__ = ["Answered", "answered", "answering_table", "compared_table", "surest"]
 

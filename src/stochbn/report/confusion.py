@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 __all__ = ["Matrix", "class_table", "confusion_table", "confusions", "matrix_of"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochbn.conformal import LabelSets, Rule, Sets
 from stochbn.conformal.base import group_names
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 if TYPE_CHECKING:
     from stochbn.posteriors.thresholds import Thresholds

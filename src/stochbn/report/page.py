@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stochbn.files import write_bytes
-from stochbn.paper.tables import Table
 from stochbn.predictions import entropy
 from stochbn.report import curves
 from stochbn.report.answering import answering_table, compared_table, surest
 from stochbn.report.confusion import Matrix, class_table, confusion_table, confusions, matrix_of
 from stochbn.report.objects import Shown, Source, extremes
 from stochbn.report.style import inline, line_of
+from stochbn.report.tables import Table
 from stochbn.report.words import summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stochbn.paper.report import Method
-    from stochbn.paper.training import Epoch
+    from stochbn.evaluation.methods import Method
     from stochbn.posteriors import Posterior
 
 __all__ = ["Curve", "Page", "Section", "page_of", "write_page"]
@@ -111,7 +110,7 @@ def page_of(
     source: Source,
     classes: Sequence[str],
     facts: Mapping[str, str],
-    logs: Mapping[str, Sequence[Epoch]] | None = None,
+    more: Sequence[Curve] = (),
     posteriors: Sequence[Posterior] = (),
     head: Mapping[str, str] | None = None,
 ) -> Page:
@@ -126,7 +125,7 @@ def page_of(
         source: names and pictures of the known objects.
         classes: the names of the classes; none are numbers.
         facts: whatever the numbers depend on, what they cost, and how they were made.
-        logs: the logs of trainings, by the names of the networks.
+        more: figures to show behind those of the evaluation.
         posteriors: that were drawn from, as far as they are known.
         head: what was evaluated; see `stochbn.report.chosen`.
 
@@ -140,7 +139,7 @@ def page_of(
     name = line_of(shown.name, shown.sbn).label
     said = [*summary(scores, *data, posteriors), surest(shown)]
     sections = [_answering(found, shown), _classes(shown, name, classes)]
-    return Page(title, said, tables, _curves(found, logs), name, least, most, facts, head or {}, sections)
+    return Page(title, said, tables, [*_curves(found), *more], name, least, most, facts, head or {}, sections)
 
 
 def _answering(found: Sequence[Method], shown: Method) -> Section:
@@ -192,7 +191,7 @@ def write_page(path: Path, page: Page) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no Unicode
 
 
-def _curves(found: Sequence[Method], logs: Mapping[str, Sequence[Epoch]] | None) -> list[Curve]:
+def _curves(found: Sequence[Method]) -> list[Curve]:
     """The figures of an evaluation."""
     single = [method for method in found if method.name == found[0].name]
     classes = found[0].known.shape[1]
@@ -229,9 +228,6 @@ def _curves(found: Sequence[Method], logs: Mapping[str, Sequence[Epoch]] | None)
         caption = "The same of every method: solid or dashed of unknown examples, dotted of known ones."
         both = curves.entropies({_key(m): entropy(m.known) for m in found}, every, classes=classes)
         shown.append(("How do methods compare on unknown objects?", caption, both))
-    if logs:
-        caption = "Loss and accuracy in every epoch: of training images while weights change, of held-out ones if any."
-        shown.append(("How were the networks trained?", caption, curves.training(logs, stacked=True)))
     return [Curve(title, caption, inline(figure, f"f{i}")) for i, (title, caption, figure) in enumerate(shown)]
 
 
