@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F81
     regression = *given, "--task", "regression", "--data", "test.npz"
     assert "expected targets [60, 1], as the network predicts, got [60, 2]" in told("evaluate", *regression)
     assert "are for networks that give one class" in told("evaluate", *regression, "--ood", "test.npz")
-    assert "are for networks that give one class" in told("evaluate", *regression, "--report", "r.html")
+    assert "--report is for networks that give classes or labels" in told("evaluate", *regression, "--report", "r.html")
     assert "an embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
 
 

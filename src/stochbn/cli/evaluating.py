@@ -77,7 +77,7 @@ def evaluate(
     Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
     evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
     that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
-    of their own and no page; labels that are no single numbers come as an array 'labels' of a .npz file.
+    of their own; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.evaluation.methods import methods, score
@@ -106,12 +106,13 @@ def evaluate(
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given, held_by(given, named[0]))
         if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
-            if len(subjects) > 1 or ood is not None or report_file is not None:
-                raise ValueError(
-                    "several networks, --ood and --report are for networks that give one class for each object"
-                )
+            if len(subjects) > 1 or ood is not None:
+                raise ValueError("several networks and --ood are for networks that give one class for each object")
+            if report_file is not None and subjects[0].settings.get("task") == "regression":
+                raise ValueError("--report is for networks that give classes or labels")
             fitted_one = subjects[0].find_posterior(named[0])
-            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, augment, seed, ignore, folder)
+            asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
+            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
@@ -246,12 +247,10 @@ def _evaluate_task(
     posterior: Posterior | None,
     data: str | None,
     ranks: Ranks,
-    draws: int,
     changes: Any,
-    augment: str | None,
-    seed: int,
-    ignore: int | None,
+    asked: dict[str, Any],
     folder: Path | None,
+    report_file: Path | None,
 ) -> list[str]:
     """Evaluate a network that gives more or less than one class for each object.
 
@@ -261,45 +260,75 @@ def _evaluate_task(
     from stochbn.cli.tasks import score_tasks, tabulate
     from stochbn.files import write_bytes, write_json
     from stochbn.posteriors.thresholds import compare_draws
+    from stochbn.report.chosen import chosen
     from stochbn.report.coverage import Coverage, coverage_table, coverages
-    from stochbn.report.words import worsened
+    from stochbn.report.facts import facts
+    from stochbn.report.labels import SeenLabels
+    from stochbn.report.page import Page, write_page
+    from stochbn.report.places import SeenPlaces
+    from stochbn.report.words import mend, worsened
 
     task = subject.settings.get("task", "classification")
     if task == "embedding":
         raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
                          "regression")  # fmt: skip
+    started = time.perf_counter()
     thresholds = None if posterior is None else posterior.thresholds
+    data, ignore = data or subject.data, asked["ignore"]
     known = subject.load(data, "test", group=group_of(posterior))
+    names = subject.classes or known.classes
+    page = None if report_file is None else SeenLabels(names) if task == "multilabel" else SeenPlaces(names, ignore)
     share = _Share(known, ranks).objects
     coverage = None if thresholds is None else Coverage(thresholds, ignore)
     seen = 0
 
-    def watch(prediction: Any, labels: Tensor) -> None:
+    def watch(method: str, prediction: Any, labels: Tensor) -> None:
         nonlocal seen
-        if coverage is not None and thresholds is not None:
+        if page is not None:
+            page.add(method, prediction.probs.movedim(prediction.class_axis, 1), labels)
+        if method == "SBN" and coverage is not None and thresholds is not None:
             groups = None if thresholds.by is None else share.groups[seen : seen + len(labels)]
             coverage.add(prediction, labels, groups)
             seen += len(labels)
 
     with progress_bars() as bars:
         scored = score_tasks(
-            subject, posterior, share, ranks, draws=draws, seed=seed, augment=changes, ignore=ignore,
+            subject, posterior, share, ranks, draws=asked["draws"], seed=asked["seed"], augment=changes, ignore=ignore,
             progress=follow(bars, "predicting"), watch=watch,
         )  # fmt: skip
     shown, rows = tabulate(scored, known.name), list[Any]()
     if coverage is not None and thresholds is not None:
-        compare_draws(posterior, draws, augment)
-        rows = coverages(coverage.joined(ranks.joined), thresholds.sets, subject.classes, thresholds.by)
+        compare_draws(posterior, asked["draws"], asked["augment"])
+        rows = coverages(coverage.joined(ranks.joined), thresholds.sets, names, thresholds.by)
         shown = [*shown, coverage_table(rows, thresholds)]
     show(shown)
     worse = []
     if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
         worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
-    if folder is None or ranks.rank:
+    parts = None if page is None else page.finish(ranks.joined)
+    if ranks.rank:
+        return worse
+    if report_file is not None and parts is not None:
+        reading = None if posterior is None else compared(subject, posterior, stream_of(subject, data))
+        made = {"networks": [subject.name], "posteriors": [posterior and _described(posterior)], "data": known.name}
+        told = facts(
+            {**made, "ood": None, **asked},
+            time.perf_counter() - started,
+            shlex.join(["stochbn", *sys.argv[1:]]),
+            about_data(posterior, reading),
+        )
+        cost = _cost(subject, posterior, known, asked["draws"], changes)
+        head = chosen([posterior], asked["draws"], asked["augment"], cost)
+        sections, curves, said = parts
+        said = [*said, *worse, *([mend([posterior])] if worse and posterior is not None else [])]
+        title = f"{subject.name} on {known.name}"
+        write_page(report_file, Page(title, said, shown, curves, "", (), (), told, head, sections))
+        say(f"The page is {report_file}; a browser opens it.", report_file)
+    if folder is None:
         return worse
     folder.mkdir(parents=True, exist_ok=True)
     about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
-             "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
+             "task": task, **asked}  # fmt: skip
     about |= {"sets": rows} if rows else {}
     write_json(folder / "results.json", {**about, **asdict(scored)})
     write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")

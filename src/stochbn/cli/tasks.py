@@ -67,9 +67,9 @@ def score_tasks(
     augment: Augment | None,
     ignore: int | None,
     progress: Callable[[int, int], object],
-    watch: Callable[[Any, Tensor], None] = lambda prediction, labels: None,
+    watch: Callable[[str, Any, Tensor], None] = lambda method, prediction, labels: None,
 ) -> Scored:
-    """Score a network without and, where there is a posterior, with SBN, whose predictions `watch` sees with labels.
+    """Score a network without and, where there is a posterior, with SBN. `watch` sees all predictions.
 
     `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank.
 
@@ -90,13 +90,12 @@ def score_tasks(
         generator = torch.Generator().manual_seed(seed)
 
         def predictions(
-            predictive: Any = predictive, generator: Any = generator, drawn: bool = name == "SBN"
+            predictive: Any = predictive, generator: Any = generator, name: str = name
         ) -> Iterator[tuple[Any, Tensor]]:
             nonlocal done
             for inputs, labels in data.batches(BATCH):
                 prediction = predictive(inputs, generator=generator)
-                if drawn:
-                    watch(prediction, labels)
+                watch(name, prediction, labels)
                 yield prediction, labels
                 done += len(labels)
                 progress(done, len(methods) * len(data))

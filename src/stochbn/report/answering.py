@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stochbn.evaluation.methods import Method
 
-__all__ = ["Answered", "answered", "answering_table", "compared_table", "surest"]
+__all__ = ["Answered", "answered", "answering_table", "compared_table", "surest", "thresholds_table"]
 
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Of the examples, the surest first, in the table of thresholds."""
@@ -82,7 +82,11 @@ def answered(entropies: Tensor, wrong: Tensor, shares: Sequence[float] = SHARES)
 
 def answering_table(method: Method) -> Table:
     """The thresholds of a method."""
-    entropies, wrong = _uncertain(method)
+    return thresholds_table(*_uncertain(method), line_of(method.name, method.sbn).label)
+
+
+def thresholds_table(entropies: Tensor, wrong: Tensor, name: str) -> Table:
+    """The thresholds of entropies ``[N]`` of a method of a name, from which answers are ``wrong``, ``[N]``."""
     body = [
         [
             f"{100 * one.share:.1f}",
@@ -94,7 +98,6 @@ def answering_table(method: Method) -> Table:
         ]
         for one in answered(entropies, wrong)
     ]
-    name = line_of(method.name, method.sbn).label
     columns = ["answered %", "examples", "entropy at most", "wrong %", "95 % interval", "not answered"]
     return Table(f"If only the surest examples are answered, by the entropy of {name}", columns, body)
 

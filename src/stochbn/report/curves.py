@@ -67,11 +67,18 @@ def entropies_of_unknown(unknown: Methods, *, classes: int, title: str = "", kno
     return entropies(known or {}, unknown, classes=classes, title=title, size=(6, 4.2))
 
 
-def reliability(predictions: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -> Figure:
+def reliability(
+    predictions: Mapping[tuple[str, bool], tuple[Tensor, Tensor]],
+    *,
+    what: str = "probability of the predicted class",
+    share: str = "share that is right",
+) -> Figure:
     """How often methods are right, against how sure they are, in ten bins of equal width, with 95 % intervals.
 
     Args:
         predictions: the probability of the most probable class ``[N]`` and whether it is right ``[N]``, of each method.
+        what: what the probabilities are of.
+        share: what is right of these.
 
     Source: intervals of a share as Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
     """
@@ -84,13 +91,13 @@ def reliability(predictions: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
         for number in sorted(set(numbers.tolist())):
             chosen = numbers == number
             low, high = _wilson(int(right[chosen].sum()), int(chosen.sum()))
-            share = right[chosen].double().mean().item()
-            points.append((confidence[chosen].double().mean().item(), share, share - low, high - share))
+            held = right[chosen].double().mean().item()
+            points.append((confidence[chosen].double().mean().item(), held, held - low, high - held))
         x, y, below, above = map(list, zip(*points, strict=True))
         x = [value + 0.006 * (i - (len(predictions) - 1) / 2) for value in x]  # bars of two methods do not hide another
         bars = [[max(value, 0) for value in side] for side in (below, above)]
         axes.errorbar(x, y, bars, fmt="o", color=color, label=label, ms=4, elinewidth=1, capsize=2)
-    axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="probability of the predicted class", ylabel="share that is right")
+    axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel=what, ylabel=share)
     axes.legend(loc="best", fontsize=8)
     return figure
 
