@@ -55,8 +55,8 @@ class SeenLabels:
             "When to answer",
             "An answer is right if all its labels are, where those of a probability of at least 0.5 are given. Answer "
             "examples whose entropy, a column of 'stochbn predict', is no higher than in the row that you choose. The "
-            "second table is what other probabilities would give: precision is the share of given labels that are true, "
-            "recall the share of true labels that are given.",
+            "second table is what other probabilities would give: precision is the share of given labels that are "
+            "true, recall the share of true labels that are given.",
             [thresholds_table(sure, wrong, label), probability_table(probs, labels)],
         )
         classes = Section(
