@@ -90,8 +90,8 @@ def class_table(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Table:
     return Table("By class", columns, body)
 
 
-def confusion_table(counts: Tensor, names: Sequence[str]) -> Table | None:
-    """The most frequent confusions; None where there are none."""
+def confusion_table(counts: Tensor, names: Sequence[str], unit: str = "examples") -> Table | None:
+    """The most frequent confusions, of examples or places; None where there are none."""
     others = counts.clone().fill_diagonal_(0)
     values, places = others.flatten().sort(descending=True, stable=True)
     shown = [
@@ -104,7 +104,7 @@ def confusion_table(counts: Tensor, names: Sequence[str]) -> Table | None:
         [f"{names[k]}, taken for {names[other]}", f"{n:,}", _percent(n, of_class[k]), _percent(n, errors)]
         for n, k, other in shown
     ]
-    return Table("Most frequent confusions", ["class", "examples", "of the class %", "of all errors %"], body)
+    return Table("Most frequent confusions", ["class", unit, "of the class %", "of all errors %"], body)
 
 
 def _percent(part: Tensor | int, whole: Tensor | int) -> str:

@@ -85,7 +85,7 @@ class SeenPlaces:
             "conformal --dense'.",
             [_place_table(thresholds, label), _example_table(found[last]["each"], label)],
         )
-        most = confusion_table(counts, names)
+        most = confusion_table(counts, names, "places")
         classes = Section(
             "classes",
             "Classes",
