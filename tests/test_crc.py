@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +87,24 @@ def test_for_one_class_an_example_the_sets_are_the_least_ambiguous_ones() -> Non
     assert isinstance(one.threshold, float)
     assert isinstance(other.threshold, float)
     assert 1 - one.threshold == pytest.approx(other.threshold, rel=5e-4)
+
+
+def test_the_threshold_is_that_of_mapie_on_its_grid() -> None:
+    risk_control = pytest.importorskip("mapie.risk_control")
+    probs, truth = labelled(80, 4, 3)
+    truth[truth.sum(1) == 0, 0] = 1
+    grid = np.arange(0, 1, 0.001)
+
+    def predicted(x: Any) -> Any:
+        return [np.stack([1 - x[:, k], x[:, k]], 1) for k in range(4)]
+
+    theirs = risk_control.MultiLabelClassificationController(
+        predicted, risk="recall", method="crc", target_level=0.8, predict_params=grid
+    )
+    theirs.calibrate(probs.numpy(), truth.numpy())
+    own = conformal.crc(probs, truth, 0.8)
+    assert isinstance(own.threshold, float)
+    assert theirs.best_predict_param[0] <= own.threshold < theirs.best_predict_param[0] + 0.001 + 1e-9
 
 
 def test_memory_does_not_grow_and_parts_give_the_same() -> None:

@@ -6,6 +6,7 @@ import math
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +55,38 @@ def test_thresholds_are_those_of_a_slow_loop(method: str) -> None:
         )
     expected = sorted(scores)[math.ceil(41 * 0.7) - 1]
     assert fit(method, mean, std, truth, 0.7).threshold == pytest.approx(expected, abs=1e-12)
+
+
+class Column:
+    """What MAPIE takes for a regressor of scikit-learn: it predicts a column of its inputs."""
+
+    def __init__(self, column: int) -> None:
+        self.column = column
+
+    def fit(self, x: Any, y: Any) -> Any:
+        return self
+
+    def predict(self, x: Any) -> Any:
+        return x[:, self.column]
+
+    def get_params(self, deep: bool = True) -> dict[str, int]:
+        return {"column": self.column}
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:WARNING. The predictions", "ignore::UserWarning")
+def test_conformalised_quantiles_are_those_of_mapie() -> None:
+    regression = pytest.importorskip("mapie.regression")
+    mean, std = normal(200).double(), normal(200, seed=1).double().exp()
+    truth = mean + std * normal(200, seed=2).double()
+    x = torch.stack([mean - std, mean + 2 * std, mean], 1).numpy()
+    theirs = regression.ConformalizedQuantileRegressor([Column(i) for i in range(3)], 0.8, prefit=True)
+    theirs.conformalize(x, truth.numpy())
+    _, ends = theirs.predict_interval(x, symmetric_correction=True)
+    own = fit("cqr", mean, std, truth, 0.8)
+    assert np.allclose(made("cqr", own, mean, std), ends[:, :, 0].T)
 
 
 def test_quantiles_that_are_too_wide_are_narrowed_and_never_cross() -> None:
