@@ -15,16 +15,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochbn.conformal import Sets
 from stochbn.dense_masks import Masks, write_masks
 from stochbn.files import check_file, write, write_json
-from stochbn.predictions import Answer, Prediction
+from stochbn.posteriors.thresholds import Thresholds
+from stochbn.predictions import Answer
 from stochbn.predictive import Predictive, Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
 from stochbn.table_files import read_table, write_table
@@ -219,10 +220,9 @@ def scored(
         if usable is chunk:
             raise
         chunk, prediction = usable, predicted(usable.inputs)
-    sets = None
-    if isinstance(predictor, Predictive) and predictor.posterior is not None and predictor.posterior.thresholds:
-        sets = predictor.posterior.thresholds.sets
-    return rows_of(chunk, prediction, key_name, classes, top, masks, sets)
+    posterior = predictor.posterior if isinstance(predictor, Predictive) else None
+    thresholds = None if posterior is None else posterior.thresholds
+    return rows_of(chunk, prediction, key_name, classes, top, masks, thresholds)
 
 
 def without_nan(chunk: Chunk) -> Chunk:
@@ -233,7 +233,7 @@ def without_nan(chunk: Chunk) -> Chunk:
     fine = iter(finite.tolist())
     told = "holds NaN or infinity, for which the network gives no prediction"
     errors = [error if error is not None or next(fine) else told for error in chunk.errors]
-    return Chunk(chunk.keys, errors, chunk.inputs[finite] if finite.any() else None)
+    return replace(chunk, errors=errors, inputs=chunk.inputs[finite] if finite.any() else None)
 
 
 def parts_folder(path: Path) -> Path:
@@ -248,21 +248,24 @@ def rows_of(
     classes: Sequence[str],
     top: int,
     masks: Masks | None = None,
-    sets: Sets | None = None,
+    thresholds: Thresholds | None = None,
 ) -> list[Row]:
-    """A row for each object of a chunk; texts in it are valid Unicode. With sets, of one class each, also its set.
+    """A row for each object of a chunk; texts in it are valid Unicode. With thresholds, also its set or interval.
 
     Raises:
-        ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has.
+        TypeError: the thresholds are for another task.
+        ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has; or
+            sets are by group, and the chunk has no groups.
     """
     keys = [key for key, error in zip(chunk.keys, chunk.errors, strict=True) if error is None]
     readable, predicted = len(keys), list[Row]()
     if prediction is not None:
-        predicted = (
-            _predicted(prediction, classes, top, sets)
-            if masks is None
-            else write_masks(prediction, keys, masks.folder, masks.seen)
-        )
+        groups = None if thresholds is None else _groups(chunk, thresholds)
+        if masks is None:
+            predicted = _predicted(prediction, classes, top, thresholds, groups)
+        else:
+            sets = None if thresholds is None else thresholds.sets.of(prediction, groups)
+            predicted = write_masks(prediction, keys, masks.folder, masks.seen, sets)
     if len(predicted) != readable:
         raise ValueError(f"the network gave predictions for {len(predicted)} objects of a batch of {readable}")
     if predicted and key_name in (*predicted[0], "error"):
@@ -275,15 +278,29 @@ def rows_of(
     return [{as_utf8(name): as_utf8(value) for name, value in row.items()} for row in rows]
 
 
-def _predicted(prediction: Any, classes: Sequence[str], top: int, sets: Sets | None) -> list[Row]:
+def _groups(chunk: Chunk, thresholds: Thresholds) -> list[str] | None:
+    """The groups of the examples that can be read; None where sets are not by group."""
+    if thresholds.by is None:
+        return None
+    if chunk.groups is None:
+        raise ValueError(
+            f"the posterior's prediction sets are by {thresholds.by!r}, which this data does not have: give data with "
+            "that column, or make sets again without --by"
+        )
+    return [group for group, error in zip(chunk.groups, chunk.errors, strict=True) if error is None]
+
+
+def _predicted(
+    prediction: Any, classes: Sequence[str], top: int, thresholds: Thresholds | None, groups: list[str] | None
+) -> list[Row]:
     if not isinstance(prediction, Answer):
         raise ValueError(f"expected one prediction for each object, got {type(prediction).__name__}")
     found = prediction.columns(classes, top)
-    if sets is not None and type(prediction) is Prediction:
-        names = [as_utf8(name) for name in classes or map(str, range(prediction.probs.shape[1]))]
-        measures = {name: found.pop(name) for name in ("entropy", "mutual_information")}
-        held = sets(prediction.probs).tolist()
-        found |= {"set": [[name for name, one in zip(names, row, strict=True) if one] for row in held]} | measures
+    if thresholds is not None:
+        probs = getattr(prediction, "probs", None)
+        names = [as_utf8(name) for name in classes or map(str, range(0 if probs is None else probs.shape[1]))]
+        measures = {name: found.pop(name) for name in ("entropy", "mutual_information") if name in found}
+        found |= thresholds.sets.columns(prediction, names, groups) | measures
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 

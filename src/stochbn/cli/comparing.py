@@ -74,10 +74,12 @@ def compare(
     augment: Augment | None,
     ignore: int | None,
     progress: Callable[[int, int], object],
+    watch: Callable[[str, Any, Tensor], None],
 ) -> Compared:
     """Score a network without and, where there is a posterior, with SBN.
 
-    `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank.
+    `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank. `watch` sees the
+    name of the method, the prediction and the labels of every batch.
 
     Raises:
         ValueError: labels that do not fit the network's output.
@@ -94,10 +96,14 @@ def compare(
     for name, predictive in methods.items():
         generator = torch.Generator().manual_seed(seed)
 
-        def predictions(predictive: Any = predictive, generator: Any = generator) -> Iterator[tuple[Any, Tensor]]:
+        def predictions(
+            predictive: Any = predictive, generator: Any = generator, name: str = name
+        ) -> Iterator[tuple[Any, Tensor]]:
             nonlocal done
             for inputs, labels in data.batches(BATCH):
-                yield predictive(inputs, generator=generator), labels
+                prediction = predictive(inputs, generator=generator)
+                watch(name, prediction, labels)
+                yield prediction, labels
                 done += len(labels)
                 progress(done, len(methods) * len(data))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show, status
-from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, recorded
+from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, group_of, recorded
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
 from stochbn.cli.own_data import numbers_of, size_of
 from stochbn.cli.streams import stream_of
@@ -87,9 +87,9 @@ def predict(
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
     Regression gives mean and standard deviation. A posterior with thresholds of 'stochbn conformal' adds the column
-    'set': the classes that an example may be of. Run it again to go on after it was stopped, killed even: rows are kept
-    in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
-    are then in the current folder.
+    'set', of the classes or labels that an example may be of, or 'low' and 'high' of numbers; with --masks, pictures of
+    the sets. Run it again to go on after it was stopped, killed even: rows are kept in OUT.parts until all are there.
+    Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts are then in the current folder.
 
     If the posterior has a reference (the default of 'stochbn fit'), one additional pass over at most 256 examples
     checks whether the data is like the training data. A warning at the end says if it is not.
@@ -125,7 +125,7 @@ def predict(
             check_ray()
         subject = Subject.held(given, posterior)
         fitted = subject.need_posterior(posterior)
-        stream = stream_of(subject, data, engine)
+        stream = stream_of(subject, data, engine, group_of(fitted))
         reading = None
         if adapt is not None:
             with status("adapting"):

@@ -175,7 +175,7 @@ class Subject:
     settings: dict[str, Any]
     dropout: bool | None
     open: Callable[..., Images | RowObjects | LoaderObjects]
-    open_parquet: Callable[[str, str], ParquetObjects] | None
+    open_parquet: Callable[[str, str, str | None], ParquetObjects] | None
     posterior: Path | None
     augments: bool = False
     fitted: tuple[Path, Posterior] | None = None
@@ -219,7 +219,9 @@ class Subject:
 
         checkpoint = checkpoints.load(network)
 
-        def opened(source: str, need: str, labelled: bool = False) -> Images:
+        def opened(source: str, need: str, labelled: bool = False, group: str | None = None) -> Images:
+            if group is not None:
+                raise ValueError(f"{source} has pictures and labels alone, and no column {group!r}")
             images = load_images(source, given.split or need)
             check_images(checkpoint, images, labelled)
             return images
@@ -268,10 +270,19 @@ class Subject:
             fitted=fitted,
         )
 
-    def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:
+    def load(
+        self,
+        source: str | None,
+        need: str,
+        option: str = "--data",
+        *,
+        labelled: bool = False,
+        group: str | None = None,
+    ) -> Any:
         """Open data, or what the network was trained on; needs it ``train``, ``test`` or ``held-out``.
 
-        What is needed as a ``reference`` is that of ``train``, shown as at test time.
+        What is needed as a ``reference`` is that of ``train``, shown as at test time. The group is the column that
+        prediction sets are by.
 
         Raises:
             ValueError: none is named and none is known.
@@ -279,7 +290,7 @@ class Subject:
         source = source or (self.data if option == "--data" else None)
         if source is None:
             raise ValueError(needs(option))
-        return self.open(source, need, labelled)
+        return self.open(source, need, labelled, group)
 
     def find_posterior(self, path: Path | None) -> Posterior | None:
         """The posterior in a file or, if none is named, in the default place, if there is one."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stochbn.arrays import as_array
+from stochbn.conformal.base import group_names
 from stochbn.posteriors import load
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
@@ -124,6 +125,7 @@ class Scorer:
         self.preprocess, self.classes = built.preprocess, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
         self._held, self._decoding = held.inputs, Decoding(held.exif, held.page)
+        self._by = None if fitted is None or fitted.thresholds is None else fitted.thresholds.by
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
@@ -209,7 +211,7 @@ class Scorer:
             ValueError: the batch lacks a column, or has one that is called like a prediction's.
         """
         held = self._held if len(batch) > 1 and all(name in batch for name in self._held) else None
-        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding)
+        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding, self._by)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
@@ -227,15 +229,21 @@ class _Columns:
     classes: tuple[str, ...] = ()
 
     def __init__(
-        self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None, decoding: Decoding
+        self,
+        batch: Mapping[str, Any],
+        inputs: Sequence[str] | None,
+        pixels: int | None,
+        decoding: Decoding,
+        by: str | None = None,
     ) -> None:
         self.decoding = decoding
-        names = list(inputs or batch)
+        names = list(inputs or (name for name in batch if name != by))
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):
             told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
             raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
         self.columns, self.pixels = [as_array(batch[name]) for name in names], pixels
+        self.groups = group_names(batch[by], len(self)) if by is not None and by in batch else None
 
     def __len__(self) -> int:
         return len(self.columns[0])

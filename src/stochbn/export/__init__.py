@@ -26,6 +26,7 @@ from stochbn.export.program import ExportError, Predicting, predicting, quiet, r
 from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import Task, task_of
 
@@ -74,8 +75,10 @@ def onnx(
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
     Outputs are ``probs`` ``[N, K]``, ``entropy`` ``[N]`` and ``mutual_information`` ``[N]`` (nats), as in
-    `stochbn.Prediction`; for other tasks what their predictions have, such as ``mean``, ``std`` and, where
-    it is known, ``total_std`` of a regression.
+    `stochbn.Prediction`; for other tasks what their predictions have, such as ``mean``, ``std`` and, where it is known,
+    ``total_std`` of a regression. A posterior with thresholds of prediction sets (``posterior.with_sets``) adds
+    ``set``, truth values ``[N, K]``, or ``low`` and ``high`` of numbers; sets by group are in the file's metadata
+    alone, under ``stochbn.sets``.
     Inputs have the names of the arguments of the network's ``forward``. The number of objects N is free.
 
     The network is exported in evaluation mode, so dropout is off. What comes before the first drawn batch norm is in
@@ -191,6 +194,7 @@ def _check(
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 on, got {seed!r:.40}")
     check_file(path)
+    compare_draws(posterior, draws, None)
 
 
 def _write_onnx(path: Path, given: Predicting) -> None:

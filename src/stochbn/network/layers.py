@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_norms", "buffer_names", "listed", "qualified_names", "running_statistics", "undrawable", "unwrap"]
+__all__ = [
+    "batch_norms", "buffer_names", "listed", "qualified_names", "running_statistics", "undrawable", "unwrap",
+    "with_statistics",
+]  # fmt: skip
 
 WRAPPED = {
     "OptimizedModule": "_orig_mod",  # torch.compile
@@ -161,6 +165,25 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert mean is not None
     assert var is not None
     return mean, var
+
+
+def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network, without wrappers, with other running statistics.
+
+    Args:
+        model: the network.
+        statistics: of each layer, by its name: ``[2, C]``, its mean and its variance.
+
+    Raises:
+        ValueError: the network's type cannot hold them.
+    """
+    layers = batch_norms(written := copy.deepcopy(unwrap(model)))
+    with torch.no_grad():
+        for name, values in statistics.items():
+            for statistic, value in zip(running_statistics(layers[name]), values, strict=True):
+                if not statistic.copy_(value).isfinite().all():
+                    raise ValueError(f"{statistic.dtype} cannot hold the statistics of {name!r}; use float32")
+    return written
 
 
 def buffer_names(layer: str) -> tuple[str, str]:

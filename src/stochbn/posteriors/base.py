@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stochbn.conformal import Sets
+from stochbn.conformal import Rule
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
+from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap, with_statistics
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
@@ -313,25 +312,33 @@ class Posterior(ABC):
         return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
     def with_sets(
-        self, sets: Sets, *, examples: int | None = None, draws: int | None = None, augment: str | None = None
+        self,
+        sets: Rule,
+        *,
+        examples: int | None = None,
+        draws: int | None = None,
+        augment: str | None = None,
+        by: str | None = None,
     ) -> Self:
         """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
 
         Args:
-            sets: of `stochbn.conformal`, without a generator, from held-out predictions with this posterior.
+            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with this
+                posterior.
             examples: how many held-out examples there were.
             draws: of these predictions.
             augment: what draws did to the input, as text.
+            by: of sets by group, the column of data that has the groups, which ``stochbn predict`` then reads.
 
         Raises:
             TypeError, ValueError: the sets cannot be stored.
         """
-        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment))
+        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment, by))
 
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
 
-        It needs no stochbn to run, and any exporter takes it. The copy is of ``copy.deepcopy``, without wrappers.
+        It needs no stochbn to run, and any exporter takes it. Wrappers are taken off.
 
         Raises:
             ValueError: a posterior of another network, or statistics that the network's type cannot hold.
@@ -339,14 +346,8 @@ class Posterior(ABC):
         self.check(model)
         if self.temperature != 1:
             warnings.warn(f"divide the logits of this copy by {self.temperature:.4g}, the temperature", stacklevel=2)
-        layers = batch_norms(written := copy.deepcopy(unwrap(model)))
         parts = torch.split(self.expected, list(self.layers.values()), dim=1)
-        with torch.no_grad():
-            for name, part in zip(self.layers, parts, strict=True):
-                for statistic, value in zip(running_statistics(layers[name]), part, strict=True):
-                    if not statistic.copy_(value).isfinite().all():
-                        raise ValueError(f"{statistic.dtype} cannot hold the statistics of {name!r}; use float32")
-        return written
+        return with_statistics(model, dict(zip(self.layers, parts, strict=True)))
 
     def recentre_observed(self) -> Self:
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""

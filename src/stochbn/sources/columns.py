@@ -20,6 +20,7 @@ class Columns:
         inputs: the columns of inputs.
         label: the columns of labels, in the order that the task has them.
         key: the column that names the rows.
+        group: the column of groups, for prediction sets by group.
         held: what the posterior was fitted with: its columns are taken by their names where none are asked for.
     """
 
@@ -27,6 +28,7 @@ class Columns:
     label: tuple[str, ...] = ()
     key: str | None = None
     held: Schema | None = None
+    group: str | None = None
 
     def named(self, kinds: Collection[str], there: Collection[str], name: str) -> Columns:
         """With the names that were held to, once it is known which there are.
@@ -43,12 +45,12 @@ class Columns:
         inputs = self.inputs or held.inputs
         label = self.label or (held.label if set(held.label) <= set(there) else ())
         why = "" if self.inputs else ", which the posterior was fitted with; name others with --input"
-        for wanted in (*inputs, *label, *filter(None, (self.key,))):
+        for wanted in (*inputs, *label, *filter(None, (self.key, self.group))):
             if wanted not in there:
                 raise ValueError(
                     f"{name} has no column {wanted!r}{why if wanted in inputs else ''}; it has {listing(there)}"
                 )
-        return Columns(tuple(inputs), label, self.key)
+        return Columns(tuple(inputs), label, self.key, group=self.group)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Roles:
         key: the column that names the rows; None numbers them.
         pictures: whether the input is a column of pictures.
         left_out: the other columns, and why they are left out.
+        group: the column of groups, if one was asked for.
     """
 
     inputs: tuple[str, ...]
@@ -70,6 +73,7 @@ class Roles:
     key: str | None
     pictures: bool
     left_out: tuple[str, ...]
+    group: str | None = None
 
 
 def choose(
@@ -117,7 +121,8 @@ def choose(
     for column in (*inputs, *label, *filter(None, (asked.key,))):
         if opens(features[column]) and (column not in inputs[:1] or column not in pictures):
             raise ValueError(f"the column {column!r} of {name} is of files; name columns of images or numbers")
-    others = {c: index.get(c, type_of(f)) for c, f in features.items() if c not in (*inputs, *label, asked.key)}
+    used = (*inputs, *label, asked.key, asked.group)
+    others = {c: index.get(c, type_of(f)) for c, f in features.items() if c not in used}
     told = [f"{c!r} ({why})" for c, why in others.items()]
     return Roles(
         tuple(inputs),
@@ -126,6 +131,7 @@ def choose(
         asked.key,
         inputs[0] in pictures,
         (f"the columns {listing(told)}" if len(told) > 1 else f"the column {told[0]}",) if told else (),
+        asked.group,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.conformal.base import group_names
 from stochbn.sources.columns import Columns, Roles, choose
 from stochbn.sources.labels import as_labels, labels_of_columns
 from stochbn.sources.pictures import Decoding, stored_picture
@@ -99,6 +100,12 @@ class TableRows:
             return None
         return torch.tensor(values.to_numpy(), dtype=torch.float32)
 
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """The column of groups, as texts; None where none was asked for."""
+        name = self.roles.group
+        return None if name is None else group_names(self.table.select_columns([name])[:][name], len(self))
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; none where labels are numbers."""
@@ -132,6 +139,7 @@ class ArrayRows:
         labels: ``[N]`` or more, if there are labels: numbers, or names of classes; or several such arrays by names.
         keys: ``[N]``; None numbers the rows.
         key_name: what the keys are called.
+        groups: ``[N]``, the group of each; None where none was asked for.
 
     Raises:
         ValueError: the arrays disagree in N, or hold no numbers.
@@ -143,14 +151,16 @@ class ArrayRows:
         labels: np.ndarray[Any, Any] | Mapping[str, np.ndarray[Any, Any]] | None = None,
         keys: np.ndarray[Any, Any] | None = None,
         key_name: str = "row",
+        groups: np.ndarray[Any, Any] | None = None,
     ) -> None:
         if inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
             raise ValueError(f"expected an array of numbers [N, ...], got {inputs.dtype} {list(inputs.shape)}")
         given = labels if isinstance(labels, Mapping) else {} if labels is None else {"labels": labels}
-        for name, other in (*(("labels", one) for one in given.values()), ("keys", keys)):
+        for name, other in (*(("labels", one) for one in given.values()), ("keys", keys), ("groups", groups)):
             if other is not None and len(other) != len(inputs):
                 raise ValueError(f"there are {len(inputs)} inputs and {len(other)} {name}; expected as many")
         self.inputs, self.keys, self.key_name = inputs, keys, key_name
+        self.groups = None if groups is None else group_names(groups, len(inputs))
         self.classes: tuple[str, ...] = ()
         self._labels: Tensor | None = None
         if len(given) > 1:

@@ -90,6 +90,8 @@ class Task(ABC):
     """Whether `place` may be a pair."""
     one_class: ClassVar[bool] = False
     """Whether each example, or place, has one class. Then there are prediction sets, ensembles and unknown classes."""
+    sets_hold: ClassVar[str] = ""
+    """What prediction sets hold: ``classes``, ``labels`` or ``numbers``; empty where there are none."""
     early: ClassVar[bool] = True
     """Whether sampling may stop early by default: where the scale of an error is known."""
     spread: ClassVar[bool] = False

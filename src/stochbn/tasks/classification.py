@@ -13,11 +13,10 @@ from stochbn.caller import warn
 from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
 from stochbn.tasks.answers import Answer, frame
-from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating, ratio_error, whole_labels
+from stochbn.tasks.base import Join, Predictions, Scores, Task, floating, ratio_error, whole_labels
 from stochbn.tasks.draw_scores import CLASS_SCORES, DrawScore
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 __all__ = ["Classification", "Prediction"]
@@ -131,6 +130,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     outputs: ClassVar[tuple[str, ...]] = ("probs", "entropy", "mutual_information")
     one_class: ClassVar[bool] = True
+    sets_hold: ClassVar[str] = "classes"
     calibrated_by: ClassVar[tuple[str, ...]] = tuple(CLASS_SCORES)
     labels_expected: ClassVar[str] = "whole numbers from 0 to K - 1"
     score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {
@@ -240,13 +240,7 @@ class Classification(Task):
         values = {key: ((places * one).sum() / places.sum()).item() for key, one in zip(keys, columns, strict=True)}
         errors = {key: ratio_error(one, places) for key, one in zip(keys, columns, strict=True)}
         values["ece"], errors["ece"] = calibration_error(found["bins"], places)
-        evidence = {"bins": found["bins"].sum(0)}
-        losses = {"NLL": columns[keys.index("nll")]}
-        return Scores(values, errors, losses, weights=places, evidence=evidence)
-
-    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
-        """The reliability of the most probable class."""
-        return [reliability(scores, "the predicted class")]
+        return Scores(values, errors, {"NLL": columns[keys.index("nll")]}, weights=places)
 
 
 def _rounding(probs: Tensor) -> float:
@@ -266,30 +260,6 @@ def confidence_bins(confidence: Tensor, right: Tensor) -> Tensor:
     for row, values in enumerate((confidence, right, torch.ones_like(right))):
         counts[row].index_add_(0, bins.flatten(), values.double().flatten())
     return counts
-
-
-def reliability(scores: Mapping[str, Scores], what: str) -> Panel:
-    """How often methods are right, against how sure they are.
-
-    Args:
-        scores: of each method, with the `confidence_bins` of all examples as evidence.
-        what: the probabilities are of.
-    """
-
-    def draw(axes: Axes, colors: Mapping[str, str]) -> None:
-        axes.plot([0, 1], [0, 1], ls=":", lw=1, color="#767676")
-        for method, one in scores.items():
-            confidence, right, count = one.evidence["bins"][:, one.evidence["bins"][2] > 0]
-            axes.plot((confidence / count).tolist(), (right / count).tolist(), "o-", color=colors[method], label=method)
-        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel=f"probability of {what}", ylabel="share that is right")
-        axes.legend(loc="best", fontsize=8)
-
-    return Panel(
-        "Is it as often right as it says?",
-        "Reliability: on the dotted line, of what gets a probability of 80 % four fifths are right; below it the "
-        "method is too sure.",
-        draw,
-    )
 
 
 def calibration_error(bins: Tensor, places: Tensor) -> tuple[float, float]:

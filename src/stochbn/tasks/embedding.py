@@ -23,6 +23,7 @@ class Embedding(Regression):
 
     name: ClassVar[str] = "embedding"
     takes_pair: ClassVar[bool] = False
+    sets_hold: ClassVar[str] = ""
     calibrated_by: ClassVar[tuple[str, ...]] = ()
     score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {}
 

@@ -14,7 +14,6 @@ from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
 from stochbn.tasks.base import (
     Join,
-    Panel,
     Predictions,
     Scores,
     Task,
@@ -25,7 +24,7 @@ from stochbn.tasks.base import (
     whole_labels,
 )
 from stochbn.tasks.binary import check_sigmoid, logit
-from stochbn.tasks.classification import Prediction, calibration_error, confidence_bins, reliability
+from stochbn.tasks.classification import Prediction, calibration_error, confidence_bins
 from stochbn.tasks.draw_scores import CLASS_SCORES, DrawScore
 
 __all__ = ["Multilabel", "MultilabelPrediction"]
@@ -62,6 +61,7 @@ class Multilabel(Task):
     """Any number of K labels, each with a logit (or probability) of its own: ``[N, K, ...]``."""
 
     name: ClassVar[str] = "multilabel"
+    sets_hold: ClassVar[str] = "labels"
     outputs: ClassVar[tuple[str, ...]] = ("probs", "entropy", "mutual_information")
     part: ClassVar[tuple[str, str]] = ("label", "labels")
     calibrated_by: ClassVar[tuple[str, ...]] = tuple(CLASS_SCORES)
@@ -141,11 +141,7 @@ class Multilabel(Task):
             "ece": calibration_error(bins, torch.full((len(probs),), probs.shape[1], dtype=torch.float64))[1],
             "auroc": _auroc_error(exact, there),
         }
-        return Scores(values, errors, {"NLL": losses}, evidence={"bins": bins.sum(0)})
-
-    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
-        """The reliability of the labels' probabilities."""
-        return [reliability(scores, "a label")]
+        return Scores(values, errors, {"NLL": losses})
 
 
 def _auroc_error(probs: Tensor, there: Tensor) -> float:

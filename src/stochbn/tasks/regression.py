@@ -136,6 +136,7 @@ class Regression(Task):
     early: ClassVar[bool] = False
     spread: ClassVar[bool] = True
     binned: ClassVar[bool] = True
+    sets_hold: ClassVar[str] = "numbers"
     part: ClassVar[tuple[str, str]] = ("tenth", "tenths of the predicted numbers")
     uncertainty: ClassVar[tuple[str, ...]] = ("total_std", "total_std_0", "std", "std_0")
     calibrated_by: ClassVar[tuple[str, ...]] = ("nll",)
