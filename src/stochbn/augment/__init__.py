@@ -8,7 +8,20 @@ transform of torchvision, which draws from PyTorch's global generator, becomes o
 """
 
 from stochbn.augment.combined import chain, named, turns
-from stochbn.augment.images import flip, reflected, shift
+from stochbn.augment.images import colour, crop, flip, reflected, shift
 from stochbn.augment.views import Augment, Spread, Views, check_augment
 
-__all__ = ["Augment", "Spread", "Views", "chain", "check_augment", "flip", "named", "reflected", "shift", "turns"]
+__all__ = [
+    "Augment",
+    "Spread",
+    "Views",
+    "chain",
+    "check_augment",
+    "colour",
+    "crop",
+    "flip",
+    "named",
+    "reflected",
+    "shift",
+    "turns",
+]

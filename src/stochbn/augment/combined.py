@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochbn.augment.images import flip, shift
+from stochbn.augment.images import colour, crop, flip, shift
 from stochbn.augment.views import Augment, Ready, Spread, Views
 
 __all__ = ["chain", "named", "turns"]
@@ -86,14 +87,23 @@ def named(text: str) -> Augment:
 
     >>> named("flip,shift:4")
     chain(flip(), shift(4))
-    >>> named("flip|shift:2|flip")
-    turns(flip(), shift(2), flip())
+    >>> named("flip|crop:0.5,colour:0.1|flip")
+    turns(flip(), chain(crop(0.5), colour(0.1)), flip())
     """
     several: dict[str, Augment] = {}
     descriptions = ["".join(one.split()) for one in text.split("|")]
     for one in descriptions:
         several.setdefault(one, _one_named(one))
     return several[descriptions[0]] if len(descriptions) == 1 else turns(*(several[one] for one in descriptions))
+
+
+SHARES: dict[str, Callable[[float], Ready]] = {"crop": crop, "colour": colour}
+"""Augmentations of a number between 0 and 1."""
+
+
+def _number(text: str) -> float:
+    """The number between 0 and 1 that is written there; 0 if there is none."""
+    return float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
 
 
 def _one_named(text: str) -> Augment:
@@ -104,10 +114,12 @@ def _one_named(text: str) -> Augment:
             found.append(flip())
         elif name == "shift" and number.isdecimal() and int(number):
             found.append(shift(int(number)))
+        elif name in SHARES and (share := _number(number)):
+            found.append(SHARES[name](share))
         else:
             raise ValueError(
-                f"unknown augmentation {part!r:.40}; expected flip, shift:PIXELS, or both with a comma between: "
-                "flip,shift:4"
+                f"unknown augmentation {part!r:.40}; expected flip, shift:PIXELS, crop:SMALLEST, colour:STRENGTH "
+                "(these between 0 and 1), or several with commas between: flip,shift:4"
             )
     return found[0] if len(found) == 1 else chain(*found)
 
