@@ -12,7 +12,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c c
 $(VENV)/.runs: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time this takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[paper]'
+	$(INSTALL) '.[cli]'
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.runs
@@ -56,7 +56,7 @@ $(OTHER)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm \
 		segmentation-models-pytorch pytest pytest-timeout hypothesis
-	$(OTHER)/bin/pip install --quiet --disable-pip-version-check -e '.[paper]'
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check -e '.[cli]'
 	@touch $@
 
 interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, timm and segmentation-models-pytorch
@@ -72,7 +72,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	grep '^torch==' constraints.txt > $(OLDEST)/torch.txt
 	$(OLDEST)/bin/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct \
-		$(foreach extra,metrics paper export hub dev,--extra $(extra)) --constraint $(OLDEST)/torch.txt \
+		$(foreach extra,metrics cli export hub dev,--extra $(extra)) --constraint $(OLDEST)/torch.txt \
 		--output-file $(OLDEST)/versions.txt pyproject.toml
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/versions.txt -e '.[dev]'
 	@touch $@

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn import Posterior, Predictive, augment, metrics
+from stochbn.evaluation.fitting import fit_posterior
+from stochbn.evaluation.predicting import PREDICT_BATCH
 from stochbn.files import read_tensors, write_bytes, write_json
-from stochbn.paper import checkpoints
-from stochbn.paper.fitting import fit_posterior
-from stochbn.paper.predicting import PREDICT_BATCH
+from stochbn.measuring.timing import median_seconds
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import median_seconds
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
 
 COUNTS = (2, 4, 8, 16, 32)
 CALLS = (8, 16, 48)

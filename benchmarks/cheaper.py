@@ -30,14 +30,14 @@ from stochbn import metrics
 from stochbn.execution import Settings
 from stochbn.files import write, write_bytes, write_json
 from stochbn.network.layers import batch_norms
-from stochbn.paper import checkpoints
-from stochbn.paper.data import Images
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import fit_posterior, load_parts, predict_all
-from stochbn.paper.tables import Table
 from stochbn.posteriors import Empirical, Joint
 from stochbn.predictions import entropy
 from stochbn.predictive import TOLERANCE
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images
 
 FIRST, STEP = Settings.first, Settings.step
 MOST = 24

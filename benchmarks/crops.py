@@ -24,11 +24,11 @@ from torch import Tensor, nn
 import stochbn
 from stochbn import Predictive, augment, metrics
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import checkpoints
-from stochbn.paper.data import Images, as_input, load
-from stochbn.paper.differences import paired
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine
+from stochbn.measuring.timing import machine
+from stochbn.metrics.differences import paired
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images, as_input, load
 from stochbn.tempering import best_temperature
 
 ROOT = Path(__file__).parent.parent

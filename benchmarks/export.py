@@ -22,8 +22,8 @@ import torch
 import stochbn
 from stochbn.export.program import quiet
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import networks
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
+from stochbn.sources import architectures
 
 NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "LeNet-5": ("lenet5", {}, (1, 28, 28)),
@@ -40,7 +40,7 @@ def measure(name: str, repetitions: int) -> dict[str, Any]:
     """Bytes of the plain file, and for each number of draws its size and its latency at each batch size, in units."""
     network, arguments, shape = NETWORKS[name]
     torch.manual_seed(0)
-    model = networks.build(network, **arguments)
+    model = architectures.build(network, **arguments)
     data = [torch.randn(32, *shape) for _ in range(8)]
     with torch.no_grad():
         for images in data:

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import _checksum, read_tensors, write_bytes
-from stochbn.paper.tables import Table
 from stochbn.posteriors import KINDS
 from stochbn.posteriors.saved import FORMAT
+from stochbn.report.tables import Table
 from stochbn.sources import load_weights, open_objects
 
 MEMORY = 6 * 2**30

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import stochbn
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.networks import build
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import median_seconds, seconds
+from stochbn.measuring.timing import median_seconds, seconds
+from stochbn.report.tables import Table
+from stochbn.sources.architectures import build
 
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "LeNet-5, 100": ("lenet5", {}, (1, 28, 28), 100),

@@ -35,8 +35,8 @@ import stochbn
 from stochbn import Posterior, Predictive, metrics
 from stochbn.augment import Augment
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine, seconds
+from stochbn.measuring.timing import machine, seconds
+from stochbn.report.tables import Table
 
 FEW = 500
 BATCH = 250

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stochbn.augment import Augment, chain, flip, shift
 from stochbn.files import read_tensors, write_json, write_tensors
-from stochbn.paper import networks
-from stochbn.paper.data import load
-from stochbn.paper.timing import seconds
+from stochbn.measuring.timing import seconds
 from stochbn.paper.training import keep_freed_memory, restore, store
+from stochbn.sources import architectures
+from stochbn.sources.named import load
 
 __all__ = ["RECIPES", "Data", "Examples", "Recipe", "trained"]
 
@@ -295,18 +295,18 @@ CROPS = chain(flip(), shift(4))
 FIVE = {"classes": 5, "width": 0.25}
 RECIPES: dict[str, Recipe] = {
     "LeNet-5": Recipe(
-        mnist, lambda: networks.build("lenet5"), "MNIST", "notMNIST", epochs=2, rate=2e-3, swapped=shift(3)
+        mnist, lambda: architectures.build("lenet5"), "MNIST", "notMNIST", epochs=2, rate=2e-3, swapped=shift(3)
     ),
     "VGG-11": Recipe(
-        cifar5, lambda: networks.build("vgg11", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4, flips and crops",
+        cifar5, lambda: architectures.build("vgg11", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4, flips and crops",
         "classes 5-9", epochs=10, rate=4e-3, augment=CROPS,
     ),
     "VGG-11, too sure": Recipe(
-        cifar5, lambda: networks.build("vgg11", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4", "classes 5-9",
+        cifar5, lambda: architectures.build("vgg11", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4", "classes 5-9",
         epochs=15, rate=4e-3, swapped=CROPS,
     ),
     "ResNet-18": Recipe(
-        cifar5, lambda: networks.build("resnet18", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4, flips and crops",
+        cifar5, lambda: architectures.build("resnet18", **FIVE), "CIFAR-10 (JPEG copy), classes 0-4, flips and crops",
         "classes 5-9", epochs=7, rate=4e-3, augment=CROPS,
     ),
     "ResNet-20": Recipe(

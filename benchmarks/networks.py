@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stochbn.files import write_bytes
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "networks"

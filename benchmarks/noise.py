@@ -25,13 +25,13 @@ import stochbn
 from stochbn import metrics
 from stochbn.files import write_bytes, write_json
 from stochbn.network.layers import batch_norms, running_statistics
-from stochbn.paper import checkpoints
-from stochbn.paper.data import Images
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import fit_posterior, load_parts, predict_all
-from stochbn.paper.tables import Table
 from stochbn.posteriors import Joint
 from stochbn.predictive import Predictor
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images
 
 
 def in_layers(posterior: Joint, factors: list[float]) -> Joint:

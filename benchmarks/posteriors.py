@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.tables import Table
 from stochbn.posteriors import Empirical, Factorized, Joint, Posterior
-from stochbn.statistics import Moments
+from stochbn.posteriors.moments import Moments
+from stochbn.report.tables import Table
 
 CHANNELS = 26_560
 LAYERS = 53

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from stochbn.files import write_bytes
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 MODULE = """
 from torch import nn

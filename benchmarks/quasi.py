@@ -19,19 +19,19 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stochbn.evaluation.fitting import fit_posterior
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import networks
-from stochbn.paper.data import Images, as_input, load
-from stochbn.paper.fitting import fit_posterior
-from stochbn.paper.tables import Table
 from stochbn.paper.training import Schedule, train
 from stochbn.posteriors import KINDS, Posterior
+from stochbn.report.tables import Table
+from stochbn.sources import architectures
+from stochbn.sources.named import Images, as_input, load
 
 
 def network(images: Images, epochs: int, seed: int) -> nn.Module:
     """A LeNet-5, trained on images."""
     channels, size, _ = images.shape
-    build = functools.partial(networks.build, "lenet5", classes=len(images.classes), channels=channels, size=size)
+    build = functools.partial(architectures.build, "lenet5", classes=len(images.classes), channels=channels, size=size)
     return train(build, images, Schedule(epochs=epochs, seed=seed))
 
 

@@ -47,12 +47,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import stochbn
 from stochbn import Posterior, Predictive, metrics
 from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
-from stochbn.paper import checkpoints
-from stochbn.paper.data import Images, as_input, augment, load
-from stochbn.paper.differences import paired
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine
+from stochbn.measuring.timing import machine
+from stochbn.metrics.differences import paired
+from stochbn.paper.training import augment
 from stochbn.predictions import entropy
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images, as_input, load
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = tuple(ROOT / "results" / "trained" / "resnet18" / f"plain-{i}" / "network.safetensors" for i in range(3))
@@ -376,7 +377,7 @@ def score(probs: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def change(base: Mapping[str, Tensor], method: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    """What a method changes, with paired standard errors: `stochbn.paper.differences.paired`."""
+    """What a method changes, with paired standard errors: `stochbn.metrics.differences.paired`."""
     known, unknown = (base["known"], method["known"]), (base["unknown"], method["unknown"])
     each = metrics.calibrated_nll_of_each(known[0], labels), metrics.calibrated_nll_of_each(known[1], labels)
     return paired(known, labels, unknown, each)

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 
 import stochbn
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import networks
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
+from stochbn.sources import architectures
 
 MODULE = """
 import os
@@ -46,7 +46,7 @@ begun = []
 
 
 def network():
-    return networks.build("resnet18", width=0.25, classes=5)
+    return architectures.build("resnet18", width=0.25, classes=5)
 
 
 def preprocess(given):
@@ -101,7 +101,7 @@ def prepare(objects: dict[str, int]) -> None:
     """The network, its posterior, and for each task all of its objects and half of them."""
     Path("scaled.py").write_text(MODULE)
     torch.manual_seed(0)
-    model = networks.build("resnet18", width=0.25, classes=5).eval()
+    model = architectures.build("resnet18", width=0.25, classes=5).eval()
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, "w.safetensors")
     stochbn.fit(model, [torch.randn(64, 3, 32, 32)], 16, deterministic=()).save("w.sbn.safetensors")
     for task, number in objects.items():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 MEASURED = Path(__file__).with_name("scale_measured.json")
 TRAINED = 2470 * 3 * 8.2e9 / 312e12

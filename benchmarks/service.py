@@ -37,10 +37,11 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import checkpoints
-from stochbn.paper.data import as_input, augment, load
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine
+from stochbn.measuring.timing import machine
+from stochbn.paper.training import augment
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import as_input, load
 
 ROOT = Path(__file__).parent.parent
 NETWORK = ROOT / "results" / "trained" / "resnet18" / "plain-0" / "network.safetensors"

@@ -36,7 +36,7 @@ from torch import Tensor
 import stochbn
 from stochbn import conformal, metrics
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.timing import machine, seconds
+from stochbn.measuring.timing import machine, seconds
 
 NETWORKS = {"LeNet-5": 1, "ResNet-20": 2, "VGG-11": 1, **dict.fromkeys(SEEDS, 2)}
 """The networks, and which share of the cells of most regimes is measured: one in so many."""

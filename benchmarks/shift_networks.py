@@ -8,8 +8,8 @@ import torch
 from harm_networks import CROPS, RECIPES, Data, Examples, Recipe, trained
 from torch import nn
 
-from stochbn.paper import checkpoints, networks
-from stochbn.paper.data import load
+from stochbn.sources import architectures, checkpoints
+from stochbn.sources.named import load
 
 __all__ = ["SEEDS", "members", "with_recipe"]
 
@@ -45,7 +45,7 @@ def _cifar5() -> Data:
 
 COMMITTED = Recipe(
     _cifar5,
-    lambda: networks.build("resnet18", classes=5, width=0.25),
+    lambda: architectures.build("resnet18", classes=5, width=0.25),
     "CIFAR-10 (JPEG copy), classes 0-4, flips and crops, 60 epochs",
     "classes 5-9",
     epochs=60,

@@ -9,7 +9,7 @@ from typing import Any
 
 from shift_methods import METHODS
 
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 __all__ = ["Criterion", "alarm_scores", "criteria", "report"]
 

@@ -16,13 +16,13 @@ from rich.progress import Progress
 from torch import nn
 
 from stochbn import Ensemble, Predictive, augment, metrics
+from stochbn.evaluation.predicting import PREDICT_BATCH
 from stochbn.files import write_bytes
-from stochbn.paper import checkpoints
-from stochbn.paper.predicting import PREDICT_BATCH
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import load_parts
 from stochbn.paper.snapshotting import Cycles, take_snapshots
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
 
 
 def main() -> None:

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 import stochbn
 from stochbn.files import write, write_bytes, write_json
-from stochbn.paper import checkpoints
-from stochbn.paper.data import load
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine, seconds
+from stochbn.measuring.timing import machine, seconds
 from stochbn.report.style import COLORS, SEQUENCE
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import load
 from stochbn.stopping import Spread
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from stochbn.paper import data, networks
-from stochbn.paper.data import Images
 from stochbn.paper.together import Trainee
 from stochbn.paper.training import Schedule
+from stochbn.sources import architectures, named
+from stochbn.sources.named import Images
 
 STEPS = 400
 
@@ -25,7 +25,8 @@ STEPS = 400
 def milliseconds(name: str, images: Images, count: int, precision: str, **arguments: float) -> float:
     """The time of a round of `count` networks."""
     device = torch.device("cuda")
-    build = functools.partial(networks.build_with_uniform_scale, name, **networks.arguments_for(images), **arguments)
+    shape = architectures.arguments_for(images)
+    build = functools.partial(architectures.build_with_uniform_scale, name, **shape, **arguments)
     trainees = [
         Trainee(build, Schedule(epochs=1, seed=seed, augment=True, precision=precision), None, None, images, device)
         for seed in range(count)
@@ -48,7 +49,7 @@ def main() -> None:
     source = parser.parse_args().data
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here")
-    images = data.load(source, "train").shuffled(0).take(torch.arange(16 * STEPS))
+    images = named.load(source, "train").shuffled(0).take(torch.arange(16 * STEPS))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {source}, batch 16")
     print("| network | precision | networks | ms a round | one after another |")
     print("| --- | --- | ---: | ---: | ---: |")

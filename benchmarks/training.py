@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import networks
-from stochbn.paper.data import Images
-from stochbn.paper.tables import Table
 from stochbn.paper.training import Schedule, train
+from stochbn.report.tables import Table
+from stochbn.sources import architectures
+from stochbn.sources.named import Images
 
 BATCH = 16
 CASES: dict[str, tuple[str, dict[str, float], tuple[int, int], bool, int]] = {
@@ -96,7 +96,7 @@ def our_loop(name: str, arguments: dict[str, float], images: Images, augment: bo
     times: list[tuple[int, float]] = []
     schedule = Schedule(2, BATCH, augment=augment, compile=compile)
     train(
-        lambda: networks.build(name, classes=10, **arguments),
+        lambda: architectures.build(name, classes=10, **arguments),
         images,
         schedule,
         report=lambda step, steps, loss: times.append((step, time.perf_counter())),
@@ -112,7 +112,7 @@ def rate(loop: str, case: str) -> float:
     pixels = torch.randint(256, (steps * BATCH, channels, size, size), dtype=torch.uint8)
     labels = torch.randint(10, (steps * BATCH,))
     if loop == "plain":
-        network = textbook(networks.NETWORKS[name](classes=10, **arguments))
+        network = textbook(architectures.NETWORKS[name](classes=10, **arguments))
         return plain_loop(network, PerImage(pixels, labels, augment))
     images = Images(pixels, labels, tuple(map(str, range(10))), "random")
     return our_loop(name, arguments, images, augment, compile=loop == "compiled")

@@ -39,7 +39,7 @@ Where a version does not know an argument, the network is what the argument asks
 
 def measure(case: str, threads: int) -> dict[str, float]:
     """One process's figures, in units of a plain pass."""
-    from stochbn.paper.networks import NETWORKS, build
+    from stochbn.sources.architectures import NETWORKS, build
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -62,12 +62,12 @@ def measure(case: str, threads: int) -> dict[str, float]:
 
 def measure_trained(file: Path, batch: int, threads: int) -> dict[str, float]:
     """The same of a trained network with test images that it was made for."""
-    from stochbn.paper import checkpoints, data
+    from stochbn.sources import checkpoints, named
 
     torch.set_num_threads(threads)
     checkpoint = checkpoints.load(file)
     model = checkpoint.model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    train, test = (data.load(checkpoint.data, split).shuffled(0) for split in ("train", "test"))
+    train, test = (named.load(checkpoint.data, split).shuffled(0) for split in ("train", "test"))
     batches = [inputs.contiguous() for inputs, _ in train.take(torch.arange(4096)).batches(512)]
     return _measured(model, batches, next(test.batches(batch))[0].contiguous())
 

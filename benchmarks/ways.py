@@ -25,9 +25,9 @@ from torch import nn
 import stochbn
 from stochbn.execution import WAYS, Settings
 from stochbn.files import write_bytes, write_json
-from stochbn.paper import networks
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import seconds
+from stochbn.measuring.timing import seconds
+from stochbn.report.tables import Table
+from stochbn.sources import architectures
 
 UNREACHED = 1e-9
 """A tolerance at which no object is done before it has had all draws."""
@@ -59,10 +59,10 @@ def segformer() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "LeNet-5": (lambda: networks.build("lenet5"), (1, 28, 28), 100),
-    "LeNet-5, large batch": (lambda: networks.build("lenet5"), (1, 28, 28), 1000),
-    "VGG-11": (lambda: networks.build("vgg11", width=0.5, classes=5), (3, 32, 32), 100),
-    "ResNet-18": (lambda: networks.build("resnet18", width=0.25, classes=5), (3, 32, 32), 32),
+    "LeNet-5": (lambda: architectures.build("lenet5"), (1, 28, 28), 100),
+    "LeNet-5, large batch": (lambda: architectures.build("lenet5"), (1, 28, 28), 1000),
+    "VGG-11": (lambda: architectures.build("vgg11", width=0.5, classes=5), (3, 32, 32), 100),
+    "ResNet-18": (lambda: architectures.build("resnet18", width=0.25, classes=5), (3, 32, 32), 32),
     "U-Net": (unet, (1, 48, 48), 16),
     "EfficientNet-B0": (efficientnet, (3, 64, 64), 16),
     "Segformer": (segformer, (3, 64, 64), 16),

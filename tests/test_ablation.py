@@ -15,11 +15,11 @@ from torch import Tensor
 import stochbn
 from stochbn import metrics
 from stochbn.files import read_tensors
-from stochbn.paper import checkpoints, networks
 from stochbn.paper.ablation import ABLATION, ablate, methods_of, tabulate
 from stochbn.paper.recipes import PRESETS
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
 from stochbn.posteriors import FactorizedLog
+from stochbn.sources import architectures, checkpoints
 from test_runner import TINY
 
 RECIPE = replace(TINY, train_images=160, unknown="digits:5-9", test_images=60)
@@ -45,7 +45,7 @@ def test_predictions_are_those_of_posteriors_made_by_hand(finished: Path) -> Non
     model = checkpoints.load(finished / "plain-1" / "network.safetensors").model
     seed = next(RECIPE.schedule(member).seed for member in RECIPE.all_members() if member.name == "plain-1")
     shuffled = parts["train"].shuffled(seed)
-    linear = networks.batch_norms_of_linear_layers(model)
+    linear = architectures.batch_norms_of_linear_layers(model)
     logarithmic = fit_posterior(model, shuffled, 16, seed, kind="factorized-log")
     assert isinstance(logarithmic, FactorizedLog)
     joint = fit_posterior(model, shuffled, 16, seed, kind="joint")

@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
-from stochbn.paper import checkpoints
 from stochbn.paper.augmentation import (
     AUGMENTATION,
     CHOSEN,
@@ -28,6 +27,7 @@ from stochbn.paper.augmentation import (
 )
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, run
 from stochbn.paper.snapshotting import Cycles, Shuffled
+from stochbn.sources import checkpoints
 from test_runner import TINY
 
 RECIPE = replace(TINY, dropout=None, members=3, train_images=200, held_out=0.2, unknown="digits:5-9", test_images=60)

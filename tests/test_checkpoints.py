@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from conftest import make_posterior, normal, settled
 from stochbn.files import write_tensors
-from stochbn.paper import checkpoints
-from stochbn.paper.checkpoints import Checkpoint
-from stochbn.paper.networks import build
+from stochbn.sources import checkpoints
+from stochbn.sources.architectures import build
+from stochbn.sources.checkpoints import Checkpoint
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "lenet5": {"classes": 3, "channels": 1, "size": 16},

@@ -27,9 +27,10 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import checkpoints, comparison, data, figures, recipes, report, runner, training
-from stochbn.paper.checkpoints import Checkpoint
-from stochbn.paper.networks import build, build_with_uniform_scale
+from stochbn.paper import comparison, figures, recipes, report, runner, training
+from stochbn.sources import checkpoints, named
+from stochbn.sources.architectures import build, build_with_uniform_scale
+from stochbn.sources.checkpoints import Checkpoint
 from test_runner import TINY
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -109,7 +110,7 @@ def test_training_and_fitting_leave_a_network_and_its_posterior(trained: Trained
         posterior = stochbn.load(path.with_name(path.name.replace(".safetensors", ".sbn.safetensors")))
         posterior.check(checkpoint.model)
         assert posterior.batch_size == 16
-        assert posterior.mini_batches == len(data.load("digits:0-4", "train")) // 16
+        assert posterior.mini_batches == len(named.load("digits:0-4", "train")) // 16
     assert sorted(path.name for path in trained.networks[0].parent.iterdir()) == [
         "a.safetensors", "a.sbn.safetensors", "a.training.csv", "b.safetensors", "b.sbn.safetensors", "b.training.csv",
         "dropout.safetensors", "dropout.sbn.safetensors", "dropout.training.csv",
@@ -142,7 +143,7 @@ def test_a_posterior_can_be_fitted_with_other_settings_to_another_place(trained:
     before = trained.networks[0].read_bytes()
     stochbn_("fit", trained.networks[0], "--data", "digits:0-1", "--batch-size", 4, "--out", "other.safetensors")
     posterior = stochbn.load("other.safetensors")
-    images = len(data.load("digits:0-1", "train"))
+    images = len(named.load("digits:0-1", "train"))
     assert (posterior.batch_size, posterior.mini_batches) == (4, images // 4)
     assert trained.networks[0].read_bytes() == before
 
@@ -182,7 +183,7 @@ def test_evaluating_all_kinds_of_networks_shows_every_method(trained: Trained, m
 def test_evaluation_gives_the_scores_of_the_networks_predictions(trained: Trained) -> None:
     stochbn_("evaluate", *trained.networks[:2], "--draws", 2, "--seed", 4, "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
-    known = data.load("digits:0-4", "test")
+    known = named.load("digits:0-4", "test")
     x = known.pixels.float() / 255
     with torch.no_grad():
         probs = [checkpoints.load(path).model(x).softmax(1) for path in trained.networks[:2]]
@@ -239,7 +240,7 @@ def test_a_network_can_be_trained_with_every_option_of_a_recipe(tmp_path: Path) 
     assert checkpoint.arguments == shape | network
     expected = training.train(
         functools.partial(build_with_uniform_scale, "vgg11", **checkpoint.arguments),
-        data.load(str(folder), "train"),
+        named.load(str(folder), "train"),
         training.Schedule(3, 8, augment=True, precision="bf16-mixed", decay="epoch", decrease_from=1),
     )
     theirs = expected.state_dict()
@@ -253,7 +254,7 @@ def read_csv(path: str) -> list[dict[str, str]]:
 
 def test_predictions_are_a_csv_with_a_line_for_each_image(trained: Trained) -> None:
     text = stochbn_("predict", trained.networks[0], "--draws", 4, "--out", "p.csv")
-    known = data.load("digits:0-4", "test")
+    known = named.load("digits:0-4", "test")
     rows = read_csv("p.csv")
     assert len(Path("p.csv").read_text().splitlines()) == len(known) + 1
     assert [row["image"] for row in rows] == [str(i) for i in range(len(known))]
@@ -273,7 +274,7 @@ def test_predictions_are_a_csv_with_a_line_for_each_image(trained: Trained) -> N
 @pytest.mark.filterwarnings("ignore:this data is not like the training data")
 def test_predictions_are_those_of_the_library(trained: Trained) -> None:
     stochbn_("predict", trained.networks[0], "--data", "digits:5-9", "--draws", 3, "--seed", 8, "--out", "p.csv")
-    unknown = data.load("digits:5-9", "test")
+    unknown = named.load("digits:5-9", "test")
     posterior = stochbn.load(trained.networks[0].with_name("a.sbn.safetensors"))
     predictive = stochbn.Predictive(checkpoints.load(trained.networks[0]).model, posterior, 3)
     batches = [predictive(x, generator=seeded(8)) for x, _ in unknown.batches(250)]  # each sees the draws of the seed
@@ -599,7 +600,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the work began")
 
-    for module, name in ((data, "load"), (checkpoints, "load"), (report, "read_recipe"), (report, "read_run")):
+    for module, name in ((named, "load"), (checkpoints, "load"), (report, "read_recipe"), (report, "read_run")):
         monkeypatch.setattr(module, name, load)
     monkeypatch.setattr(comparison, "read_recipe", load)
 
@@ -770,7 +771,7 @@ def test_a_command_line_that_is_not_installed_says_what_to_install(
         if module.split(".")[:2] == ["stochbn", "cli"] or module.split(".")[0] == name:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[paper]'")
+    assert_told(main("demo"), f"needs {name}", "pip install 'stochbn[cli]'")
 
 
 @pytest.mark.parametrize("name", ["sklearn", "torchmetrics"])

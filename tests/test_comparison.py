@@ -14,9 +14,9 @@ import torch
 import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
-from stochbn.paper import checkpoints
 from stochbn.paper.comparison import COMPARISON, METHODS, Settings, compare, tabulate
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
+from stochbn.sources import checkpoints
 from test_runner import TINY, contents, interrupted
 
 RECIPE = replace(TINY, dropout=None, train_images=160, held_out=0.2, unknown="digits:5-9")

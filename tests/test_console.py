@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from stochbn.cli import console
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 WIDE = Table(
     "mnist: error and calibration",

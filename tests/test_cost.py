@@ -12,14 +12,15 @@ from typer.testing import CliRunner
 import stochbn
 from conftest import mlp, normal, seeded, settled
 from stochbn import cli
-from stochbn.paper import checkpoints, cost, data, networks, timing
+from stochbn.measuring import cost, timing
+from stochbn.sources import architectures, checkpoints, named
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    images = data.load("digits:0-4", "train")
-    arguments = networks.arguments_for(images)
-    model = networks.build("lenet5", **arguments)
+    images = named.load("digits:0-4", "train")
+    arguments = architectures.arguments_for(images)
+    model = architectures.build("lenet5", **arguments)
     file = tmp_path_factory.mktemp("network") / "network.safetensors"
     checkpoints.save(file, checkpoints.Checkpoint(model, "lenet5", arguments, images.name, images.classes))
     return file

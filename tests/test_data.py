@@ -17,8 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import seeded
-from stochbn.paper.data import HUB, DataError, Images, as_input, augment, load
+from stochbn.paper.training import augment
 from stochbn.sources import hub as hub_module
+from stochbn.sources.named import HUB, DataError, Images, as_input, load
 
 REACHABLE = hub_module._reachable
 Array = np.ndarray[Any, np.dtype[np.uint8]]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conftest import normal
 from stochbn import metrics
-from stochbn.paper.differences import paired, standard_errors
+from stochbn.metrics.differences import paired, standard_errors
 from stochbn.predictions import entropy
 
 

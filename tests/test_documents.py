@@ -63,13 +63,14 @@ def test_every_number_of_the_first_table_stands_in_a_page_of_measurements() -> N
 
 @pytest.mark.parametrize("results", sorted(ROOT.glob("results/*/results.json")), ids=lambda path: path.parent.name)
 def test_tables_of_the_results_come_from_their_numbers(results: Path) -> None:
-    from stochbn.paper import report
+    from stochbn.paper.report import tabulate_run
+    from stochbn.report.results import tabulate
 
     about = json.loads(results.read_text())
     if "recipe" in about:
-        tables = report.tabulate_run(about, about["scores"])
+        tables = tabulate_run(about, about["scores"])
     else:
-        tables = report.tabulate(about["scores"], about["data"], about["ood"])
+        tables = tabulate(about["scores"], about["data"], about["ood"])
     assert "\n\n".join(table.markdown() for table in tables) + "\n" == results.with_name("results.md").read_text()
 
 

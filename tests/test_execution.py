@@ -581,3 +581,63 @@ def test_an_interrupt_leaves_the_network_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         Predictive(model, posterior, 50, tolerance=0)(normal(40, 4))
     before.check()
+
+
+class Caching(nn.Module):
+    """Keeps something in its first pass, which later ones use."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+        self.bias = nn.Parameter(torch.tensor([0.5, -0.5, 1.0]))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        if "kept" not in self.cache:
+            mean = next(iter(self.body[1].buffers()))
+            self.cache["kept"] = {
+                "parameters": lambda: self.bias * 2,
+                "the draw": lambda: mean[:3] * 2,
+                "the input": lambda: x[0, :3] * 2,
+                "the number of examples": lambda: torch.full((3,), float(len(x))),
+            }[self.what]()
+        return out + self.cache["kept"]
+
+
+@pytest.mark.parametrize("what", ["parameters", "the draw", "the input", "the number of examples"])
+def test_what_a_first_pass_keeps_is_as_in_a_network_of_every_draws_own(what: str) -> None:
+    model = Caching(what)
+    settled(model, 4).eval()
+    model.cache.clear()
+    posterior = stochbn.fit(model, [normal(64, 4, seed=9)], 8)
+    x = normal(9, 4, seed=4)
+    for _ in range(2):
+        draws = list(posterior.iter_draws(6, seeded(1), quasi=True))
+        wanted = torch.stack(slow(model, draws, x)).softmax(2).mean(0)
+        found = Predictive(model, posterior, 6, tolerance=0, check="shape")(x, generator=seeded(1)).probs
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        model.bias.data += 1  # of which no version tells
+
+
+@pytest.mark.parametrize(("what", "most"), [("parameters", 3), ("the draw", 100)])
+def test_a_cache_of_what_parameters_give_costs_a_copy_for_each_call(
+    what: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Caching(what)
+    settled(model, 4).eval()
+    model.cache.clear()
+    predictive = Predictive(model, stochbn.fit(model, [normal(64, 4, seed=9)], 8), 20, tolerance=0)
+    predictive(normal(9, 4))
+    copies: list[int] = []
+    fresh = Network.fresh
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        copies.append(1)
+        return fresh(*args, **kwargs)
+
+    monkeypatch.setattr(Network, "fresh", counted)
+    predictive(normal(9, 4, seed=4))
+    assert 1 <= len(copies) <= most
+    assert (len(copies) > 20) == (what == "the draw")

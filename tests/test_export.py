@@ -20,7 +20,7 @@ import stochbn
 from conftest import CASES, Case, Wrapped, convnet, mlp, normal, seeded, settled, slow_entropy, slow_probs
 from stochbn import cli
 from stochbn.export import Export, ExportError
-from stochbn.paper import checkpoints, networks
+from stochbn.sources import architectures, checkpoints
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -182,7 +182,7 @@ def test_pt2_gives_what_a_slow_loop_over_its_draws_gives(name: str, tmp_path: Pa
 def test_the_networks_of_the_paper_have_every_layer_once(
     name: str, arguments: dict[str, Any], multiplications: dict[str, int], tmp_path: Path
 ) -> None:
-    model = networks.build(name, **arguments).eval()
+    model = architectures.build(name, **arguments).eval()
     shape = (1, 16, 16) if name == "lenet5" else (3, 32, 32)
     found = stochbn.export.onnx(model, fitted(model, *shape), tmp_path / "x.onnx", normal(2, *shape), DRAWS)
     layers = operations(found.path)
@@ -345,7 +345,7 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def saved(tmp_path: Path) -> Path:
     """A network as `stochbn paper train` saves it, with its posterior."""
     arguments = {"classes": 3, "channels": 1, "size": 28}
-    model = networks.build("lenet5", **arguments).eval()
+    model = architectures.build("lenet5", **arguments).eval()
     path = tmp_path / "net.safetensors"
     checkpoints.save(path, checkpoints.Checkpoint(model, "lenet5", arguments, "digits:0-2", ("0", "1", "2")))
     fitted(model, 1, 28, 28).save(tmp_path / "net.sbn.safetensors")

@@ -15,9 +15,8 @@ from torch import Tensor
 
 import stochbn
 from conftest import seeded
+from stochbn.measuring.drawing import save_costs
 from stochbn.paper.figures import (
-    save_costs,
-    save_entropy_cdf,
     save_equivalents,
     save_passes,
     save_statistics,
@@ -25,8 +24,9 @@ from stochbn.paper.figures import (
 )
 from stochbn.paper.redrawing import redraw
 from stochbn.paper.training import Epoch
-from stochbn.report.style import COLORS
-from stochbn.statistics import Moments
+from stochbn.posteriors.moments import Moments
+from stochbn.report.curves import entropies_of_unknown
+from stochbn.report.style import COLORS, save
 
 METHODS = [(name, sbn) for name in ("plain", "Deep Ensembles", "Dropout") for sbn in (False, True)]
 
@@ -71,7 +71,7 @@ def curves(figure: matplotlib.figure.Figure) -> dict[str, tuple[np.ndarray[Any, 
 def test_the_figure_has_the_papers_five_curves_and_the_plain_network_in_two_files(
     tmp_path: Path, drawn: list[Any]
 ) -> None:
-    files = save_entropy_cdf(tmp_path / "entropy-cdf", entropies(), classes=5, title="known and unknown")
+    files = save(entropies_of_unknown(entropies(), classes=5, title="known and unknown"), tmp_path / "entropy-cdf")
     assert [file.name for file in files] == ["entropy-cdf.png", "entropy-cdf.svg"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["entropy-cdf.png", "entropy-cdf.svg"]
     assert_png_and_svg(files)
@@ -87,13 +87,13 @@ def test_the_figure_has_the_papers_five_curves_and_the_plain_network_in_two_file
 
 @pytest.mark.parametrize("title", ["tested on o\udce9od", "$x^$", "a\x1b[2J", "$a$ and $b$", "é\u202e"])
 def test_a_title_may_be_any_name(title: str, tmp_path: Path) -> None:
-    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", entropies(), classes=5, title=title))
+    assert_png_and_svg(save(entropies_of_unknown(entropies(), classes=5, title=title), tmp_path / "f"))
 
 
 def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn: list[Any]) -> None:
     given = entropies()
     given["Dropout", True] = torch.tensor([0.5, 0.25, 0.5, 1.0])
-    save_entropy_cdf(tmp_path / "f", given, classes=5, title="x")
+    save(entropies_of_unknown(given, classes=5, title="x"), tmp_path / "f")
     found = curves(drawn[0])
     keys = {"SBN": ("plain", True), "Deep Ensembles + SBN": ("Deep Ensembles", True), "Dropout": ("Dropout", False)}
     for label, key in keys.items():
@@ -116,7 +116,7 @@ def test_curves_are_distribution_functions_dashed_with_sbn(tmp_path: Path, drawn
 
 @pytest.mark.parametrize("classes", [2, 5, 10, 100])
 def test_the_axis_ends_at_the_entropy_of_a_uniform_distribution(classes: int, tmp_path: Path, drawn: list[Any]) -> None:
-    save_entropy_cdf(tmp_path / "f", entropies(classes), classes=classes, title="x")
+    save(entropies_of_unknown(entropies(classes), classes=classes, title="x"), tmp_path / "f")
     axes = drawn[0].axes[0]
     assert axes.get_xlim() == pytest.approx((0, math.log(classes)))
     assert axes.get_ylim() == (0, 1)
@@ -126,10 +126,10 @@ def test_the_axis_ends_at_the_entropy_of_a_uniform_distribution(classes: int, tm
 
 
 def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
-    first, second = (save_entropy_cdf(tmp_path / name, entropies(), classes=5, title="x") for name in "ab")
+    first, second = (save(entropies_of_unknown(entropies(), classes=5, title="x"), tmp_path / name) for name in "ab")
     for ours, theirs in zip(first, second, strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
-    other = save_entropy_cdf(tmp_path / "c", entropies(n=41), classes=5, title="x")
+    other = save(entropies_of_unknown(entropies(n=41), classes=5, title="x"), tmp_path / "c")
     assert all(file.read_bytes() != before.read_bytes() for file, before in zip(other, first, strict=True))
 
 
@@ -143,14 +143,14 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
     ids=["all certain", "all uniform, rounded up", "one object"],
 )
 def test_curves_at_the_limits_can_be_drawn(given: dict[tuple[str, bool], Tensor], tmp_path: Path) -> None:
-    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", given, classes=5, title="x"))
+    assert_png_and_svg(save(entropies_of_unknown(given, classes=5, title="x"), tmp_path / "f"))
 
 
 def test_a_file_that_is_there_is_replaced_and_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "f.png").write_text("old")
-    assert_png_and_svg(save_entropy_cdf(tmp_path / "f", entropies(), classes=5, title="x"))
+    assert_png_and_svg(save(entropies_of_unknown(entropies(), classes=5, title="x"), tmp_path / "f"))
     with pytest.raises(OSError):
-        save_entropy_cdf(tmp_path / "none" / "f", entropies(), classes=5, title="x")
+        save(entropies_of_unknown(entropies(), classes=5, title="x"), tmp_path / "none" / "f")
 
 
 # ---------------------------------------------------------------- observed and fitted statistics
@@ -224,7 +224,7 @@ def test_the_same_statistics_are_the_same_files(tmp_path: Path) -> None:
 
 def test_a_single_network_is_drawn_with_and_without_sbn(tmp_path: Path, drawn: list[Any]) -> None:
     entropies = {("plain", False): torch.tensor([0.1, 0.5]), ("plain", True): torch.tensor([0.2, 0.6])}
-    save_entropy_cdf(tmp_path / "figure", entropies, classes=5, title="One network")
+    save(entropies_of_unknown(entropies, classes=5, title="One network"), tmp_path / "figure")
     assert set(curves(drawn[0])) == {"plain", "SBN"}
 
 
@@ -316,7 +316,7 @@ def test_folders_without_numbers_or_with_damaged_ones_are_refused(tmp_path: Path
 
 
 def test_a_method_has_the_same_colour_in_every_figure(tmp_path: Path, drawn: list[Any]) -> None:
-    save_entropy_cdf(tmp_path / "e", entropies(), classes=5, title="x")
+    save(entropies_of_unknown(entropies(), classes=5, title="x"), tmp_path / "e")
     save_equivalents(tmp_path / "f", {"plain": [0.2, 0.3]}, [0.25, 0.2], title="t")
     first, second = (figure.axes[0] for figure in drawn)
     colors = {line.get_label(): line.get_color() for line in first.get_lines()}

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from conftest import CASES, Case, normal, settled
 from stochbn.network.fingerprint import SAMPLED, WHOLE, Fingerprint, Part
-from stochbn.paper.networks import build
+from stochbn.sources.architectures import build
 
 SAME: dict[str, Callable[[Any], Any]] = {
     "a copy": lambda m: m,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
-from stochbn.paper import networks
+from stochbn.sources import architectures
 
 FIXTURE = Path(__file__).parent / "fixtures" / "probabilities.json"
 KINDS = ("joint", "factorized", "empirical")
@@ -32,7 +32,7 @@ def network(name: str) -> nn.Module:
     """A network with weights from a seed and running statistics of random images, and logits that differ."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = networks.build(name, classes=10, **NETWORKS[name])
+        model = architectures.build(name, classes=10, **NETWORKS[name])
     with torch.no_grad():
         for seed in range(20):
             model.train()(images(name, 32, seed))

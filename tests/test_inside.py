@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from stochbn.paper.data import load
 from stochbn.sources import Chunk, Columns, DataError, ParquetObjects, Preprocessing, open_objects
 from stochbn.sources.inside import open_inside
+from stochbn.sources.named import load
 from stochbn.sources.pictures import decode
 from stochbn.sources.rows import TableRows
 

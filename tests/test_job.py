@@ -23,8 +23,8 @@ from posterior_contract import nearly_same
 from stochbn.cli.job import check_command, check_gpus, own_gpu
 from stochbn.cli.streams import share
 from stochbn.distributed import Ranks
-from stochbn.paper.data import Images
 from stochbn.sources import LoaderObjects, build, open_objects
+from stochbn.sources.named import Images
 
 MODULE = """
 import os, torch

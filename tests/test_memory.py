@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import stochbn
-from stochbn.paper import checkpoints, data, networks
-from stochbn.paper.memory import _memory_of_this_process, _peak_of_a_process
+from stochbn.measuring.memory import _memory_of_this_process, _peak_of_a_process
+from stochbn.sources import architectures, checkpoints, named
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is known on Linux alone")
 
@@ -32,9 +32,9 @@ def _growth_of_the_peak() -> tuple[int, int]:
 
 
 def test_a_larger_batch_takes_more_memory_and_a_lost_process_is_told(tmp_path: Path) -> None:
-    images = data.load("digits:0-4", "train")
-    arguments = networks.arguments_for(images)
-    model = networks.build("lenet5", **arguments)
+    images = named.load("digits:0-4", "train")
+    arguments = architectures.arguments_for(images)
+    model = architectures.build("lenet5", **arguments)
     file = tmp_path / "network.safetensors"
     checkpoints.save(file, checkpoints.Checkpoint(model, "lenet5", arguments, "digits:0-4", images.classes))
     posterior = stochbn.fit(model, [next(images.batches(64))[0]], 16)

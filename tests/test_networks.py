@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import stochbn
 from conftest import normal, settled
 from stochbn.network.layers import batch_norms
-from stochbn.paper.networks import (
+from stochbn.sources.architectures import (
     NETWORKS,
     PreActivationBlock,
     PreActivationBottleneck,

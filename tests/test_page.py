@@ -16,14 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import normal, seeded
+from stochbn.evaluation.methods import Method, methods, score
 from stochbn.paper import report
-from stochbn.paper.data import Images
+from stochbn.paper.figures import training
 from stochbn.paper.page import page_of_run
 from stochbn.paper.training import Epoch
 from stochbn.predictions import entropy
 from stochbn.report.facts import facts
 from stochbn.report.objects import Source, extremes, source_of
-from stochbn.report.page import Page, page_of, write_page
+from stochbn.report.page import Curve, Page, page_of, write_page
+from stochbn.report.results import tabulate
+from stochbn.report.style import inline
+from stochbn.sources.named import Images
 
 NASTY = "<script>alert('x')</script>", 'a "quoted" & <b>bold</b> class', "$x_1$", "\N{SNOWMAN}"
 WIDTHS = 360, 800, 1600
@@ -51,15 +55,16 @@ def pictures(count: int = 60, channels: int = 3) -> Images:
 
 
 def a_page(source: Source | None = None, classes: Sequence[str] = NASTY, name: str = "pets & <i>co</i>") -> Page:
-    found = report.methods([member(0), member(1)], [member(2)])
-    scores = report.score(found)
+    found = methods([member(0), member(1)], [member(2)])
+    scores = score(found)
     logs = {"plain-0": [Epoch(i, 0.1, 1 / i, 1 - 0.5 / i, None, None) for i in range(1, 5)]}
     about: dict[str, Any] = {"networks": [name], "posteriors": [None], "data": name, "ood": "others", "augment": None}
     about |= {"draws": 50, "seed": 0}
     source = source or source_of(pictures())
-    tables = report.tabulate(scores, name, "others")
+    tables = tabulate(scores, name, "others")
     described = facts(about, 1.25, "stochbn evaluate --data 'pets & <i>co</i>'")
-    return page_of(f"network on {name}", found, scores, tables, (name, "others"), source, classes, described, logs)
+    more = [Curve("How were the networks trained?", "Loss.", inline(training(logs, stacked=True), "training"))]
+    return page_of(f"network on {name}", found, scores, tables, (name, "others"), source, classes, described, more)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +173,8 @@ def test_pictures_of_any_mode_and_size_are_shown_or_left_out(mode: str) -> None:
 
 def test_a_page_about_one_network_without_posterior_or_unknown_data(tmp_path: Path) -> None:
     alone = {key: value for key, value in member(0).items() if key.startswith("plain.known") or key == "labels"}
-    found = report.methods([alone], [])
-    scores = report.score(found)
+    found = methods([alone], [])
+    scores = score(found)
     page = page_of("n", found, scores, [], ("d", None), Source(str, lambda i: None), (), {})
     assert "There was no posterior" in page.summary[1]
     write_page(tmp_path / "p.html", page)
@@ -183,8 +188,8 @@ def test_names_of_files_that_are_no_unicode_are_shown_escaped(tmp_path: Path) ->
 
 def test_dense_predictions_are_scored_and_have_no_page() -> None:
     labels = torch.arange(6)[:, None, None].expand(6, 4, 4) % 3
-    method = report.Method("plain", False, 1, normal(6, 3, 4, 4).softmax(1), labels)
-    scores = report.score([method])
+    method = Method("plain", False, 1, normal(6, 3, 4, 4).softmax(1), labels)
+    scores = score([method])
     assert "error_se" not in scores[0]
     with pytest.raises(ValueError, match=r"one prediction for each object, got probabilities \[6, 3, 4, 4\]"):
         page_of("n", [method], scores, [], ("d", None), Source(str, lambda i: None), (), {})
@@ -194,7 +199,7 @@ def test_a_run_whose_data_is_gone_has_a_page_without_pictures(tmp_path: Path) ->
     folder = Path(__file__).parent.parent / "results" / "demo-digits"
     about, found = report.read_run(folder)
     about["data"]["known"]["sha256"] = "of other data"
-    page = page_of_run(folder, about, found, report.score(found), [], {})
+    page = page_of_run(folder, about, found, score(found), [], {})
     assert not page.has_pictures
     assert "parts were not stored" in _html(page, tmp_path)
 

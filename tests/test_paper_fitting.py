@@ -6,7 +6,7 @@ import torch
 
 import stochbn
 from conftest import normal
-from stochbn.paper.networks import batch_norms_of_linear_layers, build
+from stochbn.sources.architectures import batch_norms_of_linear_layers, build
 
 
 def test_the_ordinary_batch_norm_of_lenet_changes_nothing_for_the_layers_that_are_drawn() -> None:

@@ -909,7 +909,7 @@ def test_ways_that_are_not_taken_for_one_reason_are_told_together() -> None:
     model = Centred().eval()
     lines = Predictive(model, stochbn.fit(model, [normal(64, 4)], 8)).explain(normal(20, 4)).splitlines()
     assert sum("not taken" in line for line in lines) == 1
-    assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16: not taken: objects stay together")
+    assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16, compiled: not taken: objects stay")
 
 
 # ---------------------------------------------------------------- loaders

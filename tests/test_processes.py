@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stochbn.paper.processes import interrupts_held
+from stochbn.processes import interrupts_held
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are blocked on POSIX alone")
 
@@ -70,7 +70,7 @@ def test_ctrl_c_within_comes_at_the_end() -> None:
 
 OTHERS = """
 import os, signal, threading, time
-from stochbn.paper.processes import interrupts_held
+from stochbn.processes import interrupts_held
 
 ended = threading.Event()
 others = [threading.Thread(target=ended.wait) for _ in range(3)]
@@ -96,7 +96,7 @@ def test_ctrl_c_comes_at_the_end_whichever_thread_of_the_process_gets_it() -> No
 
 FIRST = """
 import multiprocessing, signal
-from stochbn.paper.processes import interrupts_held
+from stochbn.processes import interrupts_held
 
 def blocked():
     print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))

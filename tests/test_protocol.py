@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from stochbn.paper.published import PRINTED, PUBLISHED
 from stochbn.paper.recipes import PRESETS, Recipe
-from stochbn.paper.tables import PRINTED, PUBLISHED
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "protocol.md"
 

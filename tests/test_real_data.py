@@ -13,10 +13,10 @@ import torch
 
 import stochbn
 from stochbn import metrics
-from stochbn.paper import data
-from stochbn.paper.networks import lenet5
 from stochbn.paper.runner import fit_posterior, predict_all
 from stochbn.paper.training import Schedule, train
+from stochbn.sources import named
+from stochbn.sources.architectures import lenet5
 
 FOLDER = os.environ.get("STOCHBN_DATA")
 pytestmark = pytest.mark.skipif(
@@ -34,8 +34,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @functools.cache
-def images(name: str, split: str) -> data.Images:
-    return data.load(name, split)
+def images(name: str, split: str) -> named.Images:
+    return named.load(name, split)
 
 
 def test_mnist_has_60000_and_10000_images() -> None:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 import stochbn
 from conftest import fit_factorized, normal, seeded
 from stochbn import metrics
+from stochbn.evaluation.methods import Method, methods, score
 from stochbn.files import read_tensors
-from stochbn.paper import data, figures, goodness, report
-from stochbn.paper.networks import build
-from stochbn.paper.report import Method, methods, write, write_run, write_seeds
+from stochbn.measuring import goodness
+from stochbn.paper import figures, report
+from stochbn.paper.report import write_run, write_seeds
 from stochbn.paper.runner import PREDICTIONS, run
-from stochbn.paper.tables import Table
+from stochbn.report.results import write
+from stochbn.report.tables import Table
+from stochbn.sources import named
+from stochbn.sources.architectures import build
 from test_runner import TINY
 
 SIX = [(name, sbn) for name in ("plain", "Deep Ensembles", "Dropout") for sbn in (False, True)]
@@ -61,7 +65,7 @@ def member(seed: int, *, sbn: bool = True, unknown: bool = True) -> dict[str, Te
     return found
 
 
-def named(found: Sequence[Method]) -> dict[tuple[str, bool], Method]:
+def by_name(found: Sequence[Method]) -> dict[tuple[str, bool], Method]:
     return {(method.name, method.sbn): method for method in found}
 
 
@@ -70,7 +74,7 @@ def named(found: Sequence[Method]) -> dict[tuple[str, bool], Method]:
 
 def test_methods_are_the_papers_three_without_and_with_sbn() -> None:
     plain, dropout = [member(i) for i in range(3)], [member(7)]
-    found = named(methods(plain, dropout))
+    found = by_name(methods(plain, dropout))
     assert list(found) == SIX
     assert [method.members for method in found.values()] == [1, 1, 3, 3, 1, 1]
     for (name, sbn), method in found.items():
@@ -86,17 +90,17 @@ def test_methods_are_the_papers_three_without_and_with_sbn() -> None:
 def test_an_ensemble_averages_probabilities_and_not_their_logarithms() -> None:
     certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log()
     members = [{"labels": torch.zeros(1).long(), "plain.known": row[None]} for row in certain]
-    ensemble = named(methods(members, []))["Deep Ensembles", False]
+    ensemble = by_name(methods(members, []))["Deep Ensembles", False]
     torch.testing.assert_close(ensemble.known, torch.tensor([[0.5, 0.5]]))
 
 
 def test_what_is_missing_leaves_methods_out() -> None:
-    assert list(named(methods([member(0)], []))) == [("plain", False), ("plain", True)]
-    assert list(named(methods([member(0, sbn=False)], []))) == [("plain", False)]
-    assert list(named(methods([], [member(0)]))) == [("Dropout", False), ("Dropout", True)]
-    found = named(methods([member(0), member(1, sbn=False)], []))
+    assert list(by_name(methods([member(0)], []))) == [("plain", False), ("plain", True)]
+    assert list(by_name(methods([member(0, sbn=False)], []))) == [("plain", False)]
+    assert list(by_name(methods([], [member(0)]))) == [("Dropout", False), ("Dropout", True)]
+    found = by_name(methods([member(0), member(1, sbn=False)], []))
     assert list(found) == [("plain", False), ("plain", True), ("Deep Ensembles", False)]
-    assert named(methods([member(0, unknown=False)], []))["plain", True].unknown is None
+    assert by_name(methods([member(0, unknown=False)], []))["plain", True].unknown is None
     assert [m.members for m in methods([], [member(0), member(1)])] == [2, 2]
 
 
@@ -130,7 +134,7 @@ def test_scores_are_errors_calibration_entropies_and_detection() -> None:
 
 def test_what_sbn_changes_is_scored_against_the_same_method_without() -> None:
     found = methods([member(i) for i in range(3)], [member(7)])
-    by_key = {(row["method"], row["sbn"]): row for row in report.score(found)}
+    by_key = {(row["method"], row["sbn"]): row for row in score(found)}
     for (name, sbn), row in by_key.items():
         assert ("nll_change" in row) == sbn
         if sbn:
@@ -138,7 +142,7 @@ def test_what_sbn_changes_is_scored_against_the_same_method_without() -> None:
             for key in ("error", "nll", "entropy_unknown", "auroc"):
                 assert row[f"{key}_change"] == pytest.approx(row[key] - plain[key], abs=1e-6), key
                 assert row[f"{key}_change_se"] > 0
-    assert not any("nll_change" in row for row in report.score([m for m in found if m.sbn]))
+    assert not any("nll_change" in row for row in score([m for m in found if m.sbn]))
 
 
 def test_few_errors_have_no_best_temperature() -> None:
@@ -147,7 +151,7 @@ def test_few_errors_have_no_best_temperature() -> None:
     for errors, known in ((9, False), (10, True)):
         probs = sure.clone()
         probs[:errors] = probs[:errors].roll(1, 1)
-        scores = report.Method("plain", False, 1, probs, labels).scores()
+        scores = Method("plain", False, 1, probs, labels).scores()
         assert scores["error"] == pytest.approx(100 * errors / 200)
         assert ("calibrated_nll" in scores) == ("temperature" in scores) == known
 
@@ -162,8 +166,8 @@ def test_the_best_temperature_of_a_method_is_searched_once(monkeypatch: pytest.M
 
     monkeypatch.setattr(metrics, "calibrated_nll_of_each", search)
     labels = torch.arange(20) % 4
-    found = [report.Method("plain", sbn, 1, normal(20, 4, seed=int(sbn)).softmax(1), labels) for sbn in (False, True)]
-    scores = report.score(found)
+    found = [Method("plain", sbn, 1, normal(20, 4, seed=int(sbn)).softmax(1), labels) for sbn in (False, True)]
+    scores = score(found)
     assert len(searched) == 2
     change = scores[1]["calibrated_nll"] - scores[0]["calibrated_nll"]
     assert scores[1]["calibrated_nll_change"] == pytest.approx(change)
@@ -292,7 +296,7 @@ def test_methods_of_any_kind_are_written_with_their_settings(tmp_path: Path) -> 
     shown = write(tmp_path, {"draws": 7}, found, "known data", "unknown data", "a title")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["draws"] == 7
-    assert results["scores"] == report.score(found)
+    assert results["scores"] == score(found)
     assert len(shown) == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "entropy-cdf.png", "entropy-cdf.svg", "results.json", "results.md",
@@ -315,7 +319,7 @@ def test_results_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> N
 
 def test_several_seeds_give_means_and_standard_deviations(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shown = write_seeds(runs, tmp_path)
-    each = [report.score(report.read_run(folder)[1]) for folder in runs]
+    each = [score(report.read_run(folder)[1]) for folder in runs]
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == SIX
     for row, first, second in zip(results["scores"], *each, strict=True):
@@ -373,7 +377,7 @@ def some_network() -> nn.Module:
 
 
 def test_observed_statistics_are_those_the_posterior_is_fitted_to() -> None:
-    images, model = data.load("digits:0-4", "train").take(torch.arange(70)), some_network()
+    images, model = named.load("digits:0-4", "train").take(torch.arange(70)), some_network()
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
     observed = goodness.observe(model, images, 16, seed=5)
@@ -389,7 +393,7 @@ def test_observed_statistics_are_those_the_posterior_is_fitted_to() -> None:
 
 
 def test_distances_are_those_of_kolmogorov_and_smirnov_averaged_over_channels() -> None:
-    images, model = data.load("digits:0-4", "train").take(torch.arange(90)), some_network()
+    images, model = named.load("digits:0-4", "train").take(torch.arange(90)), some_network()
     observed = goodness.observe(model, images, 3)
     order = torch.randperm(90, generator=seeded(0))
     posterior = fit_factorized(model, [images.pixels[order].float() / 255], 3)

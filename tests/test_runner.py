@@ -20,12 +20,13 @@ from torch import Tensor, nn
 import stochbn
 from conftest import fit_factorized, seeded
 from stochbn.files import read_tensors
-from stochbn.paper import checkpoints, data, runner
-from stochbn.paper.data import Images
-from stochbn.paper.networks import build
+from stochbn.paper import runner
 from stochbn.paper.recipes import DEMOS, PRESETS, Member, Recipe
 from stochbn.paper.runner import DRAWS, PREDICTIONS, fit_posterior, predict_all, predict_member, run
 from stochbn.paper.training import augmented
+from stochbn.sources import checkpoints, named
+from stochbn.sources.architectures import build
+from stochbn.sources.named import Images
 
 TINY = Recipe(
     "lenet5",
@@ -161,7 +162,7 @@ def lenet(dropout: float = 0.0) -> nn.Module:
 
 
 def part(source: str, split: str, n: int) -> Images:
-    return data.load(source, split).take(torch.arange(n))
+    return named.load(source, split).take(torch.arange(n))
 
 
 def test_a_posterior_is_fitted_to_all_images_in_the_order_of_the_seed() -> None:
@@ -193,7 +194,7 @@ def test_masks_of_dropout_come_from_the_seed_when_a_posterior_is_fitted() -> Non
 
 
 def test_a_data_set_is_predicted_in_its_order_batch_by_batch() -> None:
-    images = data.load("digits:0-4", "test").take(torch.arange(260))
+    images = named.load("digits:0-4", "test").take(torch.arange(260))
     calls: list[tuple[int, int]] = []
     found = predict_all(stochbn.Predictive(lenet()), images, report=lambda *call: calls.append(call))
     with torch.no_grad():
@@ -302,7 +303,7 @@ def test_posteriors_are_fitted_on_augmented_images_if_the_recipe_says_so(
     home = folder / "plain-0"
     model = checkpoints.load(home / "network.safetensors").model
     seed = TINY.schedule(Member("plain", 0)).seed
-    train = data.load("digits:0-4", "train").shuffled(0).take(torch.arange(48))
+    train = named.load("digits:0-4", "train").shuffled(0).take(torch.arange(48))
     fitted = stochbn.load(home / "network.sbn.safetensors")
     again = fit_posterior(model, augmented(train, seed), 16, seed).draw(2, seeded())
     for name, value in fitted.draw(2, seeded()).items():
@@ -360,7 +361,7 @@ def test_members_differ(finished: tuple[Path, Any]) -> None:
 def test_a_members_predictions_are_those_of_its_network_on_the_test_images(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     about = json.loads((folder / "run.json").read_text())
-    test = data.load("digits:0-4", "test")
+    test = named.load("digits:0-4", "test")
     chosen = test.take(torch.randperm(len(test), generator=seeded(0))[:30])
     assert about["data"]["known"]["sha256"] == chosen.fingerprint
     assert predictions(folder)["plain-1"]["labels"].equal(chosen.labels)
@@ -510,7 +511,7 @@ def test_a_run_without_dropout_and_unknown_data_has_only_the_rest(tmp_path: Path
 def test_choices_can_be_made_on_a_part_of_the_training_images(tmp_path: Path) -> None:
     recipe = replace(TINY, dropout=None, unknown=None, members=1, epochs=1, train_images=None, test_images=None)
     recipe = replace(recipe, data="digits:0-1", held_out=0.2, draws=1)
-    whole = len(data.load("digits:0-1", "train"))
+    whole = len(named.load("digits:0-1", "train"))
     entries = {}
     for evaluate_on in ("test", "held-out"):
         run(replace(recipe, evaluate_on=evaluate_on), tmp_path / evaluate_on)
@@ -518,7 +519,7 @@ def test_choices_can_be_made_on_a_part_of_the_training_images(tmp_path: Path) ->
         assert entries[evaluate_on]["held-out"]["images"] == round(0.2 * whole)
         assert entries[evaluate_on]["train"]["images"] == whole - round(0.2 * whole)
     assert entries["held-out"]["known"] == entries["held-out"]["held-out"]
-    assert entries["test"]["known"]["sha256"] == data.load("digits:0-1", "test").fingerprint
+    assert entries["test"]["known"]["sha256"] == named.load("digits:0-1", "test").fingerprint
 
 
 # ---------------------------------------------------------------- what is refused
@@ -551,7 +552,7 @@ def folder_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("01"))})
     for split in ("train", "test"):
-        images = data.load("digits:0-1", split).take(torch.arange(32))
+        images = named.load("digits:0-1", split).take(torch.arange(32))
         rows = {"image": list(images.pixels[:, 0].numpy()), "label": images.labels.tolist()}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
     return folder
@@ -585,7 +586,7 @@ def test_a_run_whose_files_could_not_be_written_is_refused_before_data_is_loaded
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(named, "load", load)
     (tmp_path / "run.json").write_text("{}")
     if taken == "plain-0":
         (tmp_path / taken).write_text("precious")
@@ -612,7 +613,7 @@ def test_an_empty_folder_and_a_missing_one_with_missing_parents_are_used(tmp_pat
 
 
 def test_unknown_data_and_zero_jobs_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="unknown data set 'minst'"):
+    with pytest.raises(named.DataError, match="unknown data set 'minst'"):
         run(replace(TINY, unknown="minst"), tmp_path / "run")
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run(TINY, tmp_path / "run", jobs=0)

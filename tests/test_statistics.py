@@ -29,7 +29,8 @@ from conftest import (
 )
 from stochbn.network.calling import NetworkInput, network_input
 from stochbn.network.replica import Network
-from stochbn.statistics import Moments, Observer, mini_batches
+from stochbn.posteriors.moments import Moments
+from stochbn.statistics import Observer, mini_batches
 
 
 def observer(model: nn.Module, evaluation: str | None = None) -> Observer:

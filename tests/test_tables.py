@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from stochbn.paper.tables import PUBLISHED, PUBLISHED_DATA, Table, accuracy, changes, out_of_domain
+from stochbn.paper.published import PUBLISHED, PUBLISHED_DATA, published
+from stochbn.report.tables import Table, accuracy, changes, out_of_domain
 
 
 def score(method: str, sbn: bool, members: int = 1, **changes: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_methods_without_a_posterior_have_dashes() -> None:
 @pytest.mark.parametrize("network", sorted(PUBLISHED))
 def test_published_numbers_stand_in_brackets_behind_the_measured_ones(network: str) -> None:
     scores = [score(method, sbn) for method in PUBLISHED[network] for sbn in (False, True)]
-    table = accuracy(scores, "x", network)
+    table = accuracy(scores, "x", published(network, PUBLISHED_DATA[network]))
     assert "published" in table.title
     for row, numbers in zip(table.rows, PUBLISHED[network].values(), strict=True):
         for cells, (key, digits) in zip((row[1:3], row[3:5]), (("error", 2), ("nll", 3)), strict=True):
@@ -56,12 +57,13 @@ def test_published_numbers_stand_in_brackets_behind_the_measured_ones(network: s
                 if theirs is not None:
                     assert f" ({theirs:.{digits}f}" in cell
         assert not any("(" in cell for cell in row[5:])
-    assert network in PUBLISHED_DATA
+    assert published(network, "digits") is None
 
 
 def test_what_the_published_notebook_printed_stands_beside_the_published_table() -> None:
     scores = [score(method, sbn) for method in PUBLISHED["lenet5"] for sbn in (False, True)]
-    rows = {row[0]: row for row in accuracy(scores, "mnist (test)", "lenet5").rows}
+    table = accuracy(scores, "mnist (test)", published("lenet5", "mnist"))
+    rows = {row[0]: row for row in table.rows}
     assert [row[4] for row in rows.values()] == [
         "0.0568 (0.025; 0.0286)", "0.0568 (0.015; 0.0150)", "0.0568 (0.014; 0.0145)",
     ]  # fmt: skip

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from stochbn.paper import networks
-from stochbn.paper.data import Images
 from stochbn.paper.together import train_together
 from stochbn.paper.training import Schedule, read_log, store, train
+from stochbn.sources import architectures
+from stochbn.sources.named import Images
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def images(count: int = 70) -> Images:
 
 
 def builds(count: int) -> list[functools.partial[nn.Module]]:
-    return [functools.partial(networks.build, "lenet5", classes=2, size=16)] * count
+    return [functools.partial(architectures.build, "lenet5", classes=2, size=16)] * count
 
 
 SCHEDULES = [Schedule(epochs=3, seed=seed, decay=decay) for seed, decay in ((0, "epoch"), (1, "step"))]

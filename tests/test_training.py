@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import seeded
-from stochbn.paper import data
-from stochbn.paper.data import Images, load
-from stochbn.paper.networks import build
-from stochbn.paper.training import Schedule, augmented, read_log, train
+from stochbn.paper.training import Schedule, augment, augmented, read_log, train
+from stochbn.sources.architectures import build
+from stochbn.sources.named import Images, load
 
 
 class StopHereError(Exception):
@@ -146,12 +145,12 @@ def test_an_epoch_sees_every_image_at_most_once_in_full_mini_batches_in_an_order
 def test_images_are_shown_as_they_are_or_augmented() -> None:
     images = few(8)
     shown = {tuple(p.flatten().tolist()) for p in images.pixels}
-    for augment in (False, True):
+    for changed in (False, True):
         seen: list[Tensor] = []
-        train(functools.partial(Double, seen), images, Schedule(4, 8, augment=augment))
+        train(functools.partial(Double, seen), images, Schedule(4, 8, augment=changed))
         assert len(seen) == 4
         found = {tuple((255 * p).round().int().flatten().tolist()) for x in seen for p in x}
-        assert (found == shown) == (not augment)
+        assert (found == shown) == (not changed)
 
 
 def test_the_report_ends_at_the_last_step_and_the_loss_falls() -> None:
@@ -219,7 +218,7 @@ def test_all_images_are_augmented_once_by_the_seed_alone() -> None:
     changed = (first.pixels != pixels).flatten(1).any(1)
     assert changed.double().mean() > 0.95
     torch.manual_seed(4)
-    assert first.pixels[:1000].equal(data.augment(pixels[:1000]))
+    assert first.pixels[:1000].equal(augment(pixels[:1000]))
 
 
 # ---------------------------------------------------------------- the learning rate

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from stochbn.execution import Settings
     from stochbn.fitting import fit
     from stochbn.policy import choose_augmentation
-    from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, load
+    from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, from_pretrained, load
     from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
     from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
-    from stochbn.sharing import from_pretrained
     from stochbn.shift import adapt
 
 __all__ = [
@@ -62,10 +61,9 @@ _HOMES = {
     "stochbn.execution": ("Settings",),
     "stochbn.fitting": ("fit",),
     "stochbn.policy": ("choose_augmentation",),
-    "stochbn.posteriors": ("Empirical", "Factorized", "FactorizedLog", "Joint", "Posterior", "load"),
+    "stochbn.posteriors": ("Empirical", "Factorized", "FactorizedLog", "Joint", "Posterior", "from_pretrained", "load"),
     "stochbn.predictions": ("Estimate", "MultilabelPrediction", "Prediction"),
     "stochbn.predictive": ("Ensemble", "Exact", "MCDropout", "Predictive", "snapshots"),
-    "stochbn.sharing": ("from_pretrained",),
     "stochbn.shift": ("adapt",),
 }
 """The modules that public names are from. They are imported at first use: the command line's help needs none."""

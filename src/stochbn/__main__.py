@@ -14,7 +14,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "stochbn":
             raise
-        sys.exit(f"the stochbn command needs {error.name}, which is not installed: pip install 'stochbn[paper]'")
+        sys.exit(f"the stochbn command needs {error.name}, which is not installed: pip install 'stochbn[cli]'")
     except KeyboardInterrupt:  # before the command line, which has its own way to stop, was there
         sys.exit(130)
 

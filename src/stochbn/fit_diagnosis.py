@@ -26,7 +26,8 @@ from stochbn.network.layers import batch_norms, listed, running_statistics
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.base import BEGUN, BROKEN
-from stochbn.statistics import Moments, observing
+from stochbn.posteriors.moments import Moments
+from stochbn.statistics import observing
 from stochbn.undisturbed import undisturbed, without_gradients
 
 __all__ = ["Diagnosis", "Difference"]

@@ -15,7 +15,7 @@ from stochbn.files import write_bytes
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
 
-__all__ = ["FILE", "card", "from_pretrained", "push_to_hub"]
+__all__ = ["FILE", "card", "download", "push_to_hub"]
 
 FILE = "posterior.sbn.safetensors"
 """What a posterior is called in its repository or folder."""
@@ -48,29 +48,13 @@ def push_to_hub(
     return str(found)
 
 
-def from_pretrained(
-    repository: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> Posterior:
-    """Load a posterior from the Hugging Face Hub or a local folder; nothing in it is executed.
-
-    Args:
-        repository: ``owner/name`` on the Hub, or a folder with a posterior named ``posterior.sbn.safetensors``. A
-            folder that exists comes first.
-        revision: a branch, tag or commit of the repository.
-        token: for private repositories; None takes the one that ``hf auth login`` has stored.
-
-    Raises:
-        ImportError: the posterior is on the Hub, and huggingface_hub is not installed.
-        FileNotFoundError: there is no such folder or repository, or no posterior in it, or no connection.
-        ValueError: the file is not a usable posterior; the message says why.
-    """
-    from stochbn.posteriors import load
-
+def download(repository: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+    """The file of a posterior of a folder, or of a repository on the Hub; see `stochbn.from_pretrained`."""
     folder = Path(repository)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{str(folder)!r} is a local folder, which has no revision {revision!r:.60}; leave it out")
-        return load(folder / FILE)
+        return folder / FILE
     name = os.fspath(repository)
     hub = _hub()
     try:
@@ -83,7 +67,7 @@ def from_pretrained(
             f"there is no folder {name!r}, and {FILE!r} of that repository cannot be had from the Hugging Face Hub "
             f"({type(error).__name__}: {reason:.200})"
         ) from error
-    return load(path)
+    return Path(path)
 
 
 def card(

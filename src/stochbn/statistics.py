@@ -1,4 +1,4 @@
-"""Observing the statistics that batch-norm layers see, mini-batch by mini-batch, and their moments."""
+"""Observing the statistics that batch-norm layers see, mini-batch by mini-batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,47 +20,11 @@ from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Network, Replica
 from stochbn.undisturbed import scope, without_gradients
 
-__all__ = ["Moments", "NoBatchesError", "Observer", "mini_batches", "observing"]
+__all__ = ["NoBatchesError", "Observer", "mini_batches", "observing"]
 
 
 class NoBatchesError(ValueError):
     """There was no mini-batch to observe."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The number of observations, their mean and their sum of squared deviations from it, in float64."""
-
-    count: int
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def of(cls, observations: Tensor) -> Moments:
-        """The moments over the first axis of ``[n, ...]``."""
-        observations = observations.double()
-        mean = observations.sum(0) / max(len(observations), 1)
-        return cls(len(observations), mean, (observations - mean).square().sum(0))
-
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of observations together.
-
-        The parallel update of Chan, Golub and LeVeque (1983): it serves to add a mini-batch and to join processes.
-        """
-        count = self.count + other.count
-        if not count:
-            return self
-        delta = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + delta * (other.count / count),
-            self.squares + other.squares + delta.square() * (self.count * other.count / count),
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        """The unbiased variance of the observations; 0 for a single one."""
-        return self.squares / max(self.count - 1, 1)
 
 
 def mini_batches(

@@ -16,13 +16,12 @@ from stochbn.cli.adapting import adapt
 from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
 from stochbn.cli.covering import conformal
 from stochbn.cli.evaluating import evaluate
-from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce
+from stochbn.cli.experiments import ablate, augment, compare, demo, redraw, report, reproduce, train
 from stochbn.cli.exporting import export
 from stochbn.cli.fitting import calibrate, fit
 from stochbn.cli.job import check_command, speaks_of
 from stochbn.cli.measuring import bench, diagnose
 from stochbn.cli.predicting import predict
-from stochbn.cli.training import train
 
 __all__ = ["app", "main"]
 
@@ -98,6 +97,6 @@ def main() -> None:
 def _mendable(error: Exception) -> bool:
     """Whether an error is one that a user can mend. Its classes need torch, so they are imported where there is one."""
     from stochbn.distributed import RanksError
-    from stochbn.paper import ExperimentError
+    from stochbn.processes import ProcessError
 
-    return isinstance(error, (ExperimentError, OSError, RanksError, ValueError))
+    return isinstance(error, (OSError, ProcessError, RanksError, ValueError))

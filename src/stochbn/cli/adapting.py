@@ -97,7 +97,7 @@ def _write_network(given: Given, model: nn.Module, path: Path) -> None:
     from stochbn.files import write_bytes
 
     if given.networks:
-        from stochbn.paper import checkpoints
+        from stochbn.sources import checkpoints
 
         checkpoints.save(path, replace(checkpoints.load(given.networks[0]), model=model))
         return

@@ -26,7 +26,7 @@ from rich.text import Text
 from stochbn.texts import visible
 
 if TYPE_CHECKING:
-    from stochbn.paper.tables import Table
+    from stochbn.report.tables import Table
 
 __all__ = [
     "complain",

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stochbn.distributed import Ranks
-    from stochbn.paper.report import Method
-    from stochbn.paper.tables import Table
+    from stochbn.evaluation.methods import Method
     from stochbn.posteriors import Posterior
     from stochbn.posteriors.thresholds import Thresholds
+    from stochbn.report.tables import Table
 
 __all__ = ["evaluate"]
 
@@ -76,20 +76,20 @@ def evaluate(
     of their own and no page; labels that are no single numbers come as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
+    from stochbn.evaluation.methods import methods, score
+    from stochbn.evaluation.predicting import has_dropout, predict_member
     from stochbn.metrics.classification import torchmetrics_classification
-    from stochbn.paper import report
-    from stochbn.paper.folders import RESULTS
-    from stochbn.paper.predicting import has_dropout, predict_member
     from stochbn.posteriors.thresholds import compare_draws
     from stochbn.report.facts import facts
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
+    from stochbn.report.results import FILES, tabulate, write
     from stochbn.report.words import made_worse
 
     torchmetrics_classification()  # if it is missing, that is told before the work; and no rank waits for it at the end
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
-        check_folder(folder, *RESULTS)
+        check_folder(folder, *FILES)
     if report_file is not None and report_file.parent == folder:  # which may yet have to be made
         check_folder(folder, report_file.name)
     elif report_file is not None:
@@ -146,7 +146,7 @@ def evaluate(
                 predictions[dropout].append(joined)
     if ranks.rank:
         return
-    found = report.methods(predictions[False], predictions[True])
+    found = methods(predictions[False], predictions[True])
     outputs = (predictions[False] + predictions[True])[0]["plain.known"].shape[1]
     if 0 < len(known.classes) < outputs and not subjects[0].classes:
         warnings.warn(
@@ -160,18 +160,18 @@ def evaluate(
     networks = list(map(str, given.networks)) if given.networks else [given.model]
     about: dict[str, Any] = {"networks": networks, "posteriors": [p and _described(p) for p in fitted]}
     about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed, "augment": augment}
-    scores = report.score(found)
+    scores = score(found)
     names_of = subjects[0].classes or known.classes
     covered = None
     if len(subjects) == 1 and fitted[0] is not None and fitted[0].thresholds is not None:
         compare_draws(fitted[0], draws, augment)
         about["sets"], covered = _covered(fitted[0].thresholds, found, names_of)
     if folder is None:
-        shown = report.tabulate(scores, *names)
+        shown = tabulate(scores, *names)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"trained on {subjects[0].data}, tested on {ood}" if subjects[0].data else f"tested on {ood}"
-        shown = report.write(folder, about, found, *names, title, scores=scores)
+        shown = write(folder, about, found, *names, title, scores=scores)
     if covered is not None:
         shown = [*shown, covered]
     show(shown)
@@ -265,7 +265,7 @@ class _Share:
     """
 
     def __init__(self, whole: Any, ranks: Ranks) -> None:
-        from stochbn.paper.predicting import PREDICT_BATCH
+        from stochbn.evaluation.predicting import PREDICT_BATCH
 
         self.objects, self._ranks = whole, ranks
         if ranks.count == 1:

@@ -22,8 +22,8 @@ from stochbn.files import check_file
 
 if TYPE_CHECKING:
     from stochbn.calibration_report import Choice
-    from stochbn.paper.tables import Table
     from stochbn.posteriors import Posterior
+    from stochbn.report.tables import Table
 
 __all__ = ["calibrate", "fit"]
 
@@ -81,7 +81,7 @@ def fit(
     later commands hold to it. They take columns by their names, in this order.
     """
     from stochbn.augment import named
-    from stochbn.paper.fitting import fit_posterior
+    from stochbn.evaluation.fitting import fit_posterior
 
     changes = named(augment) if augment is not None else None
     beside = given.networks[0] if given.networks else given.weights
@@ -263,7 +263,7 @@ def _shown(subject: Subject, augment: str | None) -> str:
 def _table(choice: Choice, ends: bool) -> Table:
     """How the options compare that there were to choose from; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
-    from stochbn.paper.tables import Table
+    from stochbn.report.tables import Table
 
     lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}

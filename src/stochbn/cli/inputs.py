@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from stochbn.cli.console import follow, progress_bars
 
 if TYPE_CHECKING:  # the experiments are imported by the commands that use them
-    from stochbn.paper.checkpoints import Checkpoint
-    from stochbn.paper.data import Images
+    from stochbn.sources.checkpoints import Checkpoint
+    from stochbn.sources.named import Images
 
 __all__ = ["check_images", "default_posterior", "load_images"]
 
 
 def load_images(source: str, split: str) -> Images:
     """Load data with a progress bar."""
-    from stochbn.paper.data import load
+    from stochbn.sources.named import load
 
     with progress_bars() as bars:
         return load(source, split, follow(bars, f"loading {source} ({split})"))

@@ -60,7 +60,7 @@ def bench(
 def _bench_own(subject: Subject, asked: _Measurement) -> None:
     """Measure a user's own network."""
     from stochbn.files import write_json
-    from stochbn.paper import own_cost
+    from stochbn.measuring import own_cost
 
     if subject.settings.get("task", "classification") not in ("classification", "binary", "multilabel"):
         raise ValueError("bench measures how accurate probabilities are: it takes --task classification, binary or "
@@ -94,7 +94,8 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
 
 def _bench_trained(networks: Sequence[Path], asked: _Measurement) -> None:
     """Measure networks of the experiments."""
-    from stochbn.paper import checkpoints, cost
+    from stochbn.measuring import cost
+    from stochbn.sources import checkpoints
 
     for network in networks:
         checkpoint = checkpoints.load(network)
@@ -147,7 +148,7 @@ def diagnose(
 
     It fits if each statistic is Normal or LogNormal, and if those of one mini-batch are independent of each other.
     """
-    from stochbn.paper import figures, goodness, tables
+    from stochbn.measuring import drawing, goodness
 
     if folder is not None:
         check_folder(folder, "diagnosis.md", "diagnosis.png", "diagnosis.svg")
@@ -165,10 +166,10 @@ def diagnose(
         }
     diagnosis = goodness.diagnose(observed)
     title = f"{subject.name}: statistics of mini-batches of {batch_size} of {data or subject.data}"
-    shown = [tables.diagnosis(title, diagnosis)]
+    shown = [drawing.diagnosis(title, diagnosis)]
     for size, other in others.items():
         ratios = goodness.rescaling(observed, batch_size, other, size)
-        shown.append(tables.rescaling(f"Mini-batches of {size}: observed over rescaled from {batch_size}", ratios))
+        shown.append(drawing.rescaling(f"Mini-batches of {size}: observed over rescaled from {batch_size}", ratios))
     show(shown)
     advice = [f"- {sentence}" for sentence in diagnosis.advice]
     say("\n".join(advice))
@@ -176,6 +177,6 @@ def diagnose(
         text = "\n\n".join([*(table.markdown() for table in shown), "\n".join(advice)])
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / "diagnosis.md", f"{text}\n".encode())
-        figures.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
+        drawing.save_diagnosis(folder / "diagnosis", diagnosis, title=title)
         say(f"Tables and figure are in {folder}.", folder)
     say(f"Next: {command('fit', given, kind=diagnosis.kind, data=data, batch_size=batch_size)}")

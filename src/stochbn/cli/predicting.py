@@ -75,6 +75,14 @@ def predict(
         str, typer.Option(help="local, or ray: Parquet files on the workers of a Ray cluster, or here.")
     ] = "local",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Workers of --engine ray.")] = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the network first, which takes 5 to 100 seconds; for jobs of many minutes. On a CPU it needs "
+            "a C++ compiler, and is used where passes are not in bfloat16, which is as fast.",
+        ),
+    ] = False,
 ) -> None:
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
@@ -89,9 +97,9 @@ def predict(
     from stochbn.augment import named
     from stochbn.deploy.engine import check_ray, ray_engine
     from stochbn.files import check_folder
-    from stochbn.paper.tables import Table
     from stochbn.posteriors.thresholds import compare_draws
     from stochbn.predictive import Predictive
+    from stochbn.report.tables import Table
     from stochbn.scoring import check_table, part_size, score
     from stochbn.sources import ParquetObjects, stored
 
@@ -102,6 +110,8 @@ def predict(
             "--adapt is for --engine local, as each worker of Ray loads the posterior from its file: run 'stochbn "
             "adapt' first, and name its file with --posterior"
         )
+    if compiled and engine == "ray":
+        raise ValueError("--compile is for --engine local; leave one of them out")
     if workers > 1 and engine != "ray":
         raise ValueError(f"--workers {workers} needs --engine ray")
     changes = named(augment) if augment is not None else None
@@ -123,7 +133,9 @@ def predict(
         elif engine == "local":
             reading = compared(subject, fitted, stream, batch, seed)
         compare_draws(fitted, draws, augment)
-        predictive = Predictive(subject.model, fitted, draws, tolerance=tolerance, augment=changes, **subject.settings)
+        predictive = Predictive(
+            subject.model, fitted, draws, tolerance=tolerance, augment=changes, compile=compiled, **subject.settings
+        )
         chosen: dict[str, Any] = {"draws": draws, "tolerance": tolerance, "augment": augment}
         read = {field.name: str(getattr(given, field.name)) for field in fields(given)}
         read |= {"masks": str(masks), "adapt": str(adapt)}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from stochbn.cli.subject import Subject
 
 if TYPE_CHECKING:
-    from stochbn.paper.data import Images
     from stochbn.sources import Chunk, Stream
+    from stochbn.sources.named import Images
 
 __all__ = ["sampled", "share", "stream_of"]
 

@@ -20,9 +20,9 @@ from stochbn.cli.own_data import OwnData
 if TYPE_CHECKING:
     from torch import nn
 
-    from stochbn.paper.data import Images
     from stochbn.posteriors import Posterior
     from stochbn.sources import LoaderObjects, ParquetObjects, RowObjects
+    from stochbn.sources.named import Images
 
 __all__ = ["ANEW", "HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of"]
 
@@ -206,7 +206,7 @@ class Subject:
 
     @classmethod
     def _trained(cls, given: Given, network: Path) -> Subject:
-        from stochbn.paper import checkpoints
+        from stochbn.sources import checkpoints
 
         checkpoint = checkpoints.load(network)
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from stochbn.augment import Augment
     from stochbn.cli.subject import Subject
     from stochbn.distributed import Ranks
-    from stochbn.paper.tables import Table
     from stochbn.posteriors import Posterior
+    from stochbn.report.tables import Table
 
 __all__ = ["Scored", "score_tasks", "tabulate"]
 
@@ -78,7 +78,7 @@ def score_tasks(
     import torch
 
     from stochbn import Predictive
-    from stochbn.paper.tables import FEW_OBJECTS
+    from stochbn.report.tables import FEW_OBJECTS
 
     methods: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
     if posterior is not None:
@@ -126,7 +126,7 @@ def _standard_error(values: Tensor) -> float:
 
 def tabulate(scored: Scored, name: str) -> list[Table]:
     """The scores of data of a name, and what SBN changes."""
-    from stochbn.paper.tables import Table
+    from stochbn.report.tables import Table
 
     columns = COLUMNS[scored.sort]
     known = "nll" if scored.loss == "NLL" else "rmse"

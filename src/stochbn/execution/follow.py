@@ -38,6 +38,8 @@ class Followed:
         random: whether a pass draws random numbers, or may where its code goes by values.
         sizes: for which numbers of objects this holds.
         stateful: whether a pass changes buffers or attributes.
+        caches: whether it only keeps tensors there that later passes use, and that depend on parameters and buffers
+            alone.
         state: names of parameters that a pass writes to, or all where another pass may write to others.
         reads_layout: whether Python code looks at the memory layout of tensors.
         irregular: why draws cannot share a pass; empty if every batch norm has the objects on the first axis.
@@ -54,6 +56,7 @@ class Followed:
     random: bool = False
     sizes: Sizes = field(default_factory=lambda: Sizes(0))
     stateful: bool = False
+    caches: bool = False
     state: frozenset[str] = frozenset()
     reads_layout: bool = False
     irregular: str = ""
@@ -82,6 +85,7 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
     replica.modes(training)
     follower = Follower(replica, 1, _storages(network.model))
     replica.mark()
+    watch = Watch(replica, follower)
     copies = inputs.map(Tensor.clone)
     for tensor in copies.tensors():
         follower.set(tensor, Flow(mixed="it is the input"))
@@ -90,11 +94,15 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
             replica.model(*copies.args, **copies.kwargs)
     except OfTheOriginal:
         return Followed(in_place=_CLOSURE, random=True)
-    changed = replica.changed()
+    finally:
+        watch.remove()
+    state = _state(network.model, replica.model, follower)
+    caches = not state and watch.caches(watch.changed())
     return Followed(
         random=follower.random or follower.branches,
-        stateful=changed,
-        state=_state(network.model, replica.model, follower),
+        stateful=replica.changed() and not caches,
+        caches=caches,
+        state=state,
     )
 
 
@@ -142,11 +150,13 @@ def follow(
         dependent = dependent or "it has scripted code, whose conclusions from sizes cannot be seen"
     changed = watch.changed()
     written = _written(network.model, replica.model)
+    caches = not written and watch.caches(changed)
     return Followed(
         dependent=dependent,
         random=follower.random or follower.branches,
         sizes=follower.sizes,
-        stateful=bool(changed) or bool(written),
+        stateful=(bool(changed) and not caches) or bool(written),
+        caches=caches,
         state=_state(network.model, replica.model, follower),
         reads_layout=follower.reads_layout,
         irregular=follower.irregular or watch.irregular,

@@ -13,6 +13,7 @@ from torch import Tensor
 from stochbn.augment import Augment
 from stochbn.execution.follow import Followed
 from stochbn.execution.watch import Unit
+from stochbn.execution.ways import compiled
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
@@ -23,7 +24,7 @@ __all__ = ["WAYS", "Call", "Draw", "Plan", "Settings", "Verdict", "make_plan"]
 Draw = Mapping[str, Tensor]
 """Drawn statistics: buffers ``[C]`` by their names."""
 
-WAYS = ("pieces", "prefix", "stacked", "channels_last", "bfloat16")
+WAYS = ("pieces", "prefix", "stacked", "channels_last", "bfloat16", "compiled")
 """The faster ways of making passes, by the names of their modules."""
 
 
@@ -32,7 +33,7 @@ class Settings:
     """What passes may do, and the sizes that their ways go by. The defaults serve all but measurements and tests.
 
     >>> sorted(Settings().ways)
-    ['bfloat16', 'channels_last', 'pieces', 'prefix', 'stacked']
+    ['bfloat16', 'channels_last', 'compiled', 'pieces', 'prefix', 'stacked']
     >>> Settings(ways=frozenset()).ways  # passes of one draw of all objects, in the network's own type
     frozenset()
 
@@ -81,6 +82,7 @@ class Call:
         posterior: what draws are from, as far as verdicts depend on it.
         sample: gives some draws to try ways with, the same every time.
         exact: no way may round more than float32 does.
+        compile: whether the network may be compiled, which takes some seconds to minutes.
         averaged: how many independent draws the mean over draws is to be worth.
         temperature: what logits are divided by.
         augment: a random change of the inputs, another one in every draw.
@@ -96,6 +98,7 @@ class Call:
     posterior: Posterior | None = None
     sample: Callable[[int], Sequence[Draw]] = lambda count: [{}] * count
     exact: bool = True
+    compile: bool = False
     averaged: int = 50
     temperature: float = 1.0
     augment: Augment | None = None
@@ -174,13 +177,19 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
         refused: why ways are not for this call, by their names.
     """
     followed = verdict.followed
-    refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **refused, **verdict.refused}
+    given = refused
+    refused = {**{way: "it is switched off" for way in WAYS if way not in settings.ways}, **given, **verdict.refused}
     if followed.dependent or followed.in_place:
         in_place = f"passes run on the network itself, as {followed.in_place}" if followed.in_place else ""
         together = in_place or followed.dependent
         stays = dict.fromkeys(WAYS, f"objects stay together: {together}")
         return Plan(together=together, random=followed.random, refused=stays)
     least, most = followed.sizes.low, followed.sizes.high
+    if "bfloat16" not in refused:
+        refused.setdefault("compiled", "it is no faster than bfloat16")
+    if "compiled" not in refused:
+        least = max(least, compiled.LEAST)
+        refused |= dict.fromkeys(("prefix", "stacked"), "the network is compiled as a whole")
     if least > max(settings.rows, objects // 4):
         together = f"what the network does depends on the number of objects, {least} or more being otherwise than fewer"
         return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
@@ -202,7 +211,7 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     exact = None
     if "bfloat16" in ways:
         ways -= {"channels_last"}  # whose weights are those of bfloat16
-        without = {**refused, "bfloat16": "rounding is not small beside the noise of the draws"}
+        without = {**given, "bfloat16": "rounding is not small beside the noise of the draws"}
         exact = make_plan(verdict, objects, settings, cpu=cpu, refused=without)
     return Plan(
         ways=ways | ({"stacked"} if rows else set()),  # fewer objects are left later on

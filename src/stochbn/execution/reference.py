@@ -20,4 +20,4 @@ def reference(replica: Replica, draw: Mapping[str, Tensor], inputs: NetworkInput
         RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
     """
     replica.statistics(draw)
-    return task.raw(inputs.call(replica.model))
+    return task.raw(inputs.call(replica.model, replica.through))

@@ -16,6 +16,7 @@ from stochbn.execution.plan import Call, Draw, Plan
 from stochbn.execution.reference import reference
 from stochbn.execution.ways import bfloat16
 from stochbn.execution.ways.channels_last import channels_last_weights
+from stochbn.execution.ways.compiled import Compiled
 from stochbn.execution.ways.pieces import pieces
 from stochbn.execution.ways.prefix import PrefixCache
 from stochbn.execution.ways.stacked import Stack
@@ -25,9 +26,7 @@ from stochbn.network.replica import Network, Replica
 __all__ = ["NetworkChangedError", "Passes"]
 
 EARLY = 2
-"""Draws that tell whether rounding matters by far."""
-
-
+"""Draws that tell whether rounding matters."""
 PROBED = 4
 """Objects whose first draw is made again in the slow way."""
 
@@ -85,6 +84,11 @@ class Passes:
         """Bring a replica into the state that passes need."""
         self._replica, plan = replica, self.plan
         replica.modes(self._call.training)
+        if "compiled" in plan.ways:
+            replica.compiled = replica.compiled or Compiled(replica.model)
+            replica.through = replica.compiled
+        if self._network.known.caches and not self._network.known.in_place:
+            self._warm_up()
         replica.mark()
         if self._weights is None:  # copies of the weights as they are at this call
             low = functools.partial(bfloat16.low_weights, head=plan.head)
@@ -100,11 +104,20 @@ class Passes:
         if self._cache is not None:
             self._cache.install(replica)
 
+    def _warm_up(self) -> None:
+        """Have a pass fill the caches of a fresh replica, which serves this call alone: they go by its parameters."""
+        self._replica.usable = False
+        if not self._replica.warm:
+            few = self._inputs.take(slice(0, self.plan.least)) if self._inputs.divisible else self._inputs
+            with Masks(0):
+                reference(self._replica, {}, few, self._call.task)
+            self._replica.warm = True
+
     def _uninstall(self) -> None:
         for mechanism in (self._cache, self._stack, self._head):
             if mechanism is not None:
                 mechanism.remove()
-        self._stack = self._head = None
+        self._stack = self._head = self._replica.through = None
         self._replica.restore()
 
     def close(self) -> None:
@@ -294,7 +307,7 @@ class Passes:
     def _rounded(self, draws: Sequence[Draw]) -> Tensor | None:
         """The first draws, with rounding; None where it matters, or cannot be told.
 
-        Two draws tell whether it matters by far; where passes are made one by one, that is asked first.
+        Where passes are made one by one, two draws tell, so that few are made in vain.
         """
         probe = bfloat16.probe_objects(self._objects, len(draws))
         if probe is None:
@@ -304,16 +317,10 @@ class Passes:
         raw = self._slowly(draws[0], probe)
         self._known = probe, raw
         full = self._call.task.values(raw[None], self._call.temperature)[0][0]
-        if self._matters(values, full, probe, far=early < len(draws)):
+        low = self._call.task.values(values, self._call.temperature)[0]
+        if bfloat16.matters(low, full, probe, self._call.averaged):
             return None
-        if early == len(draws):
-            return values
-        values = torch.cat([values, self.attempt(draws[early:], early)])
-        return None if self._matters(values, full, probe) else values
-
-    def _matters(self, values: Tensor, full: Tensor, probe: Tensor, far: bool = False) -> bool:
-        low = self._call.task.values(values[:, probe], self._call.temperature)[0]
-        return bfloat16.matters(low[0], full, low, self._call.averaged, far)
+        return torch.cat([values, self.attempt(draws[early:], early)]) if early < len(draws) else values
 
     def _slowly(self, draw: Draw, objects: Tensor) -> Tensor:
         """The raw values of some objects under a draw, in the slow way."""

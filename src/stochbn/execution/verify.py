@@ -15,13 +15,16 @@ import torch
 from stochbn.execution.follow import Followed, follow, guarded
 from stochbn.execution.plan import WAYS, Call, Plan, Verdict, make_plan
 from stochbn.execution.run import NetworkChangedError, Passes
-from stochbn.execution.ways import bfloat16, channels_last, prefix, stacked
+from stochbn.execution.ways import bfloat16, channels_last, compiled, prefix, stacked
 from stochbn.network.calling import NetworkInput
 from stochbn.network.knowledge import Knowledge
 from stochbn.network.replica import Network
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["examine", "guard"]
+
+UNTRIED = ("bfloat16", "compiled")
+"""Ways that are tried in a call alone: the one is checked there, the other takes long."""
 
 
 @without_gradients
@@ -56,6 +59,7 @@ def _note(known: Knowledge, followed: Followed) -> None:
     known.in_place = known.in_place or followed.in_place
     known.state |= followed.state
     known.stateful |= followed.stateful
+    known.caches |= followed.caches
 
 
 def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
@@ -68,6 +72,8 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
         return Verdict(Followed(in_place=network.known.in_place, random=True)), {}
     key, objects, known = call.key(network, inputs), len(inputs), network.known
     refused = {"bfloat16": "it would round more than the network's own type"} if call.exact else {}
+    if reason := compiled.applies(call.compile, inputs.on_cpu):
+        refused["compiled"] = reason
     for verdict in (known.get(key), known.get((key, objects))):
         if verdict is not None and verdict.followed.sizes.hold(objects):
             return verdict, refused
@@ -150,7 +156,8 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
     refused = {way: reason for way, reason in reasons.items() if reason}
 
     def works(refused: Mapping[str, str]) -> bool:
-        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused={"bfloat16": "not here"})
+        untried = dict.fromkeys(UNTRIED, "not here")
+        plan = make_plan(Verdict(followed, refused), len(some), settings, cpu=cpu, refused=untried)
         plan = _strained(plan, len(some), "pieces" not in refused and "pieces" in settings.ways)
         with network.replica() as replica:
             passes = Passes(network, replica, some, call, plan)
@@ -166,7 +173,7 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
         return True
 
     if not works(refused):
-        tried = [way for way in WAYS if way not in refused and way != "bfloat16"]
+        tried = [way for way in WAYS if way not in refused and way not in UNTRIED]
         for way in tried:
             others = {other: "not tried" for other in WAYS if other != way and other not in refused}
             if not works({**refused, **others}):

@@ -136,6 +136,21 @@ class Watch:
                 changed.add(module)
         return changed
 
+    def caches(self, changed: Iterable[nn.Module]) -> bool:
+        """Whether all that a pass has changed is that it kept tensors, which depend on parameters and buffers alone."""
+        for module in changed:
+            before, versions = self._before[module]
+            after, now = _own_state(module)
+            held, left = set(map(id, before.leaves)), set(map(id, after.leaves))
+            new = [leaf for leaf in after.leaves if id(leaf) not in held]
+            flows = [self.follower.flow(leaf) for leaf in new if isinstance(leaf, Tensor)]
+            named = all(isinstance(leaf, (Tensor, str, torch.device, torch.dtype)) for leaf in new)
+            if not named or not held <= left or any(not flow.constant or flow.drawn for flow in flows):
+                return False
+            if any(now.get(tensor) != version for tensor, version in versions.items()):
+                return False
+        return bool(changed)
+
     def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
         """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
         changed = set(changed)
@@ -179,6 +194,8 @@ def _idle(hook: Any) -> bool:
     return library or isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
 
 
-def _own_state(module: nn.Module) -> tuple[Snapshot, list[int]]:
+def _own_state(module: nn.Module) -> tuple[Snapshot, dict[int, int]]:
+    """What a module holds itself, and how often each tensor of that has been written to, by its identity."""
     snapshot = Snapshot.of(module, inside=False)
-    return snapshot, snapshot.versions() + [p._version for p in snapshot.parameters if not p.is_inference()]
+    tensors = [*snapshot.tensors, *snapshot.parameters]
+    return snapshot, {id(t): t._version for t in tensors if not t.is_inference()}

@@ -130,15 +130,19 @@ class NetworkInput:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"these objects do not fit into a mini-batch of the others: {error}") from error
 
-    def call(self, model: nn.Module) -> Any:
+    def call(self, model: nn.Module, through: Callable[..., Any] | None = None) -> Any:
         """The network's output for copies of the arguments, as it may write to them.
+
+        Args:
+            model: the network.
+            through: what to call in its place, such as its compiled code.
 
         Raises:
             RuntimeError, ValueError: as the network raised it, with the shapes of the input put in front.
         """
         copies = self.map(Tensor.clone)
         try:
-            return model(*copies.args, **copies.kwargs)
+            return (through or model)(*copies.args, **copies.kwargs)
         except (RuntimeError, ValueError) as error:
             if type(error) not in (RuntimeError, ValueError):  # a subclass, such as out of memory, says more
                 raise

@@ -19,6 +19,8 @@ class Knowledge:
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
         stateful: passes change the replica, so each gets one of its own.
+        caches: the first pass on a replica keeps what depends on parameters and buffers alone, so each call gets a
+            replica of its own.
         state: names of parameters that passes write to, or may: replicas have copies of them.
         parameters: the network's.
         buffers: the network's, but those of batch norms.
@@ -27,6 +29,7 @@ class Knowledge:
     def __init__(self, snapshot: Snapshot, model: nn.Module | None = None) -> None:
         self.in_place = ""
         self.stateful = bool(snapshot.opaque)  # whether passes change it could not be told
+        self.caches = False
         self.state: frozenset[str] = frozenset()
         self.parameters = snapshot.parameters
         modules = [] if model is None else list(model.modules())

@@ -77,6 +77,9 @@ class Replica:
         mine = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
         self._owned = [(mine[name.replace("_orig_mod.", "")], theirs[name]) for name in own if name in theirs]
         self.usable = True  # until a pass has failed on it
+        self.warm = False  # whether a pass has filled its caches
+        self.through: Callable[..., Any] | None = None  # what passes call in place of the model
+        self.compiled: Any = None  # the model's compiled code, once some call has asked for it
         self._parameters: list[tuple[dict[str, Any], str, Any]] = []
         self._training: frozenset[str] | None = None
         self._state: Snapshot | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
 import types
@@ -241,9 +242,10 @@ def _is_library(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function's code reads, also that of functions in it; some are attributes."""
+    """The names of globals that a function's code reads, also that of functions in it."""
+    own = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
+    return tuple(dict.fromkeys((*own, *inner)))
 
 
 def _content(cell: types.CellType) -> Any:

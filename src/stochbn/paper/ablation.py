@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 import stochbn.metrics as metrics
+from stochbn.evaluation.predicting import on_accelerator, predict_all
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
+from stochbn.measuring.goodness import observe
+from stochbn.metrics.differences import paired
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.paper import checkpoints, networks
-from stochbn.paper.data import Images
-from stochbn.paper.differences import paired
-from stochbn.paper.goodness import observe
-from stochbn.paper.predicting import on_accelerator, predict_all
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
-from stochbn.paper.tables import Table
 from stochbn.paper.training import augmented
 from stochbn.posteriors import KINDS, FactorizedLog, Posterior
 from stochbn.predictions import entropy
 from stochbn.predictive import Predictive
+from stochbn.report.tables import Table
+from stochbn.sources import architectures, checkpoints
+from stochbn.sources.named import Images
 
 __all__ = ["ablate", "methods_of", "tabulate"]
 
@@ -160,7 +160,7 @@ def _fit(recipe: Recipe, member: Member, model: nn.Module, images: Images) -> Fi
     """How posteriors are fitted to a network; what several of them are fitted to is observed once."""
     seed = recipe.schedule(member).seed
     images = images.shuffled(seed).take(torch.arange(min(len(images), FIT_IMAGES)))
-    linear = networks.batch_norms_of_linear_layers(model)
+    linear = architectures.batch_norms_of_linear_layers(model)
     fingerprint = Fingerprint.of(model)
 
     @functools.cache

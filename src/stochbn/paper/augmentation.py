@@ -22,17 +22,18 @@ import stochbn
 import stochbn.augment as augment
 import stochbn.metrics as metrics
 from stochbn.distributed import Ranks
+from stochbn.evaluation.fitting import fit_posterior
+from stochbn.evaluation.predicting import PREDICT_BATCH, on_accelerator
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
-from stochbn.paper import checkpoints, figures
-from stochbn.paper.data import Images
-from stochbn.paper.fitting import fit_posterior
-from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator
+from stochbn.paper import figures
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts
 from stochbn.paper.scores import mixture, score_all
 from stochbn.paper.snapshotting import Cycles, take_snapshots
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images
 
 __all__ = ["CHOSEN", "METHODS", "SNAPSHOT_METHODS", "Settings", "draw", "draw_over_inputs", "tabulate"]
 

@@ -24,19 +24,20 @@ from torch import Tensor
 
 import stochbn
 import stochbn.augment as augment
+from stochbn.evaluation.fitting import fit_posterior
+from stochbn.evaluation.predicting import PREDICT_BATCH, on_accelerator, predict_all
 from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
-from stochbn.paper import ExperimentError, checkpoints, figures
-from stochbn.paper.data import Images
-from stochbn.paper.fitting import fit_posterior
-from stochbn.paper.predicting import PREDICT_BATCH, on_accelerator, predict_all
-from stochbn.paper.processes import interrupts_held
+from stochbn.paper import figures
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS, load_parts, packed, unpacked
 from stochbn.paper.scores import divergence, mixture, score_all
-from stochbn.paper.tables import Table
 from stochbn.paper.training import keep_freed_memory
 from stochbn.predictive import Predictor
+from stochbn.processes import ProcessError, interrupts_held
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints
+from stochbn.sources.named import Images
 
 __all__ = ["METHODS", "Settings", "compare", "draw", "tabulate"]
 
@@ -103,7 +104,7 @@ def compare(
     Raises:
         FileNotFoundError: this is no run folder, or a network is missing.
         ValueError: the run held nothing out, has fewer networks, or holds a comparison with other settings.
-        ExperimentError: a process failed.
+        ProcessError: a process failed.
         OSError: the folder cannot be written.
     """
     check_folder(folder, *(f"{settings.name}.{ending}" for ending in ("json", "md", "png", "svg")))
@@ -144,7 +145,7 @@ def compare(
                     progress(len(tasks) - len(waiting) + done, len(tasks))
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
-                raise ExperimentError(f"the comparison failed, run again to continue: {error}") from error
+                raise ProcessError(f"the comparison failed, run again to continue: {error}") from error
             except BaseException:  # Ctrl-C, which the processes do not see
                 for process in started:
                     process.terminate()

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import stochbn
 from stochbn.files import check_folder, write_json
-from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
+from stochbn.report.facts import surroundings
+from stochbn.report.results import FILES
+from stochbn.sources.named import Images
 
-__all__ = ["RESULTS", "check", "claim", "surroundings"]
+__all__ = ["RESULTS", "check", "claim"]
 
-RESULTS = (
-    "results.json",
-    "results.md",
-    "report.html",
-    *(f"{name}.{kind}" for name in ("entropy-cdf", "statistics", "training") for kind in ("png", "svg")),
-)
+RESULTS = (*FILES, "report.html", *(f"{name}.{kind}" for name in ("statistics", "training") for kind in ("png", "svg")))
 """The files that `stochbn.paper.report` writes into a folder."""
 
 
@@ -81,12 +73,6 @@ def claim(recipe: Recipe, folder: Path, parts: dict[str, Images]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {**ours, **surroundings()})
-
-
-def surroundings() -> dict[str, dict[str, Any]]:
-    """What a result was made with: ``versions`` and ``machine``."""
-    versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"versions": versions, "machine": {"platform": platform.platform(), "cores": os.cpu_count()}}
 
 
 def _growth(theirs: dict[str, Any], ours: dict[str, Any]) -> set[str]:

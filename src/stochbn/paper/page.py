@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stochbn.paper import data
-from stochbn.paper.data import DataError, Images
+from stochbn.paper.figures import training
 from stochbn.paper.recipes import Recipe
-from stochbn.paper.tables import Table
 from stochbn.paper.training import Epoch
 from stochbn.report.facts import made_with
 from stochbn.report.objects import Source, source_of
-from stochbn.report.page import Page, page_of
+from stochbn.report.page import Curve, Page, page_of
+from stochbn.report.style import inline
+from stochbn.report.tables import Table
+from stochbn.sources import named
+from stochbn.sources.named import DataError, Images
 
 if TYPE_CHECKING:
-    from stochbn.paper.report import Method
+    from stochbn.evaluation.methods import Method
 
 __all__ = ["page_of_run"]
 
@@ -61,16 +63,20 @@ def page_of_run(
     }
     title = f"{recipe.network} on {recipe.data}: uncertainty without and with SBN"
     classes = images.classes if images is not None else ()
-    return page_of(title, found, scores, tables, (known, unknown), source, classes, facts, logs)
+    curves = []
+    if logs:
+        caption = "Loss and accuracy in every epoch: of training images while weights change, of held-out ones if any."
+        curves = [Curve("How were the networks trained?", caption, inline(training(logs, stacked=True), "training"))]
+    return page_of(title, found, scores, tables, (known, unknown), source, classes, facts, curves)
 
 
 def _images(recipe: Recipe, described: Mapping[str, Any]) -> Images | None:
     """The known test images of a run; None where they cannot be had, or are others by now."""
     try:
         if recipe.evaluate_on == "held-out":
-            images = data.load(recipe.data, "train").held_out(recipe.held_out, seed=0)[1]
+            images = named.load(recipe.data, "train").held_out(recipe.held_out, seed=0)[1]
         else:
-            images = data.load(recipe.data, "test")
+            images = named.load(recipe.data, "test")
     except DataError:
         return None
     if recipe.test_images is not None and recipe.test_images < len(images):

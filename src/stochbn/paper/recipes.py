@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from stochbn.paper.data import Images
-from stochbn.paper.networks import RESNET_BLOCKS, VGG_CONVOLUTIONS, arguments_for
 from stochbn.paper.training import Schedule
+from stochbn.sources.architectures import RESNET_BLOCKS, VGG_CONVOLUTIONS, arguments_for
+from stochbn.sources.named import Images
 
 __all__ = ["DEMOS", "PRESETS", "Member", "Recipe"]
 
@@ -30,8 +30,8 @@ class Recipe:
     """One experiment of the paper (Atanov et al., 2018, section 5).
 
     Attributes:
-        network: its name in `stochbn.paper.networks`.
-        data: known classes, as `stochbn.paper.data.load` takes them.
+        network: its name in `stochbn.sources.architectures`.
+        data: known classes, as `stochbn.sources.named.load` takes them.
         unknown: unknown classes, likewise; None leaves out everything out of domain.
         epochs: passes over the training data.
         members: the number of plain networks; the first is the one of the row SBN, all are the Deep Ensemble.

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stochbn.files import check_folder
-from stochbn.paper import augmentation, comparison, cost
+from stochbn.measuring import cost
+from stochbn.paper import augmentation, comparison
 
 __all__ = ["redraw"]
 

@@ -24,16 +24,17 @@ from torch import nn
 
 import stochbn
 from stochbn.distributed import Ranks
+from stochbn.evaluation.fitting import fit_posterior
+from stochbn.evaluation.predicting import on_accelerator, predict_all, predict_member
 from stochbn.files import write_tensors
-from stochbn.paper import ExperimentError, checkpoints, data, folders, networks, together
-from stochbn.paper.checkpoints import Checkpoint
-from stochbn.paper.data import Images
-from stochbn.paper.fitting import fit_posterior
-from stochbn.paper.goodness import observe
-from stochbn.paper.predicting import on_accelerator, predict_all, predict_member
-from stochbn.paper.processes import interrupts_held
+from stochbn.measuring.goodness import observe
+from stochbn.paper import folders, together
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import augmented, train
+from stochbn.processes import ProcessError, interrupts_held
+from stochbn.sources import architectures, checkpoints, named
+from stochbn.sources.checkpoints import Checkpoint
+from stochbn.sources.named import Images
 
 __all__ = [
     "DRAWS",
@@ -60,7 +61,7 @@ Progress = Callable[[str, str, int, int], None]
 observe and predict with."""
 
 
-class RunError(ExperimentError):
+class RunError(ProcessError):
     """A member of a run failed; what is finished is kept."""
 
 
@@ -87,7 +88,7 @@ def run(
     Raises:
         ValueError: the folder holds another run, or something else.
         RunError: a member's process failed.
-        stochbn.paper.data.DataError: the data cannot be had.
+        stochbn.sources.named.DataError: the data cannot be had.
         OSError: the folder cannot be written.
     """
     if jobs < 1:
@@ -115,7 +116,7 @@ def _prepare(recipe: Recipe, folder: Path, progress: Progress, claims: bool) -> 
         )
     for member in recipe.all_members():
         with torch.device("meta"):  # refuses what cannot be built, before a folder is made
-            networks.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
+            architectures.build(recipe.network, **recipe.network_arguments(member, parts["train"]))
     if claims:
         folders.claim(recipe, folder, parts)
     return parts
@@ -249,7 +250,7 @@ def _train_together(
 
 
 def _build(recipe: Recipe, member: Member, images: Images) -> Callable[[], nn.Module]:
-    build = networks.build_with_uniform_scale if recipe.uniform_scale else networks.build
+    build = architectures.build_with_uniform_scale if recipe.uniform_scale else architectures.build
     return functools.partial(build, recipe.network, **recipe.network_arguments(member, images))
 
 
@@ -295,7 +296,7 @@ def _run_member(
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
         follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
-        ordinary = networks.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
+        ordinary = architectures.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
         fit_posterior(
             model,
             images,
@@ -343,7 +344,7 @@ def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     """The data of a recipe: ``train``, ``known`` and, if it has any, ``held-out`` and ``unknown``."""
 
     def load(source: str, split: str) -> Images:
-        return data.load(source, split, lambda done, total: progress(f"{source} ({split})", "load", done, total))
+        return named.load(source, split, lambda done, total: progress(f"{source} ({split})", "load", done, total))
 
     parts = {"train": load(recipe.data, "train")}
     if recipe.held_out:

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import stochbn
 from stochbn.augment import Augment
-from stochbn.paper.data import Images
 from stochbn.paper.recipes import Recipe
 from stochbn.predictive import Predictive
+from stochbn.sources.named import Images
 
 __all__ = ["OPTIMIZERS", "Cycles", "take_snapshots"]
 

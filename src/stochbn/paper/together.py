@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from stochbn.paper.data import Images, as_input, augment
-from stochbn.paper.training import Epoch, Schedule, read_log, restore, score, store, write_log
+from stochbn.paper.training import Epoch, Schedule, augment, read_log, restore, score, store, write_log
+from stochbn.sources.named import Images, as_input
 
 __all__ = ["PRECISIONS", "Trainee", "train_together"]
 

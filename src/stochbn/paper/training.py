@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from stochbn.augment import reflected
 from stochbn.files import read_tensors, write_bytes, write_tensors
-from stochbn.paper.data import Images, as_input, augment
+from stochbn.sources.named import Images, as_input
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Epoch",
     "Schedule",
+    "augment",
     "augmented",
     "keep_freed_memory",
     "read_log",
@@ -261,6 +263,28 @@ def _train(
             # Left to the end of the process, the communication threads of one process may abort it.
             fabric.barrier()
             torch.distributed.destroy_process_group()
+
+
+def augment(pixels: Tensor) -> Tensor:
+    """The paper's augmentation for CIFAR: reflect-pad by 4, random crop to the old size, random horizontal flip.
+
+    One gather for the whole batch; noise from PyTorch's global generator of the pixels' device.
+
+    Args:
+        pixels: ``[N, C, H, W]``, uint8.
+
+    Returns:
+        ``[N, C, H, W]``, uint8, in channels-last layout.
+    """
+    count, _, height, width = pixels.shape
+    device = pixels.device
+    top, left = torch.randint(9, (2, count, 1), device=device)
+    flipped = torch.rand(count, 1, device=device) < 0.5
+    across = torch.arange(width, device=device)
+    rows = reflected(torch.arange(height, device=device) + top - 4, height)
+    columns = reflected(torch.where(flipped, width - 1 - across, across) + left - 4, width)
+    index = torch.arange(count, device=device)
+    return pixels[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def augmented(images: Images, seed: int) -> Images:

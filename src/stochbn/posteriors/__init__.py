@@ -17,7 +17,7 @@ from stochbn.posteriors.empirical import Empirical
 from stochbn.posteriors.factorized import Factorized
 from stochbn.posteriors.factorized_log import FactorizedLog
 from stochbn.posteriors.joint import Joint
-from stochbn.posteriors.saved import load
+from stochbn.posteriors.saved import from_pretrained, load
 
 __all__ = [
     "KINDS",
@@ -29,6 +29,7 @@ __all__ = [
     "Joint",
     "Posterior",
     "check_draws",
+    "from_pretrained",
     "load",
 ]
 

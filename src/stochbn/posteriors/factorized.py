@@ -13,8 +13,8 @@ from torch import Tensor
 from stochbn.posteriors.accumulators import Accumulator, Observation
 from stochbn.posteriors.base import Posterior
 from stochbn.posteriors.checks import check_tensor
+from stochbn.posteriors.moments import Moments
 from stochbn.posteriors.noise import normals
-from stochbn.statistics import Moments
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,8 +14,8 @@ from stochbn.posteriors.accumulators import Observation
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_tensor
 from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
+from stochbn.posteriors.moments import Moments
 from stochbn.posteriors.noise import normals
-from stochbn.statistics import Moments
 
 if TYPE_CHECKING:
     from typing_extensions import Self

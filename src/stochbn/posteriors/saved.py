@@ -17,11 +17,12 @@ from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.thresholds import Thresholds
 from stochbn.schema import Schema
+from stochbn.sharing import download
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "from_pretrained", "load", "save"]
 
 FORMAT = "stochbn.posterior/3"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -85,6 +86,25 @@ def load(path: str | os.PathLike[str]) -> Posterior:
             stacklevel=2,
         )
     return posterior
+
+
+def from_pretrained(
+    repository: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> Posterior:
+    """Load a posterior from the Hugging Face Hub or a local folder; nothing in it is executed.
+
+    Args:
+        repository: ``owner/name`` on the Hub, or a folder with a posterior named ``posterior.sbn.safetensors``. A
+            folder that exists comes first.
+        revision: a branch, tag or commit of the repository.
+        token: for private repositories; None takes the one that ``hf auth login`` has stored.
+
+    Raises:
+        ImportError: the posterior is on the Hub, and huggingface_hub is not installed.
+        FileNotFoundError: there is no such folder or repository, or no posterior in it, or no connection.
+        ValueError: the file is not a usable posterior; the message says why.
+    """
+    return load(download(repository, revision, token))
 
 
 def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Posterior:

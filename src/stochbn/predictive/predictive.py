@@ -96,6 +96,9 @@ class Predictive:
             of the statistics and of the input (test-time augmentation); choose noise and temperature after both, with
             ``calibrate(augment=)``.
         clean: whether the first draw sees the inputs as they are.
+        compile: whether to compile the network with ``torch.compile``, for long jobs. Compiling takes 5 to 100 seconds
+            for each kind of input, before the first pass. On CPUs it needs a C++ compiler, and is used where passes are
+            not in bfloat16, which is as fast. See ``explain`` for what is used.
         settings: what passes may do, a `stochbn.Settings`, for measurements: ``Settings(ways=frozenset())`` makes them
             one draw at a time in the network's own type. None is ``Settings()``.
 
@@ -120,6 +123,7 @@ class Predictive:
         check: Literal["weights", "shape"] = "weights",
         augment: Augment | None = None,
         clean: bool = True,
+        compile: bool = False,
         settings: Settings | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -151,6 +155,7 @@ class Predictive:
         check_augment(augment)
         self.augment = augment
         self.clean = clean
+        self.compile = compile
         self.settings = settings or Settings()
         self._network = Network.of(model)
         self._network.look()
@@ -362,6 +367,7 @@ class Predictive:
             posterior=posterior,
             sample=self._sample,
             exact=exact,
+            compile=self.compile,
             averaged=self.draws,
             temperature=posterior.temperature if posterior is not None else 1.0,
             augment=self.augment,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stochbn.conformal import evaluate
-from stochbn.paper.tables import Table
+from stochbn.report.tables import Table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,23 +1,21 @@
-"""Figures of an evaluation: entropies, reliability, selective prediction and training."""
+"""Figures of an evaluation: entropies, reliability, and selective prediction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 import stochbn.metrics as metrics
-from stochbn.report.style import SEQUENCE, line_of
+from stochbn.report.style import line_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stochbn.paper.training import Epoch
-
-__all__ = ["entropies_of_unknown", "known_and_unknown", "reliability", "risk_coverage", "training"]
+__all__ = ["entropies_of_unknown", "known_and_unknown", "reliability", "risk_coverage"]
 
 Methods = Mapping[tuple[str, bool], Tensor]
 """Something of each method, by its name and whether it draws the statistics."""
@@ -110,41 +108,6 @@ def risk_coverage(uncertain: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -
     axes.set(xlim=(0, 100), xlabel="answered, most certain first (%)", ylabel="wrong among these (%)")
     axes.set_ylim(bottom=0)
     axes.legend(loc="best", fontsize=8)
-    return figure
-
-
-def training(logs: Mapping[str, Sequence[Epoch]], *, stacked: bool = False) -> Figure:
-    """The loss and the accuracy of every epoch, for each network.
-
-    Thin lines are of training images while the weights change, thick ones of held-out images, where there are some.
-
-    Args:
-        logs: each network's log, by its name.
-        stacked: whether the two panels stand one above the other, and not side by side.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT) if stacked else (9, 3.4), layout="constrained")
-    panels = figure.subplots(*((2, 1) if stacked else (1, 2)))
-    colors = {name: SEQUENCE[i % len(SEQUENCE)] for i, name in enumerate(logs)}
-    thick = False
-    for axes, key, label in zip(panels, ("loss", "accuracy"), ("loss (nats)", "accuracy"), strict=True):
-        for name, epochs in logs.items():
-            numbers = [one.epoch for one in epochs]
-            axes.plot(
-                numbers, [getattr(one, key) for one in epochs], ".-", color=colors[name], lw=0.8, ms=3, label=name
-            )
-            held_out = [getattr(one, f"held_out_{key}") for one in epochs]
-            if None not in held_out:
-                thick = True
-                axes.plot(numbers, held_out, ".-", color=colors[name], lw=1.8, ms=3)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylim(bottom=0)
-    title = "thin: in training; thick: held-out" if thick else "in training"
-    panels[0].legend(fontsize=7, title=title, title_fontsize=7)
     return figure
 
 

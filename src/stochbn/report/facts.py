@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from typing import Any
 
-from stochbn.paper.folders import surroundings
+import torch
 
-__all__ = ["facts", "made_with"]
+import stochbn
+
+__all__ = ["facts", "made_with", "surroundings"]
 
 
 def facts(
@@ -41,7 +45,7 @@ def facts(
 
 
 def made_with(about: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Versions and machine, as `stochbn.paper.folders.surroundings` gives them, in words."""
+    """Versions and machine, as `surroundings` gives them, in words."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return {"Versions": versions, "Machine": f"{about['machine']['platform']}, {about['machine']['cores']} cores"}
 
@@ -53,3 +57,9 @@ def _posterior(described: Mapping[str, Any] | None) -> str:
     names = {None: "noise of its mini-batches", "inf": "no noise"}
     noise = names.get(size, f"noise of mini-batches of {size}")
     return f"{described['kind']}, {noise}, temperature {described['temperature']:.3g}"
+
+
+def surroundings() -> dict[str, dict[str, Any]]:
+    """What a result was made with: ``versions`` and ``machine``."""
+    versions = {"stochbn": stochbn.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": versions, "machine": {"platform": platform.platform(), "cores": os.cpu_count()}}

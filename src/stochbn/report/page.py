@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stochbn.files import write_bytes
-from stochbn.paper.tables import Table
 from stochbn.predictions import entropy
 from stochbn.report import curves
 from stochbn.report.objects import Shown, Source, extremes
 from stochbn.report.style import inline, line_of
+from stochbn.report.tables import Table
 from stochbn.report.words import summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stochbn.paper.report import Method
-    from stochbn.paper.training import Epoch
+    from stochbn.evaluation.methods import Method
     from stochbn.posteriors import Posterior
 
 __all__ = ["Curve", "Page", "page_of", "write_page"]
@@ -86,7 +85,7 @@ def page_of(
     source: Source,
     classes: Sequence[str],
     facts: Mapping[str, str],
-    logs: Mapping[str, Sequence[Epoch]] | None = None,
+    more: Sequence[Curve] = (),
     posteriors: Sequence[Posterior] = (),
 ) -> Page:
     """Put a page together.
@@ -100,7 +99,7 @@ def page_of(
         source: names and pictures of the known objects.
         classes: the names of the classes; none are numbers.
         facts: whatever the numbers depend on, what they cost, and how they were made.
-        logs: the logs of trainings, by the names of the networks.
+        more: figures to show behind those of the evaluation.
         posteriors: that were drawn from, as far as they are known.
 
     Raises:
@@ -112,7 +111,7 @@ def page_of(
     least, most = extremes(shown.known, shown.labels, shown.expected_entropy, source, classes)
     name = line_of(shown.name, shown.sbn).label
     said = [*summary(scores, *data, posteriors), *_least_certain(shown, name)]
-    return Page(title, said, tables, _curves(found, logs), name, least, most, facts)
+    return Page(title, said, tables, [*_curves(found), *more], name, least, most, facts)
 
 
 def _least_certain(method: Method, name: str) -> list[str]:
@@ -154,7 +153,7 @@ def write_page(path: Path, page: Page) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no Unicode
 
 
-def _curves(found: Sequence[Method], logs: Mapping[str, Sequence[Epoch]] | None) -> list[Curve]:
+def _curves(found: Sequence[Method]) -> list[Curve]:
     """The figures of an evaluation."""
     single = [method for method in found if method.name == found[0].name]
     classes = found[0].known.shape[1]
@@ -188,9 +187,6 @@ def _curves(found: Sequence[Method], logs: Mapping[str, Sequence[Epoch]] | None)
         shown.append(
             ("How do methods compare on unknown objects?", caption, curves.entropies_of_unknown(every, classes=classes))
         )
-    if logs:
-        caption = "Loss and accuracy in every epoch: of training images while weights change, of held-out ones if any."
-        shown.append(("How were the networks trained?", caption, curves.training(logs, stacked=True)))
     return [Curve(title, caption, inline(figure, f"f{i}")) for i, (title, caption, figure) in enumerate(shown)]
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["made_worse", "mend", "summary", "worsened"]
 
 Scores = Mapping[str, Any]
-"""Of one method, from `stochbn.paper.report.score`."""
+"""Of one method, from `stochbn.evaluation.methods.score`."""
 
 
 def summary(

@@ -92,18 +92,20 @@ def probe_objects(objects: int, draws: int) -> Tensor | None:
     return torch.linspace(0, objects - 1, count).round().long() if count >= 4 else None
 
 
-def matters(low: Tensor, full: Tensor, values: Tensor, averaged: int, far: bool = False) -> bool:
+def matters(low: Tensor, full: Tensor, probe: Tensor, averaged: int) -> bool:
     """Whether rounding changes averages by more than a quarter of the variance of a mean over draws.
 
     Args:
-        low: ``[n, ...]``: what is averaged, of one draw of some objects, with rounding.
-        full: the same without.
-        values: ``[S, n, ...]``: that of S draws of the same objects.
+        low: ``[S, N, ...]``: what is averaged, of S draws of N examples, with rounding.
+        full: ``[n, ...]``: that of the first draw of some of the examples, without.
+        probe: ``[n]``: which examples these are.
         averaged: how many independent draws the mean is over.
-        far: whether to ask for half as much again: a few draws tell their variance badly.
     """
-    error = (low - full).square().sum() / (1.5 if far else 1)
-    return not bool(error <= values.var(0).sum() / (4 * averaged))
+    error = (low[0, probe] - full).square().sum() / len(full)
+    variance = low.var(0).sum() / low.shape[1]
+    if len(low) == 2:  # with opposite noise, whose distances are twice those of independent draws
+        variance = variance / 2
+    return not bool(error <= variance / (4 * averaged))
 
 
 @functools.cache

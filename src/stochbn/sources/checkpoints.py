@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.files import read_tensors, write_tensors
-from stochbn.paper.networks import build
+from stochbn.sources.architectures import build
 
 __all__ = ["Checkpoint", "load", "save"]
 
@@ -23,9 +23,9 @@ class Checkpoint:
 
     Attributes:
         model: the network, in evaluation mode.
-        network: its name in `stochbn.paper.networks`.
+        network: its name in `stochbn.sources.architectures`.
         arguments: what it was built with.
-        data: what it was trained on, as `stochbn.paper.data.load` takes it.
+        data: what it was trained on, as `stochbn.sources.named.load` takes it.
         classes: the names of its classes.
     """
 

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-__all__ = ["interrupts_held"]
+__all__ = ["ProcessError", "interrupts_held"]
+
+
+class ProcessError(RuntimeError):
+    """The work of another process failed; the message says how to go on."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stochbn.paper.data import Images
+from stochbn.sources.named import Images
 
 __all__ = [
     "NETWORKS",

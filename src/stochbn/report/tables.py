@@ -1,27 +1,19 @@
-"""The paper's tables, as text and as Markdown."""
+"""Tables, as text and as Markdown: of any kind, and of the scores of methods without and with SBN."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from stochbn.paper.goodness import Diagnosis
+from stochbn.files import write_bytes, write_json
 
-__all__ = [
-    "PRINTED",
-    "PUBLISHED",
-    "PUBLISHED_DATA",
-    "Table",
-    "accuracy",
-    "changes",
-    "diagnosis",
-    "noise",
-    "out_of_domain",
-    "rescaling",
-]
+__all__ = ["FEW_OBJECTS", "Pair", "Published", "Table", "accuracy", "changes", "noise", "out_of_domain", "write_tables"]
+
+Pair = tuple[float | None, float | None]
+"""A number without and with SBN, as far as they are known."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +32,41 @@ class Table:
         return text.encode(errors="backslashreplace").decode()  # names of files may be any bytes
 
 
+def write_tables(path: Path, about: Any, tables: Sequence[Table]) -> None:
+    """Write numbers as JSON and their tables as Markdown, as files with the endings ``.json`` and ``.md``.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    write_json(path.with_name(f"{path.name}.json"), about)
+    text = "\n\n".join(table.markdown() for table in tables)
+    write_bytes(path.with_name(f"{path.name}.md"), f"{text}\n".encode())
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published numbers to show beside measured ones.
+
+    Attributes:
+        scores: by method: ``error`` (percent) and ``nll`` (nats).
+        notebook: the NLL of each method that the published notebook printed, where that is known.
+    """
+
+    scores: Mapping[str, Mapping[str, Pair]]
+    notebook: Mapping[str, Pair] = field(default_factory=dict)
+
+
 FEW_OBJECTS = 1000
 """So many test objects or fewer, and scores are shown with their standard errors."""
 
-PUBLISHED: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
-    "lenet5": {
-        "plain": {"error": (None, 0.53), "nll": (None, 0.025)},
-        "Deep Ensembles": {"error": (0.40, 0.40), "nll": (0.016, 0.015)},
-        "Dropout": {"error": (0.42, 0.42), "nll": (0.014, 0.014)},
-    },
-    "vgg11": {
-        "plain": {"error": (None, 5.76), "nll": (None, 0.302)},
-        "Deep Ensembles": {"error": (4.81, 4.81), "nll": (0.191, 0.162)},
-        "Dropout": {"error": (5.32, 5.38), "nll": (0.155, 0.149)},
-    },
-    "resnet18": {
-        "plain": {"error": (None, 4.35), "nll": (None, 0.255)},
-        "Deep Ensembles": {"error": (3.37, 3.34), "nll": (0.138, 0.110)},
-    },
-}
-"""Table 1 of Atanov et al., 2018: for every network and method, error (percent) and NLL (nats) without and with SBN."""
 
-PRINTED: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "lenet5": {"plain": (None, 0.0286), "Deep Ensembles": (0.0157, 0.0150), "Dropout": (0.0142, 0.0145)}
-}
-"""The NLL without and with SBN that the published notebook printed; table 1 differs from it."""
-
-PUBLISHED_DATA = {"lenet5": "mnist", "vgg11": "cifar10:0-4", "resnet18": "cifar10:0-4"}
-"""What the published numbers are from. Table 1 says CIFAR-10, but the published entropies end below ln 5."""
-
-
-def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None = None) -> Table:
+def accuracy(scores: Sequence[dict[str, Any]], data: str, published: Published | None = None) -> Table:
     """The paper's table 1: error and negative log-likelihood of every method, without and with SBN.
 
     Args:
         scores: of every method, each number a value or a pair of mean and standard deviation over seeds.
         data: what they are from.
-        published: the network whose published numbers to put in brackets behind the measured ones, if any: of table 1
-            and, where it is known, what the published notebook printed.
+        published: numbers to put in brackets behind the measured ones, if any.
     """
     changed = any("nll_change" in row for row in scores)
     rows = []
@@ -85,8 +74,9 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
         method = (plain or sbn)["method"]
         row = [_label(plain or sbn)]
         for key, digits in (("error", 2), ("nll", 4), ("ece", 2)):
-            paper = PUBLISHED.get(published or "", {}).get(method, {}).get(key, (None, None))
-            printed = PRINTED.get(published or "", {}).get(method, (None, None)) if key == "nll" else (None, None)
+            paper = published.scores.get(method, {}).get(key, (None, None)) if published else (None, None)
+            notebook = published.notebook if published and key == "nll" else {}
+            printed = notebook.get(method, (None, None))
             for found, theirs, also in zip((plain, sbn), paper, printed, strict=True):
                 cell = _score(found, key, digits, 100 if key == "ece" else 1) if found else "-"
                 brackets = [] if theirs is None else [f"{theirs:.{2 if key == 'error' else 3}f}"]
@@ -98,7 +88,7 @@ def accuracy(scores: Sequence[dict[str, Any]], data: str, published: str | None 
     columns = ["method", "error %", "+ SBN", "NLL (nats)", "+ SBN"]
     columns += ["difference ± s.e."] * changed + ["ECE %", "+ SBN"]
     words = ", published in brackets" if published else ""
-    if published in PRINTED:
+    if published and published.notebook:
         words += " (table 1; notebook)"
     words += _objects(scores)
     return Table(f"{data}: test error and calibration{words}", columns, rows)
@@ -175,28 +165,6 @@ def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
     ]
     columns = ["method", "known", "unknown", "AUROC", "FPR95 %"]
     return Table(f"{unknown}: mean entropy (nats), and detection of the unknown by it", columns, rows)
-
-
-def diagnosis(title: str, found: Diagnosis) -> Table:
-    """How well the factorised form fits every layer: marginal fit, and mean absolute correlation within the layer."""
-    within = found.correlations.diagonal().tolist()
-    rows = [
-        [layer, f"{distance['mean']:.3f}", f"{distance['variance']:.3f}", f"{correlation:.3f}"]
-        for (layer, distance), correlation in zip(found.distances.items(), within, strict=True)
-    ]
-    meaning = (
-        "KS is the Kolmogorov-Smirnov distance, the largest gap between the observed and the fitted distribution "
-        f"function (0 to 1; about {found.distance_by_chance:.3f} by chance)"
-    )
-    columns = ["layer", "KS of means", "KS of variances", "mean abs. correlation within"]
-    return Table(f"{title}; {meaning}", columns, rows)
-
-
-def rescaling(title: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
-    """Observed statistics over rescaled ones, layer by layer."""
-    keys = {"spread of means": "mean", "of log-variances": "log_variance", "expected variance": "variance"}
-    rows = [[layer, *(f"{ratio[key]:.3f}" for key in keys.values())] for layer, ratio in ratios.items()]
-    return Table(title, ["layer", *keys], rows)
 
 
 def _in_cell(text: str) -> str:

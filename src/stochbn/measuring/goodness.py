@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from stochbn.network.replica import Network
 from stochbn.posteriors import TINY, Factorized, FactorizedLog
+from stochbn.posteriors.moments import Moments
 from stochbn.sources.objects import Objects
-from stochbn.statistics import Moments, mini_batches, observing
+from stochbn.statistics import mini_batches, observing
 
 __all__ = ["Diagnosis", "diagnose", "distances", "layer_parameters", "observe", "rescaling"]
 

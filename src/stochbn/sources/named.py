@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.augment import reflected
 from stochbn.sources.hub import HUB, DataError, folders_of, load_splits
 from stochbn.sources.objects import shard_index
 from stochbn.sources.pictures import stored_picture
 from stochbn.sources.rows import undecoded
 
-__all__ = ["HUB", "DataError", "Images", "as_input", "augment", "load"]
+__all__ = ["HUB", "DataError", "Images", "as_input", "load"]
 
 MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB"}
 """Pillow's modes of images of 8 bits or fewer, and what they are brought to: grey, colour, or these with an alpha."""
@@ -107,28 +106,6 @@ class Images:
 def as_input(pixels: Tensor) -> Tensor:
     """Pixels from 0 to 255 as a network's input from 0 to 1, in channels-last layout (faster convolutions)."""
     return pixels.float().div_(255).contiguous(memory_format=torch.channels_last)
-
-
-def augment(pixels: Tensor) -> Tensor:
-    """The paper's augmentation for CIFAR: reflect-pad by 4, random crop to the old size, random horizontal flip.
-
-    One gather for the whole batch; noise from PyTorch's global generator of the pixels' device.
-
-    Args:
-        pixels: ``[N, C, H, W]``, uint8.
-
-    Returns:
-        ``[N, C, H, W]``, uint8, in channels-last layout.
-    """
-    count, _, height, width = pixels.shape
-    device = pixels.device
-    top, left = torch.randint(9, (2, count, 1), device=device)
-    flipped = torch.rand(count, 1, device=device) < 0.5
-    across = torch.arange(width, device=device)
-    rows = reflected(torch.arange(height, device=device) + top - 4, height)
-    columns = reflected(torch.where(flipped, width - 1 - across, across) + left - 4, width)
-    index = torch.arange(count, device=device)
-    return pixels[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def load(source: str, split: str, report: Callable[[int, int], None] = lambda done, total: None) -> Images:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import stochbn
-from stochbn.paper import checkpoints
-from stochbn.paper.processes import interrupts_held
 from stochbn.posteriors import Posterior
+from stochbn.processes import interrupts_held
+from stochbn.sources import checkpoints
 
 __all__ = ["peak_of_draws", "plain_prediction"]
 

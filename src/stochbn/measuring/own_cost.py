@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import stochbn
+from stochbn.measuring.timing import machine, median_seconds, moments, seconds
 from stochbn.network.calling import network_input
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine, median_seconds, moments, seconds
 from stochbn.posteriors import Posterior
+from stochbn.report.tables import Table
 
 __all__ = ["measure", "tabulate"]
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import stochbn
 import stochbn.metrics as metrics
 from stochbn.files import write_bytes, write_json
+from stochbn.measuring.drawing import save_costs
+from stochbn.measuring.memory import peak_of_draws, plain_prediction
+from stochbn.measuring.timing import machine, median_seconds, moments, seconds
 from stochbn.network.layers import batch_norms
-from stochbn.paper import checkpoints, data, figures
-from stochbn.paper.memory import peak_of_draws, plain_prediction
-from stochbn.paper.networks import build
-from stochbn.paper.tables import Table
-from stochbn.paper.timing import machine, median_seconds, moments, seconds
 from stochbn.posteriors import Posterior
+from stochbn.report.tables import Table
+from stochbn.sources import checkpoints, named
+from stochbn.sources.architectures import build
 
 __all__ = ["check_batch", "draw", "measure", "tables", "write"]
 
@@ -64,9 +65,9 @@ def measure(
     """
     checkpoint = checkpoints.load(network)
     model = checkpoint.model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    train = data.load(source or checkpoint.data, "train").shuffled(seed)
+    train = named.load(source or checkpoint.data, "train").shuffled(seed)
     train = train.take(torch.arange(min(4096, len(train))))
-    known = data.load(source or checkpoint.data, "test").shuffled(seed)
+    known = named.load(source or checkpoint.data, "test").shuffled(seed)
     check_batch(known, batch)
     x = next(known.batches(batch))[0].contiguous()
     progress("fitting")
@@ -164,7 +165,7 @@ def measure(
     }
 
 
-def check_batch(images: data.Images, batch: int) -> None:
+def check_batch(images: named.Images, batch: int) -> None:
     """Refuse a batch of more images than there are.
 
     Raises:
@@ -236,7 +237,7 @@ def write(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def draw(folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """Draw the figure of what ``cost.json`` holds into a folder."""
-    return figures.save_costs(folder / "cost", {_title(one): one for one in about["found"]})
+    return save_costs(folder / "cost", {_title(one): one for one in about["found"]})
 
 
 def _title(one: Mapping[str, Any]) -> str:
@@ -295,7 +296,7 @@ def _reference(model: nn.Module, posterior: Posterior, x: Tensor, draws: int, se
     return mean, variance.sum(1).mean().item()
 
 
-def _nll(predictor: stochbn.Predictive, images: data.Images, batch: int, seed: int) -> float:
+def _nll(predictor: stochbn.Predictive, images: named.Images, batch: int, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     probs = torch.cat(
         [predictor(inputs.contiguous(), generator=generator).probs for inputs, _ in images.batches(batch)]

@@ -1,0 +1,60 @@
+"""The network compiled by ``torch.compile``, with drawn statistics and the number of examples as inputs of the code.
+
+Applies to: calls that ask for it, of networks whose examples are proven not to affect each other. Error: rounding, as
+sums may be taken in another order. Compiling takes 5 to 100 seconds for each kind of input, before the first pass. What
+is compiled goes by the network as it is: ``torch.compile`` checks its Python state before every pass, and compiles
+again where it has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stochbn.caller import warn
+
+__all__ = ["LEAST", "Compiled", "applies"]
+
+LEAST = 2
+"""Fewer examples are padded to so many: code for a single one would have to be compiled anew."""
+
+
+def applies(asked: bool, cpu: bool) -> str:
+    """Why the way must not be taken; empty if it may."""
+    if not asked:
+        return "it is for long jobs, with compile=True"
+    # On a CPU, torch.compile needs a C++ compiler, and says so when it is called.
+    return "" if cpu or torch.cuda.is_available() else "it is for CPUs and CUDA"
+
+
+class Compiled:
+    """Calls a network by its compiled code, or as it is from the first failure of that on.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._compiled = torch.compile(model)
+        vars(model).pop("_is_torch_compile", None)  # set on it; passes that change a network cost more
+        self.failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's output."""
+        if self.failed:
+            return self._model(*args, **kwargs)
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.ndim:
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        try:
+            return self._compiled(*args, **kwargs)
+        except Exception as error:
+            self.failed = True
+            output = self._model(*args, **kwargs)  # which raises what is the network's own error
+            reason = str(error).strip().partition("\n")[0]
+            warn(f"torch.compile failed ({type(error).__name__}: {reason:.200}), so passes are made without it")
+            return output
