@@ -28,6 +28,7 @@ from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import checks_weights
+from stochbn.schema import Schema
 from stochbn.sources.pictures import Preprocessing
 from stochbn.tasks import make_task, task_named
 
@@ -193,13 +194,12 @@ def _described(
     given: Predicting, posterior: Posterior, classes: Sequence[str] | None, preprocess: Preprocessing | None
 ) -> Predicting:
     """The same with metadata of inputs and outputs."""
-    if classes is None:
-        classes = posterior.schema.classes if posterior.schema is not None else ()
-    count = 0
+    held = posterior.schema or Schema()
+    classes, count = held.classes if classes is None else classes, 0
     if classes:
         with torch.no_grad():
             count = given.task.raw(given.example.call(given.model)).shape[1]
-    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example)})
+    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example, held.exif)})
 
 
 def _check(

@@ -13,7 +13,9 @@ from stochbn.sources.pictures import Preprocessing
 __all__ = ["metadata"]
 
 
-def metadata(classes: Sequence[str], count: int, preprocess: Any, inputs: NetworkInput) -> dict[str, str]:
+def metadata(
+    classes: Sequence[str], count: int, preprocess: Any, inputs: NetworkInput, exif: bool = True
+) -> dict[str, str]:
     """``classes``, a list of names in JSON, and ``preprocess``, how a picture becomes an input, if they are known.
 
     Args:
@@ -21,6 +23,7 @@ def metadata(classes: Sequence[str], count: int, preprocess: Any, inputs: Networ
         count: K, how many there are.
         preprocess: a `stochbn.sources.pictures.Preprocessing`; another function cannot be written down.
         inputs: the example that is exported.
+        exif: whether pictures are turned upright by their EXIF orientation before.
 
     Raises:
         ValueError: there are other numbers of names and of classes, or of channels of pictures and of inputs.
@@ -34,5 +37,5 @@ def metadata(classes: Sequence[str], count: int, preprocess: Any, inputs: Networ
     if isinstance(preprocess, Preprocessing) and len(shape) == 4:
         if preprocess.channels != shape[1]:
             raise ValueError(f"pictures are prepared in {preprocess.channels} channels, and the example has {shape[1]}")
-        about["preprocess"] = json.dumps({**asdict(preprocess), "size": preprocess.size or shape[2:]})
+        about["preprocess"] = json.dumps({**asdict(preprocess), "size": preprocess.size or shape[2:], "exif": exif})
     return about
