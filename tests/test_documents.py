@@ -22,6 +22,8 @@ NAMES = (
     "docs/export",
     "docs/shift",
     "docs/coming-from",
+    "docs/unknown-classes",
+    "docs/howto/deploy",
 )
 DOCUMENTS = [ROOT / f"{name}.md" for name in NAMES]
 

@@ -306,7 +306,9 @@ def augment(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
     ],
-    augmentation: Annotated[str, typer.Option("--augment", help="flip, shift:PIXELS, or both.")] = "flip,shift:4",
+    augmentation: Annotated[
+        str, typer.Option("--augment", help="flip, shift:PIXELS, crop:SMALLEST, colour:STRENGTH, or several.")
+    ] = "flip,shift:4",
     members: Annotated[int, typer.Option(min=1, help="How many of its plain networks.")] = 3,
     count: Annotated[list[int], typer.Option(min=1, help="Numbers of draws, from few to many.")] = [4, 8, 16, 48],  # noqa: B006
     fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,

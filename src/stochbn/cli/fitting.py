@@ -229,6 +229,7 @@ def calibrate(
     show([_table(choices[0], ends=temperature and choices[0].tempered)])
     dense = choices[0].units == "places"
     shown = ignore if dense else None  # evaluate has no such option for one class an object
+    augment = str(changes) if choose else augment
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
         f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, {_fitted(new)}. "

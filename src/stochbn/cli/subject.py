@@ -166,6 +166,7 @@ class Subject:
         posterior: where its posterior is if nothing else is said.
         augments: whether data that is loaded for training is changed at random by the network's own module.
         fitted: the posterior whose data the subject's data is held to, and its file.
+        preprocess: from a picture to the network's input, if there is such.
     """
 
     model: nn.Module
@@ -179,6 +180,7 @@ class Subject:
     posterior: Path | None
     augments: bool = False
     fitted: tuple[Path, Posterior] | None = None
+    preprocess: Callable[[Any], Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -268,6 +270,7 @@ class Subject:
             posterior=default_posterior(given.weights) if given.weights is not None else None,
             augments=built.train_preprocess is not None,
             fitted=fitted,
+            preprocess=data.built.preprocess,
         )
 
     def load(

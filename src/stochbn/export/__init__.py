@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ import torch
 from torch import nn
 
 from stochbn.export.checking import Runner, compare
+from stochbn.export.inputs import metadata
 from stochbn.export.program import ExportError, Predicting, predicting, quiet, reason
 from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive.predictive import checks_weights
+from stochbn.schema import Schema
+from stochbn.sources.pictures import Preprocessing
 from stochbn.tasks import Task, task_of
 
 __all__ = ["Export", "ExportError", "onnx", "pt2"]
@@ -71,6 +74,8 @@ def onnx(
     output: Literal["logits", "probs"] | None = None,
     inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
+    classes: Sequence[str] | None = None,
+    preprocess: Preprocessing | None = None,
 ) -> Export:
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
@@ -101,6 +106,8 @@ def onnx(
         output: ``"logits"``, or ``"probs"`` for a network whose output has been through a softmax or a sigmoid.
         inputs: what the network takes of a batch.
         check: what a posterior must have in common with the network.
+        classes: the names of the classes, for the file's metadata; None is what the posterior was fitted with.
+        preprocess: how a picture becomes an input, for the file's metadata; see docs/export.md.
 
     Returns:
         What has been written.
@@ -117,6 +124,7 @@ def onnx(
     _check(path, model, posterior, draws, seed, check)
     read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
+    given = _described(given, posterior, classes, preprocess)
     return _written(path, given, lambda place: _write_onnx(place, given), _with_onnxruntime)
 
 
@@ -134,6 +142,8 @@ def pt2(
     output: Literal["logits", "probs"] | None = None,
     inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
+    classes: Sequence[str] | None = None,
+    preprocess: Preprocessing | None = None,
 ) -> Export:
     """Write a network under S fixed draws as `torch.export` writes it, and check it with `torch.export.load`.
 
@@ -153,6 +163,8 @@ def pt2(
         output: logits or probabilities.
         inputs: what the network takes of a batch.
         check: what must be the same of posterior and network.
+        classes: the names of the classes.
+        preprocess: how a picture becomes an input.
 
     Returns:
         What has been written.
@@ -163,6 +175,7 @@ def pt2(
     _check(path, model, posterior, draws, seed, check)
     read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
+    given = _described(given, posterior, classes, preprocess)
     return _written(path, given, lambda place: _write_pt2(place, given), _with_torch)
 
 
@@ -179,6 +192,18 @@ def _written(
     write(path, checked)
     path = Path(path)
     return Export(path, path.stat().st_size, len(given.drawn), given.outputs, given.repeated, found[0])
+
+
+def _described(
+    given: Predicting, posterior: Posterior, classes: Sequence[str] | None, preprocess: Preprocessing | None
+) -> Predicting:
+    """The same with metadata of inputs and outputs."""
+    held = posterior.schema or Schema()
+    classes, count = held.classes if classes is None else classes, 0
+    if classes:
+        with torch.no_grad():
+            count = given.task.raw(given.example.call(given.model)).shape[1]
+    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example, held.exif)})
 
 
 def _check(

@@ -269,10 +269,21 @@ class Predictive:
         lines += [f"{', '.join(ways)}: not taken: {reason}" for reason, ways in refused.items()]
         return "\n".join(lines)
 
+    def mixed(self, x: Batch) -> str:
+        """Why an example's prediction may depend on the others of its batch; empty if it is proven not to.
+
+        Draws are shared out among the examples of a batch all the same, unless ``tolerance=0`` gives each all of them.
+
+        Args:
+            x: a batch of two examples or more, as for a prediction.
+        """
+        return self._planned(network_input(self.model, x, self.inputs), whole="").together
+
     @without_gradients
-    def _planned(self, inputs: NetworkInput) -> Plan:
+    def _planned(self, inputs: NetworkInput, **changes: Any) -> Plan:
         self._network.look()
-        return planned(self._network, inputs, self._call(self._stopping(self.keep_draws) is None, inputs))
+        call = replace(self._call(self._stopping(self.keep_draws) is None, inputs), **changes)
+        return planned(self._network, inputs, call)
 
     @without_gradients
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool, whole: str) -> Any:
