@@ -23,7 +23,7 @@ from stochbn.paper.figures import (
     save_training,
 )
 from stochbn.paper.redrawing import redraw
-from stochbn.paper.training import Epoch
+from stochbn.paper.schedule import Epoch
 from stochbn.posteriors.moments import Moments
 from stochbn.report.curves import entropies_of_unknown
 from stochbn.report.style import COLORS, save
