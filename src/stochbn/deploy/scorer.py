@@ -20,10 +20,11 @@ from stochbn.posteriors import load
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
 from stochbn.schema import Schema
-from stochbn.scoring import Row, scored, without_nan
+from stochbn.scoring import scored, without_nan
 from stochbn.shift import Monitor, Reading
 from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
+from stochbn.table_files import Columns
 
 __all__ = ["Scorer"]
 
@@ -140,16 +141,16 @@ class Scorer:
             **(settings or {}),
         )
 
-    def rows(self, chunk: Chunk, key_name: str) -> list[Row]:
-        """A row of the table of ``stochbn predict`` for each object of a chunk.
+    def columns(self, chunk: Chunk, key_name: str) -> Columns:
+        """The columns of the table of ``stochbn predict`` for the examples of a chunk.
 
         Raises:
             ValueError: the prediction is none of so many objects.
         """
-        rows = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+        columns = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
         if self.monitor is not None:
             self._watch(self.monitor, chunk)
-        return rows
+        return columns
 
     def shift(self) -> dict[str, Any]:
         """Whether what was predicted is like the training data, for a service to tell; any thread may ask.
@@ -181,7 +182,7 @@ class Scorer:
         except (RuntimeError, TypeError, ValueError) as error:  # what is predicted need not be what can be compared
             self._not_compared, self._why = self._not_compared + 1, str(error)
 
-    def answer(self, objects: Sequence[Any]) -> list[Row]:
+    def answer(self, objects: Sequence[Any]) -> list[dict[str, Any]]:
         """A row of predictions for each example of a request to a service.
 
         Args:
@@ -195,10 +196,15 @@ class Scorer:
         if isinstance(objects, (str, bytes, bytearray, Mapping)) or not isinstance(objects, (Sequence, np.ndarray)):
             raise TypeError(f"expected a list of examples, got {type(objects).__name__}")
         columns = _Columns({"input": objects}, None, self.pixels, self._decoding)
-        rows: list[Row] = []
+        rows: list[dict[str, Any]] = []
         for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
-            rows += self.rows(chunk, _Columns.key_name)
-        return [{name: value for name, value in row.items() if name != _Columns.key_name} for row in rows]
+            _, *names = found = self.columns(chunk, _Columns.key_name)
+            told = zip(*(found[name] for name in names), strict=True)
+            rows += [
+                {name: value for name, value in zip(names, row, strict=True) if row[-1] is None or name == "error"}
+                for row in told
+            ]
+        return rows
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
         """The batch with the columns of predictions, and ``error``: why a row could not be read, or None.
@@ -213,11 +219,10 @@ class Scorer:
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
-        rows = self.rows(chunk, _Columns.key_name)
-        names = list(dict.fromkeys(name for row in rows for name in row if name != _Columns.key_name))
+        _, *names = found = self.columns(chunk, _Columns.key_name)
         if taken := [name for name in names if name in batch]:
             raise ValueError(f"the batch has a column {taken[0]!r}, as one of the predictions is called; rename it")
-        return {**batch, **{name: _column([row.get(name) for row in rows], name) for name in names}}
+        return {**batch, **{name: _column(found[name], name) for name in names}}
 
 
 class _Columns:
