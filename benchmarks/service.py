@@ -230,8 +230,8 @@ def main() -> None:
             }
             alone[name] = {key: {"p50": cuts[9], "p95": cuts[18]} for key, cuts in fastest.items()}
     measured = {
-        "about": f"{machine()}, {torch.get_num_threads()} thread(s), beside other work, clients on the same machine, Python {platform.python_version()}, "
-        f"the fastest of {options.rounds} rounds of {IMAGES} requests",
+        "about": f"{machine()}, {torch.get_num_threads()} thread(s), beside other work, clients on the same "
+        f"machine, Python {platform.python_version()}, the fastest of {options.rounds} rounds of {IMAGES} requests",
         "load": {n: {name: summarised(rounds) for name, rounds in each.items()} for n, each in parts.items()},
         "beside": alone,
     }

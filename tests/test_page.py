@@ -20,7 +20,7 @@ from stochbn.evaluation.methods import Method, methods, score
 from stochbn.paper import report
 from stochbn.paper.figures import training
 from stochbn.paper.page import page_of_run
-from stochbn.paper.training import Epoch
+from stochbn.paper.schedule import Epoch
 from stochbn.predictions import entropy
 from stochbn.report.facts import facts
 from stochbn.report.objects import Source, extremes, source_of

@@ -22,10 +22,9 @@ from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import positive
+from stochbn.posteriors.checks import checks_weights, positive
 from stochbn.posteriors.residual import with_residual
 from stochbn.posteriors.thresholds import dropped
-from stochbn.predictive.predictive import checks_weights
 from stochbn.tasks import TASKS, Task, task_of
 from stochbn.tasks.residual import fit_residual
 from stochbn.undisturbed import without_gradients

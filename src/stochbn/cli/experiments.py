@@ -50,7 +50,8 @@ def train(
 
     Loss and accuracy of every epoch are written beside it, as NETWORK.training.csv.
     """
-    from stochbn.paper import training
+    from stochbn.paper.schedule import Schedule
+    from stochbn.paper.training import train as train_network
     from stochbn.sources import architectures, checkpoints
 
     log = path.with_name(f"{path.name.removesuffix('.safetensors')}.training.csv")
@@ -62,7 +63,7 @@ def train(
         name: value for name, value in given.items() if value is not None
     }
     build = architectures.build_with_uniform_scale if uniform_scale else architectures.build
-    schedule = training.Schedule(
+    schedule = Schedule(
         epochs,
         batch_size,
         learning_rate,
@@ -75,7 +76,7 @@ def train(
     )
     with progress_bars() as bars:
         task = bars.add_task("training", total=None, unit="img")
-        model = training.train(
+        model = train_network(
             functools.partial(build, network, **arguments),
             images,
             schedule,
@@ -275,7 +276,7 @@ def compare(
     settings = Settings(members, draws, fit_images, held_out, unknown, exact, augment)
     with progress_bars() as bars:
         move = follow(bars, "predicting", "predictions")
-        shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
+        shown = compare_run(folder, settings, jobs=jobs or side_by_side(members), progress=move)
     show(shown)
     name = settings.name
     say(f"Everything is in {folder}: {name}.json, {name}.md and {name}.png.", folder)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,7 +146,7 @@ def predict(
             scorer = {**_scorer(given, fitted_in), **chosen, "top": top, "seed": seed}
             elsewhere = ray_engine(stream, scorer, batch, part_size(part, batch), workers)
         with progress_bars() as bars:
-            rows = score(
+            found = score(
                 predictive,
                 stream,
                 table,
@@ -163,8 +161,10 @@ def predict(
                 masks=masks,
                 progress=follow(bars, "predicting"),
                 engine=elsewhere,
+                uncertainty=subject.task.uncertainty,
+                shown=SHOWN,
             )
-        count, failed, least = _summary(rows, subject.task.uncertainty)
+    least = found.least
     if least:
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
@@ -178,9 +178,9 @@ def predict(
     if least and (caveat := subject.task.caveat(fitted, least[0])):
         say(caveat)
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
-    say(f"Saved {count} predictions as {path}{units}.", path)
-    if failed:
-        say(f"{failed} objects could not be read: the column 'error' says why.")
+    say(f"Saved {found.rows} predictions as {path}{units}.", path)
+    if found.failed:
+        say(f"{found.failed} objects could not be read: the column 'error' says why.")
     told = alarm(given, reading, data, posterior) if reading is not None else None
     if told is not None:
         warnings.warn(told, stacklevel=2)
@@ -203,33 +203,10 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     }
 
 
-def _summary(rows: Iterator[dict[str, Any]], by: Sequence[str]) -> tuple[int, int, list[dict[str, Any]]]:
-    """How many rows there are, how many of them have an error, and those with most of the first column of `by`."""
-    count = failed = 0
-
-    def readable() -> Iterator[dict[str, Any]]:
-        nonlocal count, failed
-        for row in rows:
-            count += 1
-            if row["error"]:
-                failed += 1
-            else:
-                yield row
-
-    def uncertainty(row: dict[str, Any]) -> float:
-        return next((float(row[name]) for name in by if name in row), 0.0)
-
-    least = heapq.nlargest(SHOWN, readable(), key=uncertainty)
-    return count, failed, least
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
-    try:
-        return f"{float(value):.3f}" if "." in str(value) else str(value)
-    except ValueError:
-        return str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _state(data: str | None) -> str | None:

@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochbn.scoring import Row
+__all__ = ["Batcher", "FullError", "Row"]
 
-__all__ = ["Batcher", "FullError"]
+Row = dict[str, Any]
+"""What is predicted of one example, by name."""
 
 
 class FullError(Exception):

@@ -22,10 +22,11 @@ from stochbn.posteriors import load
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
 from stochbn.schema import Schema
-from stochbn.scoring import Row, scored, without_nan
+from stochbn.scoring import scored, without_nan
 from stochbn.shift import Monitor, Reading
 from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
+from stochbn.table_files import Columns
 
 __all__ = ["Scorer"]
 
@@ -144,16 +145,16 @@ class Scorer:
             **(settings or {}),
         )
 
-    def rows(self, chunk: Chunk, key_name: str) -> list[Row]:
-        """A row of the table of ``stochbn predict`` for each object of a chunk.
+    def columns(self, chunk: Chunk, key_name: str) -> Columns:
+        """The columns of the table of ``stochbn predict`` for the examples of a chunk.
 
         Raises:
             ValueError: the prediction is none of so many objects.
         """
-        rows = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+        columns = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
         if self.monitor is not None:
             self._watch(self.monitor, chunk)
-        return rows
+        return columns
 
     def shift(self) -> dict[str, Any]:
         """Whether what was predicted is like the training data, for a service to tell; any thread may ask.
@@ -203,7 +204,7 @@ class Scorer:
         (chunk,) = RowObjects("the request", columns, self.preprocess).chunks(len(columns))
         return chunk
 
-    def answer(self, objects: Sequence[Any]) -> list[Row]:
+    def answer(self, objects: Sequence[Any]) -> list[dict[str, Any]]:
         """A row of predictions for each example of a request to a service.
 
         Args:
@@ -213,19 +214,23 @@ class Scorer:
             RuntimeError, ValueError: the network does not take them.
             TypeError: it is no sequence of examples.
         """
-        return self._unnamed(self.read(objects))
+        return self._rows(self.read(objects))
 
-    def predict(self, inputs: Tensor) -> list[Row]:
+    def predict(self, inputs: Tensor) -> list[dict[str, Any]]:
         """A row of predictions for each of the inputs ``[N, ...]`` that `read` gave.
 
         Raises:
             RuntimeError, ValueError: the network does not take them.
         """
-        return self._unnamed(Chunk(list(range(len(inputs))), [None] * len(inputs), inputs))
+        return self._rows(Chunk(list(range(len(inputs))), [None] * len(inputs), inputs))
 
-    def _unnamed(self, chunk: Chunk) -> list[Row]:
-        rows = self.rows(chunk, _Columns.key_name)
-        return [{name: value for name, value in row.items() if name != _Columns.key_name} for row in rows]
+    def _rows(self, chunk: Chunk) -> list[dict[str, Any]]:
+        _, *names = found = self.columns(chunk, _Columns.key_name)
+        told = zip(*(found[name] for name in names), strict=True)
+        return [
+            {name: value for name, value in zip(names, row, strict=True) if row[-1] is None or name == "error"}
+            for row in told
+        ]
 
     @property
     def drawn(self) -> int:
@@ -246,11 +251,10 @@ class Scorer:
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
-        rows = self.rows(chunk, _Columns.key_name)
-        names = list(dict.fromkeys(name for row in rows for name in row if name != _Columns.key_name))
+        _, *names = found = self.columns(chunk, _Columns.key_name)
         if taken := [name for name in names if name in batch]:
             raise ValueError(f"the batch has a column {taken[0]!r}, as one of the predictions is called; rename it")
-        return {**batch, **{name: _column([row.get(name) for row in rows], name) for name in names}}
+        return {**batch, **{name: _column(found[name], name) for name in names}}
 
 
 class _Counted(Predictive):

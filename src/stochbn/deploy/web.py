@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochbn.deploy.batching import Batcher, FullError
+from stochbn.deploy.batching import Batcher, FullError, Row
 from stochbn.deploy.scorer import Scorer
 from stochbn.deploy.service import BodyLimit, Limits, Receive, RefusedError, Scope, Send
 from stochbn.deploy.telemetry import Telemetry, prometheus
-from stochbn.scoring import Row
 from stochbn.sources.pictures import Preprocessing
 
 try:

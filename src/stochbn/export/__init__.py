@@ -27,8 +27,8 @@ from stochbn.export.program import ExportError, Predicting, predicting, quiet, r
 from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.checks import checks_weights
 from stochbn.posteriors.thresholds import compare_draws
-from stochbn.predictive.predictive import checks_weights
 from stochbn.schema import Schema
 from stochbn.sources.pictures import Preprocessing
 from stochbn.tasks import Task, task_of

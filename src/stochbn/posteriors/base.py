@@ -323,8 +323,7 @@ class Posterior(ABC):
         """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
 
         Args:
-            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with this
-                posterior.
+            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with it.
             examples: how many held-out examples there were.
             draws: of these predictions.
             augment: what draws did to the input, as text.

@@ -18,6 +18,7 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.checks import checks_weights
 from stochbn.stopping import Stopping
 from stochbn.summary import Summary
 from stochbn.tasks import Task, task_of
@@ -50,8 +51,7 @@ class Predictive:
     buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
     changed, training it further is seen, plain calls beside a prediction are right, and one predictive serves many
     threads. The network's hooks are copied with it and see all passes. A network that cannot be copied so runs in
-    place, one call at a time. Objects that are not proven to be independent of each other go through the network
-    together, stop together, and are right.
+    place, one call at a time. Examples that may affect each other go through the network together, and stop together.
 
     The passes are made in the way that is fastest with the same results, see `explain`. Averages are made as draws
     come, so memory does not grow with their number.
@@ -391,17 +391,6 @@ class Predictive:
             yield from ({} for _ in range(1 if self._once else count))
             return
         yield from self.posterior.iter_draws(1 if self._once else count, generator, quasi=True)
-
-
-def checks_weights(check: str) -> bool:
-    """Whether a posterior is to be compared with a network's weights too.
-
-    Raises:
-        ValueError: `check` is neither ``"weights"`` nor ``"shape"``.
-    """
-    if check not in ("weights", "shape"):
-        raise ValueError(f'check must be "weights" or "shape", got {check!r}')
-    return check == "weights"
 
 
 def checked_generator(generator: Any) -> torch.Generator | None:
