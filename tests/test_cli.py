@@ -27,7 +27,7 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import comparison, figures, recipes, report, runner, training
+from stochbn.paper import figures, recipes, report, runner, study, training
 from stochbn.paper.schedule import Schedule, read_log
 from stochbn.processes import ProcessError
 from stochbn.sources import checkpoints, named
@@ -604,7 +604,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((named, "load"), (checkpoints, "load"), (report, "read_recipe"), (report, "read_run")):
         monkeypatch.setattr(module, name, load)
-    monkeypatch.setattr(comparison, "read_recipe", load)
+    monkeypatch.setattr(study, "read_recipe", load)
 
 
 @pytest.mark.parametrize("command", ["train", "fit", "predict"])
@@ -820,6 +820,7 @@ def test_a_diagnosis_says_what_to_use_and_draws_it(alone: Path, tmp_path: Path, 
     assert_told(main("diagnose", alone, "--images", 100), "at least 10 mini-batches, got 6")
 
 
+@pytest.mark.filterwarnings("ignore:the noise of the smallest")
 def test_kinds_of_posteriors_are_compared_on_the_networks_of_a_run(tmp_path: Path, main: Callable[..., Ended]) -> None:
     recipe = replace(TINY, dropout=None, members=1, epochs=1, train_images=96, held_out=0.2, unknown=None, draws=1)
     runner.run(recipe, tmp_path / "run")

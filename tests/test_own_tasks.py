@@ -267,7 +267,7 @@ def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:
     first, second = json.loads(Path("cost/cost.json").read_text())["measured"]
     assert (first["batch"], second["batch"]) == (8, 20)
     for one in (first, second):
-        assert 0 < one["call"] < one["textbook"]
+        assert min(one["call"], one["textbook"], one["every"], one["first"]) > 0
         assert one["worth"] > 1
     assert "fewer than a batch of 500" in told("bench", *given, "--data", "test.npz", "--batch", 500)
     regression = *given, "--task", "regression", "--data", "test.npz"
