@@ -193,7 +193,7 @@ def test_objects_that_affect_each_other_stay_together_and_get_as_many_draws() ->
     model, x, settings = Mixing(), normal(40, 4), Settings(piece=1)
     posterior = stochbn.fit(model, [normal(64, 4, seed=3)], 8)
     plan = plan_of(model, posterior, x, settings)
-    assert "over objects" in plan.together
+    assert "over examples" in plan.together
     assert not plan.ways
     draws = list(posterior.iter_draws(50, seeded(), quasi=True))
     every = torch.stack(slow(model, draws, x)).softmax(2)

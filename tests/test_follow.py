@@ -18,7 +18,7 @@ import stochbn
 from conftest import Untouched, normal, seeded, settled
 from stochbn import Predictive
 from stochbn.execution.follow import Followed, follow
-from stochbn.execution.sizes import ObjectCount, Shape, Sizes, plain
+from stochbn.execution.sizes import ExampleCount, Shape, Sizes, plain
 from stochbn.execution.verify import spread
 from stochbn.network.calling import network_input
 from stochbn.network.replica import Network
@@ -221,6 +221,7 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": lambda m, h: _attended(h.view(h.shape[0], 3, 2)).flatten(1),
     "filled in place": lambda m, h: _filled(h),
     "a token in front": lambda m, h: torch.cat([m.table[0].expand(h.shape[0], -1), h], 1)[:, 3:9],
+    "zeros behind": lambda m, h: torch.cat([h, torch.zeros(h.shape[0], 2)], 1)[:, 2:],
     "slices": lambda m, h: torch.cat([h[:, :8], h[:, 6:]], 1),
     "looked up": lambda m, h: h + m.table[h.argmax(1)],
     "gathered": lambda m, h: h.gather(1, h.argsort(1)),
@@ -289,7 +290,7 @@ def test_what_mixes_is_judged_mixed(operation: str) -> None:
     posterior = stochbn.fit(model, [normal(256, 4, seed=3)], 8)
     for n in (9, 40):
         shown = Predictive(model, posterior, 9).explain(normal(n, 4))
-        assert "All objects go through the network together" in shown or n < 8
+        assert "All examples go through the network together" in shown or n < 8
         if "by the batch" not in operation:
             assert "other outputs beside others" not in shown, "seen by its operations, not by numbers"
 
@@ -300,6 +301,7 @@ def test_what_treats_objects_one_by_one_is_judged_so(operation: str) -> None:
     found = followed(model, normal(9, 4), 3)
     assert not found.dependent
     assert found.sizes.hold(1000)
+    assert followed(model, normal(9, 4), 2).trace == found.trace, "whatever their number is"
 
 
 @pytest.mark.parametrize("operation", SIZED)
@@ -338,7 +340,7 @@ def test_weights_that_are_alike_by_chance_prove_nothing() -> None:
     predictive, x = Predictive(model, posterior, 9, tolerance=0, check="shape"), normal(9, 4)
     predictive(x)
     model.places.data.copy_(3 * normal(64, 6, seed=2))  # which leaves its version as it is
-    assert "All objects go through the network together" in predictive.explain(x)
+    assert "All examples go through the network together" in predictive.explain(x)
     found = predictive(x, generator=seeded()).probs.double()
     torch.testing.assert_close(found, one_by_one(model, posterior, 9, 0, x), rtol=1e-4, atol=1e-5)
 
@@ -370,15 +372,15 @@ def test_arithmetic_is_that_of_integers_and_holds_where_it_says(
         wanted = program(objects)
     except (ZeroDivisionError, TypeError) as error:
         with pytest.raises(type(error)):
-            program(ObjectCount(sizes, 1))
+            program(ExampleCount(sizes, 1))
         return
-    number, outcome = program(ObjectCount(sizes, 1))
+    number, outcome = program(ExampleCount(sizes, 1))
     assert (plain(number), outcome) == wanted
     assert sizes.hold(objects)
     for n in filter(sizes.hold, range(1, 60)):
         value, there = program(n)
         assert there == outcome
-        assert value == (number.at(n) if type(number) is ObjectCount else number)
+        assert value == (number.at(n) if type(number) is ExampleCount else number)
 
 
 @pytest.mark.parametrize(
@@ -391,13 +393,13 @@ def test_arithmetic_is_that_of_integers_and_holds_where_it_says(
 )  # fmt: skip
 def test_whatever_else_is_done_with_the_number_depends_on_it(use: Callable[[Any], Any]) -> None:
     sizes = Sizes(3)
-    assert use(ObjectCount(sizes, 1)) == use(3)
+    assert use(ExampleCount(sizes, 1)) == use(3)
     assert (sizes.low, sizes.high) == (3, 3)
 
 
 def test_shapes_are_those_of_tensors() -> None:
     sizes = Sizes(3)
-    shape = Shape((ObjectCount(sizes, 2), 5, 4))
+    shape = Shape((ExampleCount(sizes, 2), 5, 4))
     assert plain(shape) == torch.Size([6, 5, 4])
     assert plain(shape.numel()) == 120
     assert shape[1:].numel() == 20

@@ -842,7 +842,7 @@ def test_an_explanation_says_which_ways_are_taken_and_why_not_the_others(
     assert "bfloat16: not taken: it would round more" in exact.explain(X)
     mixing = Wrapped(model, lambda y: y - y.mean(0))
     fitted_mixing = stochbn.fit(mixing, [normal(48, 4, seed=9)], 6)
-    assert "All objects go through the network together: a sum" in Predictive(mixing, fitted_mixing).explain(X)
+    assert "All examples go through the network together: a sum" in Predictive(mixing, fitted_mixing).explain(X)
     assert "too few draws" in Predictive(model, posterior, 3).explain(X)
     assert "there is one pass" in Predictive(model).explain(X)
 
@@ -909,7 +909,7 @@ def test_ways_that_are_not_taken_for_one_reason_are_told_together() -> None:
     model = Centred().eval()
     lines = Predictive(model, stochbn.fit(model, [normal(64, 4)], 8)).explain(normal(20, 4)).splitlines()
     assert sum("not taken" in line for line in lines) == 1
-    assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16, compiled: not taken: objects stay")
+    assert lines[-1].startswith("pieces, prefix, stacked, channels_last, bfloat16, compiled: not taken: examples stay")
 
 
 # ---------------------------------------------------------------- loaders

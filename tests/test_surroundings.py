@@ -105,11 +105,11 @@ def test_code_that_reads_something_else_than_before_is_looked_at_anew(
     posterior = stochbn.fit(model, [normal(96, 4, seed=3)], 8)
     predictive, x = Predictive(model, posterior, 9, tolerance=0), normal(40, 4, seed=8)
     predictive(x)
-    assert "All objects go" not in predictive.explain(x)
+    assert "All examples go" not in predictive.explain(x)
     switches.get(place, switch)()
     wanted = all_together(model, posterior, x)
     torch.testing.assert_close(predictive(x, generator=seeded()).probs, wanted, rtol=1e-4, atol=1e-5)
-    assert "All objects go" in predictive.explain(x)
+    assert "All examples go" in predictive.explain(x)
 
 
 LOG: dict[str, int] = {"calls": 0}
@@ -251,7 +251,7 @@ def test_batches_of_graphs_are_taken_as_they_come() -> None:
     torch.testing.assert_close(posterior.expected[0], means.mean(0), rtol=1e-5, atol=1e-5)
     predictive = Predictive(model, posterior, 9, tolerance=0, inputs=3)
     x = graphs(77)
-    assert "All objects go through the network together" in predictive.explain(x)
+    assert "All examples go through the network together" in predictive.explain(x)
     wanted = all_together(model, posterior, *x)
     torch.testing.assert_close(predictive(x, generator=seeded()).probs, wanted, rtol=1e-4, atol=1e-5)
     before.check()

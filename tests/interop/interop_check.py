@@ -184,7 +184,7 @@ def _with_defaults(model: nn.Module, posterior: stochbn.Posterior, x: Any, case:
     row.first, row.later = times[0] / unit, statistics.median(times[1:]) / unit
     explained = predictive.explain(x)
     row.ways = ", ".join(line.partition(":")[0] for line in explained.splitlines() if ": taken" in line)
-    together = next((line for line in explained.splitlines() if line.startswith("All objects go")), "")
+    together = next((line for line in explained.splitlines() if line.startswith("All examples go")), "")
     row.ways = row.ways or together.partition(": ")[2].rstrip(".")
     every = _slow(model, list(posterior.iter_draws(INDEPENDENT, torch.Generator().manual_seed(5))), x, case)
     generator = torch.Generator().manual_seed(9)

@@ -3,7 +3,7 @@
     inputs -> verify (follow, and try the ways) -> plan -> run (on a replica) -> raw values of each draw
 
 `reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from passes over a copy,
-what a network does to the objects of a batch; `verify` is where ways are tried, of which `run` compares the results
+what a network does to the examples of a batch; `verify` is where ways are tried, of which `run` compares the results
 with slow passes in every call; `plan` says which ways a call takes; `run` holds all state of a call.
 """
 
@@ -59,11 +59,11 @@ def passes(network: Network, inputs: NetworkInput, call: Call) -> Generator[Pass
 def repeated(make: Callable[[str], Made]) -> Made:
     """What is made with the passes of a call, which begins again where these turn out to be other than was known.
 
-    Passes may change the network, which is found out once for it (unless other threads change it meanwhile), or objects
-    may have other outputs beside others, after which this call makes passes of all of them.
+    Passes may change the network. That is found out once for it, unless other threads change it meanwhile. Or examples
+    may have other outputs beside others. Then this call makes passes of all of them.
 
     Args:
-        make: is given why objects must go through the network together, for ``Call(whole=)``; empty if they need not.
+        make: is given why examples must go through the network together, for ``Call(whole=)``; empty if they need not.
     """
     whole = ""
     for _ in range(ATTEMPTS):

@@ -1,9 +1,9 @@
-"""Following a network through one pass: do objects stay apart, what precedes the first batch norm, what changes.
+"""Following a network through one pass: do examples stay apart, what precedes the first batch norm, what changes.
 
-The pass is made with a few objects on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
-that really runs and follows the axis of the objects through it (`stochbn.execution.rules`); a function mode sees where
-Python code reads the number of objects, for which it gets a symbol (`stochbn.execution.sizes`), or reads numbers out of
-a tensor. So what is concluded rests on the operations, not on the values of some objects.
+The pass is made with a few examples on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
+that really runs, and follows the axis of the examples through it (`stochbn.execution.rules`). A function mode sees
+where Python code reads numbers of a tensor, or the number of examples, for which it gets a symbol
+(`stochbn.execution.sizes`). So what is concluded rests on the operations, not on the values of some examples.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Followed:
 
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
-        dependent: why an object's output may depend on the others; empty if it is proven not to.
+        dependent: why an example's output may depend on the others; empty if it is proven not to.
         random: whether a pass draws random numbers, or may where its code goes by values.
-        sizes: for which numbers of objects this holds.
+        sizes: for which numbers of examples this holds.
         stateful: whether a pass changes buffers or attributes.
         caches: whether it only keeps tensors there that later passes use, and that depend on parameters and buffers
             alone.
         state: names of parameters that a pass writes to, or all where another pass may write to others.
         reads_layout: whether Python code looks at the memory layout of tensors.
-        irregular: why draws cannot share a pass; empty if every batch norm has the objects on the first axis.
-        rows: for each batch norm, by name, how many rows of its input an object has.
+        irregular: why draws cannot share a pass; empty if every batch norm has the examples on the first axis.
+        rows: for each batch norm, by name, how many rows of its input an example has.
         units: what can be kept from one draw to the next.
-        activation: bytes of the largest input of a batch norm, for each object.
-        largest: bytes of the largest tensor at all, for each object.
+        activation: bytes of the largest input of a batch norm, for each example.
+        largest: bytes of the largest tensor at all, for each example.
         last: name of the last linear layer or convolution that was called.
-        trace: the operations, and the shapes of what they made that does not depend on the objects.
+        trace: the operations, and the shapes of what they made that does not depend on the examples.
     """
 
     in_place: str = ""
@@ -73,7 +73,7 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
 
     Args:
         network: the network.
-        inputs: some objects.
+        inputs: some examples.
         training: names of the modules to put in training mode.
 
     Raises:
@@ -109,13 +109,13 @@ def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) ->
 def follow(
     network: Network, inputs: NetworkInput, draw: Mapping[str, Tensor], task: Task, training: frozenset[str]
 ) -> Followed:
-    """Follow a network through one pass over some objects.
+    """Follow a network through one pass over some examples.
 
     Args:
         network: the network.
-        inputs: the objects.
+        inputs: the examples.
         draw: statistics to make the pass with; whatever they are, they count as drawn.
-        task: takes from the output what the caller needs of it, with the objects on the first axis.
+        task: takes from the output what the caller needs of it, with the examples on the first axis.
         training: names of the modules to put in training mode.
 
     Raises:
@@ -143,9 +143,9 @@ def follow(
         flow = follower.flow(task.raw(output))
     dependent = next(iter(follower.reasons), flow.mixed)
     if not dependent and flow.axis is None:
-        dependent = "the output does not depend on the objects"
+        dependent = "the output does not depend on the examples"
     if not dependent and (flow.axis != 0 or flow.per != 1):
-        dependent = "the output has the objects elsewhere than on its first axis"
+        dependent = "the output has the examples elsewhere than on its first axis"
     if any(isinstance(m, torch.jit.ScriptModule) or _calls_scripted(m) for m in replica.modules.values()):
         dependent = dependent or "it has scripted code, whose conclusions from sizes cannot be seen"
     changed = watch.changed()

@@ -1,4 +1,4 @@
-"""Operations that only move entries: the same is done to the numbers of the objects that the entries belong to."""
+"""Operations that only move entries: the same is done to the numbers of the examples that the entries belong to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LAST = {
 
 
 def _look_at_positions(name: str, bound: dict[str, Any], axis: int | None, ndim: int) -> None:
-    """Refuse what takes objects by their positions: that it takes all of a few says nothing of more.
+    """Refuse what takes examples by their positions: that it takes all of a few says nothing of more.
 
     Raises:
         MixedError: it does.
@@ -50,33 +50,33 @@ def _look_at_positions(name: str, bound: dict[str, Any], axis: int | None, ndim:
         dims = [-1 - place // 2 for place, amount in enumerate(bound["pad"]) if amount]
     last = _LAST.get(name, 0)
     if taken or axis in {dim % ndim for dim in dims} or axis >= ndim - last:
-        raise MixedError("an operation that takes entries by an object's place in the batch")
+        raise MixedError("an operation that takes entries by an example's place in the batch")
 
 
-def _labels(tensor: Tensor, flow: Flow, objects: int) -> Tensor:
-    """The number of its object for every entry, in the layout of the tensor; -1 where there is none."""
+def _labels(tensor: Tensor, flow: Flow, examples: int) -> Tensor:
+    """The number of its example for every entry, in the layout of the tensor; -1 where there is none."""
     shape, stride = tensor.shape, tensor.stride()
     kept = [1 if s == 0 and axis != flow.axis else n for axis, (n, s) in enumerate(zip(shape, stride, strict=True))]
-    if flow.axis is not None and stride[flow.axis] == 0:  # objects that share their numbers have labels of their own
+    if flow.axis is not None and stride[flow.axis] == 0:  # examples that share their numbers have labels of their own
         labels = torch.empty(kept, dtype=torch.int32).fill_(-1)
     else:
         labels = torch.empty_strided(kept, stride, dtype=torch.int32).fill_(-1)
     if flow.axis is not None:
-        numbers = torch.arange(objects, dtype=torch.int32).repeat_interleave(flow.per)
+        numbers = torch.arange(examples, dtype=torch.int32).repeat_interleave(flow.per)
         labels.copy_(numbers.view([-1 if axis == flow.axis else 1 for axis in range(len(shape))]))
     return labels.expand(shape)
 
 
-def _place_of(labels: Tensor, objects: int) -> Place | None:
+def _place_of(labels: Tensor, examples: int) -> Place | None:
     if bool((labels == -1).all()):
         return None
     for axis, size in enumerate(labels.shape):
-        if size and size % objects == 0:
-            numbers = torch.arange(objects, dtype=labels.dtype).repeat_interleave(size // objects)
+        if size and size % examples == 0:
+            numbers = torch.arange(examples, dtype=labels.dtype).repeat_interleave(size // examples)
             wanted = numbers.view([-1 if other == axis else 1 for other in range(labels.ndim)])
             if bool(((labels == wanted) | (labels == -1)).all()):
-                return axis, size // objects
-    raise MixedError("an operation that moves entries between objects, or takes some objects")
+                return axis, size // examples
+    raise MixedError("an operation that moves entries between examples, or takes some examples")
 
 
 def moved(
@@ -86,12 +86,12 @@ def moved(
     kwargs: dict[str, Any],
     made: Sequence[Tensor],
     flow: Lookup,
-    objects: int,
+    examples: int,
 ) -> list[Place | None]:
-    """Where the objects are after an operation that only moves entries.
+    """Where the examples are after an operation that only moves entries.
 
     Raises:
-        MixedError: it moves entries between objects, or takes them by their place in the batch.
+        MixedError: it moves entries between examples, or takes them by their place in the batch.
     """
     name = func._schema.name.removeprefix("aten::")
     source: Any = args[0]
@@ -104,13 +104,13 @@ def moved(
         if not first and not value.is_floating_point():  # where to take entries from
             constant(flow, value)
             return value
-        return _labels(value, flow(value), objects)
+        return _labels(value, flow(value), examples)
 
     labelled = pytree.tree_map(lambda v: label(v, first=False), args[1:])
     if name == "constant_pad_nd":
-        labelled = [labelled[0], -1]  # the numbers between are no object's
+        labelled = [labelled[0], -1]  # the numbers between are no example's
     results = func(pytree.tree_map(lambda v: label(v, first=True), source), *labelled, **kwargs)
-    places = [_place_of(t, objects) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)]
+    places = [_place_of(t, examples) for t in pytree.tree_leaves(results) if isinstance(t, Tensor)]
     for place, out in zip(places, made, strict=True):
         for t in pytree.tree_leaves(args):
             if place is None or not isinstance(t, Tensor) or flow(t).axis is not None:
@@ -123,13 +123,13 @@ def moved(
                 axis -= axis > new
             elif t.ndim != out.ndim:
                 continue
-            if t.shape[axis] == out.shape[axis] and not uniform(t, axis, objects, flow):
-                raise MixedError("an operation that joins objects with numbers that depend on their place in the batch")
+            if t.shape[axis] == out.shape[axis] and not uniform(t, axis, examples, flow):
+                raise MixedError("an operation that joins examples with numbers that go by their place in the batch")
     return places
 
 
-def index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: int) -> list[Place | None]:
-    """Where the objects are in what is taken by tensors of positions."""
+def index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, examples: int) -> list[Place | None]:
+    """Where the examples are in what is taken by tensors of positions."""
     source, indices = bound["self"], bound["indices"]
     first, *others = indices
     if any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices):
@@ -141,7 +141,7 @@ def index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, objects: 
     for one in indices:
         width = one.ndim if one is not None and one.dtype in (torch.bool, torch.uint8) else 1
         if one is not None and axis <= (flow(source).axis or 0) < axis + width:
-            raise MixedError("an operation that takes entries by an object's place in the batch")
+            raise MixedError("an operation that takes entries by an example's place in the batch")
         axis += width
     func = torch.ops.aten.index.Tensor
-    return moved(func, bound, (source, indices), {}, made, flow, objects)
+    return moved(func, bound, (source, indices), {}, made, flow, examples)

@@ -1,4 +1,4 @@
-"""Where the objects of a batch are in a tensor, and whether a constant is the same for each of them."""
+"""Where the examples of a batch are in a tensor, and whether a constant is the same for each of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Flow", "Lookup", "MixedError", "Place", "constant", "joined", "only"
 
 @dataclass(frozen=True)
 class Flow:
-    """Where the objects of a batch are in a tensor.
+    """Where the examples of a batch are in a tensor.
 
     Attributes:
         axis: the axis along which they lie; None if the tensor does not depend on them.
-        per: how many consecutive entries of that axis belong to each object.
+        per: how many consecutive entries of that axis belong to each example.
         drawn: whether the tensor depends on statistics that are drawn.
         own: whether its values depend on the network's parameters or buffers, which may change without a sign.
-        mixed: why an entry may depend on several objects or on its place in the batch; empty if none does.
+        mixed: why an entry may depend on several examples or on its place in the batch; empty if none does.
     """
 
     axis: int | None = None
@@ -32,51 +32,51 @@ class Flow:
 
     @property
     def constant(self) -> bool:
-        """Whether the tensor is the same whatever the objects are."""
+        """Whether the tensor is the same whatever the examples are."""
         return self.axis is None and not self.mixed
 
 
 class MixedError(Exception):
-    """An operation brings objects together; the message says which."""
+    """An operation brings examples together; the message says which."""
 
 
 Lookup = Callable[[Tensor], Flow]
 Place = tuple[int, int]
-"""The axis of the objects and the number of entries for each."""
+"""The axis of the examples and the number of entries for each."""
 
 
-def uniform(tensor: Tensor, axis: int, objects: int, flow: Lookup) -> bool:
-    """Whether the entries of a constant along an axis are the same for every object, whatever the weights are."""
+def uniform(tensor: Tensor, axis: int, examples: int, flow: Lookup) -> bool:
+    """Whether the entries of a constant along an axis are the same for every example, whatever the weights are."""
     if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0 or not tensor.numel():
         return True
-    if tensor.shape[axis] % objects or flow(tensor).own or flow(tensor).drawn:
+    if tensor.shape[axis] % examples or flow(tensor).own or flow(tensor).drawn:
         return False
-    rows = tensor.reshape(*tensor.shape[:axis], objects, -1, *tensor.shape[axis + 1 :])
+    rows = tensor.reshape(*tensor.shape[:axis], examples, -1, *tensor.shape[axis + 1 :])
     return bool((rows == rows.narrow(axis, 0, 1)).all())
 
 
 def only(tensor: Any, flow: Lookup) -> Place:
-    """Where the objects are in a tensor, which must depend on them.
+    """Where the examples are in a tensor, which must depend on them.
 
     Raises:
         MixedError: it does not.
     """
     if not isinstance(tensor, Tensor) or flow(tensor).axis is None:
-        raise MixedError("an operation whose first input does not depend on the objects, but another does")
+        raise MixedError("an operation whose first input does not depend on the examples, but another does")
     place = flow(tensor)
     assert place.axis is not None
     return place.axis, place.per
 
 
 def constant(flow: Lookup, *tensors: Any) -> None:
-    """Refuse tensors that depend on the objects.
+    """Refuse tensors that depend on the examples.
 
     Raises:
         MixedError: one does.
     """
     for t in pytree.tree_leaves(tensors):
         if isinstance(t, Tensor) and not flow(t).constant:
-            raise MixedError("an operation whose weights depend on the objects")
+            raise MixedError("an operation whose weights depend on the examples")
 
 
 def joined(old: Flow, new: Flow) -> Flow:
@@ -85,5 +85,5 @@ def joined(old: Flow, new: Flow) -> Flow:
     if old.mixed or new.mixed:
         return Flow(mixed=old.mixed or new.mixed, drawn=drawn, own=own)
     if old.axis is not None and new.axis is not None and (old.axis, old.per) != (new.axis, new.per):
-        return Flow(mixed="a tensor that is written to with objects on another axis", drawn=drawn, own=own)
+        return Flow(mixed="a tensor that is written to with examples on another axis", drawn=drawn, own=own)
     return replace(old if new.axis is None else new, drawn=drawn, own=own)

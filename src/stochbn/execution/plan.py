@@ -34,15 +34,15 @@ class Settings:
 
     >>> sorted(Settings().ways)
     ['bfloat16', 'channels_last', 'compiled', 'pieces', 'prefix', 'stacked']
-    >>> Settings(ways=frozenset()).ways  # passes of one draw of all objects, in the network's own type
+    >>> Settings(ways=frozenset()).ways  # passes of one draw of all examples, in the network's own type
     frozenset()
 
     Attributes:
         ways: the faster ways that may be taken, by their names.
         piece: bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and
             the memory allocator hands them back to the system after every use.
-        cached: bytes of the largest activation up to which a pass takes little longer for more objects.
-        rows: objects in a pass below which a pass costs about as much as one of so many.
+        cached: bytes of the largest activation up to which a pass takes little longer for more examples.
+        rows: examples in a pass below which a pass costs about as much as one of so many.
         weights: weights of linear layers and convolutions below which a pass takes no less time in bfloat16.
         bfloat16: whether the processor multiplies bfloat16 numbers; None asks it.
         first: draws of every example before it is asked which have enough, even and at least 4. With two pairs the
@@ -78,7 +78,7 @@ class Call:
         task: what it reads from the network's output.
         training: names of the modules in training mode.
         settings: what passes may do.
-        whole: why the objects go through the network together, one draw a pass; empty if a plan may say otherwise.
+        whole: why the examples go through the network together, one draw a pass; empty if a plan may say otherwise.
         posterior: what draws are from, as far as verdicts depend on it.
         sample: gives some draws to try ways with, the same every time.
         exact: no way may round more than float32 does.
@@ -132,13 +132,13 @@ class Plan:
 
     Attributes:
         ways: the faster ways that are taken.
-        together: why objects stay together; empty if they may be taken apart.
+        together: why examples stay together; empty if they may be taken apart.
         random: whether passes draw random numbers, or may.
-        size: how many objects go through the network together.
-        least: fewer objects than this do not: the last one is repeated.
-        rows: how many objects may go through the network together under different draws; 0 for one draw a pass.
+        size: how many examples go through the network together.
+        least: fewer examples than this do not: the last one is repeated.
+        rows: how many examples may go through the network together under different draws; 0 for one draw a pass.
         units: the calls of modules whose outputs are kept from one draw to the next.
-        norms: for each batch norm, by its name, how many rows of its input an object has.
+        norms: for each batch norm, by its name, how many rows of its input an example has.
         head: the layer that stays in the network's own type where others are in bfloat16.
         exact: the plan to go on with where bfloat16 rounds too much; None if it is not taken.
         refused: why each other way is not taken.
@@ -156,22 +156,26 @@ class Plan:
     exact: Plan | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def draws(self, objects: int) -> int:
-        """How many draws of so many objects to make in one pass: 1, 2 or a multiple of 4.
+    def draws(self, examples: int) -> int:
+        """How many draws of so many examples to make in one pass: 1, 2 or a multiple of 4.
 
         >>> Plan(rows=100).draws(20), Plan(rows=100).draws(40), Plan(rows=100).draws(60)
         (4, 2, 1)
         """
-        fit = self.rows // max(objects, 1)
+        fit = self.rows // max(examples, 1)
         return fit // 4 * 4 if fit >= 4 else max(1, fit // 2 * 2)
 
 
-def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, refused: Mapping[str, str]) -> Plan:
+def _range(least: int, most: int) -> str:
+    return f"{least} examples" if least == most else f"{least} or more examples"
+
+
+def make_plan(verdict: Verdict, examples: int, settings: Settings, *, cpu: bool, refused: Mapping[str, str]) -> Plan:
     """The fastest plan that a verdict allows.
 
     Args:
         verdict: what is known of the network.
-        objects: the number of objects.
+        examples: the number of examples.
         settings: what passes may do.
         cpu: whether the inputs are on a CPU.
         refused: why ways are not for this call, by their names.
@@ -182,7 +186,7 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     if followed.dependent or followed.in_place:
         in_place = f"passes run on the network itself, as {followed.in_place}" if followed.in_place else ""
         together = in_place or followed.dependent
-        stays = dict.fromkeys(WAYS, f"objects stay together: {together}")
+        stays = dict.fromkeys(WAYS, f"examples stay together: {together}")
         return Plan(together=together, random=followed.random, refused=stays)
     least, most = followed.sizes.low, followed.sizes.high
     if "bfloat16" not in refused:
@@ -190,31 +194,31 @@ def make_plan(verdict: Verdict, objects: int, settings: Settings, *, cpu: bool, 
     if "compiled" not in refused:
         least = max(least, compiled.LEAST)
         refused |= dict.fromkeys(("prefix", "stacked"), "the network is compiled as a whole")
-    if least > max(settings.rows, objects // 4):
-        together = f"what the network does depends on the number of objects, {least} or more being otherwise than fewer"
-        return Plan(together=together, refused=dict.fromkeys(WAYS, f"objects stay together: {together}"))
-    size = objects
+    if least > max(settings.rows, examples // 4):
+        together = f"what the network does is proven for {_range(least, most)} alone"
+        return Plan(together=together, refused=dict.fromkeys(WAYS, f"examples stay together: {together}"))
+    size = examples
     activation = followed.activation / (2 if "bfloat16" not in refused else 1)
     if "pieces" not in refused:
-        pieces = max(1, round(objects * activation / settings.piece)) if cpu else 1
-        size = max(math.ceil(objects / pieces), least)
+        pieces = max(1, round(examples * activation / settings.piece)) if cpu else 1
+        size = max(math.ceil(examples / pieces), least)
         if pieces == 1:
-            refused["pieces"] = "all objects fit into the cache together" if cpu else "it is for CPUs"
+            refused["pieces"] = "all examples fit into the cache together" if cpu else "it is for CPUs"
     rows = 0
     if "stacked" not in refused:
         fit = int(settings.piece / max(activation, 1))
         rows = max(size // 3, min(settings.rows, fit), min(int(settings.cached / max(activation, 1)), 1024))
         rows = min(rows, most)
         if rows // max(size, 1) < 2:
-            refused["stacked"] = f"one draw of {size} objects makes full use of the processor"
+            refused["stacked"] = f"one draw of {size} examples makes full use of the processor"
     ways = frozenset(way for way in WAYS if way not in refused)
     exact = None
     if "bfloat16" in ways:
         ways -= {"channels_last"}  # whose weights are those of bfloat16
         without = {**given, "bfloat16": "rounding is not small beside the noise of the draws"}
-        exact = make_plan(verdict, objects, settings, cpu=cpu, refused=without)
+        exact = make_plan(verdict, examples, settings, cpu=cpu, refused=without)
     return Plan(
-        ways=ways | ({"stacked"} if rows else set()),  # fewer objects are left later on
+        ways=ways | ({"stacked"} if rows else set()),  # fewer examples are left later on
         size=size,
         least=least,
         rows=rows,

@@ -1,4 +1,4 @@
-"""All state of one call: the objects that are not done, what is kept of them, and how their passes are made."""
+"""All state of one call: the examples that are not done, what is kept of them, and how their passes are made."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["NetworkChangedError", "Passes"]
 EARLY = 2
 """Draws that tell whether rounding matters."""
 PROBED = 4
-"""Objects whose first draw is made again in the slow way."""
+"""Examples whose first draw is made again in the slow way."""
 
 
 class NetworkChangedError(Exception):
     """A call is to be made again: passes changed the network that they ran on, which was not known before.
 
     Args:
-        whole: why all objects must go through the network together instead; empty if the network was changed.
+        whole: why all examples must go through the network together instead; empty if the network was changed.
     """
 
     def __init__(self, whole: str = "") -> None:
@@ -49,7 +49,7 @@ class Passes:
     Args:
         network: what is kept of the user's network.
         replica: the network to run.
-        inputs: the objects.
+        inputs: the examples.
         call: what the call asks for.
         plan: how the passes are made.
     """
@@ -59,7 +59,7 @@ class Passes:
         self._first = True
         self._network, self._replica, self._call = network, replica, call
         self._inputs = inputs
-        self._objects = inputs.count
+        self._examples = inputs.count
         self._unchecked = bool(plan.head)
         self._cache: PrefixCache | None = None
         self._stack: Stack | None = None
@@ -73,11 +73,11 @@ class Passes:
         self._masks = call.masks if plan.random else None
         self._seed: int | None = None
         self._weights: dict[str, Tensor] | None = None
-        self._known: tuple[Tensor, Tensor] | None = None  # objects, and their raw values in the slow way
+        self._known: tuple[Tensor, Tensor] | None = None  # examples, and their raw values in the slow way
         self._begin()
 
     def _begin(self) -> None:
-        self._cache = PrefixCache(self.plan.units, self._objects) if self.plan.units else None
+        self._cache = PrefixCache(self.plan.units, self._examples) if self.plan.units else None
         self._install(self._replica)
 
     def _install(self, replica: Replica) -> None:
@@ -146,10 +146,10 @@ class Passes:
     @property
     def _together(self) -> int:
         """How many draws a pass makes."""
-        return self.plan.draws(self._objects) if self.plan.rows else 1
+        return self.plan.draws(self._examples) if self.plan.rows else 1
 
     def __call__(self, draws: Sequence[Draw]) -> Tensor:
-        """The raw values ``[S, M, C, ...]`` of S draws of the objects that are not done.
+        """The raw values ``[S, M, C, ...]`` of S draws of the examples that are not done.
 
         Raises:
             RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
@@ -161,7 +161,7 @@ class Passes:
         except Exception:
             if self.plan.size is None:
                 raise
-            # What works on some objects need not on all. The slow way tells whether the error is the network's.
+            # What works on some examples need not on all. The slow way tells whether the error is the network's.
             self._change(Plan(together=self.plan.together))
             values = torch.stack([self._one(draw, self._made + i) for i, draw in enumerate(draws)])
         if self._first:
@@ -177,13 +177,13 @@ class Passes:
         self._made = 0
 
     def exchange(self, inputs: NetworkInput) -> None:
-        """Make the next passes of other objects; for plans without ways, which keep nothing of those before."""
+        """Make the next passes of other examples; for plans without ways, which keep nothing of those before."""
         self._inputs = inputs
 
     def keep(self, mask: Tensor) -> None:
-        """Make the next passes of some of the objects only."""
+        """Make the next passes of some of the examples only."""
         self._inputs = self._inputs.take(mask)
-        self._objects = len(self._inputs)
+        self._examples = len(self._inputs)
         if self._views is not None:
             self._views.keep(mask)
         if self._cache is not None:
@@ -199,14 +199,14 @@ class Passes:
         together, blocks = self._together, []
         for start in range(0, len(draws), together):
             block, number = draws[start : start + together], self._made + made + start
-            if len(block) > 1 and len(block) * self._objects >= self.plan.least:
+            if len(block) > 1 and len(block) * self._examples >= self.plan.least:
                 blocks.append(self._stacked(block, number))
             else:
                 blocks.extend(self._one(draw, number + i)[None] for i, draw in enumerate(block))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _one(self, draw: Draw, number: int) -> Tensor:
-        """A pass of the objects, whose inputs are those of the draw of this number."""
+        """A pass of the examples, whose inputs are those of the draw of this number."""
         if self._stack is not None:
             self._stack.pause()
         made, seen = [], self._seen(number)
@@ -215,7 +215,7 @@ class Passes:
             with nullcontext() if self._masks is None else Masks(lambda: self._seed_of(number)):
                 values = reference(self._replica, draw, seen, self._call.task)
             return self._restored(values, number)
-        for start, stop in pieces(self._objects, self.plan.size):
+        for start, stop in pieces(self._examples, self.plan.size):
             inputs = self._piece(seen, start, stop)
             self._renew()
             if self._cache is not None:
@@ -257,19 +257,19 @@ class Passes:
             inputs = functools.reduce(NetworkInput.join, (self._seen(number + i) for i in range(times)))
         inputs = bfloat16.rounded(inputs) if self.plan.head else inputs
         self._renew()
-        self._stack(draws, self._objects)
+        self._stack(draws, self._examples)
         if self._cache is not None:
-            self._cache.begin(0, self._objects, times)
+            self._cache.begin(0, self._examples, times)
         values = self._call.task.raw(inputs.call(self._replica.model))
         if self._cache is not None:
             self._cache.done()
-        values = values.reshape(times, self._objects, *values.shape[1:])
+        values = values.reshape(times, self._examples, *values.shape[1:])
         if self._views is None:
             return values
         return torch.stack([self._restored(one, number + i) for i, one in enumerate(values)])
 
     def _piece(self, seen: NetworkInput, start: int, stop: int) -> NetworkInput:
-        inputs = seen if stop - start == self._objects else seen.take(slice(start, stop))
+        inputs = seen if stop - start == self._examples else seen.take(slice(start, stop))
         if stop - start < self.plan.least:
             inputs = inputs.take(torch.arange(self.plan.least, device=inputs.device).clamp(max=stop - start - 1))
         return bfloat16.rounded(inputs) if self.plan.head else inputs
@@ -309,7 +309,7 @@ class Passes:
 
         Where passes are made one by one, two draws tell, so that few are made in vain.
         """
-        probe = bfloat16.probe_objects(self._objects, len(draws))
+        probe = bfloat16.probe_examples(self._examples, len(draws))
         if probe is None:
             return None
         early = min(EARLY, len(draws)) if self._together == 1 else len(draws)
@@ -322,25 +322,25 @@ class Passes:
             return None
         return torch.cat([values, self.attempt(draws[early:], early)]) if early < len(draws) else values
 
-    def _slowly(self, draw: Draw, objects: Tensor) -> Tensor:
-        """The raw values of some objects under a draw, in the slow way."""
+    def _slowly(self, draw: Draw, examples: Tensor) -> Tensor:
+        """The raw values of some examples under a draw, in the slow way."""
         self._renew()
         self._uninstall()
-        raw = reference(self._replica, draw, self._seen(self._made).take(objects), self._call.task)
+        raw = reference(self._replica, draw, self._seen(self._made).take(examples), self._call.task)
         self._replica.restore()
         self._look_for_changes()
         self._install(self._replica)
         return raw
 
     def _compare(self, values: Tensor, draw: Draw) -> None:
-        """Compare the first draw with what some of its objects give in the slow way, in the opposite order.
+        """Compare the first draw with what some of its examples give in the slow way, in the opposite order.
 
-        So they have other neighbours: a mistake in the proof that objects do not affect each other would show.
+        So they have other neighbours: a mistake in the proof that examples do not affect each other would show.
 
         Raises:
             NetworkChangedError: they differ by more than rounding.
         """
-        last = self._objects - 1
+        last = self._examples - 1
         some = torch.linspace(last, 0, min(max(PROBED, self.plan.least), last + 1)).round().long()
         try:
             some, raw = self._known or (some, self._slowly(draw, some))
@@ -348,9 +348,9 @@ class Passes:
         except NetworkChangedError:
             raise
         except Exception as error:
-            raise NetworkChangedError("it fails on some of the objects without the others") from error
+            raise NetworkChangedError("it fails on some of the examples without the others") from error
         if not same:
-            raise NetworkChangedError("some objects have other outputs beside others")
+            raise NetworkChangedError("some examples have other outputs beside others")
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

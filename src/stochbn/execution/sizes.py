@@ -1,4 +1,4 @@
-"""The number of objects as a symbol: an integer that notes what a network's Python code concludes from it."""
+"""The number of examples as a symbol: an integer that notes what a network's Python code concludes from it."""
 
 from __future__ import annotations
 
@@ -9,56 +9,56 @@ from typing import Any
 
 import torch
 
-__all__ = ["ObjectCount", "Shape", "Sizes", "is_symbol", "plain", "symbols"]
+__all__ = ["ExampleCount", "Shape", "Sizes", "is_symbol", "plain", "symbols"]
 
 
 MOST = 2**48
-"""More objects than there can be."""
+"""More examples than there can be."""
 
 
 class Sizes:
-    """For which numbers of objects the same is concluded: an interval about the one that a network is followed with.
+    """For which numbers of examples the same is concluded: an interval about the one that a network is followed with.
 
     Args:
-        objects: the number of objects that a network is being followed with.
+        examples: the number of examples that a network is being followed with.
 
     Attributes:
-        low: the least number of objects of which the same is concluded.
+        low: the least number of examples of which the same is concluded.
         high: the largest.
     """
 
-    def __init__(self, objects: int) -> None:
-        self.objects = objects
-        self.low, self.high = min(objects, 1), MOST
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.low, self.high = min(examples, 1), MOST
 
     def pin(self) -> None:
-        """Note that only this number of objects is known to be treated so."""
-        self.low = self.high = self.objects
+        """Note that only this number of examples is known to be treated so."""
+        self.low = self.high = self.examples
 
     def same(self, conclusion: Callable[[int], Any]) -> None:
-        """Note that the network depends on a monotone function of the number of objects."""
-        outcome = conclusion(self.objects)
+        """Note that the network depends on a monotone function of the number of examples."""
+        outcome = conclusion(self.examples)
         self.low = self._end(self.low, lambda n: conclusion(n) == outcome)
         self.high = self._end(self.high, lambda n: conclusion(n) == outcome)
 
-    def without(self, objects: int) -> None:
-        """Note that only a number of objects other than this one is treated so."""
-        if objects < self.objects:
-            self.low = max(self.low, objects + 1)
+    def without(self, examples: int) -> None:
+        """Note that only a number of examples other than this one is treated so."""
+        if examples < self.examples:
+            self.low = max(self.low, examples + 1)
         else:
-            self.high = min(self.high, objects - 1)
+            self.high = min(self.high, examples - 1)
 
     def meet(self, other: Sizes) -> None:
-        """Note what was concluded with another number of objects too."""
+        """Note what was concluded with another number of examples too."""
         self.low, self.high = max(self.low, other.low), min(self.high, other.high)
 
-    def hold(self, objects: int) -> bool:
-        """Whether the same is concluded for so many objects."""
-        return self.low <= objects <= self.high
+    def hold(self, examples: int) -> bool:
+        """Whether the same is concluded for so many examples."""
+        return self.low <= examples <= self.high
 
     def _end(self, end: int, holds: Callable[[int], bool]) -> int:
         """The last number on the way to an end for which it holds; it does for the present one."""
-        near, far = self.objects, end
+        near, far = self.examples, end
         if holds(far):
             return far
         while abs(far - near) > 1:
@@ -67,10 +67,10 @@ class Sizes:
         return near
 
 
-class ObjectCount(torch.SymInt):
-    """The integer ``factor * objects + offset``, which stays a symbol through sums and products.
+class ExampleCount(torch.SymInt):
+    """The integer ``factor * examples + offset``, which stays a symbol through sums and products.
 
-    A comparison notes its outcome, so that it is known for which other numbers of objects it is the same. Everything
+    A comparison notes its outcome, so that it is known for which other numbers of examples it is the same. Everything
     else that a program can do with an integer is taken to depend on its value. It claims to be an ``int``, but is none:
     C code would read the digits of one unseen (``len``, ``range``, an index of a list, ``math.log``). It is one of the
     symbols that tensor operations take as arguments.
@@ -83,19 +83,19 @@ class ObjectCount(torch.SymInt):
     def __class__(self) -> Any:
         return int
 
-    def __copy__(self) -> ObjectCount:
+    def __copy__(self) -> ExampleCount:
         return self
 
-    def __deepcopy__(self, memo: Any) -> ObjectCount:
+    def __deepcopy__(self, memo: Any) -> ExampleCount:
         return self
 
-    def at(self, objects: int) -> int:
-        """The integer for a number of objects."""
-        return self.factor * objects + self.offset
+    def at(self, examples: int) -> int:
+        """The integer for a number of examples."""
+        return self.factor * examples + self.offset
 
     def plain(self) -> int:
         """The integer, for an operation that is seen to take it."""
-        return self.at(self.sizes.objects)
+        return self.at(self.sizes.examples)
 
     def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
         if not isinstance(other, (int, float)):
@@ -106,7 +106,7 @@ class ObjectCount(torch.SymInt):
             factor, offset = factor - number.factor, offset - number.offset
         else:
             offset = offset - number
-        outcome = compare(factor * self.sizes.objects + offset, 0)
+        outcome = compare(factor * self.sizes.examples + offset, 0)
         if not factor:
             return outcome
         if compare not in (operator.eq, operator.ne):
@@ -139,7 +139,7 @@ class ObjectCount(torch.SymInt):
         return bool(self != 0)
 
     def _linear(self, factor: int, offset: int) -> Any:
-        return ObjectCount(self.sizes, factor, offset) if factor else offset
+        return ExampleCount(self.sizes, factor, offset) if factor else offset
 
     def __add__(self, other: Any) -> Any:
         if is_symbol(other):
@@ -151,7 +151,7 @@ class ObjectCount(torch.SymInt):
     def __neg__(self) -> Any:
         return self._linear(-self.factor, -self.offset)
 
-    def __pos__(self) -> ObjectCount:
+    def __pos__(self) -> ExampleCount:
         return self
 
     def __sub__(self, other: Any) -> Any:
@@ -223,8 +223,8 @@ class ObjectCount(torch.SymInt):
         return getattr(self._number(), name)
 
 
-def _of_the_number(name: str) -> Callable[[ObjectCount, Any], Any]:
-    def method(self: ObjectCount, other: Any) -> Any:
+def _of_the_number(name: str) -> Callable[[ExampleCount, Any], Any]:
+    def method(self: ExampleCount, other: Any) -> Any:
         found = getattr(int, name)(self._number(), other)
         return found if found is not NotImplemented else getattr(float, name)(float(self), other)
 
@@ -232,14 +232,14 @@ def _of_the_number(name: str) -> Callable[[ObjectCount, Any], Any]:
 
 
 for _name in ("truediv", "rtruediv", "rfloordiv", "rmod", "rdivmod", "rpow"):
-    setattr(ObjectCount, f"__{_name}__", _of_the_number(f"__{_name}__"))
+    setattr(ExampleCount, f"__{_name}__", _of_the_number(f"__{_name}__"))
 for _name in ("and", "or", "xor", "lshift", "rshift"):
     for _full in (f"__{_name}__", f"__r{_name}__"):
-        setattr(ObjectCount, _full, _of_the_number(_full))
+        setattr(ExampleCount, _full, _of_the_number(_full))
 
 
 class Shape(tuple[Any, ...]):
-    """The shape of a tensor, with a symbol where the objects lie."""
+    """The shape of a tensor, with a symbol where the examples lie."""
 
     def numel(self) -> Any:
         """The product of all lengths."""
@@ -251,8 +251,8 @@ class Shape(tuple[Any, ...]):
 
 
 def is_symbol(value: Any) -> bool:
-    """Whether a value is an `ObjectCount`, which claims to be an ``int``."""
-    return issubclass(type(value), ObjectCount)
+    """Whether a value is an `ExampleCount`, which claims to be an ``int``."""
+    return issubclass(type(value), ExampleCount)
 
 
 def plain(value: Any) -> Any:
@@ -268,7 +268,7 @@ def plain(value: Any) -> Any:
     return slice(plain(value.start), plain(value.stop), plain(value.step)) if isinstance(value, slice) else value
 
 
-def symbols(value: Any) -> list[ObjectCount]:
+def symbols(value: Any) -> list[ExampleCount]:
     """All symbols among arguments."""
     if is_symbol(value):
         return [value]

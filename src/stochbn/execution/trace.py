@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from stochbn.execution.masks import DispatchMode, arguments, draws
 from stochbn.execution.places import Flow, MixedError, joined
 from stochbn.execution.rules import flows_of
-from stochbn.execution.sizes import ObjectCount, Shape, Sizes, is_symbol, plain, symbols
+from stochbn.execution.sizes import ExampleCount, Shape, Sizes, is_symbol, plain, symbols
 from stochbn.execution.watch import Frame, memory_of
 from stochbn.network.replica import Replica
 from stochbn.network.snapshot import Snapshot
@@ -27,12 +27,12 @@ class OfTheOriginal(BaseException):
 
 
 class Follower(DispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the objects through all tensor operations."""
+    """Follows the examples through all tensor operations."""
 
-    def __init__(self, replica: Replica, objects: int, foreign: frozenset[int]) -> None:
+    def __init__(self, replica: Replica, examples: int, foreign: frozenset[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.objects, self.foreign = objects, foreign
-        self.sizes = Sizes(objects)
+        self.examples, self.foreign = examples, foreign
+        self.sizes = Sizes(examples)
         self.reasons: list[str] = []
         self.branches = False
         self.random = False
@@ -59,7 +59,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
                 self._statistics[id(statistic)] = norm
 
     def flow(self, tensor: Tensor) -> Flow:
-        """Where the objects are in a tensor."""
+        """Where the examples are in a tensor."""
         found = self._flows.get(id(tensor))
         if found is None:  # not seen before: the network's own, or an alias such as ``.data``
             written = self._contents.get(memory_of(tensor), "") if self._contents else ""
@@ -67,7 +67,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def set(self, tensor: Tensor, flow: Flow) -> None:
-        """Note where the objects are in a tensor."""
+        """Note where the examples are in a tensor."""
         if id(tensor) not in self._flows:
             self._alive.append(tensor)  # so that no other tensor gets its identity
             self._sharing.setdefault(memory_of(tensor), []).append(tensor)
@@ -88,7 +88,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         # What Python lists become tensors by is not seen to be called, but what is in the lists is: symbols of sizes.
         if self.called is False and func is not torch.ops.aten.lift_fresh.default:
-            self.reasons.append("operations that Python does not call hide what depends on the number of objects")
+            self.reasons.append("operations that Python does not call hide what depends on the number of examples")
         if any(memory_of(t) in self.foreign for t in tensors):
             raise OfTheOriginal
         name = func._schema.name.removeprefix("aten::")
@@ -113,7 +113,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
             if name == "as_strided_":  # of axes of length 1, as pooling does
                 flows = [self.flow(args[0])]
             else:
-                flows = flows_of(func, args, kwargs, outputs, self.flow, self.objects)
+                flows = flows_of(func, args, kwargs, outputs, self.flow, self.examples)
         except MixedError as mixed:
             drawn = any(self.flow(t).drawn for t in tensors)
             flows = [Flow(mixed=f"{mixed}{self._where()}", drawn=drawn) for _ in made]
@@ -128,11 +128,11 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _look_at_sizes(self, name: str, bound: dict[str, Any], made: list[Tensor], flows: list[Flow]) -> None:
-        """What goes otherwise for other numbers of objects, and the course of the pass, which must not."""
+        """What goes otherwise for other numbers of examples, and the course of the pass, which must not."""
         shapes = [
             (flow.axis, flow.per, *(n for axis, n in enumerate(t.shape) if axis != flow.axis))
             for t, flow in zip(made, flows, strict=True)
-            if not flow.mixed
+            if not flow.mixed and t.numel()  # of nothing, any length is as good
         ]
         self.trace.append((name, shapes))
         source = bound.get("self")
@@ -172,7 +172,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.written[storage] = self.clock
         after = joined(self.flow(tensor), flow)
         if not after.constant:
-            self._contents.setdefault(storage, after.mixed or "objects are written into a tensor of the network")
+            self._contents.setdefault(storage, after.mixed or "examples are written into a tensor of the network")
         for other in self._sharing.get(storage, []):
             before = self.flow(other)
             if other.shape == tensor.shape or (before.axis, before.per) == (after.axis, after.per) or after.constant:
@@ -212,7 +212,7 @@ class Reads(TorchFunctionMode):
         follower, name = self.follower, getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else name
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            follower.reasons.append("torch.func hides the number of objects from the code that it transforms")
+            follower.reasons.append("torch.func hides the number of examples from the code that it transforms")
         found = symbols((args, kwargs))
         given = [v for v in (*args, *kwargs.values()) if not isinstance(v, Tensor)]
         args, kwargs = plain(args), plain(kwargs)
@@ -231,36 +231,42 @@ class Reads(TorchFunctionMode):
             self._look_at_bounds(args[0], args[1])
         elif found and name not in _TAKE_SIZES and name not in _CREATING:
             follower.sizes.pin()
-        outer, follower.called = follower.called, True
+        outer, follower.called, begun = follower.called, True, len(follower.trace)
         try:
             result = func(*args, **kwargs)
         finally:
             follower.called = outer
         if name in _CREATING and found:
-            self._created(name, result, given)
+            self._created(name, result, given, begun)
         elif attribute in ("shape", "size", "__len__", "numel", "nelement"):
             return self._symbolic(args[0], result, attribute, args[1:], kwargs)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         counts = name == "is_same_size" or (attribute not in _OF_ANY and _counts(result))
         if counts and not all(follower.flow(t).constant for t in tensors):
-            follower.sizes.pin()  # the number may be that of objects
+            follower.sizes.pin()  # the number may be that of examples
         return result
 
-    def _created(self, name: str, result: Any, given: list[Any]) -> None:
-        """A constant that is as long as there are objects is followed as one of them: its length is."""
-        flow, objects = self.follower.flow(result), self.follower.objects
+    def _created(self, name: str, result: Any, given: list[Any], begun: int) -> None:
+        """A constant that is as long as there are examples is followed as one of them: its length is.
+
+        So its length is left out of the course of the pass, from the operation `begun` on.
+        """
+        flow, examples = self.follower.flow(result), self.follower.examples
         if not flow.constant:
             return
         lengths = next((v for v in given if isinstance(v, (tuple, list))), given)
         axes = [result.ndim - len(lengths) + place for place, v in enumerate(lengths) if is_symbol(v)]
         stretched = name not in _STRETCHING or all(result.stride(axis) == 0 for axis in axes)
         if len(axes) == 1 and not symbols(given)[0].offset and stretched:
-            self.follower.set(result, Flow(axis=axes[0], per=result.shape[axes[0]] // objects, drawn=flow.drawn))
+            axis, per = axes[0], result.shape[axes[0]] // examples
+            self.follower.set(result, Flow(axis=axis, per=per, drawn=flow.drawn))
+            others = [n for place, n in enumerate(result.shape) if place != axis]
+            self.follower.trace[begun:] = [(name, [(axis, per, *others)])]
         else:
             self.follower.sizes.pin()
 
     def _look_at_bounds(self, tensor: Any, index: Any) -> None:
-        """A slice of objects takes all of them, or not, for as many as there are."""
+        """A slice of examples takes all of them, or not, for as many as there are."""
         flow, sizes = self.follower.flow(tensor), self.follower.sizes
         if flow.axis is None:
             return
@@ -282,8 +288,8 @@ class Reads(TorchFunctionMode):
         if flow.axis is None:
             return result
         if attribute in ("numel", "nelement"):
-            return ObjectCount(self.follower.sizes, result // self.follower.objects)
-        count = ObjectCount(self.follower.sizes, flow.per)
+            return ExampleCount(self.follower.sizes, result // self.follower.examples)
+        count = ExampleCount(self.follower.sizes, flow.per)
         if attribute == "__len__":
             return count if flow.axis == 0 else result
         if isinstance(result, torch.Size):
@@ -304,7 +310,7 @@ _OF_ANY = {
     "dim", "ndim", "ndimension", "element_size", "itemsize", "_version", "output_nr", "get_device", "storage_offset",
     "shape", "size", "__len__", "numel", "nelement", "stride",
 }  # fmt: skip
-"""What gives whole numbers that are not those of objects, or that are looked at by themselves."""
+"""What gives whole numbers that are not those of examples, or that are looked at by themselves."""
 _HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 
 

@@ -1,6 +1,6 @@
 """The place that tries ways of predicting: what may be done with a network and inputs of one kind, and why not more.
 
-What is known of a network is kept for it. It depends on the kind of the input (shapes of an object, types, every
+What is known of a network is kept for it. It depends on the kind of the input (shapes of an example, types, every
 argument that is no tensor), on the task, on which modules are in training mode, on autocast, on the posterior, and on
 the weights: if one of these is another, it is found out anew.
 """
@@ -44,10 +44,10 @@ def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> b
     if random is not None:
         return random
     few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
-    for objects in (few, inputs):
+    for examples in (few, inputs):
         try:
-            found = guarded(network, objects, training)
-        except Exception:  # which the pass itself will raise, if it is not for the number of objects
+            found = guarded(network, examples, training)
+        except Exception:  # which the pass itself will raise, if it is not for the number of examples
             continue
         _note(known, found)
         known.keep(key, found.random)
@@ -66,47 +66,47 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
     """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
     if not inputs.divisible or not len(inputs):
         random = guard(network, inputs, call.training)
-        reason = "there are no objects" if inputs.divisible else "the arguments do not share a first axis of objects"
+        reason = "there are no examples" if inputs.divisible else "the arguments do not share a first axis of examples"
         return Verdict(Followed(dependent=reason, random=random)), {}
     if network.known.in_place:
         return Verdict(Followed(in_place=network.known.in_place, random=True)), {}
-    key, objects, known = call.key(network, inputs), len(inputs), network.known
+    key, examples, known = call.key(network, inputs), len(inputs), network.known
     refused = {"bfloat16": "it would round more than the network's own type"} if call.exact else {}
     if reason := compiled.applies(call.compile, inputs.on_cpu):
         refused["compiled"] = reason
-    for verdict in (known.get(key), known.get((key, objects))):
-        if verdict is not None and verdict.followed.sizes.hold(objects):
+    for verdict in (known.get(key), known.get((key, examples))):
+        if verdict is not None and verdict.followed.sizes.hold(examples):
             return verdict, refused
-    followed, at_objects = _followed(network, inputs, call)
-    if followed is None:  # for these objects, at least
+    followed, at_examples = _followed(network, inputs, call)
+    if followed is None:  # for these examples, at least
         random = guard(network, inputs, call.training)
         return Verdict(Followed(dependent="it could not be followed", random=random)), refused
     _note(known, followed)
     verdict = Verdict(followed) if followed.in_place or followed.dependent else _tried(network, inputs, call, followed)
-    known.keep((key, objects) if at_objects else key, verdict)
+    known.keep((key, examples) if at_examples else key, verdict)
     return verdict, refused
 
 
 def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed | None, bool]:
-    """What passes show, and whether they were made with all objects, as it is otherwise for other numbers of them."""
-    objects = len(inputs)
+    """What passes show, and whether they were made with all examples, as it is otherwise for other numbers of them."""
+    examples = len(inputs)
     try:
         followed = _twice(network, inputs, 3, call)
-        if followed.sizes.hold(objects) or followed.in_place:
+        if followed.sizes.hold(examples) or followed.in_place:
             return followed, False
-    except Exception:  # not with three objects, then
+    except Exception:  # not with three examples, then
         pass
     try:
-        return _twice(network, inputs, objects, call), True
+        return _twice(network, inputs, examples, call), True
     except Exception:  # which the pass itself will raise
         return None, True
 
 
 def _twice(network: Network, inputs: NetworkInput, count: int, call: Call) -> Followed:
-    """What two passes show, with so many objects and with another number of them.
+    """What two passes show, with so many examples and with another number of them.
 
-    A length that happens to be the number of objects in one is told from it in the other. Where they differ, it holds
-    for so many objects alone.
+    A length that happens to be the number of examples in one is told from it in the other. Where they differ, it holds
+    for so many examples alone.
     """
     draw = call.sample(1)[0]
 
@@ -133,14 +133,14 @@ def _twice(network: Network, inputs: NetworkInput, count: int, call: Call) -> Fo
 
 
 def spread(inputs: NetworkInput, count: int) -> NetworkInput:
-    """So many objects, evenly spread over a batch; some several times where there are fewer."""
+    """So many examples, evenly spread over a batch; some several times where there are fewer."""
     return inputs.take(torch.linspace(0, len(inputs) - 1, count, device=inputs.device).round().long())
 
 
 def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict:
-    """The ways in which passes of some objects can be made without an error, alone and together.
+    """The ways in which passes of some examples can be made without an error, alone and together.
 
-    What they give is compared with slow passes in every call, by `Passes`: it depends on the call's own objects.
+    What they give is compared with slow passes in every call, by `Passes`: it depends on the call's own examples.
     """
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
     some, draws = spread(inputs, min(max(3, followed.sizes.low), followed.sizes.high)), call.sample(2)
@@ -177,13 +177,13 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
         for way in tried:
             others = {other: "not tried" for other in WAYS if other != way and other not in refused}
             if not works({**refused, **others}):
-                refused[way] = "it fails on some of the objects"
+                refused[way] = "it fails on some of the examples"
         if not works(refused):
-            refused |= dict.fromkeys(tried, "the ways together fail on some of the objects")
+            refused |= dict.fromkeys(tried, "the ways together fail on some of the examples")
     return Verdict(followed, refused)
 
 
-def _strained(plan: Plan, objects: int, apart: bool) -> Plan:
-    """The plan with sizes that make every way take part in passes over so many objects, in pieces if `apart`."""
-    size = (objects + 1) // 2 if apart else objects
-    return replace(plan, size=size, rows=4 * objects if plan.rows else 0)
+def _strained(plan: Plan, examples: int, apart: bool) -> Plan:
+    """The plan with sizes that make every way take part in passes over so many examples, in pieces if `apart`."""
+    size = (examples + 1) // 2 if apart else examples
+    return replace(plan, size=size, rows=4 * examples if plan.rows else 0)

@@ -30,8 +30,8 @@ class Unit:
     Attributes:
         name: the module's.
         call: which of its calls in a pass, from 0.
-        per: for every tensor in its output how many rows an object has; 0 for one that does not depend on objects.
-        size: bytes of the output for each object.
+        per: for every tensor in its output how many rows an example has; 0 for one that does not depend on examples.
+        size: bytes of the output for each example.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Frame:
 class Trace(Protocol):
     """What is known of the tensors so far."""
 
-    objects: int
+    examples: int
     frames: list[Frame]
     clock: int
     written: dict[int, int]
 
     def flow(self, tensor: Tensor) -> Flow:
-        """Where the objects are in a tensor."""
+        """Where the examples are in a tensor."""
         ...
 
 
@@ -112,7 +112,7 @@ class Watch:
         flow = self.follower.flow(args[0]) if args and isinstance(args[0], Tensor) else Flow(mixed="no input")
         per = self.rows.setdefault(self._norms[module], flow.per)
         if flow.axis != 0 or per != flow.per or args[0].ndim < 2:
-            self.irregular = self.irregular or f"batch norm {name!r} has the objects elsewhere than on its first axis"
+            self.irregular = self.irregular or f"batch norm {name!r} has the examples elsewhere than on its first axis"
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.follower.frames.pop()
@@ -165,7 +165,7 @@ class Watch:
                 continue
             if not tensors or any(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(output)):
                 continue
-            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.objects
+            size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.examples
             per = tuple(f.per if f.axis == 0 else 0 for f in flows)
             usable[id(frame)] = Unit(frame.name, frame.call, per, size)
         parents = {id(frame): parent for frame, parent, *_ in self._ended}

@@ -29,9 +29,9 @@ function from a batch to a tensor, a tuple of positional arguments or a mapping 
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """The arguments of a network for N objects, of which all tensors have the objects on their first axis.
+    """The arguments of a network for N examples, of which all tensors have the examples on their first axis.
 
-    Tensors without any axis, such as a scale, are for all objects.
+    Tensors without any axis, such as a scale, are for all examples.
 
     Attributes:
         args: positional arguments.
@@ -64,7 +64,7 @@ class NetworkInput:
 
     @functools.cached_property
     def divisible(self) -> bool:
-        """Whether the objects can be predicted apart: all tensors are arguments, and have a first axis in common."""
+        """Whether the examples can be predicted apart: all tensors are arguments, and have a first axis in common."""
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
         tensors = self.tensors()
         shared = self.shares_axis and all(t.ndim for t in tensors)
@@ -72,7 +72,7 @@ class NetworkInput:
 
     @property
     def count(self) -> int:
-        """How many objects can be predicted apart: N, or 1 where they cannot."""
+        """How many examples can be predicted apart: N, or 1 where they cannot."""
         return len(self) if self.divisible else 1
 
     @property
@@ -103,23 +103,23 @@ class NetworkInput:
         """Whether all tensors are on a CPU."""
         return all(tensor.device.type == "cpu" for tensor in self.tensors())
 
-    def take(self, objects: slice | Tensor) -> NetworkInput:
-        """Some of the objects."""
-        return self.map(lambda tensor: tensor[objects] if tensor.ndim else tensor)
+    def take(self, examples: slice | Tensor) -> NetworkInput:
+        """Some of the examples."""
+        return self.map(lambda tensor: tensor[examples] if tensor.ndim else tensor)
 
     def split(self, size: int) -> Iterator[NetworkInput]:
-        """The consecutive pieces of `size` objects; a smaller remainder is dropped."""
+        """The consecutive pieces of `size` examples; a smaller remainder is dropped."""
         for start in range(0, len(self) - size + 1, size):
             yield self.take(slice(start, start + size))
 
     def join(self, other: NetworkInput) -> NetworkInput:
-        """The objects of both; what is no tensor, or has no axis, is taken from `other`.
+        """The examples of both; what is no tensor, or has no axis, is taken from `other`.
 
         Raises:
-            ValueError: their objects differ in shape, or the two in their arguments.
+            ValueError: their examples differ in shape, or the two in their arguments.
         """
         if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
-            raise ValueError("expected inputs with the same arguments, got different ones for objects and others")
+            raise ValueError("expected inputs with the same arguments, got different ones for examples and others")
 
         def joined(first: Any, second: Any) -> Any:
             return torch.cat([first, second]) if isinstance(second, Tensor) and second.ndim else second
@@ -128,7 +128,7 @@ class NetworkInput:
             args = tuple(joined(a, b) for a, b in zip(self.args, other.args, strict=True))
             return NetworkInput(args, {k: joined(self.kwargs[k], v) for k, v in other.kwargs.items()})
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"these objects do not fit into a mini-batch of the others: {error}") from error
+            raise ValueError(f"these examples do not fit into a mini-batch of the others: {error}") from error
 
     def call(self, model: nn.Module, through: Callable[..., Any] | None = None) -> Any:
         """The network's output for copies of the arguments, as it may write to them.
@@ -152,7 +152,7 @@ class NetworkInput:
             raise type(error)(f"{type(model).__name__} failed on an input of shape {shown}: {error}") from error
 
     def kind(self) -> Any:
-        """What inputs have in common that differ in their objects only: shapes, types, and all that is no tensor.
+        """What inputs have in common that differ in their examples only: shapes, types, and all that is no tensor.
 
         Something that is no tensor counts by what it is equal to, if it is a simple value, or a list or mapping of
         such; otherwise by its identity, and by its attributes.

@@ -256,7 +256,7 @@ class Predictive:
         if self._once and self.posterior is not None and self.posterior.choice:
             lines.append(f"There is one pass. {self.posterior.choice}")
         if plan.together:
-            lines.append(f"All objects go through the network together: {plan.together}.")
+            lines.append(f"All examples go through the network together: {plan.together}.")
         if plan.units:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
         refused: dict[str, list[str]] = {}

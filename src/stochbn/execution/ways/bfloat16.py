@@ -1,7 +1,7 @@
 """All but the layer that makes the logits in bfloat16, where the processor has instructions for it.
 
-Applies to: networks in float32 with enough weights, whose objects are proven not to affect each other. Error: rounding
-to 8 bits, which is not small. So every call that is made so makes a draw of some of its own objects again in the
+Applies to: networks in float32 with enough weights, whose examples are proven not to affect each other. Error: rounding
+to 8 bits, which is not small. So every call that is made so makes a draw of some of its own examples again in the
 network's own type, and goes on in bfloat16 only if the squared errors are small beside the noise of what is averaged.
 """
 
@@ -18,12 +18,12 @@ from stochbn.execution.watch import MULTIPLYING
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Replica
 
-__all__ = ["Head", "applies", "low_weights", "matters", "probe_objects", "rounded"]
+__all__ = ["Head", "applies", "low_weights", "matters", "probe_examples", "rounded"]
 
 SHARE = 20
 """The check may take one part in so many of the passes it is about."""
 FEW, ENOUGH = 16, 64
-"""Beyond so few, the check takes a sixth of the objects: each costs it as much as up to four draws do. And these are
+"""Beyond so few, the check takes a sixth of the examples: each costs it as much as up to four draws do. And these are
 enough."""
 
 
@@ -86,10 +86,10 @@ class Head:
         self._handle.remove()
 
 
-def probe_objects(objects: int, draws: int) -> Tensor | None:
-    """Which objects to make one of so many draws of again: at most a twentieth of the passes; None if too few."""
-    count = min(objects * draws // SHARE, max(objects // 6, FEW), ENOUGH)
-    return torch.linspace(0, objects - 1, count).round().long() if count >= 4 else None
+def probe_examples(examples: int, draws: int) -> Tensor | None:
+    """Which examples to make one of so many draws of again: at most a twentieth of the passes; None if too few."""
+    count = min(examples * draws // SHARE, max(examples // 6, FEW), ENOUGH)
+    return torch.linspace(0, examples - 1, count).round().long() if count >= 4 else None
 
 
 def matters(low: Tensor, full: Tensor, probe: Tensor, averaged: int) -> bool:

@@ -1,6 +1,6 @@
 """Large batches in pieces whose activations stay in the processor's cache.
 
-Applies to: networks whose objects are proven not to affect each other. Error: rounding, as products of matrices of
+Applies to: networks whose examples are proven not to affect each other. Error: rounding, as products of matrices of
 another number of rows may be summed in another order.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 __all__ = ["pieces"]
 
 
-def pieces(objects: int, size: int | None) -> Iterator[tuple[int, int]]:
-    """Where each piece of at most `size` objects begins and ends; None is one piece, and no objects are one.
+def pieces(examples: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """Where each piece of at most `size` examples begins and ends; None is one piece, and no examples are one.
 
     >>> list(pieces(5, 2)), list(pieces(5, None)), list(pieces(0, 2))
     ([(0, 2), (2, 4), (4, 5)], [(0, 5)], [(0, 0)])
     """
-    size = size or max(objects, 1)
-    for start in range(0, max(objects, 1), size):
-        yield start, min(start + size, objects)
+    size = size or max(examples, 1)
+    for start in range(0, max(examples, 1), size):
+        yield start, min(start + size, examples)

@@ -30,30 +30,30 @@ def applies(followed: Followed) -> str:
 
 
 class _Kept:
-    """The output of one call of a module for all objects, filled piece by piece."""
+    """The output of one call of a module for all examples, filled piece by piece."""
 
     def __init__(self, per: Sequence[int]) -> None:
         self.per = per
         self.tensors: list[Tensor] = []
         self.structure: Any = None
-        self.objects = 0
+        self.examples = 0
 
-    def fill(self, output: Any, start: int, stop: int, objects: int) -> None:
+    def fill(self, output: Any, start: int, stop: int, examples: int) -> None:
         leaves, self.structure = pytree.tree_flatten(output)
         for place, (out, per) in enumerate(zip(leaves, self.per, strict=True)):
             if place == len(self.tensors):
-                shape = (objects * per, *out.shape[1:])
+                shape = (examples * per, *out.shape[1:])
                 self.tensors.append(
                     torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=_layout(out)) if per else out
                 )
             if per:
                 self.tensors[place][start * per : stop * per] = out[: (stop - start) * per]
-        self.objects += stop - start
+        self.examples += stop - start
 
     def rows(self, start: int, stop: int, times: int, least: int) -> Any:
         chosen = [t[start * per : stop * per] if per else t for t, per in zip(self.tensors, self.per, strict=True)]
         missing = least - (stop - start) * times
-        if missing > 0:  # the last object is repeated, as in the input
+        if missing > 0:  # the last example is repeated, as in the input
             pairs = zip(chosen, self.per, strict=True)
             chosen = [torch.cat([t, *[t[-per:]] * missing]) if per else t for t, per in pairs]
         if times > 1:
@@ -68,18 +68,18 @@ class _Kept:
 
 
 class PrefixCache:
-    """Keeps the outputs of modules in the first pass over the objects, and gives them in later ones.
+    """Keeps the outputs of modules in the first pass over the examples, and gives them in later ones.
 
     Args:
         replica: the network.
         units: the calls whose outputs are kept.
-        objects: the number of objects.
+        examples: the number of examples.
     """
 
-    def __init__(self, units: Sequence[Unit], objects: int) -> None:
+    def __init__(self, units: Sequence[Unit], examples: int) -> None:
         self._units = {(unit.name, unit.call): unit for unit in units}
         self._kept: dict[tuple[str, int], _Kept] = {}
-        self._objects = objects
+        self._examples = examples
         self._calls: dict[str, int] = {}
         self._now = (0, 0, 1, 1)
         self._complete = False
@@ -102,18 +102,18 @@ class PrefixCache:
         self._replaced.clear()
 
     def begin(self, start: int, stop: int, times: int, least: int = 1) -> None:
-        """The next pass is of the objects from `start` to `stop`, each `times`, or of `least`, the last repeated."""
+        """The next pass is of the examples from `start` to `stop`, each `times`, or of `least`, the last repeated."""
         self._now = start, stop, times, least
         self._calls = dict.fromkeys(self._calls, 0)
 
     def done(self) -> None:
-        """All objects have gone through the network; what has not seen each of them once is run every time."""
+        """All examples have gone through the network; what has not seen each of them once is run every time."""
         if not self._complete:
-            self._kept = {key: kept for key, kept in self._kept.items() if kept.objects == self._objects}
+            self._kept = {key: kept for key, kept in self._kept.items() if kept.examples == self._examples}
             self._complete = True
 
     def take(self, mask: Tensor) -> None:
-        """Keep some of the objects."""
+        """Keep some of the examples."""
         for kept in self._kept.values():
             kept.take(mask)
 
@@ -128,7 +128,7 @@ class PrefixCache:
             if not self._complete and key in self._units:
                 start, stop, *_ = self._now
                 kept = self._kept.setdefault(key, _Kept(self._units[key].per))
-                kept.fill(output, start, stop, self._objects)
+                kept.fill(output, start, stop, self._examples)
             return output
 
         return serve

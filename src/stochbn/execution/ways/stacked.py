@@ -1,10 +1,10 @@
-"""Several draws of few objects in one pass, each object normalised by the statistics of its draw.
+"""Several draws of few examples in one pass, each example normalised by the statistics of its draw.
 
 A batch norm whose statistics are 0 and 1 divides by sqrt(1 + eps). What comes into it is shifted and scaled before, row
 by row, so that it leaves as if normalised by the statistics of its draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
 
-Applies to: networks whose objects are proven not to affect each other, and in which every batch norm has the objects on
-the first axis and does nothing with its input but normalise it. Error: rounding.
+Applies to: networks whose examples are proven not to affect each other. Every batch norm has the examples on the first
+axis, and does nothing with its input but normalise it. Error: rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stack:
 
     Args:
         replica: the network.
-        norms: for each batch norm, by its name, how many rows of its input an object has.
+        norms: for each batch norm, by its name, how many rows of its input an example has.
     """
 
     def __init__(self, replica: Replica, norms: Mapping[str, int]) -> None:
@@ -48,8 +48,8 @@ class Stack:
         self._neutral: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
-    def __call__(self, draws: Sequence[Mapping[str, Tensor]], objects: int) -> None:
-        """Make the next pass one of these draws, with so many objects in each."""
+    def __call__(self, draws: Sequence[Mapping[str, Tensor]], examples: int) -> None:
+        """Make the next pass one of these draws, with so many examples in each."""
         self._scales.clear()
         for name, per in self._norms.items():
             layer = self._replica.norms[name]
@@ -59,7 +59,7 @@ class Stack:
             means, variances = (torch.stack([draw[key] for draw in draws]) for key in (mean_name, variance_name))
             means, variances = means.to(layer.running_mean), variances.to(layer.running_var)
             scale = ((1 + layer.eps) / (variances + layer.eps)).sqrt()
-            self._scales[layer] = scale, -means * scale, objects * per
+            self._scales[layer] = scale, -means * scale, examples * per
             if mean_name not in self._neutral:
                 self._neutral |= {mean_name: torch.zeros_like(means[0]), variance_name: torch.ones_like(means[0])}
                 self._handles.append(layer.register_forward_pre_hook(self._exchange))
@@ -71,7 +71,7 @@ class Stack:
         scale, shift, rows = self._scales[layer]
         x, *others = args
         if len(x) != len(scale) * rows or x.shape[1] != scale.shape[1]:
-            raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N objects")
+            raise ValueError("a batch norm whose input is not [N, C, ...] for the network's N examples")
         shape = (len(scale), 1, -1) + (1,) * (x.ndim - 2)
         drawn = x.view(len(scale), rows, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (len(scale), rows))
         return torch.addcmul(shift.view(shape), drawn, scale.view(shape)).flatten(0, 1).to(x.dtype), *others
