@@ -3,7 +3,8 @@
 The network is the first trained ResNet-18 of ``results/trained/resnet18``, with a posterior of 64 augmented
 mini-batches of its training images. Two services run by uvicorn, one process each: one draws (the defaults), the other
 has no posterior, so it makes one pass. Clients send test images one by one, each the next as soon as it has its answer;
-the services are asked in turns. The clients share the machine with the service. Run it as::
+the services are asked in turns. The clients share the machine with the service. What a request takes beside its passes
+is told in processor time, which other work on the machine changes little. Run it as::
 
     STOCHBN_DATA=... python benchmarks/service.py
 
@@ -36,6 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import stochbn
+from stochbn.deploy import Scorer
 from stochbn.files import write_bytes, write_json
 from stochbn.measuring.timing import machine
 from stochbn.paper.training import augment
@@ -51,7 +53,7 @@ CLIENTS = (1, 8, 32)
 ROUNDS = 4
 IMAGES = 200
 WARM_UP = 100
-ALONE = 60
+METRICS = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"
 
 classes = ["airplane", "automobile", "bird", "cat", "deer"]
 
@@ -89,8 +91,8 @@ def encoded(kind: str) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def service(scorer: dict[str, Any]) -> Iterator[int]:
-    """A service, ready: its port."""
+def service(scorer: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """A service, ready: its port, and the number of its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,31 +107,33 @@ def service(scorer: dict[str, Any]) -> Iterator[int]:
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz"):
                     break
                 time.sleep(0.2)
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 
 
-def metrics(port: int) -> dict[str, float]:
-    """What the service tells of itself."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
-        lines = [line.rpartition(" ") for line in page.read().decode().splitlines() if not line.startswith("#")]
+def parsed(page: bytes) -> dict[str, float]:
+    """What a service tells of itself."""
+    lines = [line.rpartition(" ") for line in page.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
 
 
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[float, bytes]:
+    """The latency of a request in ms, and the body of its answer."""
+    start = time.perf_counter()
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line)
+    body = await reader.readexactly(length)
+    if b" 200 " not in head.split(b"\r\n")[0]:
+        raise SystemExit(f"the service answered {head!r} {body!r}")
+    return 1000 * (time.perf_counter() - start), body
+
+
 async def _client(port: int, requests: Sequence[bytes]) -> list[float]:
-    """The latency of each request, in ms, sent one after another."""
+    """The latency of each request, sent one after another over one connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    found = []
-    for request in requests:
-        start = time.perf_counter()
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line)
-        body = await reader.readexactly(length)
-        found.append(1000 * (time.perf_counter() - start))
-        if b" 200 " not in head.split(b"\r\n")[0]:
-            raise SystemExit(f"the service answered {head!r} {body!r}")
+    found = [(await _ask(reader, writer, request))[0] for request in requests]
     writer.close()
     await writer.wait_closed()
     return found
@@ -140,26 +144,43 @@ async def _clients(port: int, requests: Sequence[bytes], count: int) -> list[flo
     return [latency for one in each for latency in one]
 
 
+async def _metrics(port: int) -> dict[str, float]:
+    connection = await asyncio.open_connection("127.0.0.1", port)
+    _, page = await _ask(*connection, METRICS)
+    connection[1].close()
+    return parsed(page)
+
+
+def used(process: int) -> float:
+    """Seconds of a processor that a process has used."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def processor(port: int, process: int, requests: Sequence[bytes], scorer: Scorer) -> dict[str, float]:
+    """Processor time in ms of a request, one client, in the service, and that of its passes in this process."""
+    inputs = [scorer.read([request.partition(b"\r\n\r\n")[2]]).inputs for request in requests]
+    for x in inputs[:10]:
+        scorer.predict(x)
+    start, before = time.process_time(), used(process)
+    for x in inputs:
+        scorer.predict(x)
+    passes = (time.process_time() - start) / len(requests)
+    asyncio.run(_client(port, requests))
+    whole = (used(process) - before) / len(requests)
+    return {"request": 1000 * whole, "passes": 1000 * passes, "beside": 1000 * (whole - passes)}
+
+
 def loaded(port: int, requests: Sequence[bytes], count: int) -> dict[str, Any]:
     """Latencies in ms and totals of so many clients at a time."""
-    before, start = metrics(port), time.perf_counter()
+    before, start = asyncio.run(_metrics(port)), time.perf_counter()
     latencies = asyncio.run(_clients(port, requests, count))
-    seconds, after = time.perf_counter() - start, metrics(port)
+    seconds, after = time.perf_counter() - start, asyncio.run(_metrics(port))
     change = {
         name: after[f"stochbn_{name}"] - before[f"stochbn_{name}"] for name in ("batch_seconds_count", "draws_sum")
     }
     batches = change["batch_seconds_count"]
     return {"latencies": latencies, "seconds": seconds, "batches": batches, "draws": change["draws_sum"]}
-
-
-def beside(port: int, requests: Sequence[bytes]) -> list[float]:
-    """Of each request alone, the latency in ms less the time of its passes."""
-    found, name = [], "stochbn_batch_seconds_sum"
-    for request in requests:
-        before = metrics(port)[name]
-        (latency,) = asyncio.run(_client(port, [request]))
-        found.append(latency - 1000 * (metrics(port)[name] - before))
-    return found
 
 
 def summarised(parts: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -185,18 +206,17 @@ def page(found: dict[str, Any]) -> str:
     ]
     titles = ("clients, network", "p50, ms", "p95, ms", "p99, ms", "requests a second", "examples in a batch", "draws")
     beside_rows = [
-        [kind, *(f"{found['beside'][kind][name][key]:.1f}" for name in SERVICES for key in ("p50", "p95"))]
-        for kind in found["beside"]
+        [f"{kind}, {name}", *(f"{row[key]:.1f}" for key in ("request", "passes", "beside"))]
+        for kind, each in found["beside"].items()
+        for name, row in each.items()
     ]
-    columns = ("picture", *(f"{name}, {key}, ms" for name in SERVICES for key in ("p50", "p95")))
-    return "\n\n".join(
-        [
-            Table(f"Latency of requests with one picture of 32x32; {found['about']}", titles, load_rows).markdown(),
-            Table(
-                "Latency of a request beside the passes: HTTP, decoding, preprocessing, waiting", columns, beside_rows
-            ).markdown(),
-        ]
+    about = "Processor time of a request: HTTP, decoding and preprocessing are beside the passes"
+    columns = ("picture, network", "request, ms", "its passes, ms", "beside them, ms")
+    tables = (
+        Table(f"Latency of requests with one picture of 32x32; {found['about']}", titles, load_rows),
+        Table(about, columns, beside_rows),
     )
+    return "\n\n".join(table.markdown() for table in tables)
 
 
 def main() -> None:
@@ -211,7 +231,8 @@ def main() -> None:
         fitted(posterior)
         scorers: dict[str, dict[str, Any]] = {name: {"model": "service:network"} for name in SERVICES}
         scorers["stochbn"]["posterior"] = str(posterior)
-        ports = {name: stack.enter_context(service(scorer)) for name, scorer in scorers.items()}
+        running = {name: stack.enter_context(service(scorer)) for name, scorer in scorers.items()}
+        ports = {name: port for name, (port, _) in running.items()}
         for port in ports.values():
             loaded(port, requests["PNG"][:WARM_UP], 8)
         parts: dict[str, dict[str, list[dict[str, Any]]]] = {str(n): {name: [] for name in SERVICES} for n in CLIENTS}
@@ -220,18 +241,13 @@ def main() -> None:
                 for name, port in ports.items():
                     parts[str(clients)][name].append(loaded(port, requests["PNG"], clients))
         alone: dict[str, Any] = {}
-        for kind, name in (("PNG", "PNG of 32x32"), ("JPEG", "JPEG of 640x480")):
-            found = {
-                key: [beside(port, requests[kind][:ALONE]) for _ in range(options.rounds)]
-                for key, port in ports.items()
+        for kind, what in (("PNG", "PNG of 32x32"), ("JPEG", "JPEG of 640x480")):
+            alone[what] = {
+                name: processor(*running[name], requests[kind], Scorer(**scorer)) for name, scorer in scorers.items()
             }
-            fastest = {
-                key: statistics.quantiles(min(rounds, key=statistics.median), n=20) for key, rounds in found.items()
-            }
-            alone[name] = {key: {"p50": cuts[9], "p95": cuts[18]} for key, cuts in fastest.items()}
     measured = {
-        "about": f"{machine()}, {torch.get_num_threads()} thread(s), beside other work, clients on the same "
-        f"machine, Python {platform.python_version()}, the fastest of {options.rounds} rounds of {IMAGES} requests",
+        "about": f"{machine()}, threads: {torch.get_num_threads()}, Python {platform.python_version()}, beside much "
+        f"other work, clients on the same machine, the fastest of {options.rounds} rounds of {IMAGES} requests",
         "load": {n: {name: summarised(rounds) for name, rounds in each.items()} for n, each in parts.items()},
         "beside": alone,
     }

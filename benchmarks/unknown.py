@@ -175,10 +175,10 @@ def summarised(networks: list[Any]) -> dict[str, Any]:
                 mine, base = placements(known, unknown), placements(*network[PLAIN][BASE])
                 change = [a - b for a, b in zip(mine, base, strict=True)]
                 error = math.sqrt(sum(float(part.var()) / len(part) for part in change))
-                fpr = float((unknown < known.quantile(0.95)).double().mean())
-                each.append((100 * float(mine[0].mean()), 100 * fpr, 100 * float(change[0].mean()), 100 * error))
-            auroc, fpr, gain, error = (statistics.mean(values) for values in zip(*each, strict=True))
-            rows.setdefault(way, {})[name] = {"auroc": auroc, "fpr": fpr, "gain": gain, "error": error}
+                fpr95 = float((unknown < known.quantile(0.95)).double().mean())
+                each.append((100 * float(mine[0].mean()), 100 * fpr95, 100 * float(change[0].mean()), 100 * error))
+            auroc, fpr95, gain, error = (statistics.mean(values) for values in zip(*each, strict=True))
+            rows.setdefault(way, {})[name] = {"auroc": auroc, "fpr95": fpr95, "gain": gain, "error": error}
     return rows
 
 
@@ -191,7 +191,7 @@ def page(found: dict[str, Any]) -> str:
         [
             name,
             *(cells.format(**way[name]) if name in way else "-" for way in ways.values()),
-            *(f"{way[name]['fpr']:.1f}" if name in way else "-" for way in ways.values()),
+            *(f"{way[name]['fpr95']:.1f}" if name in way else "-" for way in ways.values()),
         ]
         for name in order
     ]
