@@ -50,6 +50,8 @@ class Scorer:
     the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
     object's changes depend on its place in the batch too.
 
+    A posterior whose prediction sets are by group needs the column of the groups in every batch.
+
     What it is given may come from strangers: it takes numbers, arrays, images as bytes, and as base64 in a mapping
     ``{"base64": TEXT}``. A text, a path or a URL is never opened, and becomes the error of its row.
 
