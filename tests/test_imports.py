@@ -26,6 +26,7 @@ LAYERS = (
     ("fitting",),
     ("predictive",),
     ("calibration", "export", "scoring"),
+    ("predicted_columns",),
     ("policy",),
     ("deploy",),
     ("stochbn",),  # the public names, each imported at its first use

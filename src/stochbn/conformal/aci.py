@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stochbn.conformal.base import is_number
+from stochbn.conformal.base import ROUNDING, is_number
 from stochbn.conformal.cqr import QuantileIntervals
 from stochbn.conformal.intervals import Intervals
 from stochbn.conformal.sets import Sets
@@ -75,9 +75,10 @@ class Online:
             TypeError, ValueError: as the rule's ``scores``; nothing is learned then.
         """
         scores = cast(Any, self.rule).scores(*predicted_and_truth)
+        rounding = ROUNDING if isinstance(self.rule, Sets) else 0.0  # as these sets are made
         found = []
         for score in scores.tolist():
-            held = score <= self.threshold
+            held = score <= self.threshold + rounding
             self.level += self.rate * ((1 - self.rule.coverage) - (not held))
             self.examples, self.held = self.examples + 1, self.held + held
             if len(self._latest) == self._latest.maxlen:

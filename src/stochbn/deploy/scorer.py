@@ -52,6 +52,8 @@ class Scorer:
     the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
     object's changes depend on its place in the batch too.
 
+    A posterior whose prediction sets are by group needs the column of the groups in every batch.
+
     What it is given may come from strangers: it takes numbers, arrays, and images as bytes, as base64 in a mapping
     ``{"base64": TEXT}``, or as numbers from 0 to 255 in a mapping ``{"pixels": [H][W][C]}``. A text, a path or a URL is
     never opened, and becomes the error of its row.
