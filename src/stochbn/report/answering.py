@@ -59,6 +59,7 @@ def answered(entropies: Tensor, wrong: Tensor, shares: Sequence[float] = SHARES)
     Raises:
         ValueError: there are no examples.
 
+    >>> import torch
     >>> one, two = answered(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([False, False, False, True]), [1, 0.5])
     >>> one.wrong, two.wrong, two.share, round(two.entropy, 1)
     (0.25, 0.0, 0.5, 0.2)
