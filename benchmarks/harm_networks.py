@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from stochbn.augment import Augment, chain, flip, shift
 from stochbn.files import read_tensors, write_json, write_tensors
 from stochbn.measuring.timing import seconds
-from stochbn.paper.training import keep_freed_memory, restore, store
+from stochbn.paper.trainee import restore, store
+from stochbn.paper.training import keep_freed_memory
 from stochbn.sources import architectures
 from stochbn.sources.named import load
 

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from stochbn.evaluation.fitting import fit_posterior
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.training import Schedule, train
+from stochbn.paper.schedule import Schedule
+from stochbn.paper.training import train
 from stochbn.posteriors import KINDS, Posterior
 from stochbn.report.tables import Table
 from stochbn.sources import architectures

@@ -49,7 +49,7 @@ from stochbn import Posterior, Predictive, metrics
 from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
 from stochbn.measuring.timing import machine
 from stochbn.metrics.differences import paired
-from stochbn.paper.training import augment
+from stochbn.paper.trainee import augment
 from stochbn.predictions import entropy
 from stochbn.report.tables import Table
 from stochbn.sources import checkpoints

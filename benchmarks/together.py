@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from stochbn.paper.together import Trainee
-from stochbn.paper.training import Schedule
+from stochbn.paper.schedule import Schedule
+from stochbn.paper.trainee import Trainee
 from stochbn.sources import architectures, named
 from stochbn.sources.named import Images
 

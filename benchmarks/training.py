@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stochbn.files import write_bytes, write_json
-from stochbn.paper.training import Schedule, train
+from stochbn.paper.schedule import Schedule
+from stochbn.paper.training import train
 from stochbn.report.tables import Table
 from stochbn.sources import architectures
 from stochbn.sources.named import Images

@@ -1,8 +1,9 @@
 """Regression: progression of diabetes from ten measurements, with intervals that hold the truth as often as asked for.
 
-The network gives a mean and a log-variance. SBN adds what the statistics leave open, and conformal intervals, fitted to
-held-out patients, bring the coverage near 90 %; of 92 patients, they can be off by some percent. Data: scikit-learn's
-diabetes, 442 patients. Run: python examples/regression.py
+The network gives a mean and a log-variance. SBN adds what the statistics leave open, and calibrate fits to held-out
+patients what neither says. Conformal intervals, from the same patients, bring the coverage near 90 % whatever the
+distribution; of 92 patients, both can be off by some percent. Data: scikit-learn's diabetes, 442 patients.
+Run: python examples/regression.py
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def main() -> dict[str, float]:
     plain = stochbn.Predictive(model, task="regression")
     print(f"{'':12} {'RMSE':>7} {'NLL':>7} {'in 90 %':>8} {'width':>7}   (of standard deviations of the target)")
     results = {}
-    for name, predictor in (("plain", plain), ("SBN", predictive)):
+    fitted = stochbn.calibrate(model, posterior, [(x[held_out], y[held_out])], task="regression")
+    calibrated = stochbn.Predictive(model, fitted, task="regression")
+    for name, predictor in (("plain", plain), ("SBN", predictive), ("calibrated", calibrated)):
         prediction = predictor(x[test])
         scores = stochbn.metrics.regression(prediction.mean, prediction.total_std, y[test])
         results[name] = scores["nll"]

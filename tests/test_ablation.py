@@ -15,7 +15,7 @@ from torch import Tensor
 import stochbn
 from stochbn import metrics
 from stochbn.files import read_tensors
-from stochbn.paper.ablation import ABLATION, ablate, methods_of, tabulate
+from stochbn.paper.ablation import ablate, methods_of, tabulate
 from stochbn.paper.recipes import PRESETS
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
 from stochbn.posteriors import FactorizedLog
@@ -36,8 +36,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stored(folder: Path, member: str) -> dict[str, Tensor]:
-    return read_tensors(folder / member / "ablation.safetensors", ABLATION)[0]
+def stored(folder: Path, member: str, method: str) -> dict[str, Tensor]:
+    file = folder / member / "ablation" / f"{method.replace(', ', '-')}.safetensors"
+    return read_tensors(file, "stochbn.ablation/1")[0]
 
 
 def test_predictions_are_those_of_posteriors_made_by_hand(finished: Path) -> None:
@@ -63,7 +64,7 @@ def test_predictions_are_those_of_posteriors_made_by_hand(finished: Path) -> Non
         predictive = stochbn.Predictive(model, posterior, draws, tolerance=0)
         for part in ("known", "unknown"):
             images = parts[part].take(torch.arange(40))
-            found = stored(finished, "plain-1")[f"{method}.{part}"].exp()
+            found = stored(finished, "plain-1", method)[part].exp()
             torch.testing.assert_close(found, predict_all(predictive, images, generator).probs, rtol=1e-3, atol=1e-4)
 
 
@@ -73,7 +74,7 @@ def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
     names = ["plain-0", "plain-1"]
     labels = read_tensors(finished / "plain-0" / "predictions.safetensors", PREDICTIONS)[0]["labels"][:40]
     plain = [read_tensors(finished / n / "predictions.safetensors", PREDICTIONS)[0]["plain.known"][:40] for n in names]
-    drawn = [stored(finished, name)["factorized.known"] for name in names]
+    drawn = [stored(finished, name, "factorized")["known"] for name in names]
     single = found["scores"]["single networks"]["factorized"]
     losses = [-logs.gather(1, labels[:, None])[:, 0].double() for logs in drawn]
     before = [-logs.gather(1, labels[:, None])[:, 0].double() for logs in plain]
@@ -99,7 +100,7 @@ def test_a_method_that_changes_nothing_has_no_change(finished: Path, tmp_path: P
 def test_it_continues_and_writes_the_same_again(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / "plain-0" / "ablation.safetensors").unlink()
+    (folder / "plain-0" / "ablation" / "joint.safetensors").unlink()
     (folder / "ablation.json").unlink()
     ablate(folder, images=40)
     (folder / "ablation.md").unlink()
@@ -113,10 +114,14 @@ def test_fewer_networks_and_other_images_are_told_apart(finished: Path, tmp_path
     shutil.copytree(finished, folder)
     (table,) = ablate(folder, members=1, images=40)
     assert table.title.endswith("one network")
-    with pytest.raises(ValueError, match="is of 40 images of each kind, all were asked for"):
+    with pytest.raises(ValueError, match="made with other settings"):
         ablate(folder)
     with pytest.raises(ValueError, match="has 2 plain networks, 3 were asked for"):
         ablate(folder, members=3)
+    (folder / "plain-1" / "ablation.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"ablation\.safetensors' is of an earlier version"):
+        ablate(folder, images=40)
+    (folder / "plain-1" / "ablation.safetensors").unlink()
     (folder / "plain-1" / "predictions.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
         ablate(folder, images=40)

@@ -29,6 +29,7 @@ def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 TURNS = augment.turns(SHIFT, noisy, SHIFT, BOTH)
+NEW = (augment.crop(0.4), augment.colour(0.2), augment.chain(augment.crop(0.6), augment.colour(), augment.flip()))
 
 
 def images(count: int = 12, size: int = 8) -> Tensor:
@@ -82,6 +83,71 @@ def test_a_shift_is_a_crop_of_the_reflected_image(pixels: int, draw: int, size: 
         assert any(image.equal(crop) for crop in crops)
 
 
+@given(
+    smallest=st.floats(0.05, 0.95),
+    draw=st.integers(0, 40),
+    height=st.integers(4, 9),
+    width=st.integers(4, 9),
+    seed=st.integers(0, 1000),
+)
+def test_a_crop_is_a_part_of_the_image_at_its_size(
+    smallest: float, draw: int, height: int, width: int, seed: int
+) -> None:
+    """Of a plane, whose bilinear interpolation is exact but near its rim, by the corners of the crop."""
+    rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    x = torch.stack([rows, columns])[None].expand(6, 2, height, width).contiguous()
+    spread = augment.crop(smallest).spread(6, seeded(seed))
+    found, boxes = spread.apply(x, draw), spread.boxes(draw).T.tolist()  # type: ignore[attr-defined]
+    for image, (top, left, tall, wide) in zip(found, boxes, strict=True):
+        assert 0 <= top <= top + tall <= 1 + 1e-9
+        assert 0 <= left <= left + wide <= 1 + 1e-9
+        assert tall * wide > smallest / augment.images.ASPECT - 1e-9
+        assert 3 / 4 - 1e-9 <= wide / tall <= 4 / 3 + 1e-9
+        for axis, (start, share, size) in enumerate(((top, tall, height), (left, wide, width))):
+            wanted = [min(max(start * size + share * (i + 0.5) - 0.5, 0), size - 1) for i in range(size)]
+            line = image[axis, :, 0] if axis == 0 else image[axis, 0]
+            assert line.tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_crops_have_the_areas_that_were_asked_for() -> None:
+    spread = augment.crop(0.4).spread(4000, seeded())
+    areas = spread.boxes(0)[2:].prod(0)  # type: ignore[attr-defined]
+    assert areas.mean() == pytest.approx(0.7, abs=0.03)
+    assert areas.min() < 0.42
+    assert areas.max() > 0.97
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_change_as_a_loop_over_images_changes_them(channels: int) -> None:
+    x = normal(50, channels, 6, 5).exp()
+    spread = augment.colour(0.2).spread(50, seeded())
+    for draw in (0, 3):
+        found, numbers = spread.apply(x, draw), spread.numbers(draw).T.tolist()  # type: ignore[attr-defined]
+        for image, changed, (contrast, brightness, angle) in zip(x, found, numbers, strict=True):
+            for c in range(channels):
+                cast = math.cos(2 * math.pi * (angle + c / channels)) if channels > 1 else 0.0
+                mean, std = image[c].mean(), image[c].std(correction=0)
+                wanted = mean + (image[c] - mean) * (1 + 0.2 * (2 * contrast - 1))
+                wanted = wanted + 0.2 * std * (2 * brightness - 1 + cast)
+                torch.testing.assert_close(changed[c], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_colours_change_alike_whether_images_are_normalised_or_not() -> None:
+    x, mean, std = images().sigmoid(), torch.tensor([0.4, 0.6]).view(2, 1, 1), torch.tensor([0.2, 0.5]).view(2, 1, 1)
+    one, other = (augment.colour(0.3).spread(12, seeded()) for _ in range(2))
+    torch.testing.assert_close(one.apply((x - mean) / std, 2), (other.apply(x, 2) - mean) / std)
+
+
+@pytest.mark.parametrize("draws", [8, 16, 48])
+@pytest.mark.parametrize("fn", [augment.crop(0.5), augment.colour(0.3)], ids=str)
+def test_crops_and_colours_are_spread_evenly_over_the_draws_of_an_example(fn: Any, draws: int) -> None:
+    ramp = (torch.arange(9.0) + torch.arange(9.0)[:, None]).expand(400, 1, 9, 9).contiguous()
+    spread = fn.spread(400, seeded())
+    even = torch.stack([spread.apply(ramp, draw)[:, 0, 1, 2] for draw in range(draws)]).mean(0)
+    independent = torch.stack([fn(ramp, seeded(draw))[:, 0, 1, 2] for draw in range(draws)]).mean(0)
+    assert even.var() < 0.4 * independent.var()
+
+
 @pytest.mark.parametrize("draws", [8, 16, 48])
 def test_the_shifts_of_an_object_are_spread_evenly_over_its_draws(draws: int) -> None:
     """The mean place after some draws varies less than with independent shifts: by the means of a ramp's middle."""
@@ -113,13 +179,23 @@ def test_half_of_the_draws_of_every_object_are_flipped() -> None:
 
 
 def test_layout_and_type_of_the_images_stay() -> None:
-    for x in (images().contiguous(memory_format=torch.channels_last), images().bfloat16()):
-        moved = BOTH(x, seeded())
-        assert moved.dtype == x.dtype
-        assert moved.stride() == x.stride()
+    for x in (images().contiguous(memory_format=torch.channels_last), images().bfloat16(), images().half()):
+        for fn in (BOTH, *NEW):
+            moved = fn(x, seeded())
+            assert moved.dtype == x.dtype
+            assert moved.stride() == x.stride()
 
 
-@pytest.mark.parametrize("fn", [augment.shift(2), augment.flip(), BOTH, noisy, TURNS])
+def test_pixels_in_whole_numbers_are_cropped_to_whole_numbers() -> None:
+    x = torch.randint(0, 256, (12, 3, 8, 8), generator=seeded()).to(torch.uint8)
+    found = augment.crop(0.5)(x, seeded(1))
+    assert found.dtype == torch.uint8
+    assert found.equal(augment.crop(0.5)(x.float(), seeded(1)).round().to(torch.uint8))
+    with pytest.raises(ValueError, match="floating point"):
+        augment.colour()(x, seeded())
+
+
+@pytest.mark.parametrize("fn", [augment.shift(2), augment.flip(), BOTH, noisy, TURNS, *NEW])
 def test_what_a_draw_sees_depends_on_the_seed_and_its_number(fn: augment.Augment) -> None:
     x = images()
     first, second = Views(fn, 12, 3), Views(fn, 12, 3)
@@ -132,10 +208,11 @@ def test_what_a_draw_sees_depends_on_the_seed_and_its_number(fn: augment.Augment
 
 def test_objects_that_are_left_go_on_as_they_began() -> None:
     x, mask = images(), torch.arange(12) % 3 == 0
-    views = Views(BOTH, 12, 3)
-    whole = views(x, 6)
-    views.keep(mask)
-    assert views(x[mask], 6).equal(whole[mask])
+    for fn in (BOTH, *NEW):
+        views = Views(fn, 12, 3)
+        whole = views(x, 6)
+        views.keep(mask)
+        torch.testing.assert_close(views(x[mask], 6), whole[mask])
 
 
 def test_in_turns_every_augmentation_has_its_own_draws_in_order() -> None:
@@ -162,7 +239,8 @@ def test_augmentations_in_turn_are_named_with_bars_between() -> None:
         "chain(flip(), shift(2))",
     ]
     assert turns.augmentations[0] is turns.augmentations[2]
-    for wrong in ("flip|", "|", "flip|turn"):
+    assert str(augment.named("crop:0.5, colour:.1|flip")) == "crop:0.5,colour:0.1|flip"
+    for wrong in ("flip|", "|", "flip|turn", "crop", "crop:0", "crop:1", "crop:1.5", "colour:-0.1", "crop:nan"):
         with pytest.raises(ValueError, match="unknown augmentation"):
             augment.named(wrong)
 
@@ -175,6 +253,13 @@ def test_bad_augmentations_are_refused() -> None:
     for pixels in (0, -1, 1.5, True, "4"):
         with pytest.raises(ValueError, match="pixels must be a whole number"):
             augment.shift(pixels)  # type: ignore[arg-type]
+    for share in (0, 1, -0.5, True, "0.5", float("nan")):
+        with pytest.raises(ValueError, match="smallest must be a number between 0 and 1"):
+            augment.crop(share)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="strength must be a number between 0 and 1"):
+            augment.colour(share)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"crop is for images \[N, C, H, W\]"):
+        augment.crop()(normal(2, 4), seeded())
     with pytest.raises(ValueError, match="larger images than 3x3"):
         augment.shift(3)(normal(2, 1, 3, 3), seeded())
     with pytest.raises(ValueError, match=r"images \[N, C, H, W\]"):
@@ -200,7 +285,7 @@ def test_bad_augmentations_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["joint", "factorized", None])
-@pytest.mark.parametrize("fn", [BOTH, noisy, TURNS])
+@pytest.mark.parametrize("fn", [BOTH, noisy, TURNS, NEW[2]])
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("count", [3, 12])
 def test_predictions_are_those_of_a_slow_loop(kind: str | None, fn: augment.Augment, clean: bool, count: int) -> None:
@@ -286,7 +371,15 @@ def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
 mirrored.inverse = lambda values, generator: values.flip(-1)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fn", [augment.flip(), mirrored, augment.turns(mirrored, augment.flip())])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        augment.flip(),
+        mirrored,
+        augment.turns(mirrored, augment.flip()),
+        augment.chain(augment.flip(), augment.colour()),
+    ],
+)
 def test_dense_outputs_are_moved_back(fn: augment.Augment) -> None:
     model, x = settled(Dense(), 2, 8, 8), images()
     given = posterior(model)
@@ -301,7 +394,7 @@ def test_dense_outputs_are_moved_back(fn: augment.Augment) -> None:
 
 def test_dense_outputs_without_a_way_back_are_refused() -> None:
     model = settled(Dense(), 2, 8, 8)
-    for fn in (noisy, augment.shift(1), BOTH):
+    for fn in (noisy, augment.shift(1), BOTH, augment.crop()):
         with pytest.raises(ValueError, match="inverse"):
             stochbn.Predictive(model, posterior(model), 8, augment=fn)(images())
 

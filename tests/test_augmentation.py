@@ -17,7 +17,6 @@ import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
 from stochbn.paper.augmentation import (
-    AUGMENTATION,
     CHOSEN,
     METHODS,
     SNAPSHOT_METHODS,
@@ -30,6 +29,7 @@ from stochbn.paper.snapshotting import Cycles, Shuffled
 from stochbn.sources import checkpoints
 from test_runner import TINY
 
+FORMAT = "stochbn.augmentation/1"
 RECIPE = replace(TINY, dropout=None, members=3, train_images=200, held_out=0.2, unknown="digits:5-9", test_images=60)
 CYCLES = Cycles(count=2, epochs=1)
 SETTINGS = Settings(
@@ -51,7 +51,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stored(folder: Path, member: str, method: str) -> dict[str, Tensor]:
-    return read_tensors(folder / member / "augmentation" / f"{method.replace(', ', '-')}.safetensors", AUGMENTATION)[0]
+    return read_tensors(
+        folder / member / "augmentation" / f"{method.replace(', ', '-')}.safetensors", "stochbn.augmentation/1"
+    )[0]
 
 
 @pytest.mark.filterwarnings("ignore:the")
@@ -91,7 +93,9 @@ def test_snapshots_and_chosen_augmentations_are_those_made_by_hand(finished: Pat
     held_out = list(parts["held-out"].take(torch.arange(30)).batches(250))
     flip, shift = augment.flip(), augment.shift(1)
     turns = stochbn.choose_augmentation(model, None, held_out, [shift, flip], draws=15, seed=seed)
-    _, about = read_tensors(finished / "plain-1" / "augmentation" / "input-chosen-calibrated.safetensors", AUGMENTATION)
+    _, about = read_tensors(
+        finished / "plain-1" / "augmentation" / "input-chosen-calibrated.safetensors", "stochbn.augmentation/1"
+    )
     assert about["augmentations"] == list(map(repr, turns.augmentations))
     rows = json.loads((finished / "augmentation.json").read_text())
     assert rows["trainings"]["snapshots, both, 4 each"] == 1 + 2 / RECIPE.epochs

@@ -27,7 +27,9 @@ import stochbn
 import stochbn.__main__
 from conftest import make_posterior, seeded
 from stochbn import cli
-from stochbn.paper import comparison, figures, recipes, report, runner, training
+from stochbn.paper import figures, recipes, report, runner, study, training
+from stochbn.paper.schedule import Schedule, read_log
+from stochbn.processes import ProcessError
 from stochbn.sources import checkpoints, named
 from stochbn.sources.architectures import build, build_with_uniform_scale
 from stochbn.sources.checkpoints import Checkpoint
@@ -115,7 +117,7 @@ def test_training_and_fitting_leave_a_network_and_its_posterior(trained: Trained
         "a.safetensors", "a.sbn.safetensors", "a.training.csv", "b.safetensors", "b.sbn.safetensors", "b.training.csv",
         "dropout.safetensors", "dropout.sbn.safetensors", "dropout.training.csv",
     ]  # fmt: skip
-    (epoch,) = training.read_log(trained.networks[0].with_name("a.training.csv"))
+    (epoch,) = read_log(trained.networks[0].with_name("a.training.csv"))
     assert epoch.accuracy > 0.5
 
 
@@ -241,7 +243,7 @@ def test_a_network_can_be_trained_with_every_option_of_a_recipe(tmp_path: Path) 
     expected = training.train(
         functools.partial(build_with_uniform_scale, "vgg11", **checkpoint.arguments),
         named.load(str(folder), "train"),
-        training.Schedule(3, 8, augment=True, precision="bf16-mixed", decay="epoch", decrease_from=1),
+        Schedule(3, 8, augment=True, precision="bf16-mixed", decay="epoch", decrease_from=1),
     )
     theirs = expected.state_dict()
     assert all(value.equal(theirs[name]) for name, value in checkpoint.model.state_dict().items())
@@ -602,7 +604,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((named, "load"), (checkpoints, "load"), (report, "read_recipe"), (report, "read_run")):
         monkeypatch.setattr(module, name, load)
-    monkeypatch.setattr(comparison, "read_recipe", load)
+    monkeypatch.setattr(study, "read_recipe", load)
 
 
 @pytest.mark.parametrize("command", ["train", "fit", "predict"])
@@ -748,7 +750,7 @@ def test_impossible_experiments_are_told_and_claim_no_folder(
 
 def test_the_failure_of_a_members_process_is_told(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Ended]) -> None:
     def fail(*_: Any, **__: Any) -> Any:
-        raise runner.RunError("plain-0 failed: OSError: [Errno 28] No space left on device")
+        raise ProcessError("plain-0 failed: OSError: [Errno 28] No space left on device")
 
     monkeypatch.setattr(runner, "run", fail)
     assert_told(main("demo"), "plain-0 failed", "[Errno 28] No space left on device")
@@ -818,6 +820,7 @@ def test_a_diagnosis_says_what_to_use_and_draws_it(alone: Path, tmp_path: Path, 
     assert_told(main("diagnose", alone, "--images", 100), "at least 10 mini-batches, got 6")
 
 
+@pytest.mark.filterwarnings("ignore:the noise of the smallest")
 def test_kinds_of_posteriors_are_compared_on_the_networks_of_a_run(tmp_path: Path, main: Callable[..., Ended]) -> None:
     recipe = replace(TINY, dropout=None, members=1, epochs=1, train_images=96, held_out=0.2, unknown=None, draws=1)
     runner.run(recipe, tmp_path / "run")

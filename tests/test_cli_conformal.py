@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import stochbn
 from conftest import command_output as run
 from stochbn import cli
 from stochbn.cli import drift
-from stochbn.report.coverage import coverage_table, coverages
+from stochbn.conformal import Sets
+from stochbn.posteriors.thresholds import Thresholds
+from stochbn.report.coverage import coverage_table, coverages, held_by
 from test_cli_adapt import fitted, network, own, pictures  # noqa: F401 - fixtures
 
 CLASSES = ["bird", "cat", "dog"]
@@ -99,6 +102,7 @@ def test_the_file_has_what_was_asked_for_and_another_file_leaves_the_first_alone
     assert Path(FILE).read_bytes() == before
     found = stochbn.load("c.safetensors").thresholds
     assert found is not None
+    assert isinstance(found.sets, stochbn.conformal.Sets)
     assert (found.sets.method, found.sets.coverage, found.sets.classes) == ("raps", 0.75, 3)
     assert (found.examples, found.draws, found.augment) == (150, 50, None)
 
@@ -113,13 +117,15 @@ def test_it_says_between_what_the_coverage_lies(held: tuple[str, ...]) -> None:
     ("options", "message"),
     [
         (("--coverage", "1.2"), "--coverage must lie between 0 and 1"),
-        (("--by", "color"), "--by must be class"),
-        (("--method", "other"), "--method must be lac, aps or raps"),
+        (("--by", "color"), "has no column 'color'"),
+        (("--method", "other"), "--method for such predictions must be lac or aps or raps or saps, got 'other'"),
+        (("--mask", "1"), "--mask and --ignore are for --dense"),
+        (("--dense", "--by", "class"), "--by class and --new-mix are for networks that give one class"),
         (("--new-mix", "--by", "class"), "cannot be given together"),
         (("--new-mix",), "--new-mix is for a posterior of 'stochbn adapt'"),
         (("--coverage", "0.999"), "needs at least 999 held-out"),
-        (("--coverage", "0.99", "--by", "class"), "objects of class 0, got"),
-        (("--task", "regression"), "--task classification and binary"),
+        (("--coverage", "0.99", "--by", "class"), "examples of class 0, got"),
+        (("--task", "embedding"), "prediction sets are for --task classification, binary"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
@@ -135,7 +141,8 @@ def test_evaluate_shows_coverage_overall_and_by_class(held: tuple[str, ...]) -> 
     said = run("evaluate", *held, "--data", "like.npz", "--draws", 20, "--out", "r", "--report", "page.html")
     sets, labels = sets_in_python(held, "like.npz", tolerance=0), torch.from_numpy(np.load("like.npz")["labels"])
     rows = json.loads(Path("r/results.json").read_text())["sets"]
-    for row, one in zip(rows, coverages(sets, labels, CLASSES), strict=True):
+    rule = Sets("lac", 0.5, 3, 0.8)
+    for row, one in zip(rows, coverages(held_by(rule, sets, labels), rule, CLASSES), strict=True):
         assert row == pytest.approx(one)
     assert "Prediction sets for 80 %, by lac" in said
     assert f"{100 * rows[0]['low']:.1f} to {100 * rows[0]['high']:.1f}" in said
@@ -148,13 +155,15 @@ def test_the_intervals_of_a_coverage_are_exact() -> None:
     """Of none and of all in closed form; otherwise quantiles of beta distributions."""
     sets = torch.tensor([[1, 0, 0]] * 6 + [[0, 1, 1]] * 4 + [[0, 0, 0]] * 2).bool()
     labels = torch.tensor([0] * 6 + [0] * 4 + [2] * 2)
-    everything, first, second = coverages(sets, labels)
-    assert (first["class"], first["examples"], first["coverage"], first["size"]) == ("0", 10, 0.6, 1.4)
+    rule = Sets("lac", 0.5, 3, 0.9)
+    everything, first, second = coverages(held_by(rule, sets, labels), rule)
+    assert (first["of"], first["examples"], first["coverage"], first["size"]) == ("0", 10, 0.6, 1.4)
     assert (first["low"], first["high"]) == pytest.approx((beta.ppf(0.025, 6, 5), beta.ppf(0.975, 7, 4)))
-    assert (second["class"], second["low"], second["empty"]) == ("2", 0.0, 1.0)
+    assert (second["of"], second["low"], second["empty"]) == ("2", 0.0, 1.0)
     assert second["high"] == pytest.approx(1 - 0.025 ** (1 / 2))
-    assert (everything["class"], everything["coverage"]) == ("all", 0.5)
-    table = coverage_table([everything, first], 0.9, "lac", by_class=True)
+    assert (everything["of"], everything["coverage"]) == ("all", 0.5)
+    by_class = replace(rule, by_class=True, threshold=torch.ones(3).double())
+    table = coverage_table([everything, first], Thresholds(by_class, 12, 50, None, 1.0, None, (0.0, 0.0)))
     assert table.title == "Prediction sets for 90 % of each class, by lac"
     assert table.rows[1] == ["0", "10", "60.0", "26.2 to 87.8", "1.40", "0.0"]
 

@@ -14,12 +14,14 @@ import torch
 import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
-from stochbn.paper.comparison import COMPARISON, METHODS, Settings, compare, tabulate
+from stochbn.paper.comparison import METHODS, Settings, compare, tabulate
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
 from stochbn.sources import checkpoints
 from test_runner import TINY, contents, interrupted
 
+FORMAT = "stochbn.comparison/1"
 RECIPE = replace(TINY, dropout=None, train_images=160, held_out=0.2, unknown="digits:5-9")
+pytestmark = pytest.mark.filterwarnings("ignore:the noise of the smallest")
 SETTINGS = Settings(members=2, draws=3, fit_images=128, held_out=30, unknown=20, exact=10)
 
 
@@ -47,7 +49,7 @@ def test_predictions_are_those_of_the_posterior_fitted_and_calibrated_by_hand(fi
         "joint, recentred": posterior.recentre(model),
     }.items():
         file = finished / "plain-1" / "comparison" / f"{method.replace(', ', '-')}.safetensors"
-        tensors, about = read_tensors(file, COMPARISON)
+        tensors, about = read_tensors(file, FORMAT)
         assert about["batch_size"] == wanted.batch_size
         generator = torch.Generator().manual_seed(seed)
         predictive = stochbn.Predictive(model, wanted, 3)
@@ -71,7 +73,7 @@ def test_with_an_augmentation_every_draw_changes_its_input(finished: Path) -> No
     held_out = parts["held-out"].take(torch.arange(30)).batches(250)
     posterior = stochbn.calibrate(model, posterior, held_out, augment=shift, seed=seed, **NOISES)
     file = finished / "plain-0" / "comparison-augmented" / "joint-calibrated.safetensors"
-    tensors, about = read_tensors(file, COMPARISON)
+    tensors, about = read_tensors(file, FORMAT)
     assert about["batch_size"] == posterior.batch_size
     predictive = stochbn.Predictive(model, posterior, 3, tolerance=0, augment=shift)
     probs = predict_all(predictive, parts["known"], torch.Generator().manual_seed(seed)).probs
@@ -108,8 +110,8 @@ def test_the_distance_of_exact_inference_to_itself_is_zero_and_that_of_others_is
     assert found["exact"][0]["auroc"] > 0.5
     assert [row["kl"] for row in found["exact"]] == pytest.approx([0, 0], abs=1e-6)
     assert all(row["kl"] > 1e-4 for method in ("plain", *METHODS) for row in found[method])
-    exact = read_tensors(finished / "plain-0" / "comparison" / "exact.safetensors", COMPARISON)[0]["known"].double()
-    joint = read_tensors(finished / "plain-0" / "comparison" / "joint.safetensors", COMPARISON)[0]["known"].double()
+    exact = read_tensors(finished / "plain-0" / "comparison" / "exact.safetensors", FORMAT)[0]["known"].double()
+    joint = read_tensors(finished / "plain-0" / "comparison" / "joint.safetensors", FORMAT)[0]["known"].double()
     slow = sum(
         (e.exp() * (e - j)).sum().item() for e, j in zip(exact, joint[:10], strict=True)
     ) / 10  # fmt: skip
@@ -119,14 +121,14 @@ def test_the_distance_of_exact_inference_to_itself_is_zero_and_that_of_others_is
 def test_what_is_there_is_not_made_again(finished: Path) -> None:
     before = contents(finished)
     again = finished / "plain-0" / "comparison" / "empirical.safetensors"
-    wanted, _ = read_tensors(again, COMPARISON)
+    wanted, _ = read_tensors(again, FORMAT)
     again.unlink()
     seen: list[tuple[int, int]] = []
     compare(finished, SETTINGS, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(17, 18), (18, 18)]
     after = contents(finished)
     assert after.keys() == before.keys()
-    for part, logs in read_tensors(again, COMPARISON)[0].items():
+    for part, logs in read_tensors(again, FORMAT)[0].items():
         torch.testing.assert_close(logs.exp(), wanted[part].exp())
     changed = {name for name in before if after[name] != before[name]}
     assert {name for name in changed if name.endswith(".safetensors")} == {"plain-0/comparison/empirical.safetensors"}
@@ -141,7 +143,7 @@ def test_fewer_networks_of_the_same_comparison_need_no_new_predictions(finished:
 
 
 def test_other_settings_are_refused_and_missing_predictions_are_told(finished: Path) -> None:
-    with pytest.raises(ValueError, match="comparison with other settings"):
+    with pytest.raises(ValueError, match="made with other settings"):
         compare(finished, replace(SETTINGS, draws=4))
     file = finished / "plain-0" / "comparison" / "exact.safetensors"
     content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Prediction sets and intervals: the coverage that was asked for, and MAPIE's sets."""
+"""Prediction sets of classes: the coverage that was asked for, and MAPIE's sets."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ METHODS: dict[str, Any] = {
     "lac": conformal.lac,
     "aps": conformal.aps,
     "raps": lambda *a, **k: conformal.raps(*a, penalty=0.05, free=2, **k),
+    "saps": lambda *a, **k: conformal.saps(*a, penalty=0.05, **k),
 }
 
 
@@ -34,8 +35,10 @@ def slow_scores(method: str, probs: Tensor, u: float = 0.0) -> Tensor:
     scores = torch.zeros_like(probs)
     for k in range(len(probs)):
         above = sum(p for p in probs.tolist() if p > probs[k])
-        rank = 1 + sum(p > probs[k] for p in probs.tolist())
+        rank = int(1 + sum(p > probs[k] for p in probs.tolist()))
         scores[k] = 1 - probs[k] if method == "lac" else above + (1 - u) * probs[k]
+        if method == "saps":
+            scores[k] = (1 - u) * probs.max() if rank == 1 else probs.max() + (rank - 1 - u) * 0.05
         scores[k] += 0.05 * max(rank - 2, 0) if method == "raps" else 0
     return scores
 
@@ -48,6 +51,7 @@ def test_sets_are_those_of_a_slow_loop(method: str, n: int, seed: int, coverage:
     threshold = next(q for q in scores if sum(s <= q for s in scores) >= (n + 1) * coverage - 1e-9)
     sets = METHODS[method](probs, labels, coverage)
     assert sets.threshold == pytest.approx(threshold, abs=1e-12)
+    assert sets.scores(probs, labels).sort().values.tolist() == pytest.approx(scores, abs=1e-12)
     new, _ = predictions(9, seed=seed + 1)
     for row, p in zip(sets(new), new, strict=True):
         distance = (slow_scores(method, p) - threshold).abs()
@@ -135,15 +139,50 @@ def test_difficult_objects_have_larger_sets_and_a_penalty_keeps_them_small() -> 
     assert min(few["coverage"], many["coverage"]) >= 0.9
 
 
-def test_intervals_cover_as_often_as_asked_for() -> None:
-    held, repetitions, n = 0.0, 2000, 9
-    for seed in range(repetitions):
-        mean, std = normal(n + 1, seed=seed), normal(n + 1, seed=seed + 1).exp()
-        truth = mean + 3 * std * normal(n + 1, seed=seed + 2)
-        found = conformal.intervals(mean[:n], std[:n], truth[:n], 0.9)
-        low, high = found(mean[n:], std[n:])
-        held += bool((low <= truth[n:]) & (truth[n:] <= high))
-    assert abs(held / repetitions - 0.9) < 4 * math.sqrt(0.09 / repetitions)
+def test_random_steps_of_ranks_are_those_of_the_definition() -> None:
+    """Huang et al., 2024, equation 8: u times the largest probability, or it and (rank - 2 + u) penalties."""
+    probs, labels = predictions(50)
+    drawn = torch.rand(50, 1, generator=seeded(3), dtype=torch.float64)
+    sets = conformal.saps(probs, labels, 0.8, penalty=0.05, generator=seeded(3))
+    expected = torch.stack([slow_scores("saps", p, u.item())[k] for p, u, k in zip(probs, drawn, labels, strict=True)])
+    assert sets.threshold == pytest.approx(expected.sort().values[math.ceil(51 * 0.8) - 1].item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_threshold_of_a_group_is_that_of_its_examples_alone(method: str) -> None:
+    (probs, labels), (new, _) = predictions(300), predictions(90, seed=1)
+    groups, others = ["b", 7, None] * 100, ["b", "7", "elsewhere"] * 30
+    found = METHODS[method](probs, labels, 0.8, groups=groups)
+    assert found.groups == ("", "7", "b")
+    sets = found(new, others)
+    for place, first in ((0, 0), (1, 1)):
+        alone = METHODS[method](probs[first::3], labels[first::3], 0.8)
+        assert found.threshold[found.groups.index(("b", "7")[place])] == alone.threshold
+        assert torch.equal(sets[place::3], alone(new[place::3]))
+    assert sets[2::3].all(), "nothing is known of a group that was not held out"
+
+
+def test_by_group_every_group_is_covered_as_often_as_asked_for() -> None:
+    """Two binomial errors about the coverage; one threshold for all leaves the difficult group uncovered."""
+    generator, coverage = seeded(8), 0.8
+    held = {False: torch.zeros(3), True: torch.zeros(3)}
+    repetitions, count = 60, 300
+    for _ in range(repetitions):
+        parts = []
+        for _ in range(2):
+            group = torch.arange(3 * count) % 3
+            logits = torch.randn(3 * count, 4, generator=generator)
+            labels = torch.randint(4, (3 * count,), generator=generator)
+            logits[range(3 * count), labels] += torch.tensor([3.0, 1.5, 0.5])[group]
+            parts.append((logits.softmax(1), labels, group))
+        for by_group, shares in held.items():
+            own = [part[2] if by_group else None for part in parts]
+            sets = conformal.lac(*parts[0][:2], coverage, groups=own[0])(parts[1][0], own[1])
+            right = sets[range(3 * count), parts[1][1]].double()
+            shares += torch.stack([right[k::3].mean() for k in range(3)]) / repetitions
+    error = math.sqrt(2 * coverage * (1 - coverage) / (repetitions * count))  # of thresholds, and of what is tested
+    assert held[False].min() < 0.7
+    assert ((held[True] > coverage - 2 * error) & (held[True] < coverage + 1 / count + 2 * error)).all()
 
 
 def test_the_scores_of_sets_are_counted_by_hand() -> None:
@@ -154,14 +193,14 @@ def test_the_scores_of_sets_are_counted_by_hand() -> None:
 
 
 PROBS, LABELS = predictions(20)
-ZERO = torch.zeros(1)
+GROUPS: list[Any] = [1, 2] * 10
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: conformal.lac(PROBS, LABELS, 0.99), ValueError, "needs at least 99 held-out objects, got 20"),
-        (lambda: conformal.lac(PROBS[:8], LABELS[:8], 0.9), ValueError, "needs at least 9 held-out objects, got 8"),
+        (lambda: conformal.lac(PROBS, LABELS, 0.99), ValueError, "needs at least 99 held-out examples, got 20"),
+        (lambda: conformal.lac(PROBS[:8], LABELS[:8], 0.9), ValueError, "needs at least 9 held-out examples, got 8"),
         (lambda: conformal.lac(PROBS, LABELS, 1.0), ValueError, "coverage must lie between 0 and 1"),
         (lambda: conformal.aps(PROBS.log(), LABELS), ValueError, "negative"),
         (lambda: conformal.aps(PROBS * math.nan, LABELS), ValueError, "NaN"),
@@ -171,10 +210,17 @@ ZERO = torch.zeros(1)
         (lambda: conformal.raps(PROBS, LABELS, penalty=-1), ValueError, "of at least 0"),
         (lambda: conformal.lac(PROBS, LABELS)(predictions(3, 4)[0]), ValueError, "of 6 classes, as fitted"),
         (lambda: conformal.evaluate(PROBS, LABELS), TypeError, "truth values"),
-        (lambda: conformal.intervals([0.0], [1.0, 2.0], [0.0]), ValueError, "of one shape"),
-        (lambda: conformal.intervals([0.0] * 9, [0.0] * 9, [0.0] * 9), ValueError, "must be positive"),
-        (lambda: conformal.intervals([math.nan] * 9, [1.0] * 9, [0.0] * 9), ValueError, "mean has NaN"),
-        (lambda: conformal.intervals([0.0] * 9, [1.0] * 9, [0.0] * 9)(ZERO, ZERO - 1), ValueError, "at least 0"),
+        (lambda: conformal.saps(PROBS, LABELS, penalty=0), ValueError, "a penalty above 0"),
+        (
+            lambda: conformal.lac(PROBS, LABELS, groups=["a"] * 19),
+            ValueError,
+            "a group for each of 20 examples, got 19",
+        ),
+        (lambda: conformal.lac(PROBS, LABELS, groups="a"), TypeError, "a sequence with the group of each example"),
+        (lambda: conformal.lac(PROBS, LABELS, groups=[*GROUPS[:19], 3]), ValueError, "of the group '3', got 1; pass"),
+        (lambda: conformal.lac(PROBS, LABELS, groups=GROUPS, by_class=True), ValueError, "together with by_class"),
+        (lambda: conformal.lac(PROBS, LABELS, groups=GROUPS)(PROBS), ValueError, "pass groups, the group of each"),
+        (lambda: conformal.lac(PROBS, LABELS)(PROBS, GROUPS), ValueError, "are not by group: leave groups out"),
     ],
 )
 def test_what_cannot_be_is_refused(call: Any, error: type[Exception], message: str) -> None:
@@ -222,7 +268,7 @@ def test_equal_weights_change_nothing_and_wrong_ones_are_refused() -> None:
             conformal.lac(probs, labels, weights=wrong_type)
     everything = conformal.lac(probs, labels, weights=[1e6, 1.0, 1.0, 1e-9])
     assert not everything(probs).all()
-    with pytest.raises(ValueError, match="no held-out object is of a class"):
+    with pytest.raises(ValueError, match="no held-out example is of a class"):
         conformal.lac(probs[labels < 3], labels[labels < 3], weights=[0.0, 0.0, 0.0, 1.0])
 
 

@@ -58,7 +58,7 @@ def test_a_network_is_measured_and_the_results_written(network: Path, tmp_path: 
 def test_what_cannot_be_measured_is_refused_before_measuring(
     arguments: list[str], message: str, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(cost, "measure_trained", lambda *_, **__: pytest.fail("measured"))
     places = {"file": tmp_path / "file", "large": tmp_path / "large"}
     places["file"].write_text("something")
     for i in range(2):
@@ -86,7 +86,7 @@ def test_works_are_called_in_turn_and_once_more_to_warm_up() -> None:
 
 def test_a_batch_larger_than_the_data_is_refused(network: Path) -> None:
     with pytest.raises(ValueError, match="fewer than a batch of 100000"):
-        cost.measure(network, 100_000, source="digits:0-4")
+        cost.measure_trained(network, 100_000, source="digits:0-4")
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,19 @@ def test_the_cost_of_an_accuracy_is_read_off_between_points(curve: list[tuple[fl
     assert cost._reached(curve, 50.0) == pytest.approx(wanted)
 
 
-def test_the_reference_is_the_mean_and_the_variance_over_independent_draws() -> None:
-    model = settled(mlp(), 4).eval()
-    posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
-    x = normal(5, 4)
-    mean, variance = cost._reference(model, posterior, x, 30, seed=3)
+def test_a_call_is_worth_the_variance_of_a_draw_over_its_own_error() -> None:
+    model, x = settled(mlp(), 4).eval(), normal(5, 4)
+    meter = cost.Meter(model, [normal(48, 4, seed=9)], x, {}, seed=3)
+    few = meter.predictive(4, tolerance=0)
+    worth, variance = meter.errors({"few": few}, 30, 2)
     buffers = dict(model.named_buffers())
     probs = []
-    for draw in posterior.iter_draws(30, seeded(10_003)):
+    for draw in meter.posterior.iter_draws(30, seeded(10_003)):
         for name, values in draw.items():
             buffers[name].copy_(values)
         probs.append(stochbn.Predictive(model)(x).probs.double())
-    torch.testing.assert_close(mean, torch.stack(probs).mean(0))
-    assert variance == pytest.approx(torch.stack(probs).var(0).sum(1).mean().item())
+    each = torch.stack(probs)
+    assert variance == pytest.approx(each.var(0).sum(1).mean().item())
+    errors = [(few(x, generator=seeded(4 + i)).probs - each.mean(0)).square().sum(1).mean().item() for i in range(2)]
+    own = variance / 30
+    assert worth["few"] == pytest.approx(variance / max(own, sum(errors) / 2 - own), rel=1e-4)

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import seeded
-from stochbn.paper.training import augment
+from stochbn.paper.trainee import augment
 from stochbn.sources import hub as hub_module
 from stochbn.sources.named import HUB, DataError, Images, as_input, load
 

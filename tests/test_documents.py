@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import stochbn
 from conftest import script
@@ -22,6 +26,8 @@ NAMES = (
     "docs/export",
     "docs/shift",
     "docs/coming-from",
+    "docs/unknown-classes",
+    "docs/howto/deploy",
 )
 DOCUMENTS = [ROOT / f"{name}.md" for name in NAMES]
 
@@ -81,6 +87,28 @@ def test_python_in_the_readme_uses_public_names_that_exist() -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "stochbn":
                 assert node.attr in stochbn.__all__
+
+
+@pytest.mark.filterwarnings("ignore:these mini-batches have other statistics")
+def test_the_code_of_quick_start_and_guide_runs_and_prints_what_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    shown = 0
+    torch.manual_seed(0)
+    for page in ("quickstart.md", "guide.md"):
+        text = (ROOT / "docs" / page).read_text()
+        for code, output in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", text, flags=re.DOTALL):
+            if code.startswith("# skip"):
+                continue
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, names)
+            if output:
+                assert printed.getvalue() == output
+                shown += 1
+    assert shown > 8
 
 
 def test_readme_names_only_commands_that_exist() -> None:

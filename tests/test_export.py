@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections import Counter
@@ -20,7 +21,9 @@ import stochbn
 from conftest import CASES, Case, Wrapped, convnet, mlp, normal, seeded, settled, slow_entropy, slow_probs
 from stochbn import cli
 from stochbn.export import Export, ExportError
+from stochbn.schema import Schema
 from stochbn.sources import architectures, checkpoints
+from stochbn.sources.pictures import Preprocessing
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -229,6 +232,37 @@ def test_the_batch_axis_is_free_and_the_file_says_what_it_is_of(tmp_path: Path) 
     assert str(Path(__file__).parent).encode() not in (tmp_path / "x.onnx").read_bytes()
     for count in (1, 2, 11):
         assert run_onnx(tmp_path / "x.onnx", normal(count, 2, 6, 5))["probs"].shape == (count, 3)
+    assert not {"stochbn.classes", "stochbn.preprocess"} & about.keys(), "what is not known is not said"
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What a file says of itself, read from JSON where it is a list or mapping."""
+    if path.suffix == ".onnx":
+        about = {entry.key.removeprefix("stochbn."): entry.value for entry in onnx.load(path).metadata_props}
+    else:
+        files = {"stochbn.json": ""}
+        torch.export.load(path, extra_files=files)
+        about = json.loads(files["stochbn.json"])
+    return {key: json.loads(text) if text[0] in "[{" else text for key, text in about.items()}
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_file_says_what_classes_there_are_and_how_pictures_become_inputs(ending: str, tmp_path: Path) -> None:
+    model = settled(convnet(), 2, 6, 5)
+    posterior, x, path = fitted(model, 2, 6, 5), normal(1, 2, 6, 5), tmp_path / f"x.{ending}"
+    pictures = Preprocessing(mean=(0.5,), channels=3)
+    write = getattr(stochbn.export, ending)
+    with pytest.raises(ValueError, match="pictures are prepared in 3 channels, and the example has 2"):
+        write(model, posterior, path, x, 2, preprocess=pictures)
+    with pytest.raises(ValueError, match="2 names of classes, and the network has 3"):
+        write(model, posterior, path, x, 2, classes=["a", "b"])
+    posterior = replace(posterior, schema=Schema(classes=("\u00e4", "b", "c"), exif=False))
+    object.__setattr__(pictures, "channels", 2)  # of no picture, but of this network
+    write(model, posterior, path, x, 2, preprocess=pictures)
+    about = metadata(path)
+    assert about["classes"] == ["\u00e4", "b", "c"]
+    wanted = {"size": [6, 5], "mean": [0.5], "std": None, "channels": 2, "crop": 1.0, "interpolation": "bilinear"}
+    assert about["preprocess"] == {**wanted, "squash": False, "exif": False}
 
 
 def test_the_temperature_is_applied_in_every_draw(tmp_path: Path) -> None:
@@ -266,8 +300,8 @@ def test_every_task_has_its_outputs(task: Any, tmp_path: Path) -> None:
     x = normal(6, 4, seed=2)
     wanted = stochbn.Predictive(model, posterior, 4, tolerance=0, task=task)(x, generator=seeded(0))
     outputs = run_onnx(tmp_path / "x.onnx", x)
-    regression = task in ("regression", "embedding")
-    assert list(outputs) == (["mean", "std", "total_std"] if regression else ["probs", "entropy", "mutual_information"])
+    of_numbers = {"regression": ["mean", "std", "total_std"], "embedding": ["mean", "std"]}
+    assert list(outputs) == of_numbers.get(task, ["probs", "entropy", "mutual_information"])
     for name, found in outputs.items():
         torch.testing.assert_close(found, getattr(wanted, name), rtol=1e-4, atol=1e-5)
 

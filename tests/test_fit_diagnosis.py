@@ -222,6 +222,23 @@ def test_a_frequent_class_is_no_sign_of_an_order() -> None:
     assert not any("shuffled" in one for one in said)
 
 
+class OneNumber(nn.Module):
+    """Gives one number for each example, ``[N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tabular()
+
+    def forward(self, x: Tensor) -> Tensor:
+        number: Tensor = self.body(x)[:, 0]
+        return number
+
+
+def test_numbers_of_other_data_are_compared_too() -> None:
+    with pytest.warns(UserWarning, match="these mini-batches have other statistics than training"):
+        stochbn.fit(OneNumber(), [blobs(64, seed, 3.0)[0] for seed in range(20)], reference=False, task="regression")
+
+
 def test_networks_that_were_hardly_trained_are_not_judged() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)

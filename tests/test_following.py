@@ -22,7 +22,7 @@ from stochbn.shift import Reading
 
 OWN = Given(
     model="my net:build", model_arg=["width=2", "kind='x'"], weights=Path("a folder/w.pt"), size="32", split="train",
-    label="kind", class_axis=0, probs=True,
+    label=["kind"], class_axis=0, probs=True,
 )  # fmt: skip
 TRAINED = Given(networks=[Path("a.safetensors"), Path("b c.safetensors")])
 A_POSTERIOR: Any = SimpleNamespace(batch_size=16, noiseless=False, choice="")
@@ -114,7 +114,7 @@ def test_an_evaluation_that_found_it_better_or_cannot_tell_goes_on_to_predict(ch
 
 
 def test_a_network_without_labels_that_is_worse_is_to_be_fitted_with_less_noise() -> None:
-    given = Given(model="m:f", task="regression")
+    given = Given(model="m:f", task="embedding")
     (words,) = commands(after_evaluating(given, worse(0.01), [A_POSTERIOR], [Path("p.safetensors")], None))
     found = parsed(words)
     assert (words[0], found["batch_size"], found["path"]) == ("fit", 64, "p.safetensors")
@@ -130,9 +130,15 @@ def test_networks_without_a_posterior_are_to_be_fitted() -> None:
     ]  # fmt: skip
 
 
-def test_after_a_fit_of_a_regression_there_is_nothing_to_calibrate() -> None:
-    (words,) = commands(after_fitting(Given(model="m:f", task="regression"), None, Path("p.safetensors"), None))
+def test_after_a_fit_of_an_embedding_there_is_nothing_to_calibrate() -> None:
+    (words,) = commands(after_fitting(Given(model="m:f", task="embedding"), None, Path("p.safetensors"), None))
     assert words[0] == "evaluate"
+
+
+def test_after_a_fit_of_a_regression_its_residual_variance_is_to_be_fitted() -> None:
+    text = after_fitting(Given(model="m:f", task="regression"), None, Path("p.safetensors"), None)
+    assert "fit the variance of an observation" in text
+    assert [words[0] for words in commands(text)] == ["calibrate", "evaluate"]
 
 
 def test_a_posterior_without_noise_is_to_be_calibrated_and_never_to_have_less() -> None:
@@ -140,7 +146,7 @@ def test_a_posterior_without_noise_is_to_be_calibrated_and_never_to_have_less() 
     (words,) = commands(text)
     assert words[0] == "calibrate"
     assert parsed(words)["ignore"] == 255
-    given = Given(model="m:f", task="regression")
+    given = Given(model="m:f", task="embedding")
     text = after_evaluating(given, worse(0.01), [QUIET], [Path("p.safetensors")], None)
     assert not commands(text)
     assert "has no noise, so its centre is what differs" in text

@@ -218,7 +218,7 @@ def test_columns_of_files_are_not_opened_for_anything_else(column: str, data: Pa
     loaded = datasets.Dataset.from_dict(cells).cast(datasets.Features(kinds))
     ways: dict[str, dict[str, Any]] = {
         "key": {"inputs": ("x",), "key": "other"},
-        "label": {"inputs": ("x",), "label": "other"},
+        "label": {"inputs": ("x",), "label": ("other",)},
         "second input": {"inputs": ("x", "other")},
         "list": {"inputs": ("many",)},
     }

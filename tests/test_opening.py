@@ -213,7 +213,7 @@ def test_labels_come_from_a_file_of_metadata(ending: str, tmp_path: Path) -> Non
         pd.DataFrame(rows).to_csv(data / "metadata.csv", index=False)
     else:
         (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    opened = open_objects(str(data), columns=Columns(label="diagnosis"))
+    opened = open_objects(str(data), columns=Columns(label=("diagnosis",)))
     assert opened.classes == ("ill", "well")
     assert opened.labels.tolist() == [0, 0, 1, 0, 0]
     (chunk,) = opened.chunks(10)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import stochbn
 import stochbn.__main__
 from conftest import command_output as stochbn_
+from conftest import script
 from stochbn.sources import build, load_weights, open_objects
 from stochbn.sources.rows import TableRows
 
@@ -251,7 +252,7 @@ def test_columns_are_chosen_by_name(module: str, told: Callable[..., str]) -> No
 def _columns(inputs: tuple[str, ...], label: str | None = None) -> Any:
     from stochbn.sources import Columns
 
-    return Columns(inputs, label)
+    return Columns(inputs, () if label is None else (label,))
 
 
 def test_arguments_are_literals_where_they_are() -> None:
@@ -584,6 +585,35 @@ def test_a_network_of_ones_own_is_exported(module: str, weights: Path, told: Cal
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
     assert entropy.shape == (5,)
     assert "name data with --data" in told("export", *own, "--out", "x.onnx")
+
+
+@pytest.mark.parametrize("size", ["8", "9x6"])
+def test_an_exported_file_predicts_pictures_without_this_library(
+    module: str, weights: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script in examples/ prepares pictures by the file's metadata as `stochbn predict` does."""
+    own = "--model", f"{module}:network", "--weights", weights
+    numbers = "--size", size, "--mean", "0.4,0.5,0.6", "--std", "0.2,0.3,0.4"
+    stochbn_("fit", *own, "--data", "pets", "--batch-size", 6, *numbers)
+    stochbn_("export", *own, "--data", "pets", "--out", "x.onnx", "--draws", 4)
+    images(Path("new"), 2, (31, 17), "L")
+    paths = sorted(Path("new").rglob("*.png"))
+    turned = Image.open(paths[0])
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(paths[0], exif=exif)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "stochbn", None)
+        found = script(Path(__file__).parents[1] / "examples" / "onnx_pictures.py").main("x.onnx", *map(str, paths))
+    stochbn_("predict", *own, "--data", "new", "--out", "p.csv", "--draws", 4, "--tolerance", 0)
+    table = csv.DictReader(Path("p.csv").read_text().splitlines())
+    rows = {Path(row["file"]).as_posix(): row for row in table}
+    assert len(rows) == len(paths) == len(found)
+    for path, (name, probability, entropy) in zip(paths, found, strict=True):
+        row = rows[path.relative_to("new").as_posix()]
+        assert row["class"] == name
+        assert probability == pytest.approx(float(row["probability"]), abs=1e-4)
+        assert entropy == pytest.approx(float(row["entropy"]), abs=1e-4)
 
 
 def test_a_mistyped_cell_of_a_table_is_the_error_of_its_row(

@@ -102,9 +102,14 @@ def test_a_regression_is_evaluated(module: str, function: str) -> None:
     prediction = predictive(torch.from_numpy(X), generator=torch.Generator().manual_seed(0))
     plain = Predictive(model, task="regression")(torch.from_numpy(X))
     truth = torch.from_numpy(targets)
-    assert scores()["scores"]["SBN"] == pytest.approx(
-        metrics.regression(prediction.mean.view(-1, 1), prediction.total_std.view(-1, 1), truth), rel=1e-4
-    )
+    found = scores()["scores"]["SBN"]
+    if function == "Pair":
+        wanted = metrics.regression(prediction.mean.view(-1, 1), prediction.total_std.view(-1, 1), truth)
+        wanted["coverage_90"] = wanted.pop("coverage")
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    else:
+        assert set(found) == {"rmse", "mae"}
+        assert "total_std is None" in " ".join(text.split())
     assert scores()["scores"]["plain"]["rmse"] == pytest.approx((plain.mean.view(-1, 1) - truth).square().mean() ** 0.5)
     assert ("nll" in scores()["scores"]["plain"]) == (function == "Pair")
     loss = "NLL" if function == "Pair" else "squared error"
@@ -168,8 +173,7 @@ def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F81
     regression = *given, "--task", "regression", "--data", "test.npz"
     assert "expected targets [60, 1], as the network predicts, got [60, 2]" in told("evaluate", *regression)
     assert "are for networks that give one class" in told("evaluate", *regression, "--ood", "test.npz")
-    assert "are for networks that give one class" in told("evaluate", *regression, "--report", "r.html")
-    assert "an embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
+    assert "--task embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
 
 
 def test_the_noise_of_labels_is_chosen(module: str) -> None:
@@ -196,10 +200,9 @@ def test_the_noise_of_places_is_chosen_without_those_that_do_not_count(module: s
 
 
 def test_where_there_are_no_labels_calibrate_says_what_else_to_do(module: str, told: Any) -> None:  # noqa: F811
-    given = *options(module, "one", X), "--task", "regression"
+    given = *options(module, "one", X), "--task", "embedding"
     np.savez("test.npz", inputs=X, labels=X[:, :1])
     said = told("calibrate", *given, "--held-out", "test.npz")
-    assert "stochbn.conformal.intervals" in said
     assert "--batch-size" in said
 
 
@@ -252,7 +255,7 @@ def test_masks_of_class_and_entropy_are_written(module: str, told: Any) -> None:
     assert rows[1]["mask"] == outside
     assert rows[0]["entropy"] == pytest.approx(first.entropy[0].mean().item(), rel=1e-4)
     assert not list(Path("..").glob("outside*"))
-    assert "dense outputs need --masks" in told("predict", *given, *where, "--out", "q.csv")
+    assert "they need --masks FOLDER" in told("predict", *given, *where, "--out", "q.csv")
 
 
 def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:  # noqa: F811
@@ -264,7 +267,7 @@ def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:
     first, second = json.loads(Path("cost/cost.json").read_text())["measured"]
     assert (first["batch"], second["batch"]) == (8, 20)
     for one in (first, second):
-        assert 0 < one["call"] < one["textbook"]
+        assert min(one["call"], one["textbook"], one["every"], one["first"]) > 0
         assert one["worth"] > 1
     assert "fewer than a batch of 500" in told("bench", *given, "--data", "test.npz", "--batch", 500)
     regression = *given, "--task", "regression", "--data", "test.npz"
@@ -293,4 +296,4 @@ def test_a_single_object_has_scores_without_errors(module: str) -> None:
     np.savez("test.npz", inputs=X[:1], labels=X[:1, :1])
     stochbn_("evaluate", *given, "--task", "regression", "--data", "test.npz", "--out", "r")
     assert scores()["scores"]["plain"]["rmse"] >= 0
-    assert scores()["errors"] == {}
+    assert set(scores()["errors"]["plain"].values()) == {None}

@@ -20,7 +20,7 @@ from stochbn.evaluation.methods import Method, methods, score
 from stochbn.paper import report
 from stochbn.paper.figures import training
 from stochbn.paper.page import page_of_run
-from stochbn.paper.training import Epoch
+from stochbn.paper.schedule import Epoch
 from stochbn.predictions import entropy
 from stochbn.report.facts import facts
 from stochbn.report.objects import Source, extremes, source_of
@@ -125,7 +125,7 @@ def test_the_summary_tells_what_changed_and_what_cannot_be_told(written: Path) -
     text = " ".join(Read(written).text.split())
     assert "A single network classifies" in text
     assert "With SBN in a single network, the NLL is higher (+" in text
-    assert "Of the tenth of the objects that SBN is least certain of" in text
+    assert "Answer the surest 80 %, of an entropy of at most" in text
 
 
 def test_objects_come_with_pictures_classes_and_both_parts_of_the_entropy() -> None:

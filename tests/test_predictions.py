@@ -17,7 +17,7 @@ def test_a_prediction_is_shown_in_one_line() -> None:
     assert shown == "<Prediction: probs [2, 3], mean entropy 0.72, mean mutual information 0.27>"
     kept = Prediction(PROBS, torch.zeros(2), PROBS.log().expand(5, 2, 3), note="one pass")
     assert repr(kept).endswith(", 5 draws kept; one pass>")
-    estimate = Estimate(torch.zeros(4), torch.full((4,), 4.0), torch.full((4,), 5.0))
+    estimate = Estimate(torch.zeros(4), torch.full((4,), 4.0), torch.zeros(4), torch.full((4,), 9.0))
     assert repr(estimate) == "<Estimate: mean [4], mean std 2, mean total std 3>"
     model = settled(mlp(), 4)
     posterior = stochbn.fit(model, [normal(48, 4, seed=9)], 6)
@@ -35,7 +35,7 @@ def test_columns_are_a_row_for_each_example() -> None:
     assert found["mutual_information"] == pytest.approx([0.8018 - 0.5, 0.6390 - 0.4], abs=1e-4)
     labels = MultilabelPrediction(PROBS, torch.zeros(2)).columns()
     assert list(labels) == ["probability_0", "probability_1", "probability_2", "entropy", "mutual_information"]
-    numbers = Estimate(torch.zeros(3, 2), torch.ones(3, 2), torch.ones(3, 2)).columns()
+    numbers = Estimate(torch.zeros(3, 2), torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)).columns()
     assert list(numbers) == ["mean_0", "mean_1", "std_0", "std_1", "total_std_0", "total_std_1"]
 
 
@@ -47,7 +47,7 @@ def test_data_frames_have_the_columns_and_every_probability() -> None:
     assert frame["class"].tolist() == ["a", "c"]
     torch.testing.assert_close(torch.tensor(frame.iloc[:, -3:].to_numpy(), dtype=torch.float32), PROBS)
     assert next(iter(MultilabelPrediction(PROBS, torch.zeros(2)).to_pandas().columns)) == "probability_0"
-    assert list(Estimate(torch.zeros(3), torch.ones(3), torch.ones(3)).to_pandas().columns) == [
+    assert list(Estimate(torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)).to_pandas().columns) == [
         "mean",
         "std",
         "total_std",

@@ -14,7 +14,8 @@ import torch
 import stochbn
 from stochbn import metrics
 from stochbn.paper.runner import fit_posterior, predict_all
-from stochbn.paper.training import Schedule, train
+from stochbn.paper.schedule import Schedule
+from stochbn.paper.training import train
 from stochbn.sources import named
 from stochbn.sources.architectures import lenet5
 

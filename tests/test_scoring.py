@@ -68,10 +68,15 @@ def test_a_row_for_every_object_in_their_order(ending: str, tmp_path: Path, pred
     x = normal(23, 4)
     path = tmp_path / f"p.{ending}"
     moves: list[tuple[int, int]] = []
-    given = score(predictive, Numbers(x, (3, 22)), path, settings={}, classes=("a", "b", "c"), top=2, batch=5, part=10,
-                  seed=4, progress=lambda *move: moves.append(move))  # fmt: skip
+    found = score(
+        predictive, Numbers(x, (3, 22)), path, settings={}, classes=("a", "b", "c"), top=2, batch=5, part=10, seed=4,
+        uncertainty=("entropy",), shown=3, progress=lambda *move: moves.append(move),
+    )  # fmt: skip
     rows = rows_in(path)
-    assert list(given) == rows
+    assert (found.rows, found.failed) == (23, 2)
+    least = sorted((row for row in rows if not row["error"]), key=lambda row: -float(row["entropy"]))[:3]
+    assert [row["row"] for row in found.least] == [int(row["row"]) for row in least]
+    assert [row["entropy"] for row in found.least] == pytest.approx([float(row["entropy"]) for row in least], rel=1e-4)
     assert [int(row["row"]) for row in rows] == list(range(23))
     assert [i for i, row in enumerate(rows) if row["error"]] == [3, 22]
     assert rows[3]["error"] == "cannot be read (3)"
@@ -145,7 +150,9 @@ def test_no_text_of_a_csv_is_run_by_a_spreadsheet(
     if fail_at is not None:
         with pytest.raises(KeyboardInterrupt):
             score(predictive, Named(x, (2,), fail_at, "=name", FORMULAS), path, **settings)
-    given = list(score(predictive, Named(x, (2,), None, "=name", FORMULAS), path, **settings))
+    found = score(
+        predictive, Named(x, (2,), None, "=name", FORMULAS), path, **settings, uncertainty=("entropy",), shown=99
+    )
     rows = rows_in(path)
     assert next(iter(rows[0])) == "'=name"
     for row in rows:
@@ -153,8 +160,8 @@ def test_no_text_of_a_csv_is_run_by_a_spreadsheet(
             assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or float(cell) == -5, (name, cell)
     assert [row["'=name"] for row in rows][:2] == ["'=1+1", "''=1+1"]
     assert {row["class"] for row in rows} - {""} <= {f"'{name}" for name in classes}
-    assert [row["=name"] for row in given] == list(FORMULAS)
-    assert {row["class"] for row in given} - {""} <= set(classes)
+    assert {row["=name"] for row in found.least} == set(FORMULAS) - {FORMULAS[2]}
+    assert {row["class"] for row in found.least} <= set(classes)
     other = tmp_path / "p.parquet"
     score(predictive, Named(x, (2,), None, "=name", FORMULAS), other, **settings)
     assert [row["=name"] for row in rows_in(other)] == list(FORMULAS)
@@ -180,6 +187,9 @@ def test_parts_of_other_settings_are_not_mixed(tmp_path: Path, predictive: stoch
         score(predictive, Numbers(x), path, settings={"weights": 2}, batch=5, part=5)
     with pytest.raises(ValueError, match="parts of a run with other options"):
         score(predictive, Numbers(x), path, settings={"weights": 1}, batch=5, part=5, seed=1)
+    (parts_folder(path) / "part-00000000.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"rows that an earlier version of stochbn wrote.*delete the folder"):
+        score(predictive, Numbers(x), path, settings={"weights": 1}, batch=5, part=5)
     other = tmp_path / "q.csv"
     parts_folder(other).mkdir()
     (parts_folder(other) / "thesis.tex").write_text("precious")
@@ -202,7 +212,7 @@ def test_tables_that_cannot_be_are_told(tmp_path: Path, predictive: stochbn.Pred
         score(predictive, stream, tmp_path / "p.csv", settings={}, classes=("a", "b"))
     with pytest.raises(ValueError, match="the key's column is called 'entropy'"):
         score(predictive, Numbers(normal(9, 4), key_name="entropy"), tmp_path / "p.csv", settings={})
-    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs need --masks"):
+    with pytest.raises(ValueError, match=r"got \[9, 2, 4, 4\]: dense outputs have no table.* need --masks"):
         score(lambda *_, **__: Prediction(torch.rand(9, 2, 4, 4), torch.rand(9, 4, 4)), stream, tmp_path / "p.csv",
               settings={})  # fmt: skip
 
@@ -210,7 +220,7 @@ def test_tables_that_cannot_be_are_told(tmp_path: Path, predictive: stochbn.Pred
 @pytest.mark.parametrize("d", [None, 2])
 def test_numbers_have_mean_and_standard_deviations(d: int | None, tmp_path: Path) -> None:
     values = torch.arange(9.0) if d is None else torch.arange(18.0).view(9, 2)
-    estimate = Estimate(values, values + 1, values + 2)
+    estimate = Estimate(values, values + 1, values + 2, 2 * values + 3)
     score(lambda *_, **__: estimate, Numbers(normal(9, 4)), tmp_path / "p.csv", settings={})
     row = rows_in(tmp_path / "p.csv")[4]
     ending, number = ("", 4) if d is None else ("_1", 9)
@@ -224,6 +234,19 @@ def test_labels_have_probabilities_of_their_own(tmp_path: Path) -> None:
     row = rows_in(tmp_path / "p.csv")[0]
     assert (row["probability_a"], row["probability_b"]) == ("0.5", "0.5")
     assert float(row["entropy"]) == pytest.approx(2 * np.log(2), rel=1e-4)
+
+
+def test_parts_in_which_nothing_can_be_read_have_the_columns_of_the_others(
+    tmp_path: Path, predictive: stochbn.Predictive
+) -> None:
+    path = tmp_path / "p.parquet"
+    for unreadable in ((0, 1, 2, 3), tuple(range(4, 12)), tuple(range(12))):
+        found = score(predictive, Numbers(normal(12, 4), unreadable), path, settings={}, batch=2, part=4)
+        rows = rows_in(path)
+        assert [row["row"] for row in rows if row["error"]] == list(unreadable)
+        names = ["class", "probability", "entropy", "mutual_information"] if len(unreadable) < 12 else []
+        assert all(list(row) == ["row", *names, "error"] for row in rows)
+        assert (found.rows, found.failed, found.least) == (12, len(unreadable), [])
 
 
 # ---------------------------------------------------------------- reading ahead

@@ -59,7 +59,9 @@ def test_a_longer_body_is_refused_before_more_of_it_is_read(declared: bytes | No
     assert client.ask() == 413
     assert client.taken <= LIMIT / 100 + 1
     assert not client.seen
-    assert "longer than 1000 bytes" in json.loads(client.answer[1]["body"])["detail"]
+    error = json.loads(client.answer[1]["body"])["error"]
+    assert error["code"] == "too_large"
+    assert "longer than 1000 bytes" in error["message"]
 
 
 def test_of_a_body_that_says_that_it_is_longer_nothing_is_read() -> None:
@@ -72,6 +74,21 @@ def test_a_client_that_goes_does_not_keep_the_service_waiting() -> None:
     client = Client([b"x" * 10], disconnects=True)
     asyncio.run(asyncio.wait_for(BodyLimit(client.app, LIMIT)(client.scope, client.receive, client.send), 10))
     assert client.taken == 1
+    assert not client.seen, "half a request is none"
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    client = Client([b"x"], disconnects=True)
+
+    async def receive() -> MutableMapping[str, Any]:
+        if client.taken:
+            await asyncio.sleep(60)
+        return await client.receive()
+
+    asyncio.run(BodyLimit(client.app, LIMIT, seconds=0.05)(client.scope, receive, client.send))
+    assert client.answer[0]["status"] == 408
+    assert json.loads(client.answer[1]["body"])["error"]["code"] == "too_slow"
+    assert not client.seen
 
 
 def test_other_messages_are_passed_on() -> None:

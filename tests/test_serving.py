@@ -30,7 +30,7 @@ from stochbn.sources import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 120
-LIMITS = {"STOCHBN_MAX_BODY": "65536", "STOCHBN_MAX_ITEMS": "40"}
+LIMITS = {"STOCHBN_MAX_BODY": "65536", "STOCHBN_MAX_ITEMS": "40", "STOCHBN_MAX_SECONDS": "3"}
 MODULE = """
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], health: str, environment: Mapping[str, str]) -> Iterator[None]:
+def running(command: list[str], health: str, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A service, until the block ends; entered when it answers."""
     log = Path("service.log")
     with log.open("wb") as file, subprocess.Popen(
@@ -89,7 +89,7 @@ def running(command: list[str], health: str, environment: Mapping[str, str]) -> 
                         break
                 except OSError:
                     time.sleep(0.2)
-            yield
+            yield process
         finally:
             process.terminate()
             try:
@@ -105,40 +105,62 @@ def ask(url: str, inputs: Any) -> Any:
         return json.loads(answer.read())
 
 
-def check_service(url: str) -> None:
-    """Requests side by side get what a scorer gives for each, also beside one that is wrong."""
-    x = normal(40, 4)
-    scorer = stochbn.deploy.Scorer(
+def refused(url: str, inputs: Any) -> tuple[int, dict[str, Any]]:
+    """The status and the error of a request that is wrong."""
+    with pytest.raises(urllib.error.HTTPError) as found:
+        ask(f"{url}/predict", inputs)
+    return found.value.code, json.loads(found.value.read())["error"]
+
+
+def scorer_of() -> stochbn.deploy.Scorer:
+    return stochbn.deploy.Scorer(
         "served:network", "w.safetensors", "w.sbn.safetensors", draws=16, settings={}, tolerance=0
     )
-    requests = [x[:1], x[1:4], x[4:40]] * 4
-    with ThreadPoolExecutor(8) as pool:
-        wrong = pool.submit(ask, f"{url}/predict", [[1.0, 2.0]])
+
+
+def check_rows(answer: Any, expected: list[dict[str, Any]]) -> None:
+    assert len(answer["predictions"]) == len(expected)
+    for row, other in zip(answer["predictions"], expected, strict=True):
+        assert row["class"] == other["class"]
+        assert row["entropy"] == pytest.approx(other["entropy"], abs=1e-5)
+
+
+def check_service(url: str) -> None:
+    """Requests side by side get what a scorer gives for each, also beside those that are wrong or slow."""
+    x, scorer = normal(40, 4), scorer_of()
+    requests = [x[i % 37 : i % 37 + 1 + i % 3] for i in range(200)]
+    with ThreadPoolExecutor(200) as pool, contextlib.ExitStack() as slow:
+        for _ in range(20):
+            slow.enter_context(half_a_request(url))
+        wrong = [pool.submit(refused, url, [[1.0, 2.0]]) for _ in range(10)]
         answers = list(pool.map(lambda inputs: ask(f"{url}/predict", inputs.tolist()), requests))
-        with pytest.raises(urllib.error.HTTPError, match="422"):
-            wrong.result()
-    for inputs, rows in zip(requests, answers, strict=True):
-        expected = scorer.answer(inputs.tolist())
-        assert len(rows) == len(inputs)
-        for row, other in zip(rows, expected, strict=True):
-            assert row["class"] == other["class"]
-            assert row["error"] is None
-            assert row["entropy"] == pytest.approx(other["entropy"], abs=1e-5)
-    assert ask(f"{url}/predict", []) == []
+        assert [one.result()[0] for one in wrong] == [422] * 10
+    for inputs, answer in zip(requests, answers, strict=True):
+        check_rows(answer, scorer.answer(inputs.tolist()))
+    assert ask(f"{url}/predict", []) == {"predictions": []}
     check_limits(url)
     with urllib.request.urlopen(f"{url}/healthz", timeout=5) as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
 
 
+@contextmanager
+def half_a_request(url: str) -> Iterator[socket.socket]:
+    """A client that sends half of a request, and then nothing."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n" + b'{"inputs"')
+        yield client
+
+
 def check_limits(url: str) -> None:
     """A request that is too large, or of texts that name files, harms no other; the limits are those of `LIMITS`."""
     for name in ("/etc/passwd", "/no/such/file", "http://127.0.0.1:9/"):
-        (row,) = ask(f"{url}/predict", [name])
-        assert row == {"error": ask(f"{url}/predict", [{"path": "/no"}, name])[1]["error"]}
-    with pytest.raises(urllib.error.HTTPError, match="413"):
-        ask(f"{url}/predict", [[0.0] * 4] * 41)
-    with pytest.raises(urllib.error.HTTPError, match="413"):
-        ask(f"{url}/predict", [[0.123456789] * 10_000])
+        status, error = refused(url, [name])
+        assert status == 422
+        assert error["examples"] == [{**refused(url, [{"path": "/no"}, name])[1]["examples"][1], "index": 0}]
+    for inputs in ([[0.0] * 4] * 41, [[0.123456789] * 10_000]):
+        status, error = refused(url, inputs)
+        assert (status, error["code"]) == (413, "too_large")
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -155,22 +177,100 @@ def arguments(home: Path) -> dict[str, Any]:
     return {"model": "served:network", **files, "draws": 16, "tolerance": 0}
 
 
-@needs("fastapi", "uvicorn")
-def test_fastapi(home: Path) -> None:
+@contextmanager
+def fastapi(home: Path, *options: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The example by uvicorn: its address and process."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "fastapi_service:web", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "fastapi_service:web", "--port", str(port), *options]
     environment = {
         "PYTHONPATH": f"{EXAMPLES}:{home}:{os.environ.get('PYTHONPATH', '')}",
         "STOCHBN_SCORER": json.dumps(arguments(home) | {"monitor": True}),
         **LIMITS,
+        **variables,
     }
     url = f"http://127.0.0.1:{port}"
-    with running(command, f"{url}/healthz", environment):
+    with running(command, f"{url}/healthz", environment) as process:
+        yield url, process
+
+
+def metrics_of(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+        lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+@needs("fastapi", "uvicorn")
+def test_fastapi(home: Path) -> None:
+    with fastapi(home) as (url, _):
         check_service(url)
+        with half_a_request(url) as client:
+            assert b" 408 " in client.recv(200)
         for _ in range(12):
             ask(f"{url}/predict", (3 * normal(16, 4) + 2).tolist())
         with urllib.request.urlopen(f"{url}/shift", timeout=5) as answer:
             assert json.loads(answer.read())["alarm"]
+        assert metrics_of(url)["stochbn_shift_alarm"] == 1
+
+
+@needs("fastapi", "uvicorn")
+def test_five_thousand_requests_leave_nothing_behind(home: Path) -> None:
+    """Memory, threads and open files of the service, after right and wrong requests and clients that go."""
+    import httpx
+
+    psutil = pytest.importorskip("psutil")
+    x, scorer = normal(40, 4), scorer_of()
+    expected = scorer.answer(x.tolist())
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as http:
+            for i in range(number, number + 125):
+                at = i % 40
+                answer = http.post("/predict", json={"inputs": [x[at].tolist()]})
+                assert answer.status_code == 200
+                check_rows(answer.json(), expected[at : at + 1])
+                if i % 10 == 0:
+                    assert http.post("/predict", json={"inputs": [["text"] * 100]}).status_code == 422
+                    with half_a_request(url):
+                        pass
+
+    with fastapi(home) as (url, process):
+        service = psutil.Process(process.pid)
+        taken = []
+        for _ in range(5):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(client, range(0, 1000, 125)))
+            memory = service.memory_info().rss / 2**20
+            taken.append((memory, service.num_threads(), len(service.net_connections())))
+        assert metrics_of(url)['stochbn_requests_total{status="200"}'] == 5000
+    assert taken[-1][0] - taken[0][0] < 10, "MiB, of 4,000 requests"
+    assert taken[-1][1] <= taken[0][1]
+    assert taken[-1][2] <= taken[0][2] + 8
+
+
+@needs("fastapi", "uvicorn")
+def test_several_processes_have_one_page_of_metrics(home: Path) -> None:
+    (home / "metrics").mkdir()
+    with fastapi(home, "--workers", "2", PROMETHEUS_MULTIPROC_DIR=str(home / "metrics")) as (url, _):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: ask(f"{url}/predict", [[0.0] * 4]), range(100)))
+        assert metrics_of(url)['stochbn_requests_total{status="200"}'] == 100
+        assert metrics_of(url)["stochbn_examples_total"] == 100
+
+
+@needs("fastapi", "uvicorn")
+def test_a_service_that_is_ended_answers_what_it_has_taken(home: Path) -> None:
+    with fastapi(home) as (url, process), ThreadPoolExecutor(40) as pool:
+        before = metrics_of(url).get('stochbn_requests_total{status="200"}', 0)
+        asked = [pool.submit(ask, f"{url}/predict", normal(20, 4).tolist()) for _ in range(40)]
+        while metrics_of(url).get('stochbn_requests_total{status="200"}', 0) == before:
+            time.sleep(0.005)
+        process.terminate()
+    failed = [error for one in asked if (error := one.exception()) is not None]
+    assert len(failed) < 40
+    for error in failed:  # these came too late to be taken
+        assert isinstance(error, (urllib.error.URLError, ConnectionError))
+        assert not isinstance(error, urllib.error.HTTPError)
+    assert all(len(one.result()["predictions"]) == 20 for one in asked if one.exception() is None)
 
 
 @needs("ray", "fastapi")

@@ -97,7 +97,7 @@ def test_by_class_each_class_needs_enough_examples_and_no_weights() -> None:
     probs, labels = held()
     keep = (labels != 2) | (torch.arange(90) < 10)
     few = int((labels[keep] == 2).sum())
-    with pytest.raises(ValueError, match=f"at least 9 held-out objects of class 2, got {few}; pass more"):
+    with pytest.raises(ValueError, match=f"at least 9 held-out examples of class 2, got {few}; pass more"):
         conformal.lac(probs[keep], labels[keep], 0.9, by_class=True)
     with pytest.raises(ValueError, match="the mix of classes does not matter"):
         conformal.lac(probs, labels, 0.8, by_class=True, weights=[1.0, 1.0, 1.0])
@@ -115,7 +115,54 @@ def test_sets_come_back_from_a_file(kind: str, posterior: stochbn.Posterior, tmp
     assert torch.equal(found.sets(NEW), sets(NEW))
     assert torch.equal(torch.as_tensor(found.sets.threshold), torch.as_tensor(sets.threshold))
     assert (found.examples, found.draws, found.augment, found.adapted) == (90, 20, "flip", False)
+    assert isinstance(found.sets, Sets)
     assert replace(found.sets, threshold=0.0) == replace(sets, threshold=0.0)
+
+
+def test_a_posterior_without_noise_has_thresholds_too(posterior: stochbn.Posterior, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="were dropped"):
+        plain = posterior.rescale(math.inf)
+    sets = SETS["lac"](*held())
+    found = rejoined(plain.with_sets(sets), tmp_path / "p.safetensors").thresholds
+    assert found is not None
+    assert torch.equal(found.sets(NEW), sets(NEW))
+
+
+def test_every_rule_comes_back_from_a_file(posterior: stochbn.Posterior, tmp_path: Path) -> None:
+    x, truth = normal(60, seed=2), normal(60, seed=3)
+    groups = ["a", "b"] * 30
+    rules: list[tuple[Any, str | None]] = [
+        (conformal.saps(*held(), 0.8, penalty=0.2), None),
+        (conformal.lac(*held(), 0.8, groups=["a", "b", ""] * 30), "hospital"),
+        (conformal.intervals(x, x.abs() + 1, truth, 0.8), None),
+        (conformal.intervals(x, None, truth, 0.8, groups=groups), "hospital"),
+        (conformal.cqr(x - 1, x + 1, truth, 0.8), None),
+        (conformal.crc(held()[0], held()[1], 0.8, mask=1), None),
+        (conformal.crc(held()[0], held()[1], 0.8, groups=["a", "b", "c"] * 30), "hospital"),
+    ]
+    for rule, by in rules:
+        found = rejoined(posterior.with_sets(rule, by=by), tmp_path / "p.safetensors").thresholds
+        assert found is not None
+        assert type(found.sets) is type(rule)
+        assert found.by == by
+        assert torch.equal(torch.as_tensor(found.sets.threshold), torch.as_tensor(rule.threshold))
+        assert replace(found.sets, threshold=0.0) == replace(rule, threshold=0.0)  # type: ignore[type-var]
+        if by is not None:
+            with pytest.raises(ValueError, match="sets by group, and no others, go with the name of their column"):
+                posterior.with_sets(rule)
+
+
+def test_thresholds_of_files_before_groups_open(posterior: stochbn.Posterior, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    posterior.save(path)
+    tensors, about = read_tensors(path, FORMAT)
+    for name in ("kind", "by", "groups"):
+        del about["thresholds"][name]
+    write_tensors(path, FORMAT, tensors, about)
+    found, expected = stochbn.load(path).thresholds, posterior.thresholds
+    assert found is not None
+    assert expected is not None
+    assert found.sets == expected.sets
 
 
 def test_a_file_without_thresholds_opens(posterior: stochbn.Posterior, tmp_path: Path) -> None:
@@ -141,6 +188,10 @@ def test_a_file_without_thresholds_opens(posterior: stochbn.Posterior, tmp_path:
         ("augment", 3, "augment as a text"),
         ("adapted", 1, "tell whether they were adapted"),
         ("spare", 1, "thresholds must have adapted, augment"),
+        ("kind", "other", "the kind of thresholds must be one of sets, labels, intervals, quantiles, got 'other'"),
+        ("groups", "a", "the groups of thresholds must be a list"),
+        ("groups", ["a"], "must have one for each group"),
+        ("by", "site", "go with the name of their column"),
     ],
 )
 def test_thresholds_of_a_file_that_cannot_be_are_refused(
@@ -173,7 +224,7 @@ def test_a_threshold_of_a_file_that_cannot_be_is_refused(
 def test_sets_that_are_random_or_no_sets_are_refused(posterior: stochbn.Posterior) -> None:
     with pytest.raises(ValueError, match="a generator cannot be stored: fit them without generator="):
         posterior.with_sets(conformal.aps(*held(), 0.8, generator=seeded()))
-    with pytest.raises(TypeError, match="aps or raps, got float"):
+    with pytest.raises(TypeError, match="as of lac, got float"):
         posterior.with_sets(0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got float; see posterior"):
         replace(posterior, thresholds=0.5)  # type: ignore[arg-type]
@@ -282,3 +333,13 @@ def test_other_draws_than_those_of_the_thresholds_are_told() -> None:
     assert not thresholds.unlike(50, None)
     assert "--draws 50 and no --augment: predict with these" in thresholds.unlike(4, None)
     assert "predict with these" in thresholds.unlike(50, "flip")
+
+
+def test_sets_are_kept_with_a_posterior_without_noise(tmp_path: Path) -> None:
+    model = network()
+    posterior = stochbn.fit(model, [data(320, 5)[0]], 8).rescale(math.inf)
+    posterior.with_sets(SETS["lac"](*held())).save(tmp_path / "p.safetensors")
+    loaded = stochbn.load(tmp_path / "p.safetensors")
+    assert loaded.thresholds is not None
+    assert loaded.thresholds.batch_size == math.inf
+    assert loaded.thresholds.sets(NEW).equal(SETS["lac"](*held())(NEW))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from stochbn.paper.together import train_together
-from stochbn.paper.training import Schedule, read_log, store, train
+from stochbn.paper.schedule import Schedule, read_log
+from stochbn.paper.trainee import store
+from stochbn.paper.training import train, train_together
 from stochbn.sources import architectures
 from stochbn.sources.named import Images
 
@@ -56,7 +57,13 @@ def test_the_log_has_a_line_for_every_epoch(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     logs = [tmp_path / "a.csv", tmp_path / "b.csv"]
     train_together(
-        builds(2), images(), SCHEDULES, CPU, held_out=images(20), logs=logs, report=lambda *done: seen.append(done)
+        builds(2),
+        images(),
+        SCHEDULES,
+        CPU,
+        held_out=images(20),
+        logs=logs,
+        report=lambda step, steps, loss: seen.append((step, steps)),
     )
     train(builds(1)[0], images(), SCHEDULES[1], held_out=images(20), log=tmp_path / "alone.csv")
     for ours, alone in zip(read_log(logs[1]), read_log(tmp_path / "alone.csv"), strict=True):
@@ -65,12 +72,11 @@ def test_the_log_has_a_line_for_every_epoch(tmp_path: Path) -> None:
     assert seen[-1] == (12, 12)
 
 
-def test_a_stopped_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stochbn.paper.together.STORE_EVERY", -1.0)
+def test_a_stopped_training_continues(tmp_path: Path) -> None:
     whole = train_together(builds(2), images(), SCHEDULES, CPU)
     states = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
 
-    def stop(step: int, steps: int) -> None:
+    def stop(step: int, steps: int, loss: float) -> None:
         if step >= 8:
             raise KeyboardInterrupt
 

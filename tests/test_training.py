@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import seeded
-from stochbn.paper.training import Schedule, augment, augmented, read_log, train
+from stochbn.paper.schedule import Schedule, read_log
+from stochbn.paper.trainee import augment
+from stochbn.paper.training import augmented, train
 from stochbn.sources.architectures import build
 from stochbn.sources.named import Images, load
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
     from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
     from stochbn.shift import adapt
+    from stochbn.tasks import Task
 
 __all__ = [
     "Empirical",
@@ -39,6 +40,7 @@ __all__ = [
     "Prediction",
     "Predictive",
     "Settings",
+    "Task",
     "adapt",
     "augment",
     "calibrate",
@@ -65,6 +67,7 @@ _HOMES = {
     "stochbn.predictions": ("Estimate", "MultilabelPrediction", "Prediction"),
     "stochbn.predictive": ("Ensemble", "Exact", "MCDropout", "Predictive", "snapshots"),
     "stochbn.shift": ("adapt",),
+    "stochbn.tasks": ("Task",),
 }
 """The modules that public names are from. They are imported at first use: the command line's help needs none."""
 

@@ -11,29 +11,25 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from stochbn.arrays import as_array, as_tensor
 from stochbn.augment import Augment, check_augment
 from stochbn.calibration_report import Choice, Totals, Tried
-from stochbn.calibration_scores import SCORES, Score
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, passes, repeated
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import positive
+from stochbn.posteriors.checks import checks_weights, positive
+from stochbn.posteriors.residual import with_residual
 from stochbn.posteriors.thresholds import dropped
-from stochbn.predictive.predictive import checks_weights
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import TASKS, Task, task_of
+from stochbn.tasks.residual import fit_residual
 from stochbn.undisturbed import without_gradients
 
-__all__ = ["calibrate", "labels_of"]
-
-TASKS_WITH_LABELS = ("classification", "binary", "multilabel")
+__all__ = ["calibrate"]
 
 TEMPERATURES = torch.logspace(-2, 2, 29, base=2, dtype=torch.float64)
 """The temperatures to choose from: 0.25 to 4, each 10 % above the one before; the best is refined between them."""
@@ -47,7 +43,7 @@ def calibrate(
     batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
-    task: Literal["classification", "binary", "multilabel"] | None = None,
+    task: Task | str | None = None,
     ignore_index: int | None = None,
     logits: str | int | None = None,
     class_axis: int | None = None,
@@ -72,6 +68,11 @@ def calibrate(
     ``posterior.choice`` says why. What was fitted is not lost: `calibrate` begins again from there, and
     ``posterior.fitted()`` gives it.
 
+    For ``task="regression"`` no temperature is chosen, but a residual variance is fitted for each option: that of an
+    observation beyond what draws differ by and, where the network gives variances, beyond those
+    (`stochbn.tasks.residual.Residual`). The likelihood of the held-out numbers under Normal distributions then decides
+    between the plain network and draws. ``total_std`` of predictions is known from then on.
+
     `held_out` is read once. Every batch goes through the network once for the plain network, once for the observed
     statistics without noise, and `draws` times for each noise about each centre: 82 passes by default, beside trials
     with at most 34 examples of the first batch, which tell how passes can be made. Some thousand examples suffice.
@@ -91,7 +92,8 @@ def calibrate(
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
             dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
-            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object.
+            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object;
+            ``"regression"`` with numbers as the network predicts; ``"survival"``; or a `stochbn.Task`.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
         class_axis: the axis of the classes in the output; None is axis 1.
@@ -120,50 +122,65 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        task = task_named(task, model)  # type: ignore[assignment]
-        _check(model, posterior, draws, str(task), score, augment, check)
+        read = task_of(model, task, logits, class_axis, output)
+        _check(model, posterior, draws, read, score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
-        posterior = dropped(posterior)
+        posterior = replace(dropped(posterior), residual_variance=None)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
         noises = _noises(model, base, sizes, augment is not None)
         plain = _plain(model, base)
     if ranks.count > 1:
-        asked = {"batch_sizes": sizes, "temperature": temperature, "draws": draws, "task": task, "score": score}
+        asked = {"batch_sizes": sizes, "temperature": temperature, "draws": draws, "task": repr(read), "score": score}
         ranks.check_same({**asked, "ignore_index": ignore_index, "seed": seed, "posterior": _described(posterior)})
-    temperatures = torch.cat([TEMPERATURES, torch.tensor([posterior.temperature], dtype=torch.float64)])
+    tempered = not read.fits_residual
+    temperatures = torch.tensor([posterior.temperature], dtype=torch.float64)
+    temperatures = torch.cat([TEMPERATURES, temperatures]) if tempered else temperatures
     selectable = augment is None and (sizes is None or math.inf in sizes)
     tried = _tried(noises, draws, temperature, selectable, augment is not None)
+    if not tempered:
+        tried = [one._replace(temperatures=(0,)) for one in (tried[0], *tried[2:])]
     totals = Totals(1 + len(noises), len(temperatures))
-    units = "examples"
+    units, moments = "examples", list[Tensor]()
     network = Network.of(model)
     call = Call(
-        make_task(str(task), logits, class_axis, output),
+        read,
         posterior=base,
         sample=lambda count: list(base.iter_draws(count, torch.Generator().manual_seed(0))),
         augment=augment,
         clean=clean,
     )
-    ways = list(zip([plain, *noises], (one.passes for one in tried[1:]), strict=True))  # of each row of the scores
+    passes_of = {one.row: one.passes for one in tried}
+    ways = [(way, passes_of[row]) for row, way in enumerate([plain, *noises])]  # of each row of the scores
     plain_call = replace(call, augment=None, posterior=None, whole="there is one pass")
     with ranks.failing_together():
         for number, batch in enumerate(held_out):
-            examples, labels = network_input(model, batch, inputs), labels_of(batch, str(task))
+            examples, labels = network_input(model, batch, inputs), read.labels(batch)
             if not examples.divisible or not len(examples):
                 continue
             network.look()
-            if task == "multilabel":
-                units = "labels"
-            elif labels.numel() > len(examples):
-                units = "places"
+            units = read.units(labels) if units == "examples" else units
             this = replace(call, seed=seed + ranks.place(number))
-            counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+            counted = read.counted(labels, ignore_index)
             made = []
             for way, noise in ((plain_call, ways[:1]), (this, ways[1:])):
-                given = labels, counted, noise, temperatures, SCORES[score]
+                given = labels, counted, noise, temperatures, score
                 made.append(repeated(functools.partial(_losses, network, examples, way, *given)))
-            totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
-            progress(totals.units)
-    totals.share(ranks)
+            if tempered:
+                totals.add(torch.cat(made), counted.cpu().reshape(len(counted), -1).sum(1))
+            else:
+                moments.append(torch.cat(made).float())
+            progress(totals.units + sum(one.shape[2] for one in moments))
+    residuals = list[Tensor]()
+    if tempered or not moments:
+        totals.share(ranks)
+    else:  # ways, moments, examples, numbers, places
+        each = ranks.joined({"moments": torch.cat(moments, 2).movedim(2, 0).contiguous()})["moments"].movedim(0, 2)
+        fits = list(map(fit_residual, each))
+        residuals = [parts for parts, _ in fits]
+        totals.add(
+            torch.stack([losses for _, losses in fits])[:, None],
+            torch.full((each.shape[2],), each.shape[3] * each.shape[4]),
+        )
     if not totals.units:
         ignored = f"all {totals.objects} have the label {ignore_index}, which is ignored"
         reason = ignored if totals.objects else "the iterable is empty or already used up"
@@ -172,18 +189,20 @@ def calibrate(
         raise ValueError("the network's output is not finite for some held-out examples; check the input for NaN")
     options = totals.options(tried, temperatures)
     number = totals.choose(tried)
-    choice = Choice(score, totals.units, units, options, options[number])
-    _warn_of_ends(choice, temperature)
+    beyond = "a temperature" if tempered else "the plain network, both with a residual variance,"
+    choice = Choice(score, totals.units, units, options, options[number], beyond)
+    _warn_of_ends(choice, temperature and tempered)
     report(choice)
     chosen, _ = ways[tried[number].row]
-    return replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
+    found = replace(chosen, temperature=choice.chosen.temperature, choice=str(choice))
+    return with_residual(found, residuals[tried[number].row], totals.objects) if residuals else found
 
 
 def _check(
     model: nn.Module,
     posterior: Posterior,
     draws: int,
-    task: str,
+    task: Task,
     score: str,
     augment: Augment | None,
     check: str,
@@ -197,14 +216,15 @@ def _check(
         raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
     posterior.check(model, weights=checks_weights(check))
     check_draws(draws)
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r:.40}")
     check_augment(augment)
-    if task not in TASKS_WITH_LABELS:
+    if not task.calibrated_by:
+        known = ", ".join(repr(name) for name, one in TASKS.items() if one.calibrated_by)
         raise ValueError(
-            f"noise is chosen by labels, which {', '.join(map(repr, TASKS_WITH_LABELS))} have, got task={task!r:.40}; "
-            "for a regression choose it with the batch size of fit, and see stochbn.conformal.intervals"
+            f"noise is chosen by labels, which {known} have, got task={task.name!r:.40}; choose it with the batch size "
+            "of fit"
         )
+    if score not in task.calibrated_by:
+        raise ValueError(f"score must be one of {', '.join(map(repr, task.calibrated_by))}, got {score!r:.40}")
 
 
 def _sizes(batch_sizes: Iterable[float]) -> list[float]:
@@ -313,51 +333,27 @@ def _losses(
     counted: Tensor,
     noise: Sequence[tuple[Posterior, int]],
     temperatures: Tensor,
-    score: type[Score],
+    score: str,
     whole: str,
 ) -> Tensor:
-    """``[B, T, N]``: the scores of a batch's objects under each noise and temperature, summed over what is counted."""
-    losses = []
-    labels, axis = labels.where(counted, 0), call.task.class_axis
+    """``[B, T, N]``: the scores of a batch's examples under each noise and temperature, summed over what is counted.
+
+    Of a task that fits a residual variance: ``[B, 4, N, D, P]``, what it is fitted to.
+    """
+    losses, task = [], call.task
+    labels = labels if bool(counted.all()) else labels.where(counted, 0)
     with passes(network, inputs, replace(call, whole=whole)) as made:
         for posterior, draws in noise:
             made.again()
             drawn = posterior.iter_draws(draws, torch.Generator().manual_seed(call.seed), quasi=True)
-            total = score(temperatures)
+            total = task.draw_score(score, temperatures)
             while block := list(itertools.islice(drawn, made.draws)):
                 for raw in made(block):
-                    each = torch.stack([torch.zeros_like(raw), raw], 1) if call.task.name == "multilabel" else raw
-                    if call.task.name == "binary" and labels.ndim == raw.ndim:  # they may have the axis of the logit
-                        labels, counted = (one.squeeze(1 if axis is None else axis) for one in (labels, counted))
-                    total.add(each, labels)
-            scores = total.of_each(labels)
-            scores *= counted.to(scores.device)
-            losses.append(scores.reshape(*scores.shape[:2], -1).sum(2).cpu())
+                    each, truth = task.paired(raw, labels)
+                    _, mask = task.paired(raw, counted)
+                    total.add(each, truth)
+            scores = total.of_each(truth)
+            if not task.fits_residual:
+                scores = (scores * mask.to(scores.device)).reshape(*scores.shape[:2], -1).sum(2)
+            losses.append(scores.cpu())
     return torch.stack(losses) if losses else torch.empty(0, len(temperatures), len(labels), dtype=torch.float64)
-
-
-def labels_of(batch: Batch, task: str) -> Tensor:
-    """The labels in a batch, whole numbers."""
-    labels: Any = None
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        labels = batch[1]
-    elif hasattr(batch, "get"):
-        labels = batch.get("labels")
-    labels = as_array(labels)
-    labels = as_tensor(labels) if isinstance(labels, np.ndarray) and labels.dtype.kind in "fiub" else labels
-    if isinstance(labels, Tensor) and task != "classification" and not labels.is_complex():
-        whole = labels.long()
-        if (whole == labels).all():  # losses of these tasks take them as floating-point numbers
-            return whole
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        found = f"{labels.dtype} labels" if isinstance(labels, Tensor) else f"a {type(batch).__name__} without them"
-        raise TypeError(
-            "expected held-out batches as (input, labels) or mappings with 'labels', whole numbers from 0 to K - 1; "
-            f"got {found}"
-        )
-    return labels

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from stochbn.distributed import Ranks
+from stochbn.tasks.draw_scores import NAMES
 
 __all__ = ["Choice", "Option", "Totals", "Tried"]
-
-UNITS = {"nll": "nats", "brier": ""}
-NAMES = {"nll": "NLL", "brier": "Brier score"}
 
 
 def _draws(way: Tried | Option) -> bool:
@@ -57,7 +55,7 @@ class Option(NamedTuple):
         passes: how many an example takes.
         temperature: what logits are divided by, refined between those that were tried.
         mean: the score of an example at the best temperature that was tried, in nats if it is the NLL.
-        more: by how much that is above the plain network's with its best temperature.
+        more: by how much that is above the plain network's with its best temperature (or residual variance).
         error: the standard error of `more`, of scores of the same examples.
         selectable: whether it could be chosen.
     """
@@ -100,9 +98,10 @@ class Choice:
     Attributes:
         score: ``"nll"`` or ``"brier"``.
         objects: how many held-out examples were scored.
-        units: what these are: ``"examples"``, ``"labels"`` of them, or ``"places"`` of dense outputs.
+        units: what these are: ``"examples"``, ``"labels"`` or ``"numbers"`` of them, or ``"places"`` of dense outputs.
         options: all of them; the plain network and the plain network with a temperature are the first two.
         chosen: the simplest one that the examples do not tell from the best: within one standard error of it.
+        beyond: what drawing is compared with, in words.
     """
 
     score: str
@@ -110,6 +109,12 @@ class Choice:
     units: str
     options: tuple[Option, ...]
     chosen: Option
+    beyond: str = "a temperature"
+
+    @property
+    def tempered(self) -> bool:
+        """Whether temperatures were chosen: then the second option is the plain network with one."""
+        return len(self.options) > 1 and not self.options[1].centre
 
     @property
     def drawing(self) -> Option:
@@ -118,9 +123,9 @@ class Choice:
         return self.chosen if self.chosen.drawing else min(drawing, key=lambda one: one.mean, default=self.chosen)
 
     def __str__(self) -> str:
-        name, unit = NAMES[self.score], UNITS[self.score]
+        name, unit = NAMES[self.score]
         best, plain = self.drawing, self.options[0]
-        on = f"beyond a temperature on {self.objects:,} held-out {self.units}"
+        on = f"beyond {self.beyond} on {self.objects:,} held-out {self.units}"
         if best.drawing and self.chosen is best:
             sure = -best.more > 2 * best.error
             verdict = "worth its passes" if sure else "probably worth its passes; more examples would tell"
@@ -135,7 +140,7 @@ class Choice:
             told += f"\u00b1 {best.error:.4f} {unit}".rstrip() + f" {on}"
         else:
             told += " is the best of what was tried, at one pass"
-        if self.chosen is not plain and not self.chosen.centre:
+        if self.tempered and self.chosen is not plain and not self.chosen.centre:
             told += (
                 f", the temperature alone by {-plain.more:+.4f}"
                 if best.drawing
@@ -189,9 +194,9 @@ class Totals:
         self.objects, self.counted = ranks.total(torch.tensor([self.objects, self.counted])).tolist()
 
     def options(self, tried: Sequence[Tried], temperatures: Tensor) -> tuple[Option, ...]:
-        """Each way to predict at its best temperature, beside the second one: the plain network with a temperature."""
+        """Each way to predict at its best temperature, beside the plain network with a temperature, if any."""
         places = [self._best(one) for one in tried]
-        reference = places[1]
+        reference = places[sum(not one.centre for one in tried) - 1]
         options = []
         for one, place in zip(tried, places, strict=True):
             more = ((self._sums[place] - self._sums[reference]) / self.units).item()
@@ -225,7 +230,11 @@ class Totals:
         allowed = [number for number, one in enumerate(tried) if one.selectable and math.isfinite(means[number])]
         best = min(allowed, key=means.__getitem__)
         candidates = [number for number in allowed if not tried[number].drawing]
-        if candidates[:2] == [0, 1] and places[1] % self.shape[1] not in (0, len(tried[1].temperatures) - 1):
+        if (
+            candidates[:2] == [0, 1]
+            and not tried[1].centre
+            and places[1] % self.shape[1] not in (0, len(tried[1].temperatures) - 1)
+        ):
             candidates[:2] = [1, 0]
         for centre in dict.fromkeys(one.centre for one in tried):
             drawing = [n for n in allowed if tried[n].drawing and tried[n].centre == centre]

@@ -48,12 +48,17 @@ class Masks:
 
 
 def write_masks(
-    prediction: Any, keys: Sequence[str | int], folder: Path, seen: Counter[str] | None = None
+    prediction: Any,
+    keys: Sequence[str | int],
+    folder: Path,
+    seen: Counter[str] | None = None,
+    sets: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Write two pictures for each example, and give the columns of its row.
+    """Write two pictures for each example, or three with sets, and give the columns of its row.
 
     ``NAME.class.png`` has the number of the most probable class of every place, ``NAME.entropy.png`` its entropy, from
-    0 for none to 255 for the logarithm of the number of classes. Each is written whole or not at all.
+    0 for none to 255 for the logarithm of the number of classes. ``NAME.set.png`` has 255 where the class of the sets'
+    mask is in the set and 0 elsewhere or, for sets of all classes, their number. Each is written whole or not at all.
     NAME is `mask_name` of the key. Examples with equal keys are numbered: from the second on, NAME ends in ``~2``,
     ``~3`` and so on.
 
@@ -62,10 +67,12 @@ def write_masks(
         keys: what the examples are called; a slash makes a folder.
         folder: where the pictures go.
         seen: how many examples before had each name, to which these are added; None if there are none before.
+        sets: of `stochbn.conformal.crc`, ``[N, H, W]`` of one class or ``[N, K, H, W]``; None for none.
 
     Returns:
         For every object ``entropy`` and ``mutual_information``, means over its places in nats, ``largest_entropy``, and
-        ``mask``, where its pictures are in the folder, without the endings.
+        ``mask``, where its pictures are in the folder, without the endings; with sets ``set_size``, the mean number of
+        classes in the set of a place, or the share of places in the mask.
 
     Raises:
         ValueError: the prediction is not of two-dimensional places with at most 256 classes.
@@ -82,13 +89,17 @@ def write_masks(
     chosen = prediction.probs.argmax(prediction.class_axis).cpu()
     entropies, information = prediction.entropy.cpu(), prediction.mutual_information.cpu()
     rows, seen = [], Counter() if seen is None else seen
-    for key, labels, entropy, mutual in zip(keys, chosen, entropies, information, strict=True):
+    sizes = None if sets is None else sets.sum(1).cpu() if sets.ndim == 4 else sets.int().cpu()
+    for i, (key, labels, entropy, mutual) in enumerate(zip(keys, chosen, entropies, information, strict=True)):
         name = mask_name(key)
         seen[name] += 1
         name += f"~{seen[name]}" if seen[name] > 1 else ""
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         scaled = (255 * entropy.float() / math.log(classes)).round().clamp(0, 255)
-        for ending, values in (("class", labels), ("entropy", scaled)):
+        pictures = {"class": labels, "entropy": scaled}
+        if sets is not None and sizes is not None:
+            pictures["set"] = sizes[i] if sets.ndim == 4 else 255 * sizes[i]
+        for ending, values in pictures.items():
             picture = Image.fromarray(_bytes(values))
             write(folder / f"{name}.{ending}.png", lambda temporary, picture=picture: picture.save(temporary))  # type: ignore[misc]
         rows.append(
@@ -96,6 +107,7 @@ def write_masks(
                 "entropy": entropy.mean().item(),
                 "largest_entropy": entropy.max().item(),
                 "mutual_information": mutual.mean().item(),
+                **({} if sizes is None else {"set_size": sizes[i].double().mean().item()}),
                 "mask": name,
             }
         )

@@ -233,7 +233,7 @@ class Diagnosis:
             return None
         if not self._are_classes(plain):
             differences = (other - plain).square() / plain.var(0).clamp(min=1e-12)
-            return _mean(differences.flatten(1).mean(1))
+            return _mean(differences.reshape(len(plain), -1).mean(1))
         log_p, log_q = plain.log_softmax(1), other.log_softmax(1)
         divergence = (log_p.exp() * (log_p - log_q)).nan_to_num(0, 0, 0).sum(1)
         changed = (plain.argmax(1) != other.argmax(1)).double()

@@ -26,7 +26,7 @@ from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior
 from stochbn.shift.keeping import Keeper
 from stochbn.statistics import NoBatchesError, mini_batches, observing
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
@@ -91,7 +91,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     max_batches: int = KEPT,
     directions: int | None = None,
     reference: bool | Iterable[Batch] = True,
-    task: str | None = None,
+    task: Task | str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
@@ -194,7 +194,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
-        read_as = make_task(task_named(task, model), logits, class_axis, output)
+        read_as = task_of(model, task, logits, class_axis, output)
         if not isinstance(reference, Iterable | bool) or isinstance(reference, Tensor | str):
             raise TypeError(f"reference must be True, False or an iterable of batches, got {type(reference).__name__}")
     options: dict[str, Any] = {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.augment import Augment, turns
-from stochbn.calibration import labels_of
-from stochbn.calibration_scores import check_labels
 from stochbn.network.calling import Batch
 from stochbn.posteriors import Posterior, check_draws
 from stochbn.predictive.predictive import Predictive
+from stochbn.tasks import Classification
+from stochbn.tasks.draw_scores import check_labels
 from stochbn.tempering import best_temperature, tempered
 
 __all__ = ["choose_augmentation"]
@@ -81,7 +81,7 @@ def choose_augmentation(
     rows: list[list[Tensor]] = [[] for _ in predictives]
     truth: list[Tensor] = []
     for number, batch in enumerate(held_out):
-        truth.append(labels_of(batch, "classification").cpu())
+        truth.append(Classification().labels(batch).cpu())
         for predictive, kept in zip(predictives, rows, strict=True):
             generator = torch.Generator().manual_seed(seed + 7919 * number)
             found = predictive(batch, generator=generator)

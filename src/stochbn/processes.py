@@ -1,14 +1,20 @@
-"""Processes that are started to share the work."""
+"""Processes that are started to share the work, and Ctrl-C, which ends them."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
-__all__ = ["ProcessError", "interrupts_held"]
+import torch
+
+__all__ = ["ProcessError", "interrupts_held", "side_by_side"]
 
 
 class ProcessError(RuntimeError):
@@ -42,3 +48,67 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if noted:
             signal.raise_signal(signal.SIGINT)
+
+
+def side_by_side(
+    work: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, progress: Callable[..., None]
+) -> None:
+    """Do every task in a process of its own, some of them at a time, each with an equal share of the cores.
+
+    Args:
+        work: a function of a module, called in the process with the arguments of a task and, behind them, what reports
+            progress.
+        tasks: arguments that can be pickled, by the name of the task.
+        jobs: processes at a time.
+        progress: called here with what a process reports.
+
+    Raises:
+        ProcessError: a process raised an error or ended; the others are ended then.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = list(tasks)
+    running: dict[Connection, tuple[str, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(work, tasks[name], threads, theirs), daemon=True)
+                with interrupts_held():
+                    process.start()
+                    running[ours] = name, process
+                theirs.close()
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                name, process = running[pipe]
+                try:
+                    event = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del running[pipe]
+                    if process.exitcode:
+                        raise ProcessError(
+                            f"the process of {name} ended with exit code {process.exitcode} (a negative one is a "
+                            "signal, as when memory runs out); run again to continue, with fewer jobs if so"
+                        ) from None
+                    continue
+                if isinstance(event, str):
+                    raise ProcessError(f"{name} failed, run again to continue after mending this: {event}")
+                progress(*event)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _work(work: Callable[..., None], arguments: tuple[Any, ...], threads: int, pipe: Connection) -> None:
+    """A process. Once the process that started it is gone, its next report ends it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
+    torch.set_num_threads(threads)
+    try:
+        work(*arguments, lambda *event: pipe.send(event))
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")

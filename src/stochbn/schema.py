@@ -25,7 +25,7 @@ class Schema:
         notes: what else a reader has to know, in sentences.
         inputs: the columns or arrays that are inputs, in the network's order; none where they have no names.
         types: their types.
-        label: the column or array of labels.
+        label: the columns or arrays of labels, several for a task that has several.
         classes: the names of the classes, in the order of their numbers; none where labels are numbers.
         key: the column or array that names the examples.
         size: height and width that pictures are brought to.
@@ -44,7 +44,7 @@ class Schema:
     notes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
-    label: str | None = None
+    label: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     key: str | None = None
     size: tuple[int, int] | None = None
@@ -66,8 +66,8 @@ class Schema:
         if self.classes:
             numbered = [f"{name}={i}" for i, name in enumerate(self.classes)]
             parts.append(f"{counted(len(self.classes), 'classes')}: {listing(numbered)}")
-        if self.label is not None:
-            parts.append(f"labels in {self.label!r}")
+        if self.label:
+            parts.append(f"labels in {', '.join(map(repr, self.label))}")
         if self.key is not None:
             parts.append(f"named by {self.key!r}")
         if self.kind == "pictures":
@@ -101,7 +101,9 @@ class Schema:
             if name not in known:
                 raise ValueError(f"its schema has {name!r:.60}, which this release of stochbn does not know")
             found[name] = tuple(value) if isinstance(value, list) else value
-        for name in ("inputs", "types", "classes", "left_out", "notes"):
+        label = found.get("label")  # files of earlier releases have one name, or none
+        found["label"] = (label,) if isinstance(label, str) else label or ()
+        for name in ("inputs", "label", "types", "classes", "left_out", "notes"):
             if not all(isinstance(one, str) for one in found.get(name, ())):
                 raise ValueError(f"the schema's {name} must be texts, got {about[name]!r:.60}")
         for name in ("size", "mean", "std"):

@@ -1,8 +1,9 @@
 """Predicting a stream of any length into a table, in parts that outlive a process that is killed.
 
-Rows are written in parts of a fixed number, each whole or not at all, in a folder beside the table; a run that is begun
-again makes those that are missing, and the table is put together when all are there. Every batch sees the draws of the
-seed, so that a table is the same however often its making was interrupted, and whoever made which part of it.
+Predictions become columns, and columns become Arrow tables. These are written in parts of a fixed number of rows, each
+whole or not at all: Parquet files in a folder beside the table. A run that is started again makes the parts that are
+missing, and the table is put together when all are there. Every batch sees the draws of the seed, so the table is the
+same however often a run was interrupted, and whoever made which part.
 """
 
 from __future__ import annotations
@@ -15,29 +16,58 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stochbn.conformal import Sets
-from stochbn.dense_masks import Masks, write_masks
+from stochbn.dense_masks import Masks
 from stochbn.files import check_file, write, write_json
-from stochbn.predictions import Estimate, Prediction
+from stochbn.predicted_columns import columns_of
 from stochbn.predictive import Predictive, Predictor
 from stochbn.sources.objects import Chunk, Stream, ahead
-from stochbn.table_files import read_table, write_table
-from stochbn.texts import as_utf8
+from stochbn.table_files import Columns, as_table, joined, widest, write_table
 
-__all__ = ["Engine", "Row", "check_table", "part_size", "parts_folder", "rows_of", "score", "scored", "without_nan"]
+if TYPE_CHECKING:
+    import pyarrow
 
-Row = dict[str, Any]
-"""A line of the table; None where there is nothing to say."""
-Engine = Callable[[Sequence[int]], Iterable[tuple[int, Sequence[Row]]]]
+__all__ = ["Engine", "Scored", "check_table", "part_size", "parts_folder", "score", "scored",
+           "without_nan"]  # fmt: skip
+
+Engine = Callable[[Sequence[int]], "Iterable[tuple[int, pyarrow.Table]]"]
 """Given the numbers of parts, gives each with its rows, in any order."""
 
 ENDINGS = (".csv", ".parquet")
+
+
+@dataclass
+class Scored:
+    """What a table holds.
+
+    Attributes:
+        rows: how many.
+        failed: how many of them have an error.
+        least: the least certain of the others, the least certain first, each by its columns.
+    """
+
+    rows: int = 0
+    failed: int = 0
+    least: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, table: pyarrow.Table, uncertainty: Sequence[str], shown: int) -> None:
+        """Count some rows, and look for the least certain ones by the first of some columns that is there."""
+        import pyarrow.compute
+
+        fine = table.filter(pyarrow.compute.is_null(table[table.column_names[-1]]))
+        self.rows += len(table)
+        self.failed += len(table) - len(fine)
+        name = next((name for name in uncertainty if name in table.column_names), None)
+        if name is not None:
+            order = pyarrow.compute.sort_indices(fine, [(name, "descending")])  # stable
+            self.least += fine.take(order[:shown]).to_pylist()
+            self.least = sorted(self.least, key=lambda row: -row[name])[:shown]
 
 
 def check_table(path: Path, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
@@ -72,8 +102,10 @@ def score(
     masks: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     engine: Engine | None = None,
-) -> Iterator[Row]:
-    """Predict all objects of a stream into a CSV or Parquet file, and give its rows once it is written.
+    uncertainty: Sequence[str] = (),
+    shown: int = 5,
+) -> Scored:
+    """Predict all objects of a stream into a CSV or Parquet file, and say what it holds.
 
     Memory depends on `batch` and `part`, not on how many objects there are. A row for every object, in their order: its
     key, what is predicted, and under ``error`` why it could not be read.
@@ -93,6 +125,8 @@ def score(
         masks: a folder for pictures of dense predictions, see `stochbn.dense_masks`; None for other predictions.
         progress: called with the number of objects done and of all.
         engine: what predicts the parts elsewhere; None predicts them here.
+        uncertainty: columns of which the first that is there tells how certain a row is.
+        shown: how many of the least certain rows to give.
 
     Raises:
         OSError: the file cannot be written.
@@ -115,10 +149,20 @@ def score(
         if not any(parts.glob("part-*")):  # nothing to continue
             shutil.rmtree(parts)
         raise
-    written = sorted(parts.glob("part-*.jsonl"))
-    write(path, lambda temporary: write_table(temporary, lambda: map(_read_part, written), about))
+    import pyarrow.parquet
+
+    written, found = sorted(parts.glob("part-*.parquet")), Scored()
+    schema = widest(map(pyarrow.parquet.read_schema, written))
+
+    def tables() -> Iterator[pyarrow.Table]:
+        for one in written:
+            table = joined([_read_part(one)], schema)
+            found.add(table, uncertainty, shown)
+            yield table
+
+    write(path, lambda temporary: write_table(temporary, tables, schema, about))
     shutil.rmtree(parts)
-    return read_table(path)
+    return found
 
 
 def part_size(part: int, batch: int) -> int:
@@ -147,21 +191,23 @@ def _make_parts(
     pictures = None if masks is None else Masks(masks)
     if pictures is not None:
         for before in range(number):
-            pictures.add(row["mask"] for row in _read_part(_part(parts, before)) if row["error"] is None)
+            masked = _read_part(_part(parts, before), ["mask"])
+            pictures.add(mask for column in masked.columns for mask in column.to_pylist() if mask is not None)
     if done < total:
-        rows: list[Row] = []
+        tables: list[pyarrow.Table] = []
         with contextlib.closing(ahead(iter(stream.chunks(batch, done)))) as chunks:
             for chunk in chunks:
-                rows += scored(predictor, chunk, stream.key_name, classes, top, seed, pictures)
+                columns = scored(predictor, chunk, stream.key_name, classes, top, seed, pictures)
+                tables.append(as_table(columns))
                 if strict:
-                    _refuse_errors(rows[-len(chunk.keys) :])
+                    _refuse_errors(tables[-1])
                 done += len(chunk.keys)
                 progress(done, total)
-                if len(rows) >= part:
-                    _write_part(parts, number, rows)
-                    rows, number = [], number + 1
-        if rows:
-            _write_part(parts, number, rows)
+                if sum(map(len, tables)) >= part:
+                    _write_part(parts, number, tables)
+                    tables, number = [], number + 1
+        if tables:
+            _write_part(parts, number, tables)
 
 
 def _take_parts(
@@ -169,28 +215,29 @@ def _take_parts(
 ) -> None:
     """Write the parts that are missing, as an engine makes them."""
     missing = [number for number in range(math.ceil(total / part)) if not _part(parts, number).exists()]
-    done = sum(map(_length, parts.glob("part-*.jsonl")))
+    done = sum(map(_length, parts.glob("part-*.parquet")))
     progress(done, total)
-    for number, rows in engine(missing):
+    for number, table in engine(missing):
         if strict:
-            _refuse_errors(rows)
-        _write_part(parts, number, rows)
-        done += len(rows)
+            _refuse_errors(table)
+        _write_part(parts, number, [table])
+        done += len(table)
         progress(done, total)
     if done != total:
         raise RuntimeError(f"the engine gave {done} rows for {total} objects")
 
 
-def _refuse_errors(rows: Sequence[Row]) -> None:
-    """Refuse rows of objects that could not be read.
+def _refuse_errors(table: pyarrow.Table) -> None:
+    """Refuse rows of examples that could not be read.
 
     Raises:
         ValueError: there is one.
     """
-    for row in rows:
-        if row["error"]:
-            key = next(iter(row.values()))
-            raise ValueError(f"{key} {row['error']}; without --strict it becomes a row with an error")
+    names = table.column_names
+    keys, errors = table[names[0]], table[names[-1]]
+    if errors.null_count < len(errors):
+        place = next(i for i, error in enumerate(errors) if error.is_valid)
+        raise ValueError(f"{keys[place]} {errors[place]}; without --strict it becomes a row with an error")
 
 
 def scored(
@@ -201,11 +248,11 @@ def scored(
     top: int,
     seed: int,
     masks: Masks | None = None,
-) -> list[Row]:
-    """The rows of a chunk, predicted with the draws of a seed.
+) -> Columns:
+    """The rows of a chunk, predicted with the draws of a seed, as columns.
 
     Raises:
-        ValueError: as `rows_of`.
+        ValueError: as `columns_of`.
     """
 
     def predicted(inputs: Any) -> Any:
@@ -219,10 +266,9 @@ def scored(
         if usable is chunk:
             raise
         chunk, prediction = usable, predicted(usable.inputs)
-    sets = None
-    if isinstance(predictor, Predictive) and predictor.posterior is not None and predictor.posterior.thresholds:
-        sets = predictor.posterior.thresholds.sets
-    return rows_of(chunk, prediction, key_name, classes, top, masks, sets)
+    posterior = predictor.posterior if isinstance(predictor, Predictive) else None
+    thresholds = None if posterior is None else posterior.thresholds
+    return columns_of(chunk, prediction, key_name, classes, top, masks, thresholds)
 
 
 def without_nan(chunk: Chunk) -> Chunk:
@@ -233,7 +279,7 @@ def without_nan(chunk: Chunk) -> Chunk:
     fine = iter(finite.tolist())
     told = "holds NaN or infinity, for which the network gives no prediction"
     errors = [error if error is not None or next(fine) else told for error in chunk.errors]
-    return Chunk(chunk.keys, errors, chunk.inputs[finite] if finite.any() else None)
+    return replace(chunk, errors=errors, inputs=chunk.inputs[finite] if finite.any() else None)
 
 
 def parts_folder(path: Path) -> Path:
@@ -241,60 +287,15 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
-def rows_of(
-    chunk: Chunk,
-    prediction: Any,
-    key_name: str,
-    classes: Sequence[str],
-    top: int,
-    masks: Masks | None = None,
-    sets: Sets | None = None,
-) -> list[Row]:
-    """A row for each object of a chunk; texts in it are valid Unicode. With sets, of one class each, also its set.
-
-    Raises:
-        ValueError: the prediction is dense, with no folder for masks, or not of as many objects as the chunk has.
-    """
-    keys = [key for key, error in zip(chunk.keys, chunk.errors, strict=True) if error is None]
-    readable, predicted = len(keys), list[Row]()
-    if prediction is not None:
-        predicted = (
-            _predicted(prediction, classes, top, sets)
-            if masks is None
-            else write_masks(prediction, keys, masks.folder, masks.seen)
-        )
-    if len(predicted) != readable:
-        raise ValueError(f"the network gave predictions for {len(predicted)} objects of a batch of {readable}")
-    if predicted and key_name in (*predicted[0], "error"):
-        raise ValueError(f"the key's column is called {key_name!r}, as one of the predictions is; rename it")
-    following = iter(predicted)
-    rows = [
-        {key_name: key, **(next(following) if error is None else {}), "error": error}
-        for key, error in zip(chunk.keys, chunk.errors, strict=True)
-    ]
-    return [{as_utf8(name): as_utf8(value) for name, value in row.items()} for row in rows]
-
-
-def _predicted(prediction: Any, classes: Sequence[str], top: int, sets: Sets | None) -> list[Row]:
-    if isinstance(prediction, Estimate):
-        found = prediction.columns()
-    elif isinstance(prediction, Prediction) and prediction.probs.ndim == 2:
-        found = prediction.columns(classes, top)
-    else:
-        shape = list(prediction.probs.shape) if isinstance(prediction, Prediction) else type(prediction).__name__
-        raise ValueError(f"expected one prediction for each object, got {shape}: dense outputs need --masks FOLDER")
-    if sets is not None and type(prediction) is Prediction:
-        names = [as_utf8(name) for name in classes or map(str, range(prediction.probs.shape[1]))]
-        measures = {name: found.pop(name) for name in ("entropy", "mutual_information")}
-        held = sets(prediction.probs).tolist()
-        found |= {"set": [[name for name, one in zip(names, row, strict=True) if one] for row in held]} | measures
-    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
-
-
 def _claim(parts: Path, about: dict[str, Any]) -> None:
     """Take a folder of parts for these settings, or find it to be theirs."""
     told = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     run = parts / "run.json"
+    if run.exists() and any(parts.glob("part-*.jsonl")):
+        raise ValueError(
+            f"{str(parts)!r} holds rows that an earlier version of stochbn wrote, which this one does not continue: "
+            "delete the folder, and run again"
+        )
     if run.exists():
         if json.loads(run.read_text()).get("settings") != told:
             raise ValueError(
@@ -309,19 +310,23 @@ def _claim(parts: Path, about: dict[str, Any]) -> None:
 
 
 def _part(parts: Path, number: int) -> Path:
-    return parts / f"part-{number:08d}.jsonl"
+    return parts / f"part-{number:08d}.parquet"
 
 
-def _write_part(parts: Path, number: int, rows: Sequence[Row]) -> None:
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write(_part(parts, number), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def _write_part(parts: Path, number: int, tables: Sequence[pyarrow.Table]) -> None:
+    import pyarrow.parquet
+
+    table = joined(tables, widest(one.schema for one in tables))
+    write(_part(parts, number), lambda temporary: pyarrow.parquet.write_table(table, temporary, compression="none"))
 
 
 def _length(part: Path) -> int:
-    with part.open("rb") as lines:
-        return sum(1 for _ in lines)
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(part).num_rows)
 
 
-def _read_part(part: Path) -> list[Row]:
-    with part.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def _read_part(part: Path, columns: Sequence[str] | None = None) -> pyarrow.Table:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(part, columns=columns)

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import TypeVar
 
-__all__ = ["as_utf8", "from_spreadsheet", "in_spreadsheet", "unambiguous", "visible"]
+__all__ = ["as_utf8", "in_spreadsheet", "unambiguous", "visible"]
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def in_spreadsheet(text: str) -> str:
     """A text that a spreadsheet shows and does not run: an apostrophe goes before what begins like a formula.
 
     Numbers stay as they are, as running them changes nothing. Where a text begins with apostrophes and then like a
-    formula, it gets one more, so that `from_spreadsheet` gives every text back.
+    formula, it gets one more, so that different texts stay different.
 
     Source: OWASP, CSV Injection.
 
@@ -78,9 +78,3 @@ def in_spreadsheet(text: str) -> str:
     ("'=1+1", '-5', 'a=1')
     """
     return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
-
-
-def from_spreadsheet(text: str) -> str:
-    """The text that `in_spreadsheet` was given."""
-    found = FORMULA.match(text)
-    return text[1:] if found is not None and found[1] else text

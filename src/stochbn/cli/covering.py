@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stochbn.cli.asked_sets import METHODS, Asked
 from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.following import command
 from stochbn.cli.inputs import default_posterior
-from stochbn.cli.options import Augmentation, Draws, Override, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks, needs
+from stochbn.cli.options import Augmentation, Draws, Ignored, Override, PosteriorFile, Seed
+from stochbn.cli.subject import Given, Subject, about_networks, needs, task_given
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stochbn.conformal import Sets
     from stochbn.posteriors import Posterior
+    from stochbn.tasks import Task
 
 __all__ = ["conformal"]
 
 BATCH = 250
-TASKS = ("classification", "binary")
-"""Tasks whose predictions have one class for each example."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What sets are to be made: see `conformal`."""
-
-    coverage: float
-    by_class: bool
-    method: str
-    weights: Tensor | None
-
-    def sets(self, probs: Tensor, labels: Tensor) -> Sets:
-        """The sets of held-out predictions ``[N, K]``."""
-        from stochbn import conformal
-
-        kinds: Any = {"lac": conformal.lac, "aps": conformal.aps, "raps": conformal.raps}
-        sets: Sets = kinds[self.method](probs, labels, self.coverage, weights=self.weights, by_class=self.by_class)
-        return sets
-
-    def check(self, labels: Tensor, classes: int) -> None:
-        """Refuse too few labels before any prediction.
-
-        Args:
-            labels: ``[N]``.
-            classes: how many there are; 0 if that is not known.
-        """
-        import torch
-
-        if labels.ndim != 1 or not len(labels):
-            raise ValueError(f"expected one label for each held-out example, got labels {list(labels.shape)}")
-        count = max(classes, int(labels.max()) + 1, 2)
-        weights = None if self.weights is None else torch.ones(count)
-        replace(self, weights=weights).sets(torch.full((len(labels), count), 1 / count), labels)
 
 
 @about_networks()
@@ -71,14 +37,33 @@ def conformal(
             help="Labelled data, named like --data, that is neither training data nor that of 'stochbn calibrate'.",
         ),
     ] = None,
-    coverage: Annotated[float, typer.Option(help="How often sets are to hold the true class.")] = 0.9,
+    coverage: Annotated[
+        float,
+        typer.Option(help="How often sets are to hold the truth; of labels and dense outputs, which share of it."),
+    ] = 0.9,
     by: Annotated[
         str | None,
-        Override("--by", help="class: a threshold for each class, so that the coverage holds in every class."),
+        Override(
+            "--by",
+            help="class, or a column (or array) of groups, such as hospital: a threshold for each, so that the "
+            "coverage holds in every one.",
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="lac (the smallest sets), aps or raps (larger sets for difficult examples).")
-    ] = "lac",
+        str | None,
+        Override(
+            "--method",
+            help="Classes: lac (the smallest sets), aps, raps or saps (larger sets for difficult examples). Labels and "
+            "dense outputs: crc. Numbers: normalized, absolute or cqr. (default: the first)",
+        ),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="The network gives a class for each place, and labels are [N, H, W].")
+    ] = False,
+    mask: Annotated[
+        int | None, Override("--mask", min=0, help="With --dense: the only class whose places count, such as 1.")
+    ] = None,
+    ignore: Ignored = None,
     new_mix: Annotated[
         bool,
         typer.Option(
@@ -94,75 +79,88 @@ def conformal(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Choose thresholds of prediction sets by held-out data, for classification; write them into the posterior's file.
+    """Choose thresholds of prediction sets or intervals by held-out data; write them into the posterior's file.
 
-    'stochbn predict' then has a column 'set' with the classes that an example may be of, and 'stochbn evaluate' shows
-    how often sets hold the truth. Predict with the same --draws and --augment. The thresholds hold for data like the
-    held-out data, and for this posterior: 'stochbn calibrate' drops them.
+    'stochbn predict' then has a column 'set' with the classes or labels that an example may be of, or the columns 'low'
+    and 'high' of numbers, and 'stochbn evaluate' shows how often they hold the truth. Of several labels, and of dense
+    outputs, the share of each example's labels or places that is missed is controlled. Predict with the same --draws
+    and --augment. The thresholds hold for data like the held-out data, and for this posterior: 'stochbn calibrate'
+    drops them.
     """
     from stochbn.augment import named
     from stochbn.predictive import Predictive
 
     if not 0 < coverage < 1:
         raise ValueError(f"--coverage must lie between 0 and 1, such as 0.9, got {coverage:g}")
-    if by not in (None, "class"):
-        raise ValueError(f"--by must be class, or be left out for one threshold, got {by!r}")
-    if method not in ("lac", "aps", "raps"):
-        raise ValueError(f"--method must be lac, aps or raps, got {method!r}")
     if new_mix and by is not None:
-        raise ValueError("--new-mix and --by class cannot be given together: sets by class hold for every mix")
+        raise ValueError("--new-mix and --by cannot be given together: sets by class hold for every mix")
+    sort = _sort(task_given(given), dense=dense, asked=method, classes_only=by == "class" or new_mix)
+    if not dense and (mask is not None or ignore is not None):
+        raise ValueError("--mask and --ignore are for --dense")
     changes = named(augment) if augment is not None else None
     beside = given.networks[0] if given.networks else given.weights
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
     if target is None:
         raise ValueError(needs("--out"))
     check_file(target, [*given.files, held_out])
-    task = given.task or "classification"
-    if task not in TASKS:
-        raise ValueError(
-            f"prediction sets are for --task classification and binary, got --task {task}; intervals for numbers come "
-            "from held-out data with stochbn.conformal.intervals"
-        )
     subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)
     weights = _weights(fitted) if new_mix else None
-    objects = subject.load(held_out, "held-out", "--held-out", labelled=True)
-    asked = _Asked(coverage, by is not None, method, weights)
-    asked.check(objects.labels, len(subject.classes))
+    column = None if by == "class" else by
+    objects = subject.load(held_out, "held-out", "--held-out", labelled=sort == "classes", group=column)
+    groups = None if column is None else objects.groups
+    asked = Asked(sort, coverage, method or METHODS[sort][0], by == "class", weights, mask, ignore)
+    asked.check(objects, len(subject.classes), groups)
     predictive = Predictive(subject.model, fitted, draws, augment=changes, **subject.settings)
-    probs, labels = _predicted(predictive, objects, seed)
-    sets = asked.sets(probs, labels)
-    new = fitted.with_sets(sets, examples=len(labels), draws=draws, augment=augment)
+    sets, told = asked.made(_predicted(predictive, objects, seed), groups)
+    new = fitted.with_sets(sets, examples=len(objects), draws=draws, augment=augment, by=column)
     new.save(target)
     named_file = None if beside is not None and target == default_posterior(beside) else target
-    say(f"{_told(sets, labels)}\nSaved the posterior with them as {target}.", target)
+    say(f"{told}\nSaved the posterior with them as {target}.", target)
     options: dict[str, Any] = {"posterior": named_file, "augment": augment, "draws": None if draws == 50 else draws}
-    evaluate = command("evaluate", given, data=None if given.networks else "TEST-DATA", **options)
-    say(f"Next: {command('predict', given, data='NEW-DATA', out='predictions.csv', **options)}\nOr: {evaluate}")
+    data = None if given.networks else "TEST-DATA"
+    evaluate = command("evaluate", given, data=data, dense=dense, ignore=ignore, **options)
+    masks = "MASKS" if dense else None
+    predict = command("predict", given, data="NEW-DATA", out="predictions.csv", masks=masks, **options)
+    say(f"Next: {predict}\nOr: {evaluate}")
 
 
-def _predicted(predictive: Any, objects: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[N, K]`` and labels ``[N]`` of held-out data; every batch sees the draws of the seed."""
+def _sort(task: Task, *, dense: bool, asked: str | None, classes_only: bool) -> str:
+    """What the network's predictions are: ``classes``, ``labels`` or ``numbers``.
+
+    Raises:
+        ValueError: they are nothing that sets are for, or the method is for others.
+    """
+    from stochbn.tasks import TASKS
+
+    if not task.sets_hold:
+        known = ", ".join(name for name, one in TASKS.items() if one.sets_hold)
+        raise ValueError(f"prediction sets are for --task {known}, got --task {task.name}")
+    sort = "labels" if dense and task.one_class else task.sets_hold
+    if asked is not None and asked not in METHODS[sort]:
+        raise ValueError(f"--method for such predictions must be {' or '.join(METHODS[sort])}, got {asked!r}")
+    if classes_only and sort != "classes":
+        raise ValueError("--by class and --new-mix are for networks that give one class for each example")
+    return sort
+
+
+def _predicted(predictive: Any, objects: Any, seed: int) -> Iterator[tuple[Any, Tensor]]:
+    """Predictions and labels of held-out data, batch by batch; every batch sees the draws of the seed.
+
+    Raises:
+        ValueError: there are none.
+    """
     import torch
 
-    parts: list[Tensor] = []
-    truth: list[Tensor] = []
     done = 0
     with progress_bars() as bars:
         move = follow(bars, "predicting")
         for inputs, labels in objects.batches(BATCH):
-            parts.append(predictive(inputs, generator=torch.Generator().manual_seed(seed)).probs.cpu())
-            truth.append(labels.cpu())
-            if parts[-1].ndim != 2:
-                raise ValueError(
-                    f"expected one prediction for each example, got probabilities {list(parts[-1].shape)}: there are "
-                    "no sets of dense predictions, whose places are not exchangeable"
-                )
+            yield predictive(inputs, generator=torch.Generator().manual_seed(seed)), labels.cpu()
             done += len(labels)
             move(done, len(objects))
-    if not parts:
+    if not done:
         raise ValueError("there are no held-out examples to make sets by")
-    return torch.cat(parts), torch.cat(truth)
 
 
 def _weights(posterior: Posterior) -> Tensor:
@@ -184,32 +182,3 @@ def _weights(posterior: Posterior) -> Tensor:
     if not all(about.usual):
         raise ValueError("--new-mix needs every class in the reference: fit with a --reference of all classes")
     return torch.tensor(about.mix, dtype=torch.float64) / torch.tensor(about.usual, dtype=torch.float64)
-
-
-def _told(sets: Sets, labels: Tensor) -> str:
-    """What the thresholds are, and how far the coverage of such thresholds varies."""
-    from scipy.stats import beta
-
-    percent = f"{100 * sets.coverage:g} %"
-    count = f"{len(labels):,} held-out examples"
-    if sets.by_class:
-        least = int(labels.bincount(minlength=sets.classes).min())
-        return (
-            f"Sets of {percent} for each of {sets.classes} classes, from {count}, at least {least} of a class "
-            f"({_varies(least, sets.coverage, beta)} in such a class)."
-        )
-    if not isinstance(sets.threshold, float):
-        return f"Sets of {percent} for the new mix of classes, an estimate, from {count}."
-    return f"Sets of {percent} from {count} ({_varies(len(labels), sets.coverage, beta)})."
-
-
-def _varies(count: int, coverage: float, beta: Any) -> str:
-    """Between what the coverage of a threshold from so many examples lies in 95 % of cases, for scores without ties.
-
-    Source: Vovk, 2012, "Conditional validity of inductive conformal predictors": it has a beta distribution.
-    """
-    import math
-
-    place = math.ceil((count + 1) * coverage - 1e-9)
-    low, high = beta.ppf([0.025, 0.975], place, count + 1 - place)
-    return f"on new data like it 95 % of such thresholds cover {100 * low:.1f} to {100 * high:.1f} %"

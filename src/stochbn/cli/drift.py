@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stochbn.shift import Reading
     from stochbn.sources import Stream
 
-__all__ = ["about_data", "about_sets", "adapted_to", "alarm", "compared", "recorded"]
+__all__ = ["about_data", "about_sets", "adapted_to", "alarm", "compared", "group_of", "recorded"]
 
 COMPARED = 256
 """Examples that are compared with the training data, at most."""
@@ -130,6 +130,11 @@ def about_sets(posterior: Posterior) -> str:
     about = posterior.adaptation
     measured = f". {MEASURED}" if about is not None and (about.moved or not about.guarded) else "."
     return f"{caveat}{measured}"
+
+
+def group_of(posterior: Posterior | None) -> str | None:
+    """The column of data that a posterior's prediction sets are by; None where they are not by group."""
+    return None if posterior is None or posterior.thresholds is None else posterior.thresholds.by
 
 
 def recorded(posterior: Posterior, reading: Reading | None) -> Mapping[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
-from stochbn.cli.drift import about_data, about_sets, alarm, compared
+from stochbn.cli.drift import about_data, about_sets, alarm, compared, group_of
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from stochbn.report.tables import Table
 
 __all__ = ["evaluate"]
+
+COSTED = 64
+"""Examples in a prediction whose time is measured."""
 
 
 @about_networks(several=True)
@@ -72,14 +75,15 @@ def evaluate(
 
     Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
     evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
-    that with 'stochbn calibrate --augment'. Networks for --task regression or multilabel, and with --dense, have scores
-    of their own and no page; labels that are no single numbers come as an array 'labels' of a .npz file.
+    that with 'stochbn calibrate --augment'. Other tasks than those of one class, and networks with --dense, have scores
+    of their own. Labels of several numbers come from several columns, or as an array 'labels' of a .npz file.
     """
     from stochbn import augment as augmentations
     from stochbn.evaluation.methods import methods, score
     from stochbn.evaluation.predicting import has_dropout, predict_member
     from stochbn.metrics.classification import torchmetrics_classification
     from stochbn.posteriors.thresholds import compare_draws
+    from stochbn.report.chosen import chosen
     from stochbn.report.facts import facts
     from stochbn.report.objects import source_of
     from stochbn.report.page import page_of, write_page
@@ -100,13 +104,12 @@ def evaluate(
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given, held_by(given, named[0]))
-        if dense or any(one.settings.get("task") in ("regression", "multilabel", "embedding") for one in subjects):
-            if len(subjects) > 1 or ood is not None or report_file is not None:
-                raise ValueError(
-                    "several networks, --ood and --report are for networks that give one class for each object"
-                )
+        if dense or not all(one.task.one_class for one in subjects):
+            if len(subjects) > 1 or ood is not None:
+                raise ValueError("several networks and --ood are for networks that give one class for each object")
             fitted_one = subjects[0].find_posterior(named[0])
-            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, draws, changes, seed, ignore, folder)
+            asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
+            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
@@ -116,7 +119,9 @@ def evaluate(
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
         data = data or subjects[0].data
-        known, *_ = [subject.load(data, "test", labelled=True) for subject in subjects]  # each checks that it fits
+        group = group_of(fitted[0]) if len(fitted) == 1 else None
+        # Each checks that it fits.
+        known, *_ = [subject.load(data, "test", labelled=True, group=group) for subject in subjects]
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
         known_share = _Share(known, ranks)
@@ -165,7 +170,8 @@ def evaluate(
     covered = None
     if len(subjects) == 1 and fitted[0] is not None and fitted[0].thresholds is not None:
         compare_draws(fitted[0], draws, augment)
-        about["sets"], covered = _covered(fitted[0].thresholds, found, names_of)
+        groups = known.groups if group is not None else None
+        about["sets"], covered = _covered(fitted[0].thresholds, found, names_of, groups)
     if folder is None:
         shown = tabulate(scores, *names)
     else:
@@ -180,7 +186,11 @@ def evaluate(
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
         described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
         drawn = [one for one in fitted if one is not None]
-        made = page_of(title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn)
+        cost = _cost(subjects[0], fitted[0], known, draws, changes)
+        head = chosen(fitted, draws, augment, cost)
+        made = page_of(
+            title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn, head=head
+        )
         write_page(report_file, made)
         say(f"The page is {report_file}; a browser opens it.", report_file)
     if folder is not None:
@@ -192,16 +202,41 @@ def evaluate(
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
 
 
-def _covered(thresholds: Thresholds, found: Sequence[Method], names: Sequence[str]) -> tuple[list[Any], Table | None]:
+def _cost(subject: Subject, posterior: Posterior | None, data: Any, draws: int, changes: Any) -> str:
+    """What a prediction costs, as 'stochbn predict' makes it, in words."""
+    import torch
+
+    from stochbn import Predictive
+    from stochbn.measuring.timing import median_seconds
+    from stochbn.report.chosen import cost_words
+
+    inputs, labels = next(iter(data.batches(COSTED)))
+    inputs, count = (
+        (inputs[:COSTED], min(COSTED, len(labels))) if isinstance(inputs, torch.Tensor) else (inputs, len(labels))
+    )
+    works: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
+    if posterior is not None:
+        works["SBN"] = Predictive(subject.model, posterior, draws, augment=changes, **subject.settings)
+    seconds = median_seconds({name: functools.partial(one, inputs) for name, one in works.items()}, 3)
+    device = next(subject.model.parameters()).device.type
+    place = device if device != "cpu" else f"{torch.get_num_threads()} threads of a CPU"
+    return cost_words({name: 1000 * one / count for name, one in seconds.items()}, count, place)
+
+
+def _covered(
+    thresholds: Thresholds, found: Sequence[Method], names: Sequence[str], groups: Sequence[str] | None
+) -> tuple[list[Any], Table | None]:
     """How often the prediction sets of SBN hold the truth: as rows, and as a table; with dropout there are none."""
-    from stochbn.report.coverage import coverage_table, coverages
+    from stochbn.predictions import Prediction
+    from stochbn.report.coverage import Coverage, coverage_table, coverages
 
     method = next((one for one in found if one.sbn and one.name == "plain"), None)
     if method is None:
         return [], None
-    sets = thresholds.sets
-    rows = coverages(sets(method.known), method.labels, names)
-    return rows, coverage_table(rows, sets.coverage, sets.method, by_class=sets.by_class)
+    coverage = Coverage(thresholds)
+    coverage.add(Prediction(method.known, method.known), method.labels, groups)
+    rows = coverages(coverage.joined(), thresholds.sets, names, thresholds.by)
+    return rows, coverage_table(rows, thresholds)
 
 
 def _evaluate_task(
@@ -209,44 +244,100 @@ def _evaluate_task(
     posterior: Posterior | None,
     data: str | None,
     ranks: Ranks,
-    draws: int,
     changes: Any,
-    seed: int,
-    ignore: int | None,
+    asked: dict[str, Any],
     folder: Path | None,
+    report_file: Path | None,
 ) -> list[str]:
     """Evaluate a network that gives more or less than one class for each object.
 
     Returns:
         A sentence about SBN if that made it worse.
     """
-    from stochbn.cli.tasks import score_tasks, tabulate
+    from stochbn.cli.comparing import compare, tabulate
     from stochbn.files import write_bytes, write_json
-    from stochbn.report.words import worsened
+    from stochbn.posteriors.thresholds import compare_draws
+    from stochbn.report.chosen import chosen
+    from stochbn.report.coverage import Coverage, coverage_table, coverages
+    from stochbn.report.facts import facts
+    from stochbn.report.labels import SeenLabels
+    from stochbn.report.page import Page, curves_of, write_page
+    from stochbn.report.places import SeenPlaces
+    from stochbn.report.words import mend, worsened
+    from stochbn.tasks import TASKS, Classification, Multilabel
 
-    task = subject.settings.get("task", "classification")
-    if task == "embedding":
-        raise ValueError("an embedding has no scores: evaluate takes --task classification, binary, multilabel and "
-                         "regression")  # fmt: skip
-    known = subject.load(data, "test")
+    task = subject.task
+    if not task.score_columns:
+        takes = ", ".join(name for name, one in TASKS.items() if one.score_columns)
+        raise ValueError(f"--task {task.name} has no scores: evaluate takes --task {takes}")
+    started = time.perf_counter()
+    thresholds = None if posterior is None else posterior.thresholds
+    data, ignore = data or subject.data, asked["ignore"]
+    known = subject.load(data, "test", group=group_of(posterior))
+    names = subject.classes or known.classes
+    collected: SeenLabels | SeenPlaces | None = None
+    if report_file is not None and isinstance(task, Multilabel):
+        collected = SeenLabels(names)
+    elif report_file is not None and isinstance(task, Classification):
+        collected = SeenPlaces(names, ignore)
+    share = _Share(known, ranks).objects
+    coverage = None if thresholds is None else Coverage(thresholds, ignore)
+    seen = 0
+
+    def watch(method: str, prediction: Any, labels: Tensor) -> None:
+        nonlocal seen
+        if collected is not None:
+            collected.add(method, prediction.probs.movedim(prediction.class_axis, 1), labels)
+        if method == "SBN" and coverage is not None and thresholds is not None:
+            groups = None if thresholds.by is None else share.groups[seen : seen + len(labels)]
+            coverage.add(prediction, labels, groups)
+            seen += len(labels)
+
     with progress_bars() as bars:
-        scored = score_tasks(
-            subject, posterior, _Share(known, ranks).objects, ranks,
-            draws=draws, seed=seed, augment=changes, ignore=ignore, progress=follow(bars, "predicting"),
+        found = compare(
+            subject, posterior, share, ranks, draws=asked["draws"], seed=asked["seed"], augment=changes, ignore=ignore,
+            progress=follow(bars, "predicting"), watch=watch,
         )  # fmt: skip
-    shown = tabulate(scored, known.name)
+    shown, rows = tabulate(found, known.name), list[Any]()
+    if coverage is not None and thresholds is not None:
+        compare_draws(posterior, asked["draws"], asked["augment"])
+        rows = coverages(coverage.joined(ranks.joined), thresholds.sets, names, thresholds.by)
+        shown = [*shown, coverage_table(rows, thresholds)]
     show(shown)
     worse = []
-    if scored.change is not None and scored.change_se is not None and scored.change > 2 * scored.change_se:
-        worse.append(worsened(f"the mean {scored.loss}", scored.change, scored.change_se))
-    if folder is None or ranks.rank:
+    caveat = task.caveat(posterior, [name for one in found.scores.values() for name in one.values])
+    if caveat:
+        say(caveat)
+    change, error = found.change, found.change_se
+    if change is not None and error is not None and change > 2 * error:
+        worse.append(worsened(f"the mean {found.loss}", change, error))
+    parts = None if collected is None else collected.finish(ranks.joined)
+    if ranks.rank:
         return worse
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"network": subject.name, "posterior": posterior and _described(posterior), "data": known.name,
-             "task": task, "draws": draws, "seed": seed, "ignore": ignore}  # fmt: skip
-    write_json(folder / "results.json", {**about, **asdict(scored)})
-    write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
-    say(f"Results are in {folder}.", folder)
+    described = posterior and _described(posterior)
+    if report_file is not None:
+        reading = (
+            None if posterior is None else compared(subject, posterior, stream_of(subject, data), seed=asked["seed"])
+        )
+        made = {"networks": [subject.name], "posteriors": [described], "data": known.name, "ood": None, **asked}
+        told = facts(
+            made, time.perf_counter() - started, shlex.join(["stochbn", *sys.argv[1:]]), about_data(posterior, reading)
+        )
+        head = chosen(
+            [posterior], asked["draws"], asked["augment"], _cost(subject, posterior, known, asked["draws"], changes)
+        )
+        sections, curves, said = parts or ([], curves_of(task.panels(found.scores)), [found.summary()])
+        said = [*said, *filter(None, [caveat]), *worse, *([mend([posterior])] if worse and posterior else [])]
+        title = f"{subject.name} on {known.name}"
+        write_page(report_file, Page(title, said, shown, curves, "", (), (), told, head, sections))
+        say(f"The page is {report_file}; a browser opens it.", report_file)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"network": subject.name, "posterior": described, "data": known.name, "task": task.name, **asked}
+        about |= {"sets": rows} if rows else {}
+        write_json(folder / "results.json", {**about, **found.description()})
+        write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+        say(f"Results are in {folder}.", folder)
     return worse
 
 

@@ -50,7 +50,8 @@ def train(
 
     Loss and accuracy of every epoch are written beside it, as NETWORK.training.csv.
     """
-    from stochbn.paper import training
+    from stochbn.paper.schedule import Schedule
+    from stochbn.paper.training import train as train_network
     from stochbn.sources import architectures, checkpoints
 
     log = path.with_name(f"{path.name.removesuffix('.safetensors')}.training.csv")
@@ -62,7 +63,7 @@ def train(
         name: value for name, value in given.items() if value is not None
     }
     build = architectures.build_with_uniform_scale if uniform_scale else architectures.build
-    schedule = training.Schedule(
+    schedule = Schedule(
         epochs,
         batch_size,
         learning_rate,
@@ -75,7 +76,7 @@ def train(
     )
     with progress_bars() as bars:
         task = bars.add_task("training", total=None, unit="img")
-        model = training.train(
+        model = train_network(
             functools.partial(build, network, **arguments),
             images,
             schedule,
@@ -275,7 +276,7 @@ def compare(
     settings = Settings(members, draws, fit_images, held_out, unknown, exact, augment)
     with progress_bars() as bars:
         move = follow(bars, "predicting", "predictions")
-        shown = compare_run(folder, settings, jobs=jobs or side_by_side(3 * members), progress=move)
+        shown = compare_run(folder, settings, jobs=jobs or side_by_side(members), progress=move)
     show(shown)
     name = settings.name
     say(f"Everything is in {folder}: {name}.json, {name}.md and {name}.png.", folder)
@@ -306,7 +307,9 @@ def augment(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
     ],
-    augmentation: Annotated[str, typer.Option("--augment", help="flip, shift:PIXELS, or both.")] = "flip,shift:4",
+    augmentation: Annotated[
+        str, typer.Option("--augment", help="flip, shift:PIXELS, crop:SMALLEST, colour:STRENGTH, or several.")
+    ] = "flip,shift:4",
     members: Annotated[int, typer.Option(min=1, help="How many of its plain networks.")] = 3,
     count: Annotated[list[int], typer.Option(min=1, help="Numbers of draws, from few to many.")] = [4, 8, 16, 48],  # noqa: B006
     fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,

@@ -40,11 +40,17 @@ def export(
     check_file(path, [*given.files, data, posterior])
     subject = Subject.held(given, posterior)
     fitted = subject.need_posterior(posterior)
-    example = next(inputs for inputs, *_ in subject.load(data, "test").batches(EXAMPLE))
+    objects = subject.load(data, "test")
+    schema = getattr(objects, "schema", None)
+    preprocess = subject.preprocess if schema is not None and schema.kind == "pictures" else None
+    example = next(inputs for inputs, *_ in objects.batches(EXAMPLE))
     write = getattr(stochbn.export, ENDINGS[path.suffix])
     with status(f"exporting {subject.name}"):
         try:
-            found = write(subject.model, fitted, path, example, draws, seed=seed, **subject.settings)
+            found = write(
+                subject.model, fitted, path, example, draws, seed=seed, classes=subject.classes or None,
+                preprocess=preprocess, **subject.settings,
+            )  # fmt: skip
         except ImportError as error:
             raise ValueError(str(error)) from error
     say(

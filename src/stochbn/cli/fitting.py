@@ -165,16 +165,13 @@ def calibrate(
     """
     import stochbn
     from stochbn.augment import named, turns
-    from stochbn.calibration import TASKS_WITH_LABELS
+    from stochbn.tasks import Classification
 
     changes = named(augment) if augment is not None else None
     if choose and not isinstance(changes, turns):
         raise ValueError(
             "--choose needs several augmentations with bars between: --augment 'flip|shift:2|flip,shift:4'"
         )
-    if score not in ("nll", "brier"):
-        raise ValueError(f"--score must be nll or brier, got {score!r}")
-
     beside = given.networks[0] if given.networks else given.weights
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
     if target is None:
@@ -182,17 +179,18 @@ def calibrate(
     check_file(target, [*given.files, held_out])
     with job() as ranks, ranks.failing_together():
         subject = Subject.held(given, posterior)
-        task = subject.settings.get("task", "classification")
-        if task not in TASKS_WITH_LABELS:
+        task = subject.task
+        if not task.calibrated_by:
             raise ValueError(
-                f"calibrate chooses the noise by labels, which --task {task} has none of: choose it with 'stochbn fit "
-                "--batch-size' (more objects, less noise); intervals for numbers come from held-out data with "
-                "stochbn.conformal.intervals"
+                f"calibrate chooses the noise by labels, which --task {task.name} has none of: choose it with 'stochbn "
+                "fit --batch-size' (more examples, less noise)"
             )
-        if choose and task != "classification":
-            raise ValueError(f"--choose is for --task classification, got --task {task}")
+        if score not in task.calibrated_by:
+            raise ValueError(f"--score must be {' or '.join(task.calibrated_by)}, got {score!r}")
+        if choose and type(task) is not Classification:
+            raise ValueError(f"--choose is for --task {Classification.name}, got --task {task.name}")
         old = subject.need_posterior(posterior)
-        classes = task == "classification" and ignore is None
+        classes = type(task) is Classification and ignore is None
         data = subject.load(held_out, "held-out", "--held-out", labelled=classes).shuffled(seed).first(objects)
         if choose and isinstance(changes, turns):
             if ranks.count > 1:
@@ -228,16 +226,28 @@ def calibrate(
         if ranks.rank:
             return
         new.save(target)
-    show([_table(choices[0], ends=temperature)])
+    show([_table(choices[0], ends=temperature and choices[0].tempered)])
     dense = choices[0].units == "places"
     shown = ignore if dense else None  # evaluate has no such option for one class an object
+    augment = str(changes) if choose else augment
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
-        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, temperature {new.temperature:.3f}. "
+        f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, {_fitted(new)}. "
         f"The held-out data was shown as at test time{f', with --augment {augment}' if augment else ''}.",
         target,
     )
     say(again)
+
+
+def _fitted(posterior: Posterior) -> str:
+    """What was fitted beside the noise, in words."""
+    found = posterior.residual_variance
+    if found is None:
+        return f"temperature {posterior.temperature:.3f}"
+    rows = found.parts[2].sqrt(), found.parts[0]
+    stds, factors = (", ".join(f"{one:.4g}" for one in row.tolist()[:4]) for row in rows)
+    told = f"residual standard deviation {stds}"
+    return told if posterior.noiseless else f"{told}, beside {factors} times the variance over draws"
 
 
 def _compared(posterior: Posterior, asked: bool) -> str:
@@ -263,10 +273,11 @@ def _table(choice: Choice, ends: bool) -> Table:
     """How the options compare that there were to choose from; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
     from stochbn.report.tables import Table
+    from stochbn.tasks.draw_scores import NAMES
 
     lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}
-    name = {"nll": "NLL", "brier": "Brier score"}[choice.score]
+    name, _ = NAMES[choice.score]
     rows = []
     for one in choice.options:
         sizes = {math.inf: "none"}
@@ -276,14 +287,15 @@ def _table(choice: Choice, ends: bool) -> Table:
                 f"draws about {one.centre}" if one.centre else "plain network",
                 noise,
                 str(one.passes),
-                f"{signs.get(one.temperature, '')}{one.temperature:.3f}",
+                *([f"{signs.get(one.temperature, '')}{one.temperature:.3f}"] if choice.tempered else []),
                 f"{one.mean:.4f}",
                 "0" if one.error == 0 else f"{one.more:+.4f} \u00b1 {one.error:.4f}",
                 "chosen" if one is choice.chosen else "" if one.selectable else "for comparison",
             ]
         )
     title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
-    columns = ["predictions", "noise of", "passes", "temperature", name, "beyond a temperature", "choice"]
+    columns = ["predictions", "noise of", "passes", *(["temperature"] if choice.tempered else [])]
+    columns += [name, f"beyond {choice.beyond.partition(',')[0]}", "choice"]
     return Table(title, columns, rows)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stochbn.cli.subject import ANEW, SHARED, Given
+from stochbn.cli.subject import ANEW, SHARED, Given, task_given
 from stochbn.report.words import mend
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         return again
     chosen = _calibrate(given, None, None if path == beside else path, augment)
     choose = "choose between the plain network, a temperature and draws by data that it was not trained on"
+    if task_given(given).fits_residual:
+        choose = "fit the variance of an observation, and choose whether to draw, by data that it was not trained on"
     return f"Next, {choose}: {chosen}\nOr as it is. {again}"
 
 
@@ -153,9 +155,7 @@ def after_evaluating(
 
 def _has_labels(given: Given) -> bool:
     """Whether `calibrate` takes the network's task."""
-    from stochbn.calibration import TASKS_WITH_LABELS
-
-    return given.task in (None, *TASKS_WITH_LABELS)
+    return bool(task_given(given).calibrated_by)
 
 
 def _calibrate(

@@ -59,12 +59,11 @@ def bench(
 
 def _bench_own(subject: Subject, asked: _Measurement) -> None:
     """Measure a user's own network."""
-    from stochbn.files import write_json
-    from stochbn.measuring import own_cost
+    from stochbn.measuring import cost
+    from stochbn.report.tables import write_tables
 
-    if subject.settings.get("task", "classification") not in ("classification", "binary", "multilabel"):
-        raise ValueError("bench measures how accurate probabilities are: it takes --task classification, binary or "
-                         "multilabel")  # fmt: skip
+    if "probs" not in subject.task.outputs:
+        raise ValueError("bench measures how accurate probabilities are: it takes tasks with classes or labels")
     objects = subject.load(asked.data, "train").shuffled(asked.seed)
     largest = max(16, *asked.batch)
     if len(objects) < largest:
@@ -78,17 +77,16 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
 
             (x, _), *_ = objects.first(size).batches(size)
             measured.append(
-                own_cost.measure(
-                    subject.model, objects.first(own_cost.FITTED), x, name=subject.name, settings=subject.settings,
+                cost.measure(
+                    subject.model, objects.first(cost.FITTED), x, name=subject.name, settings=subject.settings,
                     reference=asked.reference, repetitions=asked.repetitions, seed=asked.seed, progress=tell,
                 )
             )  # fmt: skip
-    table = own_cost.tabulate(measured)
+    table = cost.tabulate(measured)
     show([table])
     if asked.folder is not None:
         asked.folder.mkdir(parents=True, exist_ok=True)
-        write_json(asked.folder / "cost.json", {"measured": measured})
-        write_bytes(asked.folder / "cost.md", f"{table.markdown()}\n".encode())
+        write_tables(asked.folder / "cost", {"measured": measured}, [table])
         say(f"Everything is in {asked.folder}: cost.json and cost.md.", asked.folder)
 
 
@@ -109,7 +107,7 @@ def _bench_trained(networks: Sequence[Path], asked: _Measurement) -> None:
             def tell(what: str, name: str = network.name, size: int = size) -> None:
                 line.update(Text(readable(f"{name}, batch {size}: {what}")))
 
-            one = cost.measure(
+            one = cost.measure_trained(
                 network,
                 size,
                 source=asked.data,

@@ -40,7 +40,11 @@ Jobs = Annotated[int, typer.Option(min=0, help="Networks to train side by side; 
 Override = functools.partial(typer.Option, show_default=False)
 Augmentation = Annotated[
     str | None,
-    Override("--augment", help="Change images at random, anew in every draw: flip, shift:PIXELS, or flip,shift:4."),
+    Override(
+        "--augment",
+        help="Change images at random, anew in every draw: flip, shift:PIXELS, crop:SMALLEST, colour:STRENGTH, or "
+        "several with commas, such as flip,shift:4.",
+    ),
 ]
 Ignored = Annotated[int | None, Override("--ignore", help="A label of places that do not count, such as 255.")]
 PosteriorFile = Annotated[

@@ -47,7 +47,7 @@ class OwnData:
         mean = held.mean if given.mean is None else numbers_of("--mean", given.mean)
         std = held.std if given.std is None else numbers_of("--std", given.std)
         self.built = prepared(built, size, mean, std)
-        self.columns = Columns(tuple(given.input or ()), given.label, given.key, held)
+        self.columns = Columns(tuple(given.input or ()), tuple(given.label or ()), given.key, held)
         exif = held.exif if given.exif is None else given.exif
         page = held.page if given.page is None else given.page
         self.decoding = Decoding(exif, page)
@@ -61,8 +61,10 @@ class OwnData:
         self.split, self.held = given.split, held
         self.told: set[str] = set()
 
-    def open(self, source: str, need: str, labelled: bool = False) -> RowObjects | LoaderObjects:
-        """Open data for what a command needs.
+    def open(
+        self, source: str, need: str, labelled: bool = False, group: str | None = None
+    ) -> RowObjects | LoaderObjects:
+        """Open data for what a command needs; the group is the column that prediction sets are by.
 
         Raises:
             ValueError: it cannot be opened or, where it must have labels, has some that are no classes.
@@ -75,7 +77,7 @@ class OwnData:
             source,
             self.split,
             PREFERRED[need],
-            self.columns,
+            replace(self.columns, group=group),
             built.train_preprocess if train else built.preprocess,
             built.classes,
             self.decoding,
@@ -90,13 +92,12 @@ class OwnData:
             self._check_labels(found.labels, source, found.classes)
         return found
 
-    def open_parquet(self, source: str, need: str) -> ParquetObjects:
+    def open_parquet(self, source: str, need: str, group: str | None = None) -> ParquetObjects:
         """Open Parquet files as a stream that other processes can share."""
         from stochbn.sources import ParquetObjects
 
-        found = ParquetObjects.open(
-            source, self.split, PREFERRED[need], self.columns, self.built.preprocess, self.decoding
-        )
+        columns = replace(self.columns, group=group)
+        found = ParquetObjects.open(source, self.split, PREFERRED[need], columns, self.built.preprocess, self.decoding)
         found = replace(found, schema=found.schema.described(**self.prepared))
         self._tell(found.schema)
         return found

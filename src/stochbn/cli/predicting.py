@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import warnings
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show, status
-from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, recorded
+from stochbn.cli.drift import about_sets, adapted_to, alarm, compared, group_of, recorded
 from stochbn.cli.options import Augmentation, Data, Draws, Override, PosteriorFile, Seed
 from stochbn.cli.own_data import numbers_of, size_of
 from stochbn.cli.streams import stream_of
@@ -87,9 +85,9 @@ def predict(
     """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
 
     Regression gives mean and standard deviation. A posterior with thresholds of 'stochbn conformal' adds the column
-    'set': the classes that an example may be of. Run it again to go on after it was stopped, killed even: rows are kept
-    in OUT.parts until all are there. Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts
-    are then in the current folder.
+    'set', of the classes or labels that an example may be of, or 'low' and 'high' of numbers; with --masks, pictures of
+    the sets. Run it again to go on after it was stopped, killed even: rows are kept in OUT.parts until all are there.
+    Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts are then in the current folder.
 
     If the posterior has a reference (the default of 'stochbn fit'), one additional pass over at most 256 examples
     checks whether the data is like the training data. A warning at the end says if it is not.
@@ -125,7 +123,7 @@ def predict(
             check_ray()
         subject = Subject.held(given, posterior)
         fitted = subject.need_posterior(posterior)
-        stream = stream_of(subject, data, engine)
+        stream = stream_of(subject, data, engine, group_of(fitted))
         reading = None
         if adapt is not None:
             with status("adapting"):
@@ -148,7 +146,7 @@ def predict(
             scorer = {**_scorer(given, fitted_in), **chosen, "top": top, "seed": seed}
             elsewhere = ray_engine(stream, scorer, batch, part_size(part, batch), workers)
         with progress_bars() as bars:
-            rows = score(
+            found = score(
                 predictive,
                 stream,
                 table,
@@ -163,8 +161,10 @@ def predict(
                 masks=masks,
                 progress=follow(bars, "predicting"),
                 engine=elsewhere,
+                uncertainty=subject.task.uncertainty,
+                shown=SHOWN,
             )
-        count, failed, least = _summary(rows)
+    least = found.least
     if least:
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
@@ -175,10 +175,12 @@ def predict(
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     if about_them := about_sets(fitted):
         say(about_them)
+    if least and (caveat := subject.task.caveat(fitted, least[0])):
+        say(caveat)
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
-    say(f"Saved {count} predictions as {path}{units}.", path)
-    if failed:
-        say(f"{failed} objects could not be read: the column 'error' says why.")
+    say(f"Saved {found.rows} predictions as {path}{units}.", path)
+    if found.failed:
+        say(f"{found.failed} objects could not be read: the column 'error' says why.")
     told = alarm(given, reading, data, posterior) if reading is not None else None
     if told is not None:
         warnings.warn(told, stacklevel=2)
@@ -201,33 +203,10 @@ def _scorer(given: Given, posterior: Path) -> dict[str, Any]:
     }
 
 
-def _summary(rows: Iterator[dict[str, Any]]) -> tuple[int, int, list[dict[str, Any]]]:
-    """How many rows there are, how many of them have an error, and the least certain ones."""
-    count = failed = 0
-
-    def readable() -> Iterator[dict[str, Any]]:
-        nonlocal count, failed
-        for row in rows:
-            count += 1
-            if row["error"]:
-                failed += 1
-            else:
-                yield row
-
-    def uncertainty(row: dict[str, Any]) -> float:
-        return next(float(row[name]) for name in ("entropy", "total_std", "total_std_0") if name in row)
-
-    least = heapq.nlargest(SHOWN, readable(), key=uncertainty)
-    return count, failed, least
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
-    try:
-        return f"{float(value):.3f}" if "." in str(value) else str(value)
-    except ValueError:
-        return str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _state(data: str | None) -> str | None:

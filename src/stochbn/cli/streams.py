@@ -17,8 +17,8 @@ BATCH = 128
 """Examples of a sample that are in a batch, at most."""
 
 
-def stream_of(subject: Subject, data: str | None, engine: str = "local") -> Stream:
-    """The examples; Parquet files as what other processes can share.
+def stream_of(subject: Subject, data: str | None, engine: str = "local", group: str | None = None) -> Stream:
+    """The examples, and the groups in a column of theirs; Parquet files as what other processes can share.
 
     Raises:
         ValueError: the engine, or a URL, needs Parquet files and a network of the user's own.
@@ -28,11 +28,11 @@ def stream_of(subject: Subject, data: str | None, engine: str = "local") -> Stre
     source = data or subject.data
     parquet = source is not None and holds_parquet(source)
     if subject.open_parquet is not None and source is not None and parquet:
-        return subject.open_parquet(source, "test")
+        return subject.open_parquet(source, "test", group)
     if engine == "ray" or (data is not None and is_url(data)):
         asked = "--engine ray" if engine == "ray" else data
         raise ValueError(f"{asked} takes Parquet files, and a network of --model; got --data {source}")
-    objects = subject.load(data, "test")
+    objects = subject.load(data, "test", group=group)
     stream: Stream = objects if hasattr(objects, "chunks") else _Images(objects)
     return stream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
     from stochbn.sources import LoaderObjects, ParquetObjects, RowObjects
     from stochbn.sources.named import Images
+    from stochbn.tasks import Task
 
-__all__ = ["ANEW", "HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of"]
+__all__ = ["ANEW", "HELD", "SHARED", "Given", "Subject", "about_networks", "needs", "settings_of", "task_given"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Given:
     input: Annotated[
         list[str] | None, Override("--input", help="A column (or array) of inputs; repeat it for more columns.")
     ] = None
-    label: Annotated[str | None, Override("--label", help="The column (or array) of labels.")] = None
+    label: Annotated[
+        list[str] | None,
+        Override("--label", help="The column (or array) of labels; repeat it for a task with several, in their order."),
+    ] = None
     key: Annotated[str | None, Override("--key", help="The column (or array) that names the rows.")] = None
     size: Annotated[str | None, Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH.")] = None
     mean: Annotated[str | None, Override("--mean", help="Subtract this from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")] = (
@@ -74,7 +78,9 @@ class Given:
     ] = None
     task: Annotated[
         str | None,
-        Override("--task", help="classification (default), binary, multilabel, regression or embedding."),
+        Override(
+            "--task", help="classification (default), binary, multilabel, regression, survival, detection or embedding."
+        ),
     ] = None
     logits: Annotated[
         str | None, Override("--logits", help="Where the logits are in the output: a key, a field or a position.")
@@ -160,6 +166,7 @@ class Subject:
         posterior: where its posterior is if nothing else is said.
         augments: whether data that is loaded for training is changed at random by the network's own module.
         fitted: the posterior whose data the subject's data is held to, and its file.
+        preprocess: from a picture to the network's input, if there is such.
     """
 
     model: nn.Module
@@ -169,10 +176,16 @@ class Subject:
     settings: dict[str, Any]
     dropout: bool | None
     open: Callable[..., Images | RowObjects | LoaderObjects]
-    open_parquet: Callable[[str, str], ParquetObjects] | None
+    open_parquet: Callable[[str, str, str | None], ParquetObjects] | None
     posterior: Path | None
     augments: bool = False
     fitted: tuple[Path, Posterior] | None = None
+    preprocess: Callable[[Any], Any] | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the network's output means."""
+        return _task_of(self.settings)
 
     @classmethod
     def of(cls, given: Given, network: Path | None = None, held: Path | None = None) -> Subject:
@@ -208,7 +221,9 @@ class Subject:
 
         checkpoint = checkpoints.load(network)
 
-        def opened(source: str, need: str, labelled: bool = False) -> Images:
+        def opened(source: str, need: str, labelled: bool = False, group: str | None = None) -> Images:
+            if group is not None:
+                raise ValueError(f"{source} has pictures and labels alone, and no column {group!r}")
             images = load_images(source, given.split or need)
             check_images(checkpoint, images, labelled)
             return images
@@ -229,7 +244,7 @@ class Subject:
     def _own(cls, given: Given, held_by: Path | None) -> Subject:
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
-        from stochbn.tasks import task_named
+        from stochbn.tasks import Classification, task_of
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
@@ -238,7 +253,7 @@ class Subject:
             if told:
                 say(f"{given.weights}: {told}.", given.weights)
         settings = settings_of(given)
-        if given.task is None and (task := task_named(None, built.model)) != "classification":
+        if given.task is None and (task := task_of(built.model).name) != Classification.name:
             settings["task"] = task
             say(f"{given.model}: --task {task}, as its config says.")
         fitted = None if held_by is None else (held_by, load(held_by))
@@ -255,12 +270,22 @@ class Subject:
             posterior=default_posterior(given.weights) if given.weights is not None else None,
             augments=built.train_preprocess is not None,
             fitted=fitted,
+            preprocess=data.built.preprocess,
         )
 
-    def load(self, source: str | None, need: str, option: str = "--data", *, labelled: bool = False) -> Any:
+    def load(
+        self,
+        source: str | None,
+        need: str,
+        option: str = "--data",
+        *,
+        labelled: bool = False,
+        group: str | None = None,
+    ) -> Any:
         """Open data, or what the network was trained on; needs it ``train``, ``test`` or ``held-out``.
 
-        What is needed as a ``reference`` is that of ``train``, shown as at test time.
+        What is needed as a ``reference`` is that of ``train``, shown as at test time. The group is the column that
+        prediction sets are by.
 
         Raises:
             ValueError: none is named and none is known.
@@ -268,7 +293,7 @@ class Subject:
         source = source or (self.data if option == "--data" else None)
         if source is None:
             raise ValueError(needs(option))
-        return self.open(source, need, labelled)
+        return self.open(source, need, labelled, group)
 
     def find_posterior(self, path: Path | None) -> Posterior | None:
         """The posterior in a file or, if none is named, in the default place, if there is one."""
@@ -328,8 +353,6 @@ def settings_of(given: Given) -> dict[str, Any]:
     Raises:
         ValueError: there is no such task, or they do not fit each other.
     """
-    from stochbn.tasks import make_task
-
     place: Any = given.logits
     if place is not None and place.lstrip("-").isdigit():
         place = int(place)
@@ -339,5 +362,22 @@ def settings_of(given: Given) -> dict[str, Any]:
         "class_axis": given.class_axis,
         "output": "probs" if given.probs else None,
     }
-    make_task(given.task or "classification", place, given.class_axis, found["output"])
+    _task_of(found)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def task_given(given: Given) -> Task:
+    """The task that options name.
+
+    Raises:
+        TypeError, ValueError: there is no such task, or options do not fit each other.
+    """
+    return _task_of(settings_of(given))
+
+
+def _task_of(settings: Mapping[str, Any]) -> Task:
+    """The task of the arguments of predictives."""
+    from stochbn.tasks import Classification, make_task
+
+    place, axis, output = (settings.get(name) for name in ("logits", "class_axis", "output"))
+    return make_task(settings.get("task") or Classification.name, place, axis, output)

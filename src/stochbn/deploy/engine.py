@@ -6,20 +6,22 @@ there are. Ray starts an actor that dies again, and its part is made anew; a par
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stochbn.deploy.scorer import Scorer
-from stochbn.scoring import Row
 from stochbn.sources import ParquetObjects
+from stochbn.table_files import as_table, joined, widest
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["PartScorer", "check_ray", "gpus_each", "ray_engine"]
 
@@ -43,14 +45,20 @@ class PartScorer:
         self.batch, self.part = batch, part
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The rows of the parts with these numbers, as JSON."""
-        texts = [json.dumps(self._rows(int(number))) for number in batch["id"]]
-        return {"id": batch["id"], "rows": np.array(texts, dtype=object)}
+        """The parts with these numbers, each as an Arrow stream."""
+        return {"id": batch["id"], "table": np.array([self._table(int(i)) for i in batch["id"]], dtype=object)}
 
-    def _rows(self, number: int) -> list[Row]:
+    def _table(self, number: int) -> bytes:
+        import pyarrow
+
         start = number * self.part
         chunks = self.stream.chunks(self.batch, start, start + self.part)
-        return [row for chunk in chunks for row in self.scorer.rows(chunk, self.stream.key_name)]
+        tables = [as_table(self.scorer.columns(chunk, self.stream.key_name)) for chunk in chunks]
+        table = joined(tables, widest(one.schema for one in tables))
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return bytes(sink.getvalue())
 
 
 def check_ray() -> None:
@@ -76,7 +84,7 @@ def gpus_each(gpus: float, workers: int) -> float:
 
 def ray_engine(
     stream: ParquetObjects, scorer: Mapping[str, Any], batch: int, part: int, workers: int
-) -> Callable[[Sequence[int]], Iterator[tuple[int, list[Row]]]]:
+) -> Callable[[Sequence[int]], Iterator[tuple[int, pyarrow.Table]]]:
     """An engine for `stochbn.scoring.score`: parts are made by `workers` actors of the Ray cluster.
 
     Without a running cluster (``RAY_ADDRESS``), Ray is started on this machine, and ended with the last part. Where the
@@ -90,7 +98,8 @@ def ray_engine(
         workers: how many actors.
     """
 
-    def engine(numbers: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
+    def engine(numbers: Sequence[int]) -> Iterator[tuple[int, pyarrow.Table]]:
+        import pyarrow
         import ray
         import ray.data
 
@@ -127,7 +136,7 @@ def ray_engine(
                 num_gpus=gpus_each(gpus, actors),
             )
             for row in rows.iter_rows():
-                yield int(row["id"]), json.loads(row["rows"])
+                yield int(row["id"]), pyarrow.ipc.open_stream(row["table"]).read_all()
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise ValueError(f"a worker of Ray failed: {cause}") from error

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from stochbn.arrays import as_array
+from stochbn.conformal.base import group_names
+from stochbn.execution import Draw, Passes
 from stochbn.posteriors import load
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
 from stochbn.schema import Schema
-from stochbn.scoring import Row, scored, without_nan
+from stochbn.scoring import scored, without_nan
 from stochbn.shift import Monitor, Reading
 from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
+from stochbn.table_files import Columns
 
 __all__ = ["Scorer"]
 
@@ -49,8 +52,11 @@ class Scorer:
     the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
     object's changes depend on its place in the batch too.
 
-    What it is given may come from strangers: it takes numbers, arrays, images as bytes, and as base64 in a mapping
-    ``{"base64": TEXT}``. A text, a path or a URL is never opened, and becomes the error of its row.
+    A posterior whose prediction sets are by group needs the column of the groups in every batch.
+
+    What it is given may come from strangers: it takes numbers, arrays, and images as bytes, as base64 in a mapping
+    ``{"base64": TEXT}``, or as numbers from 0 to 255 in a mapping ``{"pixels": [H][W][C]}``. A text, a path or a URL is
+    never opened, and becomes the error of its row.
 
     Args:
         model: where the network is built: ``package.module:function``, ``timm:NAME`` or ``hf:PATH``.
@@ -121,9 +127,10 @@ class Scorer:
         fitted = None if posterior is None else load(Path(posterior))
         held = (None if fitted is None else fitted.schema) or Schema()
         built = prepared(built, size or held.size, mean or held.mean, std or held.std)
-        self.preprocess, self.classes = built.preprocess, built.classes or ()
+        self.preprocess, self.prepared_by, self.classes = built.preprocess, built.prepared_by, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
-        self._held, self._decoding = held.inputs, Decoding(held.exif, held.page)
+        self.schema, self._decoding = held, Decoding(held.exif, held.page)
+        self._by = None if fitted is None or fitted.thresholds is None else fitted.thresholds.by
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
@@ -131,7 +138,7 @@ class Scorer:
         self._reading: Reading | None = None
         compare_draws(fitted, draws, augment)
         device = torch.accelerator.current_accelerator(check_available=True)
-        self.predictive = Predictive(
+        self.predictive = _Counted(
             built.model if device is None else built.model.to(device),
             fitted,
             draws,
@@ -140,16 +147,16 @@ class Scorer:
             **(settings or {}),
         )
 
-    def rows(self, chunk: Chunk, key_name: str) -> list[Row]:
-        """A row of the table of ``stochbn predict`` for each object of a chunk.
+    def columns(self, chunk: Chunk, key_name: str) -> Columns:
+        """The columns of the table of ``stochbn predict`` for the examples of a chunk.
 
         Raises:
             ValueError: the prediction is none of so many objects.
         """
-        rows = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
+        columns = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
         if self.monitor is not None:
             self._watch(self.monitor, chunk)
-        return rows
+        return columns
 
     def shift(self) -> dict[str, Any]:
         """Whether what was predicted is like the training data, for a service to tell; any thread may ask.
@@ -181,24 +188,56 @@ class Scorer:
         except (RuntimeError, TypeError, ValueError) as error:  # what is predicted need not be what can be compared
             self._not_compared, self._why = self._not_compared + 1, str(error)
 
-    def answer(self, objects: Sequence[Any]) -> list[Row]:
-        """A row of predictions for each example of a request to a service.
+    def read(self, objects: Sequence[Any]) -> Chunk:
+        """The examples of a request as the network takes them, after `preprocess`; any thread may ask.
 
         Args:
-            objects: numbers, lists of numbers, or images as bytes or as ``{"base64": TEXT}``. Anything else becomes a
-                row with an error, which does not tell whether there is a file of that name.
+            objects: numbers, lists of numbers, or images: as bytes, ``{"base64": TEXT}`` or ``{"pixels": [H][W][C]}``.
+                Anything else has an error, which does not tell whether there is a file of that name.
 
         Raises:
-            RuntimeError, ValueError: the network does not take them.
             TypeError: it is no sequence of examples.
         """
         if isinstance(objects, (str, bytes, bytearray, Mapping)) or not isinstance(objects, (Sequence, np.ndarray)):
             raise TypeError(f"expected a list of examples, got {type(objects).__name__}")
         columns = _Columns({"input": objects}, None, self.pixels, self._decoding)
-        rows: list[Row] = []
-        for chunk in RowObjects("the request", columns, self.preprocess).chunks(max(1, len(columns))):
-            rows += self.rows(chunk, _Columns.key_name)
-        return [{name: value for name, value in row.items() if name != _Columns.key_name} for row in rows]
+        if not len(columns):
+            return Chunk([], [], None)
+        (chunk,) = RowObjects("the request", columns, self.preprocess).chunks(len(columns))
+        return chunk
+
+    def answer(self, objects: Sequence[Any]) -> list[dict[str, Any]]:
+        """A row of predictions for each example of a request to a service.
+
+        Args:
+            objects: as for `read`; an example with an error becomes a row with it.
+
+        Raises:
+            RuntimeError, ValueError: the network does not take them.
+            TypeError: it is no sequence of examples.
+        """
+        return self._rows(self.read(objects))
+
+    def predict(self, inputs: Tensor) -> list[dict[str, Any]]:
+        """A row of predictions for each of the inputs ``[N, ...]`` that `read` gave.
+
+        Raises:
+            RuntimeError, ValueError: the network does not take them.
+        """
+        return self._rows(Chunk(list(range(len(inputs))), [None] * len(inputs), inputs))
+
+    def _rows(self, chunk: Chunk) -> list[dict[str, Any]]:
+        _, *names = found = self.columns(chunk, _Columns.key_name)
+        told = zip(*(found[name] for name in names), strict=True)
+        return [
+            {name: value for name, value in zip(names, row, strict=True) if row[-1] is None or name == "error"}
+            for row in told
+        ]
+
+    @property
+    def drawn(self) -> int:
+        """How many draws all examples have had so far, together."""
+        return self.predictive.drawn
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
         """The batch with the columns of predictions, and ``error``: why a row could not be read, or None.
@@ -208,16 +247,27 @@ class Scorer:
         Raises:
             ValueError: the batch lacks a column, or has one that is called like a prediction's.
         """
-        held = self._held if len(batch) > 1 and all(name in batch for name in self._held) else None
-        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding)
+        held = self.schema.inputs
+        held = held if len(batch) > 1 and all(name in batch for name in held) else ()
+        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding, self._by)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
-        rows = self.rows(chunk, _Columns.key_name)
-        names = list(dict.fromkeys(name for row in rows for name in row if name != _Columns.key_name))
+        _, *names = found = self.columns(chunk, _Columns.key_name)
         if taken := [name for name in names if name in batch]:
             raise ValueError(f"the batch has a column {taken[0]!r}, as one of the predictions is called; rename it")
-        return {**batch, **{name: _column([row.get(name) for row in rows], name) for name in names}}
+        return {**batch, **{name: _column(found[name], name) for name in names}}
+
+
+class _Counted(Predictive):
+    """A predictive that counts draws, over all examples."""
+
+    drawn = 0
+
+    def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
+        raw = super()._pass(made, block)
+        self.drawn += raw.shape[0] * raw.shape[1]
+        return raw
 
 
 class _Columns:
@@ -227,15 +277,21 @@ class _Columns:
     classes: tuple[str, ...] = ()
 
     def __init__(
-        self, batch: Mapping[str, Any], inputs: Sequence[str] | None, pixels: int | None, decoding: Decoding
+        self,
+        batch: Mapping[str, Any],
+        inputs: Sequence[str] | None,
+        pixels: int | None,
+        decoding: Decoding,
+        by: str | None = None,
     ) -> None:
         self.decoding = decoding
-        names = list(inputs or batch)
+        names = list(inputs or (name for name in batch if name != by))
         missing = [name for name in names if name not in batch]
         if missing or (inputs is None and len(names) != 1):
             told = f"has no column {missing[0]!r}" if missing else f"has {len(names)} columns"
             raise ValueError(f"the batch {told}; name those of the network's inputs, among {', '.join(batch)}")
         self.columns, self.pixels = [as_array(batch[name]) for name in names], pixels
+        self.groups = group_names(batch[by], len(self)) if by is not None and by in batch else None
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -255,7 +311,7 @@ class _Columns:
             return _numbers(values)
         value = values[0]
         if isinstance(value, Mapping):
-            value = _bytes_of(value)
+            value = _pixels_of(value["pixels"], self.pixels) if "pixels" in value else _bytes_of(value)
         if value is None:
             raise ValueError("is empty")
         if isinstance(value, (bytes, bytearray, memoryview)):
@@ -286,6 +342,23 @@ def _bytes_of(image: Mapping[str, Any]) -> Any:
     if isinstance(content, (bytes, bytearray, memoryview)) or (content is None and image.get("path") is None):
         return content
     raise ValueError("holds no bytes of an image, and no file is opened; send its bytes")
+
+
+def _pixels_of(values: Any, most: int | None) -> np.ndarray[Any, Any]:
+    """An image in numbers from 0 to 255, ``[H, W, C]`` in uint8.
+
+    Raises:
+        ValueError: it is none, or too large.
+    """
+    pixels = _numbers(values)
+    shape, channels = list(pixels.shape), pixels.shape[-1]
+    if pixels.ndim != 3 or channels not in (1, 3, 4) or not pixels.numel():
+        raise ValueError(f"has pixels of shape {shape}; expected [H, W, C] with C = 1, 3 or 4")
+    if most is not None and pixels.numel() > most * channels:
+        raise ValueError(f"is an image of {pixels.numel() // channels} pixels, where at most {most} are taken")
+    if bool(((pixels < 0) | (pixels > 255) | (pixels != pixels.floor())).any()):
+        raise ValueError("has pixels that are no whole numbers from 0 to 255")
+    return pixels.numpy().astype(np.uint8)
 
 
 def _numbers(values: Any) -> Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,16 @@ import torch
 from torch import nn
 
 from stochbn.export.checking import Runner, compare
+from stochbn.export.inputs import metadata
 from stochbn.export.program import ExportError, Predicting, predicting, quiet, reason
 from stochbn.files import check_file, write
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.predictive.predictive import checks_weights
-from stochbn.tasks import make_task, task_named
+from stochbn.posteriors.checks import checks_weights
+from stochbn.posteriors.thresholds import compare_draws
+from stochbn.schema import Schema
+from stochbn.sources.pictures import Preprocessing
+from stochbn.tasks import Task, task_of
 
 __all__ = ["Export", "ExportError", "onnx", "pt2"]
 
@@ -64,17 +68,22 @@ def onnx(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+    task: Task | str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
     inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
+    classes: Sequence[str] | None = None,
+    preprocess: Preprocessing | None = None,
 ) -> Export:
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
     Outputs are ``probs`` ``[N, K]``, ``entropy`` ``[N]`` and ``mutual_information`` ``[N]`` (nats), as in
-    `stochbn.Prediction`; for regression and embedding ``mean``, ``std`` and ``total_std``, as in `stochbn.Estimate`.
+    `stochbn.Prediction`; for other tasks what their predictions have, such as ``mean``, ``std`` and, where it is known,
+    ``total_std`` of a regression. A posterior with thresholds of prediction sets (``posterior.with_sets``) adds
+    ``set``, truth values ``[N, K]``, or ``low`` and ``high`` of numbers; sets by group are in the file's metadata
+    alone, under ``stochbn.sets``.
     Inputs have the names of the arguments of the network's ``forward``. The number of objects N is free.
 
     The network is exported in evaluation mode, so dropout is off. What comes before the first drawn batch norm is in
@@ -97,6 +106,8 @@ def onnx(
         output: ``"logits"``, or ``"probs"`` for a network whose output has been through a softmax or a sigmoid.
         inputs: what the network takes of a batch.
         check: what a posterior must have in common with the network.
+        classes: the names of the classes, for the file's metadata; None is what the posterior was fitted with.
+        preprocess: how a picture becomes an input, for the file's metadata; see docs/export.md.
 
     Returns:
         What has been written.
@@ -111,8 +122,9 @@ def onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     _check(path, model, posterior, draws, seed, check)
-    read = make_task(task_named(task, model), logits, class_axis, output)
+    read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
+    given = _described(given, posterior, classes, preprocess)
     return _written(path, given, lambda place: _write_onnx(place, given), _with_onnxruntime)
 
 
@@ -124,12 +136,14 @@ def pt2(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+    task: Task | str | None = None,
     logits: Any = None,
     class_axis: int | None = None,
     output: Literal["logits", "probs"] | None = None,
     inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
+    classes: Sequence[str] | None = None,
+    preprocess: Preprocessing | None = None,
 ) -> Export:
     """Write a network under S fixed draws as `torch.export` writes it, and check it with `torch.export.load`.
 
@@ -149,6 +163,8 @@ def pt2(
         output: logits or probabilities.
         inputs: what the network takes of a batch.
         check: what must be the same of posterior and network.
+        classes: the names of the classes.
+        preprocess: how a picture becomes an input.
 
     Returns:
         What has been written.
@@ -157,8 +173,9 @@ def pt2(
         ExportError, OSError, TypeError, ValueError: as in `onnx`.
     """
     _check(path, model, posterior, draws, seed, check)
-    read = make_task(task_named(task, model), logits, class_axis, output)
+    read = task_of(model, task, logits, class_axis, output)
     given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
+    given = _described(given, posterior, classes, preprocess)
     return _written(path, given, lambda place: _write_pt2(place, given), _with_torch)
 
 
@@ -177,6 +194,18 @@ def _written(
     return Export(path, path.stat().st_size, len(given.drawn), given.outputs, given.repeated, found[0])
 
 
+def _described(
+    given: Predicting, posterior: Posterior, classes: Sequence[str] | None, preprocess: Preprocessing | None
+) -> Predicting:
+    """The same with metadata of inputs and outputs."""
+    held = posterior.schema or Schema()
+    classes, count = held.classes if classes is None else classes, 0
+    if classes:
+        with torch.no_grad():
+            count = given.task.raw(given.example.call(given.model)).shape[1]
+    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example, held.exif)})
+
+
 def _check(
     path: str | os.PathLike[str], model: nn.Module, posterior: Posterior, draws: int, seed: int, check: str
 ) -> None:
@@ -190,6 +219,7 @@ def _check(
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 on, got {seed!r:.40}")
     check_file(path)
+    compare_draws(posterior, draws, None)
 
 
 def _write_onnx(path: Path, given: Predicting) -> None:

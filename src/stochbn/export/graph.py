@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from stochbn.tasks import Regression, Task
+from stochbn.tasks import Task
 
-__all__ = ["OutOfReachError", "UnderDraws", "outputs_of", "with_names"]
+__all__ = ["OutOfReachError", "UnderDraws", "with_names"]
 
 NORMALISES = torch.ops.aten._native_batch_norm_legit_no_training.default
 """What a batch norm in evaluation mode is in an exported graph: input, weight, bias, mean, variance, momentum, eps."""
@@ -36,11 +36,6 @@ def with_names(module: nn.Module, names: Sequence[str]) -> nn.Module:
     inputs = tuple(map(graph.placeholder, names))
     graph.output(graph.call_module("predictive", inputs))
     return fx.GraphModule({"predictive": module}, graph)
-
-
-def outputs_of(task: Task) -> tuple[str, ...]:
-    """The outputs of an exported network: names of attributes of what a predictive returns."""
-    return ("mean", "std", "total_std") if isinstance(task, Regression) else ("probs", "entropy", "mutual_information")
 
 
 class UnderDraws(nn.Module):
@@ -93,7 +88,8 @@ class UnderDraws(nn.Module):
         mean = values.mean(0)
         variance = (values - mean).square().sum(0) / max(self.draws - 1, 1)
         prediction = self._task.prediction(mean, second.mean(0), variance, None)
-        return {name: getattr(prediction, name) for name in outputs_of(self._task)}
+        found = {name: getattr(prediction, name) for name in self._task.outputs}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _one_by_one(self, plain: Mapping[fx.Node, Any]) -> Tensor:
         """The raw values ``[S, N, C, ...]``, from a pass for each draw."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from stochbn.conformal import Rule
 from stochbn.execution import Call, Draw
 from stochbn.execution.verify import examine
-from stochbn.export.graph import OutOfReachError, UnderDraws, outputs_of, with_names
+from stochbn.export.graph import OutOfReachError, UnderDraws, with_names
 from stochbn.network.calling import NetworkInput
 from stochbn.network.layers import batch_norms, buffer_names, listed, unwrap
 from stochbn.network.replica import Network
@@ -44,6 +46,7 @@ class Predicting:
         inputs: names of the inputs.
         repeated: why each draw has a part of the graph of its own; empty if one pass serves all draws.
         about: what the file says of itself.
+        sets: makes the prediction sets that are outputs too; None for none.
     """
 
     program: ExportedProgram
@@ -55,11 +58,38 @@ class Predicting:
     inputs: tuple[str, ...]
     repeated: str
     about: Mapping[str, str]
+    sets: Rule | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the outputs."""
-        return outputs_of(self.task)
+        """The names of the outputs: of those that the task may have, what is known with this network and posterior."""
+        return tuple(self.program.call_spec.out_spec.context)
+
+    @property
+    def set_outputs(self) -> tuple[str, ...]:
+        """The names of those that are prediction sets."""
+        return tuple(name for name in self.outputs if name in SET_OUTPUTS)
+
+
+SET_OUTPUTS = ("set", "low", "high")
+"""The outputs that are prediction sets."""
+
+
+class _WithSets(nn.Module):
+    """A network that also gives the prediction sets of its outputs."""
+
+    def __init__(self, predictive: nn.Module, rule: Rule) -> None:
+        super().__init__()
+        if isinstance(rule.threshold, Tensor):  # a buffer, so that it is in the program
+            self.register_buffer("threshold", rule.threshold)
+        self.predictive, self._rule = predictive, rule
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The outputs of the network, and the sets."""
+        found: dict[str, Tensor] = self.predictive(*inputs)
+        rule: Any = self._rule
+        rule = replace(rule, threshold=self.threshold) if isinstance(rule.threshold, Tensor) else rule
+        return {**found, **rule.within(found)}
 
 
 def predicting(
@@ -70,7 +100,7 @@ def predicting(
     Raises:
         ExportError: the network cannot be copied or exported.
     """
-    name = type(unwrap(model)).__name__
+    name, task = type(unwrap(model)).__name__, task.calibrated(posterior)
     example = _checked(example, name)
     network = Network.of(model)
     network.look()
@@ -107,7 +137,14 @@ def predicting(
         "seed": str(seed),
         "task": task.name,
     }
-    program = _exported(with_names(predictor, inputs), example, name)
+    sets = None
+    if posterior.thresholds is not None:
+        about["sets"] = json.dumps(posterior.thresholds.told())
+        rule = posterior.thresholds.sets
+        if not rule.groups and task.class_axis in (None, 1):
+            sets = rule
+    whole = predictor if sets is None else _WithSets(predictor, sets)
+    program = _exported(with_names(whole, inputs), example, name)
     return Predicting(
         program,
         copy,
@@ -118,6 +155,7 @@ def predicting(
         inputs,
         repeated,
         about,
+        sets,
     )
 
 

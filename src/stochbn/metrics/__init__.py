@@ -13,7 +13,15 @@ from stochbn.metrics.classification import (
     ood,
     risk_coverage,
 )
-from stochbn.metrics.others import class_ece, gaussian_nll_of_each, multilabel, pinball, regression
+from stochbn.metrics.others import (
+    class_ece,
+    crps_of_each,
+    gaussian_nll_of_each,
+    multilabel,
+    pinball,
+    pinball_of_each,
+    regression,
+)
 
 __all__ = [
     "BINS",
@@ -22,6 +30,7 @@ __all__ = [
     "checked_predictions",
     "checked_probabilities",
     "class_ece",
+    "crps_of_each",
     "deep_ensemble_equivalent",
     "entropy_cdf",
     "evaluate",
@@ -30,6 +39,7 @@ __all__ = [
     "nll_of_each",
     "ood",
     "pinball",
+    "pinball_of_each",
     "regression",
     "risk_coverage",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import stochbn.metrics as metrics
-from stochbn.predictions import entropy
+from stochbn.metrics.entropies import entropy
 
 __all__ = ["paired", "standard_errors"]
 

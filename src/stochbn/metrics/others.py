@@ -16,7 +16,15 @@ from stochbn.metrics.classification import (
     torchmetrics_classification,
 )
 
-__all__ = ["class_ece", "gaussian_nll_of_each", "multilabel", "pinball", "regression"]
+__all__ = [
+    "class_ece",
+    "crps_of_each",
+    "gaussian_nll_of_each",
+    "multilabel",
+    "pinball",
+    "pinball_of_each",
+    "regression",
+]
 
 
 def regression(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> dict[str, float]:
@@ -48,17 +56,30 @@ def regression(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> dict
     mean, std, targets = (as_numbers(value, "numbers").double() for value in (mean, std, targets))
     error = targets - mean
     z = error / std
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    crps = std * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))
     half = torch.special.ndtri(torch.tensor((1 + coverage) / 2, dtype=torch.float64))
     return {
         "rmse": error.square().mean().sqrt().item(),
         "mae": error.abs().mean().item(),
         "nll": nll.mean().item(),
-        "crps": crps.mean().item(),
+        "crps": crps_of_each(mean, std, targets).mean().item(),
         "coverage": (z.abs() <= half).double().mean().item(),
         "width": (2 * half * std).mean().item(),
     }
+
+
+def crps_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
+    """The continuous ranked probability score of each target under a Normal distribution, of the targets' shape.
+
+    Raises:
+        TypeError, ValueError: as `regression`.
+
+    Source: Gneiting and Raftery, 2007, "Strictly proper scoring rules, prediction, and estimation".
+    """
+    mean, std, targets = _checked(mean, std, targets)
+    z = (targets - mean) / std
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    crps: Tensor = std * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    return crps
 
 
 def gaussian_nll_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
@@ -67,6 +88,18 @@ def gaussian_nll_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
     Raises:
         TypeError, ValueError: as `regression`.
     """
+    mean, std, targets = _checked(mean, std, targets)
+    nll: Tensor = ((targets - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2
+    return nll
+
+
+def _checked(mean: Any, std: Any, targets: Any) -> list[Tensor]:
+    """Finite numbers of one shape in float64, of which the standard deviations are positive."""
+    if std is None:
+        raise TypeError(
+            "the standard deviations are None: nothing is known of single observations until stochbn.calibrate has "
+            'fitted a residual variance (task="regression")'
+        )
     found = {"mean": mean, "std": std, "targets": targets}
     numbers = {name: as_numbers(value, name).double() for name, value in found.items()}
     shapes = {name: list(value.shape) for name, value in numbers.items()}
@@ -77,8 +110,7 @@ def gaussian_nll_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
             raise ValueError(f"{name} has NaN or infinity; leave such objects out")
     if (numbers["std"] <= 0).any():
         raise ValueError(f"standard deviations must be positive, found {numbers['std'].min().item():g}")
-    z = (numbers["targets"] - numbers["mean"]) / numbers["std"]
-    return z.square() / 2 + numbers["std"].log() + math.log(2 * math.pi) / 2
+    return list(numbers.values())
 
 
 def pinball(quantiles: Any, targets: Any, level: float) -> float:
@@ -105,8 +137,13 @@ def pinball(quantiles: Any, targets: Any, level: float) -> float:
         raise ValueError(f"level must lie between 0 and 1, got {level!r}")
     if not (quantiles.isfinite().all() and targets.isfinite().all()):
         raise ValueError("quantiles or targets have NaN or infinity; leave such objects out")
+    return pinball_of_each(quantiles, targets, level).mean().item()
+
+
+def pinball_of_each(quantiles: Tensor, targets: Tensor, level: float) -> Tensor:
+    """The pinball loss of each predicted quantile at a level, of their shape."""
     error = targets - quantiles
-    return torch.maximum(level * error, (level - 1) * error).mean().item()
+    return torch.maximum(level * error, (level - 1) * error)
 
 
 def multilabel(probs: Any, labels: Any) -> dict[str, float]:

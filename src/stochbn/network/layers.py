@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_norms", "buffer_names", "listed", "qualified_names", "running_statistics", "undrawable", "unwrap"]
+__all__ = [
+    "batch_norms", "buffer_names", "listed", "qualified_names", "running_statistics", "undrawable", "unwrap",
+    "with_statistics",
+]  # fmt: skip
 
 WRAPPED = {
     "OptimizedModule": "_orig_mod",  # torch.compile
@@ -102,6 +106,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         raise ValueError(
             f"{type(model).__name__} has no batch-norm layers, so there are no statistics to draw; "
             f"stochbn needs a network with BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm or a subclass{others}"
+            f"{_what_to_do(model)}"
         )
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
@@ -112,6 +117,22 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise ValueError(f"batch-norm layer {name!r} is lazy and not initialised; run the network once first")
     return layers
+
+
+def _what_to_do(model: nn.Module) -> str:
+    """How a network without batch norm may come to have some: of frozen, and of fused ones."""
+    modules = list(model.modules())
+    if any("FrozenBatchNorm" in type(module).__name__ for module in modules):
+        return (
+            ". Build the network with torch.nn.BatchNorm2d (norm_layer= of torchvision) and load the same weights: its "
+            "buffers have the same names"
+        )
+    if any(hasattr(module, "forward_fuse") or hasattr(module, "fuse") for module in modules):
+        return (
+            ". Its class can fuse batch norms into the convolutions before them, as some libraries do on loading or "
+            "before predicting: load the network without fuse()"
+        )
+    return ""
 
 
 def qualified_names(model: nn.Module) -> dict[str, str]:
@@ -144,6 +165,25 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert mean is not None
     assert var is not None
     return mean, var
+
+
+def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network, without wrappers, with other running statistics.
+
+    Args:
+        model: the network.
+        statistics: of each layer, by its name: ``[2, C]``, its mean and its variance.
+
+    Raises:
+        ValueError: the network's type cannot hold them.
+    """
+    layers = batch_norms(written := copy.deepcopy(unwrap(model)))
+    with torch.no_grad():
+        for name, values in statistics.items():
+            for statistic, value in zip(running_statistics(layers[name]), values, strict=True):
+                if not statistic.copy_(value).isfinite().all():
+                    raise ValueError(f"{statistic.dtype} cannot hold the statistics of {name!r}; use float32")
+    return written
 
 
 def buffer_names(layer: str) -> tuple[str, str]:

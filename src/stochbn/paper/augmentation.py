@@ -9,35 +9,31 @@ at once; the log-probabilities lie in the member's folder, under ``augmentation`
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stochbn
 import stochbn.augment as augment
 import stochbn.metrics as metrics
+from stochbn.augment import Augment
 from stochbn.distributed import Ranks
 from stochbn.evaluation.fitting import fit_posterior
-from stochbn.evaluation.predicting import PREDICT_BATCH, on_accelerator
-from stochbn.files import check_folder, read_tensors, write_bytes, write_json, write_tensors
+from stochbn.evaluation.predicting import PREDICT_BATCH
 from stochbn.paper import figures
 from stochbn.paper.recipes import Member, Recipe
-from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICTIONS, load_parts
-from stochbn.paper.scores import mixture, score_all
 from stochbn.paper.snapshotting import Cycles, take_snapshots
-from stochbn.report.tables import Table
-from stochbn.sources import checkpoints
+from stochbn.paper.study import Made, Study, ensembles, score_all, table
+from stochbn.posteriors import Posterior
+from stochbn.report.tables import Table, write_tables
 from stochbn.sources.named import Images
 
 __all__ = ["CHOSEN", "METHODS", "SNAPSHOT_METHODS", "Settings", "draw", "draw_over_inputs", "tabulate"]
 
-AUGMENTATION = "stochbn.augmentation/1"
 STATISTICS = "statistics"
 INPUT = "input"
 BOTH = "both"
@@ -111,34 +107,22 @@ def draw_over_inputs(
     """
     ranks = ranks or Ranks(None)
     with ranks.failing_together():
-        _make_predictions(folder, settings, progress, ranks)
+        study = _study(folder, settings)
+        methods = {member: _methods(member, settings) for member in study.members}
+        study.make(methods, _predict, ranks=ranks, progress=progress)
     with ranks.failing_together():
         return tabulate(folder, settings) if ranks.rank == 0 else []
 
 
-def _make_predictions(folder: Path, settings: Settings, progress: Callable[[int, int], None], ranks: Ranks) -> None:
-    """Make the predictions that are not there yet, of the networks that are this rank's."""
-    check_folder(folder, *(f"augmentation.{ending}" for ending in ("json", "md", "png", "svg")))
-    recipe = read_recipe(folder)
-    if not recipe.held_out:
-        raise ValueError(
-            f"{str(folder)!r} is a run that trained on all images, so there are none to calibrate on; make one with "
-            "--held-out 0.1"
-        )
-    if recipe.members < settings.members:
-        raise ValueError(f"{str(folder)!r} has {recipe.members} plain networks, {settings.members} were asked for")
-    own = _plain(recipe)[ranks.rank :: ranks.count]
-    tasks = [(member, method) for member in own for method in _methods(member, settings)]
-    waiting = [task for task in tasks if _stored(folder, *task, settings) is None]
-    progress(len(tasks) - len(waiting), len(tasks))
-    parts = load_parts(recipe) if waiting else {}
-    for done, (member, method) in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
-        _predict(folder, recipe, settings, member, method, parts)
-        progress(done, len(tasks))
+def _study(folder: Path, settings: Settings) -> Study:
+    described = {**asdict(settings), "counts": list(settings.counts)}
+    return Study.of(folder, "augmentation", described, _relevant, networks=settings.members, calibrates=True)
 
 
-def _plain(recipe: Recipe) -> list[Member]:
-    return [member for member in recipe.all_members() if member.kind == "plain"]
+def _relevant(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    others = {"members", *(() if method == CHOSEN else ("candidates",))}
+    others |= set() if method in SNAPSHOT_METHODS else {"snapshots"}
+    return {name: value for name, value in settings.items() if name not in others}
 
 
 def _methods(member: Member, settings: Settings) -> tuple[str, ...]:
@@ -149,105 +133,80 @@ def _methods(member: Member, settings: Settings) -> tuple[str, ...]:
     return METHODS + chosen + (SNAPSHOT_METHODS if settings.snapshots is not None else ())
 
 
-def _file(folder: Path, member: Member, method: str) -> Path:
-    return folder / member.name / "augmentation" / f"{method.replace(', ', '-')}.safetensors"
-
-
-def _stored(
-    folder: Path, member: Member, method: str, settings: Settings
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    file = _file(folder, member, method)
-    if not file.exists():
-        return None
-    tensors, about = read_tensors(file, AUGMENTATION)
-    if _comparable(about["settings"], method) != _comparable(_described(settings), method):
-        raise ValueError(
-            f"{str(file)!r} was made with other settings ({about['settings']}); delete the folders 'augmentation' in "
-            "the run folder, or use these settings"
-        )
-    return tensors, about
-
-
-def _described(settings: Settings) -> dict[str, Any]:
-    return {**asdict(settings), "counts": list(settings.counts)}
-
-
-def _comparable(described: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings that a method depends on."""
-    others = {"members", *(() if method == CHOSEN else ("candidates",))}
-    others |= set() if method in SNAPSHOT_METHODS else {"snapshots"}
-    return {name: value for name, value in described.items() if name not in others}
-
-
-def _predict(
-    folder: Path, recipe: Recipe, settings: Settings, member: Member, method: str, parts: Mapping[str, Images]
-) -> None:
-    """Make one method's predictions with one network, for every number of draws."""
-    model = on_accelerator(checkpoints.load(folder / member.name / "network.safetensors").model)
-    seed = recipe.schedule(member).seed
-    changes = None if method == STATISTICS else augment.named(settings.augment)
-    train = _first(parts["train"].shuffled(seed), settings.fit_images)
-    held_out = _first(parts["held-out"], settings.held_out)
-    about: dict[str, Any] = {"settings": _described(settings)}
-    if method == CHOSEN:
-        candidates = augment.named(settings.candidates)
-        several = candidates.augmentations if isinstance(candidates, augment.turns) else (candidates,)
-        batches = held_out.batches(PREDICT_BATCH)
-        changes = stochbn.choose_augmentation(model, None, batches, several, draws=CHOICES, seed=seed)
-        about["augmentations"] = list(map(repr, changes.augmentations))
-    if method in SNAPSHOT_METHODS:
-        assert settings.snapshots is not None
-        trained = changes if recipe.augment else None
-        place = folder / member.name / SNAPSHOTS
-        members = take_snapshots(
-            model, parts["train"], recipe, settings.snapshots, seed=seed, augment=trained, folder=place
-        )
-        fitted = [(one.model, one.posterior) for one in members if one.posterior is not None]
-    else:
-        batch = recipe.statistics_batch
-        fitted = [(model, fit_posterior(model, train, batch, seed, kind="joint", augment=changes))]
-    if INPUT in method:
-        fitted = [(one, posterior.recentre(one)) for one, posterior in fitted]
-    if "calibrated" in method:
-        noise = [float("inf")] if INPUT in method else None
-        options: dict[str, Any] = {"batch_sizes": noise, "temperature": True, "augment": changes, "seed": seed}
-        fitted = [
-            (one, stochbn.calibrate(one, posterior, held_out.batches(PREDICT_BATCH), **options))
-            for one, posterior in fitted
-        ]
-    elif INPUT in method:
-        fitted = [(one, posterior.rescale(float("inf"))) for one, posterior in fitted]
-    posterior = fitted[0][1]
-    about["batch_size"] = "inf" if posterior.batch_size == float("inf") else posterior.batch_size
-    about["temperature"] = posterior.temperature
-    counts = _counts(method, settings)
-    predictives = [
-        stochbn.Predictive(one, posterior, counts[-1], tolerance=0, augment=changes) for one, posterior in fitted
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for part in ("known", "unknown"):
-        if part not in parts:
-            continue
-        rows: dict[int, list[Tensor]] = {count: [] for count in counts}
-        for inputs, _ in _first(parts[part], settings.images).batches(PREDICT_BATCH):
-            every = [one(inputs, generator=generator, keep_draws=True).log_probs.exp() for one in predictives]
-            for count, means in rows.items():
-                mean = torch.stack([probs[:count].mean(0) for probs in every]).mean(0)
-                means.append(mean.log().cpu())
-        tensors |= {f"{count}.{part}": torch.cat(means) for count, means in rows.items()}
-    file = _file(folder, member, method)
-    file.parent.mkdir(exist_ok=True)
-    write_tensors(file, AUGMENTATION, tensors, about)
-
-
 def _counts(method: str, settings: Settings) -> tuple[int, ...]:
     """How many draws are averaged: of each snapshot few, and one, which is a plain pass where its input is drawn."""
     return (1, *settings.counts[:2]) if method in SNAPSHOT_METHODS else settings.counts
 
 
-def _first(images: Images, most: int) -> Images:
-    return images.take(torch.arange(min(most, len(images))))
+def _predict(study: Study, member: Member, methods: Sequence[str], parts: Mapping[str, Images]) -> Iterator[Made]:
+    described = dict(study.settings)
+    cycles = described["snapshots"]
+    described |= {"counts": tuple(described["counts"]), "snapshots": None if cycles is None else Cycles(**cycles)}
+    settings = Settings(**described)
+    model, seed = study.network(member), study.recipe.schedule(member).seed
+    for method in methods:
+        about: dict[str, Any] = {}
+        changes = None if method == STATISTICS else augment.named(settings.augment)
+        if method == CHOSEN:
+            candidates = augment.named(settings.candidates)
+            several = candidates.augmentations if isinstance(candidates, augment.turns) else (candidates,)
+            held_out = parts["held-out"].first(settings.held_out).batches(PREDICT_BATCH)
+            changes = stochbn.choose_augmentation(model, None, held_out, several, draws=CHOICES, seed=seed)
+            about["augmentations"] = list(map(repr, changes.augmentations))
+        fitted = _fitted(study, member, model, method, settings, changes, parts)
+        posterior = fitted[0][1]
+        about["batch_size"] = "inf" if posterior.batch_size == float("inf") else posterior.batch_size
+        about["temperature"] = posterior.temperature
+        counts = _counts(method, settings)
+        predictives = [stochbn.Predictive(one, p, counts[-1], tolerance=0, augment=changes) for one, p in fitted]
+        generator = torch.Generator().manual_seed(seed)
+        tensors: dict[str, Tensor] = {}
+        for part in ("known", "unknown"):
+            if part not in parts:
+                continue
+            rows: dict[int, list[Tensor]] = {count: [] for count in counts}
+            for inputs, _ in parts[part].first(settings.images).batches(PREDICT_BATCH):
+                every = [one(inputs, generator=generator, keep_draws=True).log_probs.exp() for one in predictives]
+                for count, means in rows.items():
+                    mean = torch.stack([probs[:count].mean(0) for probs in every]).mean(0)
+                    means.append(mean.log().cpu())
+            tensors |= {f"{count}.{part}": torch.cat(means) for count, means in rows.items()}
+        yield method, tensors, about
+
+
+def _fitted(
+    study: Study,
+    member: Member,
+    model: nn.Module,
+    method: str,
+    settings: Settings,
+    changes: Augment | None,
+    parts: Mapping[str, Images],
+) -> list[tuple[nn.Module, Posterior]]:
+    """The network, or its snapshots, with the posteriors that a method draws from."""
+    recipe, seed = study.recipe, study.recipe.schedule(member).seed
+    if method in SNAPSHOT_METHODS:
+        assert settings.snapshots is not None
+        shown = changes if recipe.augment else None
+        place = study.folder / member.name / SNAPSHOTS
+        taken = take_snapshots(
+            model, parts["train"], recipe, settings.snapshots, seed=seed, augment=shown, folder=place
+        )
+        fitted = [(one.model, one.posterior) for one in taken if one.posterior is not None]
+    else:
+        train = parts["train"].shuffled(seed).first(settings.fit_images)
+        fitted = [(model, fit_posterior(model, train, recipe.statistics_batch, seed, kind="joint", augment=changes))]
+    if INPUT in method:
+        fitted = [(one, posterior.recentre(one)) for one, posterior in fitted]
+    if "calibrated" in method:
+        sizes = [float("inf")] if INPUT in method else None
+        options: dict[str, Any] = {"batch_sizes": sizes, "temperature": True, "augment": changes, "seed": seed}
+        held_out = parts["held-out"].first(settings.held_out)
+        return [
+            (one, stochbn.calibrate(one, posterior, held_out.batches(PREDICT_BATCH), **options))
+            for one, posterior in fitted
+        ]
+    return [(one, posterior.rescale(float("inf"))) for one, posterior in fitted] if INPUT in method else fitted
 
 
 def tabulate(folder: Path, settings: Settings) -> list[Table]:
@@ -257,65 +216,45 @@ def tabulate(folder: Path, settings: Settings) -> list[Table]:
         FileNotFoundError, ValueError: predictions are missing, or of other settings.
         OSError: the folder cannot be written.
     """
-    recipe = read_recipe(folder)
-    members = _plain(recipe)
-    plain = []
-    labels = torch.empty(0)
-    for member in members:
-        kept, _ = read_tensors(folder / member.name / "predictions.safetensors", PREDICTIONS)
-        labels = kept["labels"][: settings.images]
-        parts = [part for part in ("known", "unknown") if f"plain.{part}" in kept]
-        plain.append({part: kept[f"plain.{part}"][: settings.images].exp() for part in parts})
-
-    def read(member: Member, method: str, count: int) -> dict[str, Tensor]:
-        found = _stored(folder, member, method, settings)
-        if found is None:
-            raise FileNotFoundError(f"{str(folder)!r} lacks {method!r} of {member.name}; run it to its end")
-        parts = [part for part in ("known", "unknown") if f"{count}.{part}" in found[0]]
-        return {part: found[0][f"{count}.{part}"].exp() for part in parts}
-
-    chosen = range(settings.members)
-    methods: dict[str, list[dict[str, Tensor]]] = {"plain": [plain[i] for i in chosen]}
+    study = _study(folder, settings)
+    recipe, members, chosen = study.recipe, study.members, study.members[: settings.members]
+    plain, labels = study.plain(settings.images, settings.images)
+    methods = {"plain": plain[: settings.members]}
     passes: dict[str, int] = {"plain": 1}
     trainings: dict[str, float] = {"plain": 1.0}
     for method in _methods(members[0], settings):
-        times = 1 if settings.snapshots is None or method not in SNAPSHOT_METHODS else settings.snapshots.count
+        cycles = settings.snapshots if method in SNAPSHOT_METHODS else None
         for count in _counts(method, settings):
-            name = f"{method}, {count}" if times == 1 else f"{method}, {count} each"
-            methods[name] = [read(members[i], method, count) for i in chosen]
-            passes[name] = count * times
-            trainings[name] = 1.0 if times == 1 else _trainings(recipe, settings.snapshots)
+            name = f"{method}, {count}" if cycles is None or cycles.count == 1 else f"{method}, {count} each"
+            methods[name] = [study.read(member, method, f"{count}.") for member in chosen]
+            passes[name] = count * (1 if cycles is None else cycles.count)
+            trainings[name] = _trainings(recipe, cycles)
     few = settings.counts[min(1, len(settings.counts) - 1)]
-    with_input = [read(member, INPUT, few) for member in members]
-    ensembles, others = {}, {}
-    for size in range(1, len(plain) + 1):
-        groups = [[(first + i) % len(plain) for i in range(size)] for first in chosen]
-        ensembles[f"ensemble of {size}"] = [mixture([plain[i] for i in group]) for group in groups]
-        passes[f"ensemble of {size}"] = size
-        trainings |= {f"ensemble of {size}": size, f"ensemble of {size}, {INPUT}, {few} each": size}
+    yardstick = ensembles(plain, settings.members)
+    drawn = ensembles([study.read(member, INPUT, f"{few}.") for member in members], settings.members)
+    for size, name in enumerate(yardstick, start=1):
+        both = f"{name}, {INPUT}, {few} each"
+        passes |= {name: size, both: size * few}
+        trainings |= {name: size, both: size}
         if size > 1:
-            others[f"ensemble of {size}, {INPUT}, {few} each"] = [
-                mixture([with_input[i] for i in group]) for group in groups
-            ]
-            passes[f"ensemble of {size}, {INPUT}, {few} each"] = size * few
-    rows, _ = score_all({**methods, **others}, ensembles, labels)
+            methods[both] = drawn[name]
+    rows = score_all(methods, yardstick, labels)
     noise = {
-        method: [stored[1] for i in chosen if (stored := _stored(folder, members[i], method, settings)) is not None]
+        method: [{k: v for k, v in found[1].items() if k != "settings"} for found in every if found is not None]
         for method in _methods(members[0], settings)
+        if (every := [study.stored(member, method) for member in chosen])
     }
     added = {count: _added(methods, count, labels) for count in settings.counts}
-    title = f"{recipe.network} on {recipe.data}, {len(labels)} objects, {settings.augment}"
+    title = f"{recipe.network} on {recipe.data}, {len(labels)} images, {settings.augment}"
     several = f": mean over {settings.members} networks" if settings.members > 1 else ""
-    shown = [_table(title + several, rows, passes, trainings), _added_table(added)]
+    columns = ("error %", "NLL", "calibrated NLL", "ECE %", "best T", "AUROC", "FPR95 %", "DEE")
+    more = {"passes": lambda name: str(passes[name]), "trainings": lambda name: f"{trainings[name]:g}"}
+    shown = [table(title + several, rows, columns, first="drawn", more=more), _added_table(added)]
     about = {
-        "settings": _described(settings), "recipe": recipe.as_dict(), "methods": rows, "passes": passes,
-        "trainings": {name: trainings[name] for name in rows},
-        "chosen": {method: [{k: v for k, v in one.items() if k != "settings"} for one in chosen_here]
-                   for method, chosen_here in noise.items()},
-        "statistics_add": added,
+        "settings": dict(study.settings), "recipe": recipe.as_dict(), "methods": rows, "passes": passes,
+        "trainings": {name: trainings[name] for name in rows}, "chosen": noise, "statistics_add": added,
     }  # fmt: skip
-    write_json(folder / "augmentation.json", about)
-    write_bytes(folder / "augmentation.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
+    write_tables(folder / "augmentation", about, shown)
     draw(folder, about)
     return shown
 
@@ -348,32 +287,6 @@ def _added(methods: Mapping[str, Sequence[Mapping[str, Tensor]]], count: int, la
 def _trainings(recipe: Recipe, cycles: Cycles | None) -> float:
     """What a network and its snapshots take of training, beside the network alone."""
     return 1.0 if cycles is None else 1 + cycles.count * cycles.epochs / recipe.epochs
-
-
-def _table(
-    title: str,
-    rows: Mapping[str, Sequence[Mapping[str, float]]],
-    passes: Mapping[str, int],
-    trainings: Mapping[str, float],
-) -> Table:
-    columns = {
-        "error %": ("error", 2, 1.0), "NLL": ("nll", 4, 1.0), "calibrated NLL": ("calibrated_nll", 4, 1.0),
-        "ECE %": ("ece", 2, 100.0), "best T": ("temperature", 2, 1.0), "AUROC": ("auroc", 4, 1.0),
-        "FPR95 %": ("fpr95", 1, 100.0), "DEE": ("dee", 2, 1.0),
-    }  # fmt: skip
-
-    def cell(found: Sequence[Mapping[str, float]], key: str, digits: int, factor: float) -> str:
-        values = [factor * row[key] for row in found if key in row]
-        if not values:
-            return "-"
-        mean = statistics.mean(values)
-        return "more" if mean == float("inf") else f"{mean:.{digits}f}"
-
-    body = [
-        [name, str(passes[name]), f"{trainings[name]:g}", *(cell(found, *column) for column in columns.values())]
-        for name, found in rows.items()
-    ]
-    return Table(title, ["drawn", "passes", "trainings", *columns], body)
 
 
 def _added_table(added: Mapping[int, Mapping[str, float]]) -> Table:

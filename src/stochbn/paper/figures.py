@@ -21,7 +21,7 @@ from stochbn.report.style import COLORS, SEQUENCE, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stochbn.paper.training import Epoch
+    from stochbn.paper.schedule import Epoch
 
 __all__ = ["save_equivalents", "save_passes", "save_statistics", "save_training", "training"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stochbn.paper.figures import training
 from stochbn.paper.recipes import Recipe
-from stochbn.paper.training import Epoch
+from stochbn.paper.schedule import Epoch
 from stochbn.report.facts import made_with
 from stochbn.report.objects import Source, source_of
 from stochbn.report.page import Curve, Page, page_of

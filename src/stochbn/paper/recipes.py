@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from stochbn.paper.training import Schedule
+from stochbn.paper.schedule import Schedule
 from stochbn.sources.architectures import RESNET_BLOCKS, VGG_CONVOLUTIONS, arguments_for
 from stochbn.sources.named import Images
 

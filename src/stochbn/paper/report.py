@@ -20,7 +20,7 @@ from stochbn.paper.page import page_of_run
 from stochbn.paper.published import published
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.runner import PREDICTIONS, STATISTICS
-from stochbn.paper.training import read_log
+from stochbn.paper.schedule import read_log
 from stochbn.posteriors import Factorized, FactorizedLog, load
 from stochbn.report.page import write_page
 from stochbn.report.results import tabulate, write

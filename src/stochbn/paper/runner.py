@@ -10,12 +10,8 @@ that was stopped continues where it was.
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +24,10 @@ from stochbn.evaluation.fitting import fit_posterior
 from stochbn.evaluation.predicting import on_accelerator, predict_all, predict_member
 from stochbn.files import write_tensors
 from stochbn.measuring.goodness import observe
-from stochbn.paper import folders, together
+from stochbn.paper import folders
 from stochbn.paper.recipes import Member, Recipe
-from stochbn.paper.training import augmented, train
-from stochbn.processes import ProcessError, interrupts_held
+from stochbn.paper.training import TOGETHER, augmented, train, train_together
+from stochbn.processes import side_by_side
 from stochbn.sources import architectures, checkpoints, named
 from stochbn.sources.checkpoints import Checkpoint
 from stochbn.sources.named import Images
@@ -40,7 +36,6 @@ __all__ = [
     "DRAWS",
     "PREDICTIONS",
     "STATISTICS",
-    "RunError",
     "fit_posterior",
     "load_parts",
     "packed",
@@ -59,10 +54,6 @@ STATISTICS = "stochbn.statistics/1"
 Progress = Callable[[str, str, int, int], None]
 """Called with a name, a stage, and how much of how much is done: of a data set to load, or a member to train, fit,
 observe and predict with."""
-
-
-class RunError(ProcessError):
-    """A member of a run failed; what is finished is kept."""
 
 
 def run(
@@ -87,7 +78,7 @@ def run(
 
     Raises:
         ValueError: the folder holds another run, or something else.
-        RunError: a member's process failed.
+        ProcessError: a member's process failed.
         stochbn.sources.named.DataError: the data cannot be had.
         OSError: the folder cannot be written.
     """
@@ -134,73 +125,21 @@ def _run_members(
     """Run some members of a recipe."""
     waiting = [m for m in members if not all(path.exists() for path in _outputs(folder, m))]
     device = torch.accelerator.current_accelerator(check_available=True)
-    if (
-        device is not None
-        and device.type == "cuda"
-        and recipe.processes == 1
-        and recipe.precision in together.PRECISIONS
-    ):
+    if device is not None and device.type == "cuda" and recipe.processes == 1 and recipe.precision in TOGETHER:
         untrained = [member for member in waiting if not (folder / member.name / "network.safetensors").exists()]
         _train_together(recipe, untrained, folder, parts, device, progress)
     if jobs == 1:
         for member in waiting:
             _run_member(recipe, member, folder, parts, keep_draws, progress)
         return
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    running: dict[Connection, tuple[Member, Any]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                member = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                arguments = recipe, member, folder, packed(parts), keep_draws, threads, theirs
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                with interrupts_held():
-                    process.start()
-                    running[ours] = member, process
-                theirs.close()
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
-                member, process = running[pipe]
-                try:
-                    event = pipe.recv()
-                except EOFError:
-                    process.join()
-                    del running[pipe]
-                    if process.exitcode:
-                        raise RunError(
-                            f"the process of {member.name} ended with exit code {process.exitcode} (a negative one is "
-                            "a signal, as when memory runs out); run again to continue, with fewer jobs if so"
-                        ) from None
-                    continue
-                if isinstance(event, str):
-                    raise RunError(f"{member.name} failed, run again to continue after mending this: {event}")
-                progress(*event)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-            process.join()
+    tasks = {member.name: (recipe, member, folder, packed(parts), keep_draws) for member in waiting}
+    side_by_side(_run_unpacked, tasks, jobs, progress)
 
 
-def _work(
-    recipe: Recipe,
-    member: Member,
-    folder: Path,
-    arrays: dict[str, Any],
-    keep_draws: bool | None,
-    threads: int,
-    pipe: Connection,
+def _run_unpacked(
+    recipe: Recipe, member: Member, folder: Path, arrays: dict[str, Any], keep_draws: bool | None, progress: Progress
 ) -> None:
-    """A member's process. Once the process that started it is gone, its next report ends it too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
-    torch.set_num_threads(threads)
-    try:
-        _run_member(recipe, member, folder, unpacked(arrays), keep_draws, lambda *event: pipe.send(event))
-    except BrokenPipeError:
-        raise SystemExit(1) from None
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+    _run_member(recipe, member, folder, unpacked(arrays), keep_draws, progress)
 
 
 def packed(parts: dict[str, Images]) -> dict[str, Any]:
@@ -228,14 +167,14 @@ def _train_together(
     if not members:
         return
 
-    def report(step: int, steps: int) -> None:
+    def report(step: int, steps: int, loss: float) -> None:
         for member in members:
             progress(member.name, "train", step, steps)
 
     homes = [folder / member.name for member in members]
     for home in homes:
         home.mkdir(exist_ok=True)
-    models = together.train_together(
+    models = train_together(
         [_build(recipe, member, parts["train"]) for member in members],
         parts["train"],
         [recipe.schedule(member) for member in members],
@@ -244,6 +183,7 @@ def _train_together(
         states=[home / "training.safetensors" for home in homes],
         logs=[home / "training.csv" for home in homes],
         report=report,
+        store_every=60.0,
     )
     for model, member, home in zip(models, members, homes, strict=True):
         _save(recipe, member, model, parts["train"], home)
@@ -275,6 +215,9 @@ def _run_member(
     images = parts["train"]
     started = time.perf_counter()
 
+    def report(step: int, steps: int, loss: float) -> None:
+        progress(member.name, "train", step, steps)
+
     network = home / "network.safetensors"
     if not network.exists():
         model = train(
@@ -284,9 +227,7 @@ def _run_member(
             held_out=parts.get("held-out"),
             state=home / "training.safetensors",
             log=home / "training.csv",
-            report=None
-            if recipe.processes > 1
-            else lambda step, steps, loss: progress(member.name, "train", step, steps),
+            **({} if recipe.processes > 1 else {"report": report}),
         )
         _save(recipe, member, model, images, home)
     model = on_accelerator(checkpoints.load(network).model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -16,16 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stochbn.conformal import Sets
+from stochbn.conformal import Rule
 from stochbn.network.fingerprint import Fingerprint
-from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap
+from stochbn.network.layers import batch_norms, buffer_names, listed, running_statistics, unwrap, with_statistics
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.adaptation import Adaptation
 from stochbn.posteriors.checks import check_draws, check_fields, check_network, positive
 from stochbn.posteriors.reference import Reference
+from stochbn.posteriors.residual import residual_still_valid
 from stochbn.posteriors.saved import save
 from stochbn.posteriors.thresholds import Thresholds, still_valid
 from stochbn.schema import Schema
+from stochbn.tasks.residual import Residual
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +64,7 @@ class Posterior(ABC):
         reference: what new data is compared with; None if it was left out.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
         thresholds: of prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
+        residual_variance: of observed numbers, see `stochbn.tasks.residual.Residual`; None until it is calibrated.
         schema: what the data of the command ``stochbn fit`` was, which later commands hold to; None if it is not known.
     """
 
@@ -84,6 +86,7 @@ class Posterior(ABC):
     reference: Reference | None = None
     adaptation: Adaptation | None = None
     thresholds: Thresholds | None = None
+    residual_variance: Residual | None = None
     schema: Schema | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class Posterior(ABC):
         if self.fitted_size is None and self.batch_size != math.inf:
             object.__setattr__(self, "fitted_size", self.batch_size)
         object.__setattr__(self, "thresholds", still_valid(self))
+        object.__setattr__(self, "residual_variance", residual_still_valid(self))
 
     def __repr__(self) -> str:
         size = "as they came" if self.batch_size is None else f"of {self.batch_size:g}"
@@ -249,15 +253,12 @@ class Posterior(ABC):
         return replace(self._scaled(size / batch_size), batch_size=batch_size, choice="")
 
     def fitted(self) -> Self:
-        """The posterior as `stochbn.fit` made it, at temperature 1: without what `stochbn.calibrate` chose.
-
-        Its centre stays, see `recentre` and `recentre_observed`.
-        """
-        unscaled = self
+        """The posterior as `stochbn.fit` made it: without what `stochbn.calibrate` chose; its centre stays."""
+        unscaled = replace(self, residual_variance=None)
         if self.fitted_size is not None and self.batch_size != self.fitted_size:
-            unscaled = self.rescale(self.fitted_size)
+            unscaled = unscaled.rescale(self.fitted_size)
         elif self.noiseless:  # of mini-batches as they came
-            unscaled = replace(self, batch_size=None)
+            unscaled = replace(unscaled, batch_size=None)
         return replace(unscaled, temperature=1.0, choice="")
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
@@ -311,25 +312,32 @@ class Posterior(ABC):
         return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
     def with_sets(
-        self, sets: Sets, *, examples: int | None = None, draws: int | None = None, augment: str | None = None
+        self,
+        sets: Rule,
+        *,
+        examples: int | None = None,
+        draws: int | None = None,
+        augment: str | None = None,
+        by: str | None = None,
     ) -> Self:
         """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
 
         Args:
-            sets: of `stochbn.conformal`, without a generator, from held-out predictions with this posterior.
+            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with it.
             examples: how many held-out examples there were.
             draws: of these predictions.
             augment: what draws did to the input, as text.
+            by: of sets by group, the column of data that has the groups, which ``stochbn predict`` then reads.
 
         Raises:
             TypeError, ValueError: the sets cannot be stored.
         """
-        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment))
+        return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment, by))
 
     def write_to(self, model: nn.Module) -> nn.Module:
         """A copy of the network whose running statistics are the centre of this posterior.
 
-        It needs no stochbn to run, and any exporter takes it. The copy is of ``copy.deepcopy``, without wrappers.
+        It needs no stochbn to run, and any exporter takes it. Wrappers are taken off.
 
         Raises:
             ValueError: a posterior of another network, or statistics that the network's type cannot hold.
@@ -337,14 +345,8 @@ class Posterior(ABC):
         self.check(model)
         if self.temperature != 1:
             warnings.warn(f"divide the logits of this copy by {self.temperature:.4g}, the temperature", stacklevel=2)
-        layers = batch_norms(written := copy.deepcopy(unwrap(model)))
         parts = torch.split(self.expected, list(self.layers.values()), dim=1)
-        with torch.no_grad():
-            for name, part in zip(self.layers, parts, strict=True):
-                for statistic, value in zip(running_statistics(layers[name]), part, strict=True):
-                    if not statistic.copy_(value).isfinite().all():
-                        raise ValueError(f"{statistic.dtype} cannot hold the statistics of {name!r}; use float32")
-        return written
+        return with_statistics(model, dict(zip(self.layers, parts, strict=True)))
 
     def recentre_observed(self) -> Self:
         """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""

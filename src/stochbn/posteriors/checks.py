@@ -16,7 +16,7 @@ from stochbn.network.layers import batch_norms, listed, unwrap
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "positive"]
+__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "checks_weights", "positive"]
 
 CENTRES = ("running", "observed", "adapted")
 """What draws can be centred on."""
@@ -156,3 +156,14 @@ def whole(value: Any) -> bool:
 def positive(value: Any) -> bool:
     """Whether it is a number above 0 that calculations can go on with."""
     return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < value < 1e300)  # type: ignore[operator]
+
+
+def checks_weights(check: str) -> bool:
+    """Whether a posterior is to be compared with a network's weights too.
+
+    Raises:
+        ValueError: `check` is neither ``"weights"`` nor ``"shape"``.
+    """
+    if check not in ("weights", "shape"):
+        raise ValueError(f'check must be "weights" or "shape", got {check!r}')
+    return check == "weights"

@@ -18,6 +18,7 @@ from stochbn.posteriors.reference import Reference
 from stochbn.posteriors.thresholds import Thresholds
 from stochbn.schema import Schema
 from stochbn.sharing import download
+from stochbn.tasks.residual import Residual
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
@@ -31,7 +32,7 @@ SECOND = "stochbn.posterior/2"
 """The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
-LATER = ("reference", "adaptation", "thresholds", "schema")
+LATER = ("reference", "adaptation", "thresholds", "residual_variance", "schema")
 """Fields that files of the present format have not always had."""
 OPTIONAL = {
     FORMAT: {"temperature", *LATER},
@@ -58,7 +59,9 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         held |= {f"reference.{name}": tensor for name, tensor in posterior.reference.tensors().items()}
     if posterior.thresholds is not None:
         held |= {f"thresholds.{name}": tensor for name, tensor in posterior.thresholds.tensors().items()}
-    for name in ("fingerprint", "reference", "adaptation", "thresholds", "schema"):
+    if posterior.residual_variance is not None:
+        held |= {f"residual_variance.{name}": tensor for name, tensor in posterior.residual_variance.tensors().items()}
+    for name in ("fingerprint", *LATER):
         about[name] = about[name] and about[name].description()
     write_tensors(path, FORMAT, held, about)
 
@@ -131,6 +134,9 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
         settings["reference"] = Reference.from_file(_part(tensors, "reference"), about["reference"])
     if about.get("thresholds") is not None:
         settings["thresholds"] = Thresholds.from_file(_part(tensors, "thresholds"), about["thresholds"])
+    if about.get("residual_variance") is not None:
+        found = _part(tensors, "residual_variance"), about["residual_variance"]
+        settings["residual_variance"] = Residual.from_file(*found)
     if about.get("adaptation") is not None:
         settings["adaptation"] = Adaptation.from_description(about["adaptation"])
     if about.get("schema") is not None:

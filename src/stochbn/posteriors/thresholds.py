@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from stochbn.caller import warn
-from stochbn.conformal import Sets
+from stochbn.conformal import Intervals, LabelSets, QuantileIntervals, Rule, Sets
+from stochbn.conformal.base import is_number
 from stochbn.posteriors.adaptation import UNUSUAL
 
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "still_valid"]
+__all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "is_centre", "still_valid", "sums_of_centre"]
 
 AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
 """How thresholds are made."""
-SETTINGS = ("method", "classes", "coverage", "penalty", "free", "by_class")
-"""What describes sets in a file, beside their threshold."""
+KINDS: Mapping[str, type[Rule]] = {one.kind: one for one in (Sets, LabelSets, Intervals, QuantileIntervals)}
+"""The rules that a file can hold, by what they are called there."""
+LATER: Mapping[str, Any] = {"kind": Sets.kind, "by": None, "groups": []}
+"""What files have not always had, and what it then is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,58 +33,43 @@ class Thresholds:
     """Prediction sets that go with a posterior, as ``posterior.thresholds``.
 
     Attributes:
-        sets: makes sets of probabilities; see `stochbn.conformal`.
+        sets: makes sets or intervals of predictions; see `stochbn.conformal`.
         examples: how many held-out examples they are from; None if that is not known.
         draws: of the predictions for these, at most; None if that is not known.
         augment: what draws did to the input, as text such as ``"flip"``; None for nothing.
         temperature: of the posterior that predicted.
         batch_size: of that posterior's noise.
         centre: weighted sums of that posterior's expected means and variances.
+        by: the column or array of the groups, of sets by group; None for others.
         adapted: whether the posterior was adapted to other data after they were made. No coverage is promised then.
 
     Raises:
         TypeError, ValueError: something cannot be; the message names it.
     """
 
-    sets: Sets
+    sets: Rule
     examples: int | None
     draws: int | None
     augment: str | None
     temperature: float
     batch_size: float | None
     centre: tuple[float, float]
+    by: str | None = None
     adapted: bool = False
 
     def __post_init__(self) -> None:
-        sets = self.sets
-        if not isinstance(sets, Sets):
-            raise TypeError(f"expected sets of stochbn.conformal.lac, aps or raps, got {type(sets).__name__}")
-        if sets.generator is not None:
-            raise ValueError(
-                "sets with a generator are random, and a generator cannot be stored: fit them without generator="
+        if not isinstance(self.sets, Rule):
+            raise TypeError(
+                f"expected sets or intervals of stochbn.conformal, as of lac, got {type(self.sets).__name__}"
             )
-        if sets.method not in ("lac", "aps", "raps"):
-            raise ValueError(f"the method of sets must be 'lac', 'aps' or 'raps', got {sets.method!r:.40}")
-        if type(sets.classes) is not int or sets.classes < 2:
-            raise ValueError(f"sets must have a number of classes of at least 2, got {sets.classes!r:.40}")
-        if not isinstance(sets.coverage, float) or not 0 < sets.coverage < 1:
-            raise ValueError(f"the coverage of sets must lie between 0 and 1, got {sets.coverage!r:.40}")
-        if not _is_number(sets.penalty) or not 0 <= sets.penalty < 1e100:
-            raise ValueError(f"the penalty of sets must be at least 0, got {sets.penalty!r:.40}")
-        if type(sets.free) is not int or not 0 <= sets.free < 2**31 or type(sets.by_class) is not bool:
-            raise ValueError("sets must have a number of free ranks of at least 0, and tell whether they are by class")
-        threshold = torch.as_tensor(sets.threshold)
-        if threshold.dtype != torch.float64 and isinstance(sets.threshold, Tensor):
-            raise ValueError(f"the thresholds of sets must be float64, got {threshold.dtype}")
-        if threshold.shape not in ((), (sets.classes,)) or bool(threshold.isnan().any()):
-            raise ValueError(f"sets must have one threshold, or one for each of {sets.classes} classes, and no NaN")
-        if sets.by_class and not threshold.ndim:
-            raise ValueError("sets by class must have a threshold for each class")
+        self.sets.check()
+        if not isinstance(self.by, str | None) or bool(self.sets.groups) != (self.by is not None):
+            raise ValueError("sets by group, and no others, go with the name of their column: by='COLUMN'")
         for name in ("examples", "draws"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
-        numbers = self.temperature, *self.centre, *([] if self.batch_size is None else [self.batch_size])
-        if not all(map(_is_number, numbers)) or len(self.centre) != 2:
+        sized = self.batch_size in (None, math.inf) or is_number(self.batch_size)  # infinite where there is no noise
+        if not sized or not all(map(is_number, (self.temperature, *self.centre))) or len(self.centre) != 2:
             raise ValueError(
                 "thresholds must have the temperature, batch size and centre of their posterior as numbers"
             )
@@ -89,24 +77,32 @@ class Thresholds:
             raise ValueError("thresholds must have augment as a text or None, and tell whether they were adapted")
 
     @classmethod
-    def of(cls, posterior: Posterior, sets: Sets, examples: int | None, draws: int | None, augment: str | None) -> Any:
+    def of(
+        cls,
+        posterior: Posterior,
+        sets: Rule,
+        examples: int | None,
+        draws: int | None,
+        augment: str | None,
+        by: str | None = None,
+    ) -> Thresholds:
         """The thresholds that hold with a posterior as it is.
 
         Raises:
             TypeError, ValueError: as the class.
         """
-        return cls(sets, examples, draws, augment, posterior.temperature, posterior.batch_size, _centre(posterior))
+        at = posterior.temperature, posterior.batch_size, sums_of_centre(posterior)
+        return cls(sets, examples, draws, augment, *at, by=by)
 
     def fit(self, posterior: Posterior) -> bool:
         """Whether they are of a posterior with this noise, centre (to the rounding of its file) and temperature."""
         if (self.temperature, self.batch_size) != (posterior.temperature, posterior.batch_size):
             return False
-        pairs = zip(self.centre, _centre(posterior), strict=True)
-        return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
+        return is_centre(self.centre, posterior)
 
     def after_adapting(self, posterior: Posterior) -> Thresholds:
         """The same for the adapted posterior, with a mark that no coverage is promised."""
-        return replace(self, centre=_centre(posterior), adapted=True)
+        return replace(self, centre=sums_of_centre(posterior), adapted=True)
 
     def unlike(self, draws: int, augment: str | None) -> str:
         """What to do where predictions are made with other draws than those of the held-out data; empty if not."""
@@ -128,7 +124,7 @@ class Thresholds:
             return f"{cause}, so no coverage can be promised without labels"
         if about.mixed > UNUSUAL:
             return f"{cause}, but no change was found: they hold if there is none, which only labels can tell"
-        if self.sets.by_class:
+        if getattr(self.sets, "by_class", False):
             return f"{cause}; only the mix of {about.parts[1]} has changed, for which sets by class hold as before"
         return (
             f"{cause}; only the mix of {about.parts[1]} has changed: make them again for the new mix with 'stochbn "
@@ -136,13 +132,18 @@ class Thresholds:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The threshold, float64 ``[]`` or ``[K]``, for a file."""
+        """The threshold, float64 ``[]``, ``[K]`` or ``[G]``, for a file."""
         return {"threshold": torch.as_tensor(self.sets.threshold, dtype=torch.float64).cpu()}
 
     def description(self) -> dict[str, Any]:
         """Everything else, for a file."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sets"}
-        return own | {name: getattr(self.sets, name) for name in SETTINGS}
+        return own | {name: getattr(self.sets, name) for name in self.sets.settings()} | {"kind": self.sets.kind}
+
+    def told(self) -> dict[str, Any]:
+        """All of it for programs in other languages, as JSON: an infinite threshold is a text."""
+        threshold = torch.as_tensor(self.sets.threshold).tolist()
+        return {name: _finite(value) for name, value in {**self.description(), "threshold": threshold}.items()}
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Thresholds:
@@ -151,21 +152,36 @@ class Thresholds:
         Raises:
             TypeError, ValueError: something is missing, or cannot be.
         """
-        own = {f.name for f in fields(cls)} - {"sets"}
-        wanted = own | set(SETTINGS)
-        if not isinstance(about, dict) or about.keys() != wanted:
+        kind = about.get("kind", Sets.kind) if isinstance(about, dict) else Sets.kind
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"the kind of thresholds must be one of {', '.join(KINDS)}, got {kind!r:.40}")
+        rule, own = KINDS[kind], {f.name for f in fields(cls)} - {"sets"}
+        wanted = own | {*rule.settings(), "kind"}
+        if not isinstance(about, dict) or not wanted - LATER.keys() <= about.keys() <= wanted:
             raise ValueError(f"thresholds must have {', '.join(sorted(wanted))}, got {about!r:.60}")
+        about = {**LATER, **about}
         threshold = tensors.get("threshold")
         if tensors.keys() != {"threshold"} or threshold is None or threshold.dtype != torch.float64:
             raise ValueError("thresholds must have a tensor 'threshold' of float64")
-        value = threshold if threshold.ndim else threshold.item()
-        sets = Sets(threshold=value, **{name: about[name] for name in SETTINGS})
-        if not isinstance(about["centre"], list):
-            raise ValueError(f"thresholds must have a centre of two numbers, got {about['centre']!r:.40}")
-        return cls(sets=sets, **{**{name: about[name] for name in own}, "centre": tuple(about["centre"])})
+        for name in ("centre", "groups"):
+            if not isinstance(about[name], list):
+                raise ValueError(f"the {name} of thresholds must be a list, got {about[name]!r:.40}")
+            about[name] = tuple(about[name])
+        made: Any = rule
+        sets = made(
+            threshold=threshold if threshold.ndim else threshold.item(),
+            **{name: about[name] for name in rule.settings()},
+        )
+        return cls(sets=sets, **{name: about[name] for name in own})
 
 
-def _centre(posterior: Posterior) -> tuple[float, float]:
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sums_of_centre(posterior: Posterior) -> tuple[float, float]:
     """Sums of the expected means and variances, each with a weight of its own."""
     expected = posterior.expected.double().cpu()
     weights = 1 + (torch.arange(expected.shape[1], dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
@@ -173,8 +189,10 @@ def _centre(posterior: Posterior) -> tuple[float, float]:
     return mean, variance
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+def is_centre(sums: tuple[float, float], posterior: Posterior) -> bool:
+    """Whether these are the sums of a posterior's centre, to the rounding of its file."""
+    pairs = zip(sums, sums_of_centre(posterior), strict=True)
+    return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
 
 
 def still_valid(posterior: Posterior) -> Thresholds | None:

@@ -43,7 +43,7 @@ class MCDropout(Predictive):
         draws: int = 50,
         posterior: Posterior | None = None,
         *,
-        task: str | None = None,
+        task: Task | str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: str | None = None,
@@ -58,7 +58,7 @@ class MCDropout(Predictive):
             model,
             posterior,
             draws,
-            task=task,  # type: ignore[arg-type]
+            task=task,
             logits=logits,
             class_axis=class_axis,
             output=output,  # type: ignore[arg-type]
@@ -104,6 +104,11 @@ class MCDropout(Predictive):
                 "same; use Predictive for it, or a network trained with torch.nn.Dropout layers"
             )
         return dropping
+
+    @property
+    def _read_as(self) -> Task:
+        """The task itself: what was fitted for it was so without dropout."""
+        return self.task
 
     @property
     def _once(self) -> bool:

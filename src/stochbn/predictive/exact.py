@@ -16,7 +16,7 @@ from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
 from stochbn.summary import Summary
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["Exact"]
@@ -54,7 +54,7 @@ class Exact:
         batch_size: int = 16,
         draws: int = 50,
         *,
-        task: str | None = None,
+        task: Task | str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: str | None = None,
@@ -68,7 +68,7 @@ class Exact:
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, an object and another one, got {batch_size}")
         self.model = model
-        self.task = make_task(task_named(task, model), logits, class_axis, output)
+        self.task = task_of(model, task, logits, class_axis, output)
         self.inputs = inputs
         self.keep_draws = keep_draws
         self._network = Network.of(model)

@@ -18,9 +18,10 @@ from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
 from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
+from stochbn.posteriors.checks import checks_weights
 from stochbn.stopping import Stopping
 from stochbn.summary import Summary
-from stochbn.tasks import make_task, task_named
+from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import without_gradients
 
 __all__ = ["Predictive", "Predictor", "checked_generator"]
@@ -50,8 +51,7 @@ class Predictive:
     buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
     changed, training it further is seen, plain calls beside a prediction are right, and one predictive serves many
     threads. The network's hooks are copied with it and see all passes. A network that cannot be copied so runs in
-    place, one call at a time. Objects that are not proven to be independent of each other go through the network
-    together, stop together, and are right.
+    place, one call at a time. Examples that may affect each other go through the network together, and stop together.
 
     The passes are made in the way that is fastest with the same results, see `explain`. Averages are made as draws
     come, so memory does not grow with their number.
@@ -63,12 +63,11 @@ class Predictive:
             such as `stochbn.calibrate` may choose, takes one pass too, and predictions have a ``note`` that says why.
         draws: how many independent draws to be worth, at least 1. At most so many are made, and all of them with
             ``tolerance=0`` or `keep_draws`.
-        task: what the output means; None is what the network's own ``config.problem_type`` says, as of Transformers, or
-            else ``"classification"``: logits ``[N, K]``, or ``[N, K, H, W]`` for dense predictions. ``"binary"``: one
-            logit for each object, ``[N]`` or ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``:
-            numbers ``[N]`` or ``[N, D]``, or a tuple of them and their log-variances. ``"embedding"``: a vector for
-            each object. The last two give a `stochbn.predictions.Estimate`; their objects get all draws unless a
-            `tolerance` is given.
+        task: what the output means, a name or a `stochbn.Task`; None is what ``config.problem_type`` of a network says,
+            or ``"classification"``: logits ``[N, K]``, or dense ``[N, K, H, W]``. ``"binary"``: one logit, ``[N]`` or
+            ``[N, 1]``. ``"multilabel"``: a logit for each label. ``"regression"``: numbers ``[N]`` or ``[N, D]``, or a
+            pair of them and their log-variances. ``"survival"``, ``"detection"``, ``"embedding"``: see `stochbn.tasks`.
+            Of numbers, embeddings and detections, all examples get all draws unless a `tolerance` is given.
         logits: where the logits (or numbers) are in an output that is not a tensor: a key, a field or a position. None
             looks for ``logits``, then ``out``, then the first entry of a tuple. For regression also a pair of places,
             of the mean and of the log-variance.
@@ -112,7 +111,7 @@ class Predictive:
         posterior: Posterior | None = None,
         draws: int = 50,
         *,
-        task: Literal["classification", "binary", "multilabel", "regression", "embedding"] | None = None,
+        task: Task | str | None = None,
         logits: Any = None,
         class_axis: int | None = None,
         output: Literal["logits", "probs"] | None = None,
@@ -146,7 +145,7 @@ class Predictive:
         self._model = model
         self.posterior = posterior
         self.draws = draws
-        self.task = make_task(task_named(task, model), logits, class_axis, output)
+        self.task = task_of(model, task, logits, class_axis, output)
         self.inputs = inputs
         self.generator = generator
         self.keep_draws = keep_draws
@@ -178,7 +177,7 @@ class Predictive:
             keep_draws: in place of what was given at construction.
 
         Returns:
-            A `stochbn.Prediction`, or a `stochbn.predictions.Estimate` for regression and embedding.
+            What the task predicts: a `stochbn.Prediction` of classes, a `stochbn.Estimate` of numbers, or another.
 
         Raises:
             RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
@@ -270,10 +269,21 @@ class Predictive:
         lines += [f"{', '.join(ways)}: not taken: {reason}" for reason, ways in refused.items()]
         return "\n".join(lines)
 
+    def mixed(self, x: Batch) -> str:
+        """Why an example's prediction may depend on the others of its batch; empty if it is proven not to.
+
+        Draws are shared out among the examples of a batch all the same, unless ``tolerance=0`` gives each all of them.
+
+        Args:
+            x: a batch of two examples or more, as for a prediction.
+        """
+        return self._planned(network_input(self.model, x, self.inputs), whole="").together
+
     @without_gradients
-    def _planned(self, inputs: NetworkInput) -> Plan:
+    def _planned(self, inputs: NetworkInput, **changes: Any) -> Plan:
         self._network.look()
-        return planned(self._network, inputs, self._call(self._stopping(self.keep_draws) is None, inputs))
+        call = replace(self._call(self._stopping(self.keep_draws) is None, inputs), **changes)
+        return planned(self._network, inputs, call)
 
     @without_gradients
     def _predict(self, inputs: NetworkInput, generator: torch.Generator | None, keep: bool, whole: str) -> Any:
@@ -291,7 +301,7 @@ class Predictive:
         with passes(self._network, inputs, call) as made:
             stopping = self._stopping(keep, apart=not made.plan.together)
             temperature = self.posterior.temperature if self.posterior is not None else 1.0
-            summary = Summary(self.task, keep, stopping, temperature)
+            summary = Summary(self._read_as, keep, stopping, temperature)
             most = self.draws if stopping is None else stopping.most
             with closing(self._drawn(most, generator)) as drawn:
                 while block := list(itertools.islice(drawn, summary.next(made.draws))):
@@ -306,8 +316,14 @@ class Predictive:
         prediction = summary.prediction()
         if self._once and self.posterior is not None:
             reason = self.posterior.choice if "at one pass" in self.posterior.choice else "the posterior has no noise"
-            prediction = replace(prediction, note=f"one pass without draws, so nothing is due to them: {reason}")
+            note = f"one pass without draws, so nothing is due to them: {reason}"
+            prediction = replace(prediction, note=f"{note}; {prediction.note}" if prediction.note else note)
         return prediction
+
+    @property
+    def _read_as(self) -> Task:
+        """The task with what was fitted for it."""
+        return self.task.calibrated(self.posterior)
 
     @property
     def _once(self) -> bool:
@@ -375,17 +391,6 @@ class Predictive:
             yield from ({} for _ in range(1 if self._once else count))
             return
         yield from self.posterior.iter_draws(1 if self._once else count, generator, quasi=True)
-
-
-def checks_weights(check: str) -> bool:
-    """Whether a posterior is to be compared with a network's weights too.
-
-    Raises:
-        ValueError: `check` is neither ``"weights"`` nor ``"shape"``.
-    """
-    if check not in ("weights", "shape"):
-        raise ValueError(f'check must be "weights" or "shape", got {check!r}')
-    return check == "weights"
 
 
 def checked_generator(generator: Any) -> torch.Generator | None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from stochbn.files import write_bytes
 from stochbn.predictions import entropy
 from stochbn.report import curves
+from stochbn.report.answering import answering_table, compared_table, surest
+from stochbn.report.confusion import Matrix, class_table, confusion_table, confusions, matrix_of
 from stochbn.report.objects import Shown, Source, extremes
 from stochbn.report.style import inline, line_of
 from stochbn.report.tables import Table
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 
     from stochbn.evaluation.methods import Method
     from stochbn.posteriors import Posterior
+    from stochbn.tasks.base import Panel
 
-__all__ = ["Curve", "Page", "page_of", "write_page"]
+__all__ = ["Curve", "Page", "Section", "curves_of", "page_of", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ class Curve:
     title: str
     caption: str
     svg: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page with tables of its own.
+
+    Attributes:
+        key: its place in addresses.
+        title: its heading.
+        note: how it is read, in sentences.
+        tables: its numbers.
+        matrix: a matrix of confusions, if it has one.
+    """
+
+    key: str
+    title: str
+    note: str
+    tables: Sequence[Table]
+    matrix: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,8 @@ class Page:
         least: the objects it is least certain of.
         most: those it is most certain of.
         facts: whatever the numbers depend on, what they cost, and how they were made.
+        head: what was evaluated: the posterior, how it was chosen, and what an example costs.
+        sections: what is shown behind the numbers.
     """
 
     title: str
@@ -59,6 +83,8 @@ class Page:
     least: Sequence[Shown]
     most: Sequence[Shown]
     facts: Mapping[str, str] = field(default_factory=dict)
+    head: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
 
     @property
     def has_pictures(self) -> bool:
@@ -87,6 +113,7 @@ def page_of(
     facts: Mapping[str, str],
     more: Sequence[Curve] = (),
     posteriors: Sequence[Posterior] = (),
+    head: Mapping[str, str] | None = None,
 ) -> Page:
     """Put a page together.
 
@@ -101,6 +128,7 @@ def page_of(
         facts: whatever the numbers depend on, what they cost, and how they were made.
         more: figures to show behind those of the evaluation.
         posteriors: that were drawn from, as far as they are known.
+        head: what was evaluated; see `stochbn.report.chosen`.
 
     Raises:
         ValueError: the predictions are dense.
@@ -110,22 +138,44 @@ def page_of(
     shown = next((method for method in found if method.sbn), found[0])
     least, most = extremes(shown.known, shown.labels, shown.expected_entropy, source, classes)
     name = line_of(shown.name, shown.sbn).label
-    said = [*summary(scores, *data, posteriors), *_least_certain(shown, name)]
-    return Page(title, said, tables, [*_curves(found), *more], name, least, most, facts)
+    said = [*summary(scores, *data, posteriors), surest(shown)]
+    sections = [_answering(found, shown), _classes(shown, name, classes)]
+    return Page(title, said, tables, [*_curves(found), *more], name, least, most, facts, head or {}, sections)
 
 
-def _least_certain(method: Method, name: str) -> list[str]:
-    """How many errors are among the tenth of the objects that a method is least certain of, in a sentence."""
-    wrong = (method.known.argmax(1) != method.labels).double()
-    order = entropy(method.known).argsort(descending=True)
-    cut = len(order) // 10
-    if not cut:
-        return []
-    least, others = wrong[order[:cut]].mean().item(), wrong[order[cut:]].mean().item()
-    return [
-        f"Of the tenth of the objects that {name} is least certain of, {100 * least:.1f} % are classified wrongly; of "
-        f"the others, {100 * others:.2f} %."
-    ]
+def curves_of(panels: Sequence[Panel]) -> list[Curve]:
+    """The figures that a task has of the scores of a plain network and of SBN, see `stochbn.tasks.Task.panels`."""
+    colors = {"plain": line_of("plain", False).color, "SBN": line_of("plain", True).color}
+    drawn = []
+    for number, one in enumerate(panels):
+        figure, axes = curves.panel()
+        one.draw(axes, colors)
+        drawn.append(Curve(one.title, one.caption, inline(figure, f"f{number}")))
+    return drawn
+
+
+def _answering(found: Sequence[Method], shown: Method) -> Section:
+    """When to answer, and when to ask somebody."""
+    note = (
+        "Choose the share of wrong answers that you can live with, and answer examples whose entropy, a column of "
+        "'stochbn predict', is no higher than in that row; give the others to somebody. The intervals are exact "
+        "(Clopper and Pearson), for data like this. AURC is the mean share of wrong answers over all shares of answers."
+    )
+    return Section("answering", "When to answer", note, [answering_table(shown), compared_table(found)])
+
+
+def _classes(shown: Method, name: str, classes: Sequence[str]) -> Section:
+    """Which classes are taken for which."""
+    count = shown.known.shape[1]
+    names = list(classes) if len(classes) == count else list(map(str, range(count)))
+    counts = confusions(shown.known, shown.labels)
+    most = confusion_table(counts, names)
+    tables = [class_table(shown.known, shown.labels, names), *([most] if most is not None and count > 2 else [])]
+    matrix = matrix_of(counts, names)
+    note = f"Of the most probable classes by {name}."
+    if matrix is not None:
+        note += " In the matrix a row has the examples of a class, and a column those that are taken for one."
+    return Section("classes", "Classes", note, tables, matrix)
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -176,17 +226,20 @@ def _curves(found: Sequence[Method]) -> list[Curve]:
         ),
         (
             "How unsure is it of known and of unknown objects?" if unknown else "How unsure is it?",
-            "Entropy of the predictive distribution. A curve on the left is of certain predictions"
-            + ("; the further those of known and unknown objects are apart, the better." if unknown else "."),
-            curves.known_and_unknown(known, unknown, classes=classes),
+            "Entropy of the predictive distribution: the share of examples at or below each value. "
+            + (
+                "AUROC: of a known and an unknown example, how often the unknown one's is higher; 0.5 is chance."
+                if unknown
+                else "Curves that rise early are of certain predictions."
+            ),
+            curves.entropies(known, unknown, classes=classes),
         ),
     ]
     if len(unknown) < sum(m.unknown is not None for m in found):
         every = {_key(m): entropy(m.unknown) for m in found if m.unknown is not None}
-        caption = "Entropy of objects of unknown classes, of every method: lower and further right is better."
-        shown.append(
-            ("How do methods compare on unknown objects?", caption, curves.entropies_of_unknown(every, classes=classes))
-        )
+        caption = "The same of every method: solid or dashed of unknown examples, dotted of known ones."
+        both = curves.entropies({_key(m): entropy(m.known) for m in found}, every, classes=classes)
+        shown.append(("How do methods compare on unknown objects?", caption, both))
     return [Curve(title, caption, inline(figure, f"f{i}")) for i, (title, caption, figure) in enumerate(shown)]
 
 

@@ -75,5 +75,7 @@ def write(
     entropies = {(m.name, m.sbn): entropy(m.unknown) for m in found if m.unknown is not None}
     if entropies:
         classes = found[0].known.shape[1]
-        save(entropies_of_unknown(entropies, classes=classes, title=title), folder / "entropy-cdf")
+        of_known = {(m.name, m.sbn): entropy(m.known) for m in found}
+        figure = entropies_of_unknown(entropies, classes=classes, title=title, known=of_known)
+        save(figure, folder / "entropy-cdf")
     return shown

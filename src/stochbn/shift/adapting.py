@@ -19,6 +19,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.adaptation import UNUSUAL, Adaptation
 from stochbn.posteriors.base import BROKEN
+from stochbn.posteriors.thresholds import sums_of_centre
 from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import Looker, looking
 from stochbn.shift.parts import Part, grouped, total
@@ -149,7 +150,7 @@ class Adapter:
             raise ValueError(f"half_life must be a positive number of examples, got {half_life!r:.40}")
         self._model, self._inputs, self._half_life = model, inputs, half_life
         self._ranks = Ranks(None)
-        self._source, unusable = replace(posterior, thresholds=None).centred(model, begun=False)
+        self._source, unusable = replace(posterior, thresholds=None, residual_variance=None).centred(model, begun=False)
         if broken := [name for name, why in unusable.items() if why == BROKEN]:
             raise ValueError(
                 f"the running statistics of {listed(broken)} are not finite, or have negative variances, so there is "
@@ -159,6 +160,9 @@ class Adapter:
         self._thresholds = posterior.thresholds
         if self._thresholds and not self._thresholds.adapted:  # dropped if they are not of the running statistics
             self._thresholds = replace(self._source, thresholds=self._thresholds).thresholds
+        self._residual = posterior.residual_variance
+        if self._residual and not self._residual.adapted:
+            self._residual = replace(self._source, residual_variance=self._residual).residual_variance
         reference = posterior.reference
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)
@@ -228,7 +232,12 @@ class Adapter:
         )
         mean, variance = torch.cat(moved, 1)
         adapted = self._source.adapted(mean, variance, about)
-        return replace(adapted, thresholds=self._thresholds and self._thresholds.after_adapting(adapted))
+        residual = self._residual and self._residual.after_adapting(sums_of_centre(adapted))
+        return replace(
+            adapted,
+            thresholds=self._thresholds and self._thresholds.after_adapting(adapted),
+            residual_variance=residual,
+        )
 
     def _input(self, batch: Batch) -> NetworkInput:
         taken = network_input(self._model, batch, self._inputs)

@@ -60,7 +60,7 @@ def make_reference(rows: Mapping[str, Tensor], mixes: Tensor, task: Task, runnin
     return Reference(
         layers=layers,
         examples=len(mixes),
-        task={"name": task.name, "place": task.place, "class_axis": task.class_axis, "output": task.output},
+        task=task.description(),
         usual=usual,
         basis=basis,
         spread=spread,

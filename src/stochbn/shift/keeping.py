@@ -17,7 +17,7 @@ from stochbn.posteriors.reference import Reference
 from stochbn.shift.estimate import make_reference
 from stochbn.shift.looking import looking
 from stochbn.shift.mixes import mixes_of
-from stochbn.tasks import Task
+from stochbn.tasks import Embedding, Task, named
 from stochbn.undisturbed import undisturbed
 
 __all__ = ["Keeper"]
@@ -98,7 +98,7 @@ class Keeper:
     def _made(self, network: Network, task: Task, layers: Collection[str], asked: bool) -> Reference | None:
         rows: dict[str, list[Tensor]] = {}
         mixes: list[Tensor] = []
-        unread = ""
+        unread = "" if named(task) else f"{type(task).__name__} is no task of stochbn's own, which a file could name"
         with looking(network) as look:
             for inputs in self._batches() if self._count >= LEAST else ():
                 try:
@@ -110,7 +110,7 @@ class Keeper:
                 try:
                     mixes.append(mixes_of(task, output))
                 except (TypeError, ValueError) as error:
-                    unread = str(error)
+                    unread = unread or str(error)
                 for name, values in found.items():
                     rows.setdefault(name, []).append(values)
             kept = {name: values for name, values in rows.items() if name in layers and name not in look.unusable}
@@ -133,7 +133,12 @@ class Keeper:
         if unread and asked:
             warnings.warn(f"new data is compared without the mix of classes: {unread}", stacklevel=2)
         running = {name: running[name] for name in usable}
-        return make_reference({name: values[good] for name, values in usable.items()}, mix[good], task, running)
+        return make_reference(
+            {name: values[good] for name, values in usable.items()},
+            mix[good],
+            task if named(task) else Embedding(),
+            running,
+        )
 
     def _batches(self) -> Iterator[NetworkInput]:
         """The examples in larger mini-batches, where they fit together."""

@@ -18,15 +18,17 @@ class Columns:
 
     Attributes:
         inputs: the columns of inputs.
-        label: the column of labels.
+        label: the columns of labels, in the order that the task has them.
         key: the column that names the rows.
+        group: the column of groups, for prediction sets by group.
         held: what the posterior was fitted with: its columns are taken by their names where none are asked for.
     """
 
     inputs: tuple[str, ...] = ()
-    label: str | None = None
+    label: tuple[str, ...] = ()
     key: str | None = None
     held: Schema | None = None
+    group: str | None = None
 
     def named(self, kinds: Collection[str], there: Collection[str], name: str) -> Columns:
         """With the names that were held to, once it is known which there are.
@@ -41,14 +43,14 @@ class Columns:
         """
         held = self.held if self.held is not None and self.held.kind in kinds else Schema()
         inputs = self.inputs or held.inputs
-        label = self.label or (held.label if held.label in there else None)
+        label = self.label or (held.label if set(held.label) <= set(there) else ())
         why = "" if self.inputs else ", which the posterior was fitted with; name others with --input"
-        for wanted in (*inputs, *filter(None, (label, self.key))):
+        for wanted in (*inputs, *label, *filter(None, (self.key, self.group))):
             if wanted not in there:
                 raise ValueError(
                     f"{name} has no column {wanted!r}{why if wanted in inputs else ''}; it has {listing(there)}"
                 )
-        return Columns(tuple(inputs), label, self.key)
+        return Columns(tuple(inputs), label, self.key, group=self.group)
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,20 @@ class Roles:
     Attributes:
         inputs: the columns of inputs, in the network's order.
         types: their types.
-        label: the column of labels, if there is one.
+        label: the columns of labels, if there are any.
         key: the column that names the rows; None numbers them.
         pictures: whether the input is a column of pictures.
         left_out: the other columns, and why they are left out.
+        group: the column of groups, if one was asked for.
     """
 
     inputs: tuple[str, ...]
     types: tuple[str, ...]
-    label: str | None
+    label: tuple[str, ...]
     key: str | None
     pictures: bool
     left_out: tuple[str, ...]
+    group: str | None = None
 
 
 def choose(
@@ -99,10 +103,11 @@ def choose(
 
     asked = asked.named(("rows", "pictures"), features, name)
     label = asked.label
-    if label is None:
+    if not label:
         of_classes = (c for c, f in features.items() if isinstance(f, datasets.ClassLabel) and c not in asked.inputs)
-        label = next(of_classes, None) or usual_label([c for c in features if c not in (*asked.inputs, asked.key)])
-    rest = {c: f for c, f in features.items() if c not in (label, asked.key) and (c not in index or c in asked.inputs)}
+        usual = next(of_classes, None) or usual_label([c for c in features if c not in (*asked.inputs, asked.key)])
+        label = () if usual is None else (usual,)
+    rest = {c: f for c, f in features.items() if c not in (*label, asked.key) and (c not in index or c in asked.inputs)}
     pictures = [c for c, f in features.items() if isinstance(f, datasets.Image) or is_encoded(f)]
     texts = [c for c in (asked.inputs or (() if pictures else rest)) if is_text(features[c])]
     numbers = {c for c in texts if written(c)}
@@ -113,10 +118,11 @@ def choose(
         raise ValueError(f"{name} has no column of images or numbers; it has {', '.join(features)}: see --input")
     if no_numbers := [c for c in inputs if c in texts and c not in numbers]:
         raise ValueError(f"the column {no_numbers[0]!r} of {name} holds text; name columns of images or numbers")
-    for column in (*inputs, *filter(None, (label, asked.key))):
+    for column in (*inputs, *label, *filter(None, (asked.key,))):
         if opens(features[column]) and (column not in inputs[:1] or column not in pictures):
             raise ValueError(f"the column {column!r} of {name} is of files; name columns of images or numbers")
-    others = {c: index.get(c, type_of(f)) for c, f in features.items() if c not in (*inputs, label, asked.key)}
+    used = (*inputs, *label, asked.key, asked.group)
+    others = {c: index.get(c, type_of(f)) for c, f in features.items() if c not in used}
     told = [f"{c!r} ({why})" for c, why in others.items()]
     return Roles(
         tuple(inputs),
@@ -125,6 +131,7 @@ def choose(
         asked.key,
         inputs[0] in pictures,
         (f"the columns {listing(told)}" if len(told) > 1 else f"the column {told[0]}",) if told else (),
+        asked.group,
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from stochbn.conformal.base import group_names
 from stochbn.schema import counted, listing
 from stochbn.sources.files import Listing
 from stochbn.sources.hub import DataError
 from stochbn.sources.inside import open_regular
-from stochbn.sources.labels import as_labels, usual_label
+from stochbn.sources.labels import as_labels, labels_of_columns, usual_label
 from stochbn.sources.pictures import Decoding, decode
 from stochbn.texts import unambiguous
 
@@ -34,6 +35,7 @@ class FolderRows:
         found: the pictures, and what is left out.
         metadata: files of metadata that are about some of them.
         label: the column of labels in the metadata; None is the one that is called as labels usually are.
+        group: the column of groups in the metadata; None where none was asked for.
         decoding: how pictures are read.
 
     Attributes:
@@ -50,19 +52,26 @@ class FolderRows:
         self,
         found: Listing,
         metadata: tuple[Path, ...] = (),
-        label: str | None = None,
+        label: tuple[str, ...] = (),
         decoding: Decoding | None = None,
+        group: str | None = None,
     ) -> None:
         self.folder, self.decoding = found.root, decoding or Decoding()
         self.files = list(found.files)
         self.notes: list[str] = []
         self.left_out: list[str] = []
-        self.label: str | None = None
+        self.label: tuple[str, ...] = ()
         self.classes: tuple[str, ...] = ()
         self._labels: Tensor | None = None
         self._missing: set[Path] = set()
+        self.groups: list[str] | None = None
+        if group is not None and not metadata:
+            raise DataError(
+                f"{str(self.folder)!r} has no column {group!r}: groups of pictures are in a file metadata.csv or "
+                "metadata.jsonl"
+            )
         if metadata:
-            self._read_metadata(metadata, label)
+            self._read_metadata(metadata, label, group)
         if self._labels is None and self.files and all(len(file.parts) > 1 for file in self.files):
             empty = [name for name in found.folders if not any(file.parts[0] == name for file in self.files)]
             empty = [name for name in empty if not any((found.root / name).iterdir())]
@@ -92,7 +101,7 @@ class FolderRows:
         """The numbers of the classes."""
         return self._labels
 
-    def _read_metadata(self, metadata: tuple[Path, ...], label: str | None) -> None:
+    def _read_metadata(self, metadata: tuple[Path, ...], label: tuple[str, ...], group: str | None) -> None:
         """Take labels from files of metadata, and the pictures that they name."""
         about: dict[Path, Any] = {}
         columns: list[str] = []
@@ -106,23 +115,32 @@ class FolderRows:
                     raise DataError(f"{str(self.folder / file)!r} names {row[FILE]!r}, outside its folder")
                 about[path] = row
         names = " and ".join(sorted({file.name for file in metadata}))
-        label = label or usual_label([name for name in columns if name != FILE])
-        if label is None:
+        if group is not None and group not in columns:
+            raise DataError(f"{names} of {str(self.folder)!r} has no column {group!r}; it has {listing(columns)}")
+        label = label or tuple(filter(None, (usual_label([name for name in columns if name not in (FILE, group)]),)))
+        if not label:
             self.notes.append(f"{names} has no column of labels (it has {listing(columns)}): see --label.")
+            self._take_groups(about, group)
             return
-        if label not in columns:
-            raise DataError(f"{names} of {str(self.folder)!r} has no column {label!r}; it has {listing(columns)}")
+        if missing := [name for name in label if name not in columns]:
+            raise DataError(f"{names} of {str(self.folder)!r} has no column {missing[0]!r}; it has {listing(columns)}")
         there = set(self.files)
         self._missing = {path for path in about if path not in there}
         if unnamed := there - about.keys():
             self.left_out.append(f"{counted(len(unnamed), 'pictures')} that {names} does not name")
         self.files = sorted(about)
-        values = [about[file].get(label) for file in self.files]
-        self._labels, self.classes = as_labels(values, f"{names} of {str(self.folder)!r}")
+        self._take_groups(about, group)
+        values = {name: [about[file].get(name) for file in self.files] for name in label}
+        self._labels, self.classes = labels_of_columns(values, f"{names} of {str(self.folder)!r}")
         self.label = label
         self.notes.append(f"Labels are those of {names}; folders are no classes.")
         if self._missing:
             self.notes.append(f"{counted(len(self._missing), 'pictures')} named there are missing, and become errors.")
+
+    def _take_groups(self, about: dict[Path, Any], group: str | None) -> None:
+        """The group of each picture; of one that the metadata does not name, the empty text."""
+        if group is not None:
+            self.groups = group_names([about.get(file, {}).get(group) for file in self.files], len(self.files))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochbn.schema import listing
 
-__all__ = ["MISSING", "NUMBER", "as_labels", "usual_label"]
+__all__ = ["MISSING", "NUMBER", "as_labels", "labels_of_columns", "usual_label"]
 
 USUAL = ("label", "labels", "target", "targets", "class", "y")
 """What a column of labels is called where none is named, the first that is there; ``y`` only without an ``x``."""
@@ -60,6 +60,27 @@ def as_labels(values: Any, where: str, order: Sequence[str] | None = None) -> tu
     if array.dtype.kind != "f":
         raise ValueError(f"{where} has labels of type {array.dtype}; expected numbers or names of classes")
     return _whole(torch.from_numpy(np.array(array))), ()
+
+
+def labels_of_columns(columns: Mapping[str, Any], name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """The labels of one column, as `as_labels` has them, or ``[N, columns]`` of several columns of numbers.
+
+    Args:
+        columns: what each column holds, by its name.
+        name: of the data, in messages.
+
+    Raises:
+        ValueError: they are neither numbers nor names, or, of several columns, not all numbers.
+    """
+    found = {column: as_labels(values, f"the column {column!r} of {name}") for column, values in columns.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    for column, (labels, classes) in found.items():
+        if classes or labels.ndim != 1:
+            raise ValueError(
+                f"several columns of labels must each hold one number a row, and {column!r} of {name} does not"
+            )
+    return torch.stack([labels.double() for labels, _ in found.values()], 1), ()
 
 
 def _array(values: Sequence[Any]) -> np.ndarray[Any, Any]:

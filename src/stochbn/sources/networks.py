@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochbn.sources.pictures import Preprocessing, channels_of
 
@@ -125,8 +125,7 @@ def prepared(
         return replace(built, preprocess=replace(own, size=size or own.size, mean=mean or own.mean, std=std or own.std))
     if built.preprocess is not None:
         return built
-    plain = Preprocessing(channels=channels)
-    return replace(built, preprocess=lambda given: given if isinstance(given, Tensor) else plain(given))
+    return replace(built, preprocess=Preprocessing(channels=channels))
 
 
 def find(reference: str, what: str) -> tuple[ModuleType, Any]:

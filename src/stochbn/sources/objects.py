@@ -72,11 +72,13 @@ class Chunk:
         keys: what each of them is called.
         errors: why it cannot be read; None where it can.
         inputs: a batch of those that can be read, in their order; None if there are none.
+        groups: the group of each, for prediction sets by group; None where there are no groups.
     """
 
     keys: list[str | int]
     errors: list[str | None]
     inputs: Any
+    groups: list[str] | None = None
 
 
 class Stream(Protocol):
@@ -104,6 +106,11 @@ class Rows(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; none where labels are numbers."""
+        ...
+
+    @property
+    def groups(self) -> list[str] | None:
+        """The group of each, for prediction sets by group; None where there are no groups."""
         ...
 
     def __len__(self) -> int:
@@ -153,6 +160,12 @@ class RowObjects:
     def key_name(self) -> str:
         """What the keys are."""
         return self.rows.key_name
+
+    @property
+    def groups(self) -> list[str] | None:
+        """The group of each, for prediction sets by group; None where there are no groups."""
+        found = self.rows.groups
+        return found if found is None or self.order is None else [found[i] for i in self.order.tolist()]
 
     @property
     def labels(self) -> Tensor:
@@ -229,7 +242,9 @@ class RowObjects:
             errors.append(found if isinstance(found, str) else None)
             if not isinstance(found, str):
                 inputs.append(found)
-        return Chunk([self.rows.key(i) for i in positions], errors, torch.stack(inputs) if inputs else None)
+        known = self.rows.groups
+        groups = None if known is None else [known[i] for i in positions]
+        return Chunk([self.rows.key(i) for i in positions], errors, torch.stack(inputs) if inputs else None, groups)
 
     def _input(self, position: int, shape: torch.Size | None) -> Tensor | str:
         """An object as the network's input, or why it is none."""

@@ -62,6 +62,8 @@ def open_objects(
     columns, decoding = columns or Columns(), decoding or Decoding()
     path = Path(source)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not path.exists():
+        if columns.group is not None:
+            raise DataError(f"{source!r} is a loader, whose batches have no column {columns.group!r}: name a table")
         return _loader(source)
     if path.is_file():
         rows, schema = _file(path, columns, decoding)
@@ -163,7 +165,7 @@ def _pictures(
         notes = (f"{counted(others, 'pictures')} more, of other splits.",) if others else ()
     about = [file for file in found.files if file.name in METADATA]
     pictures = found.only(endings(), but=about)
-    rows = FolderRows(pictures, tuple(about), columns.label, decoding)
+    rows = FolderRows(pictures, tuple(about), columns.label, decoding, columns.group)
     return rows, Schema(
         name=f"{folder} ({name})" if name is not None else str(folder),
         kind="pictures",
@@ -216,7 +218,7 @@ def _tables(
 ) -> tuple[Rows, Schema]:
     """The rows of files of tables, with their columns by name."""
     if kind == "csv":
-        text = (columns.label, columns.key, columns.held.label if columns.held else None)
+        text = (*columns.label, columns.key, columns.group, *(columns.held.label if columns.held else ()))
         table, whole = read_csv(files, source, text)
         table = as_dataset(table)
     else:
@@ -235,7 +237,7 @@ def _rows(
 ) -> tuple[Rows, Schema]:
     roles = roles_of(table, name, columns, None if whole is None else whole.index)
     if whole is not None:
-        whole.check((*roles.inputs, roles.key), name)
+        whole.check((*roles.inputs, roles.key, roles.group), name)
     return TableRows(table, name, folders=folders, roles=roles, decoding=decoding), about.described(
         kind="pictures" if roles.pictures else "rows",
         inputs=roles.inputs,
@@ -278,15 +280,17 @@ def _arrays(path: Path, columns: Columns) -> tuple[Rows, Schema]:
 
         if len(asked.inputs) > 1:
             raise DataError(f"name one array of {str(path)!r} with --input, not {len(asked.inputs)}")
-        usual = (*USUAL_INPUTS, *(names if len(names) == 1 else ()))
-        taken = asked.inputs[0] if asked.inputs else next((name for name in usual if name in names), None)
+        candidates = (*USUAL_INPUTS, *(names if len(names) == 1 else ()))
+        taken = asked.inputs[0] if asked.inputs else next((name for name in candidates if name in names), None)
         if taken is None:
             raise DataError(f"{str(path)!r} has the arrays {', '.join(names)}; say with --input which are the inputs")
-        label = asked.label or ("y" if "y" in names else usual_label([name for name in names if name != taken]))
-        inputs, labels, keys = pick(taken), pick(label), pick(asked.key)
-    others = [name for name in names if name not in (taken, label, asked.key)]
+        usual = "y" if "y" in names else usual_label([name for name in names if name != taken])
+        label = asked.label or tuple(filter(None, (usual,)))
+        inputs, keys, groups = map(pick, (taken, asked.key, asked.group))
+        labels = {name: pick(name) for name in label} or None
+    others = [name for name in names if name not in (taken, *label, asked.key, asked.group)]
     try:
-        rows = ArrayRows(inputs, labels, keys, asked.key or "row")
+        rows = ArrayRows(inputs, labels, keys, asked.key or "row", groups)
     except ValueError as error:
         raise DataError(f"{str(path)!r}: {error}") from error
     return rows, about.described(
@@ -332,7 +336,7 @@ class _Renumbered:
 
     def __init__(self, rows: Rows, numbers: Tensor, classes: tuple[str, ...]) -> None:
         self.rows, self.numbers, self.classes = rows, numbers, classes
-        self.key_name, self.key, self.read = rows.key_name, rows.key, rows.read
+        self.key_name, self.key, self.read, self.groups = rows.key_name, rows.key, rows.read, rows.groups
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -98,7 +98,7 @@ class ParquetObjects:
         opened = cls(source, files, lengths, columns or Columns(), preprocess, whole.features, decoding=decoding)
         table = undecoded(as_dataset(next(iter(opened._tables(0, LOOKED_AT)))))
         roles = roles_of(table, repr(source), opened.columns, whole.index)
-        whole.check((*roles.inputs, roles.key), repr(source))
+        whole.check((*roles.inputs, roles.key, roles.group), repr(source))
         if roles.pictures:
             check_range(preprocess)
         decoding = decoding or Decoding()
@@ -168,7 +168,7 @@ class ParquetObjects:
             preprocess = Preprocessing()
         (chunk,) = RowObjects(self.name, rows, preprocess).chunks(len(table))
         keys = chunk.keys if rows.roles.key is not None else [start + i for i in range(len(table))]
-        return Chunk(list(keys), chunk.errors, chunk.inputs)
+        return replace(chunk, keys=list(keys))
 
 
 def holds_parquet(source: str) -> bool:

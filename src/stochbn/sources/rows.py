@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochbn.conformal.base import group_names
 from stochbn.sources.columns import Columns, Roles, choose
-from stochbn.sources.labels import as_labels
+from stochbn.sources.labels import as_labels, labels_of_columns
 from stochbn.sources.pictures import Decoding, stored_picture
 from stochbn.sources.tables import index_columns, mostly_numbers
 from stochbn.texts import unambiguous
@@ -44,7 +45,7 @@ class TableRows:
         table: Any,
         name: str,
         inputs: tuple[str, ...] = (),
-        label: str | None = None,
+        label: tuple[str, ...] = (),
         key: str | None = None,
         folders: Sequence[Path] = (),
         *,
@@ -99,6 +100,12 @@ class TableRows:
             return None
         return torch.tensor(values.to_numpy(), dtype=torch.float32)
 
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """The column of groups, as texts; None where none was asked for."""
+        name = self.roles.group
+        return None if name is None else group_names(self.table.select_columns([name])[:][name], len(self))
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; none where labels are numbers."""
@@ -116,11 +123,11 @@ class TableRows:
     def _numbered(self) -> tuple[Tensor | None, tuple[str, ...]]:
         import datasets
 
-        if self.label is None:
+        if not self.label:
             return None, ()
-        feature = self.table.features[self.label]
-        where = f"the column {self.label!r} of {self.name}"
-        labels, classes = as_labels(self.table.select_columns([self.label])[:][self.label], where)
+        columns = self.table.select_columns(list(self.label))[:]
+        labels, classes = labels_of_columns({name: columns[name] for name in self.label}, self.name)
+        feature = self.table.features[self.label[0]]
         return labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else classes
 
 
@@ -129,9 +136,10 @@ class ArrayRows:
 
     Args:
         inputs: ``[N, ...]``; may be mapped from a file.
-        labels: ``[N]`` or more, if there are labels: numbers, or names of classes.
+        labels: ``[N]`` or more, if there are labels: numbers, or names of classes; or several such arrays by names.
         keys: ``[N]``; None numbers the rows.
         key_name: what the keys are called.
+        groups: ``[N]``, the group of each; None where none was asked for.
 
     Raises:
         ValueError: the arrays disagree in N, or hold no numbers.
@@ -140,20 +148,25 @@ class ArrayRows:
     def __init__(
         self,
         inputs: np.ndarray[Any, Any],
-        labels: np.ndarray[Any, Any] | None = None,
+        labels: np.ndarray[Any, Any] | Mapping[str, np.ndarray[Any, Any]] | None = None,
         keys: np.ndarray[Any, Any] | None = None,
         key_name: str = "row",
+        groups: np.ndarray[Any, Any] | None = None,
     ) -> None:
         if inputs.ndim < 1 or inputs.dtype.kind not in "fiub":
             raise ValueError(f"expected an array of numbers [N, ...], got {inputs.dtype} {list(inputs.shape)}")
-        for name, other in (("labels", labels), ("keys", keys)):
+        given = labels if isinstance(labels, Mapping) else {} if labels is None else {"labels": labels}
+        for name, other in (*(("labels", one) for one in given.values()), ("keys", keys), ("groups", groups)):
             if other is not None and len(other) != len(inputs):
                 raise ValueError(f"there are {len(inputs)} inputs and {len(other)} {name}; expected as many")
         self.inputs, self.keys, self.key_name = inputs, keys, key_name
+        self.groups = None if groups is None else group_names(groups, len(inputs))
         self.classes: tuple[str, ...] = ()
         self._labels: Tensor | None = None
-        if labels is not None:
-            self._labels, self.classes = as_labels(labels, "the array of labels")
+        if len(given) > 1:
+            self._labels, self.classes = labels_of_columns(given, "the arrays")
+        elif given:
+            self._labels, self.classes = as_labels(next(iter(given.values())), "the array of labels")
 
     def __len__(self) -> int:
         return len(self.inputs)

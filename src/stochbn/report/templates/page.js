@@ -1,6 +1,6 @@
 "use strict";
 // Every heading of a table becomes a button that sorts by its column; without scripts the table stays as it is.
-for (const table of document.querySelectorAll("table")) {
+for (const table of document.querySelectorAll("table:not(.matrix)")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((heading, column) => {
     const button = document.createElement("button");

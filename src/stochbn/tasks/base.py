@@ -1,0 +1,328 @@
+"""What every task says of a network's output: how it is read, averaged, calibrated, scored and shown."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stochbn.arrays import as_array, as_tensor
+from stochbn.tasks.answers import Answer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from stochbn.tasks.draw_scores import DrawScore
+
+__all__ = ["Join", "Panel", "Predictions", "Scores", "Task", "floating", "joined", "ratio_error", "standard_error"]
+
+Predictions = Iterable[tuple[Any, Tensor]]
+"""Predictions of batches, and their labels."""
+Join = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Gives tensors ``[n, ...]`` of all processes that share the data, behind each other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of one method on labelled data.
+
+    Attributes:
+        values: the scores, by their names.
+        errors: the standard error of each score of which one is known.
+        losses: ``[N]``, float64: losses of each example, by what they are called. Methods are compared by the first
+            that both have.
+        weights: ``[N]``: how much each example counts, such as the places of a dense output; None is alike.
+        evidence: what the figures of a report are drawn from.
+    """
+
+    values: Mapping[str, float]
+    errors: Mapping[str, float]
+    losses: Mapping[str, Tensor]
+    weights: Tensor | None = None
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A figure of a report.
+
+    Attributes:
+        title: its heading, a question.
+        caption: what is seen in it, in sentences.
+        draw: draws it, given the axes and the colour of each method.
+    """
+
+    title: str
+    caption: str
+    draw: Callable[[Axes, Mapping[str, str]], None]
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What a network's output means.
+
+    Every task turns an output into a tensor ``[N, C, ...]`` of float32 or finer, its raw values, on which draws are
+    averaged, and an average into what a predictive returns. A subclass defines `raw`, `values` and `prediction`, and
+    so is enough for predictions; the other methods make it usable in `stochbn.calibrate` and at the command line.
+
+    Attributes:
+        place: where in the output to look, see `stochbn.network.calling.read_output`; for regression also a pair of
+            places, of the mean and of the log-variance.
+        class_axis: the axis of the classes in the output; None is axis 1.
+        output: ``"logits"`` or ``"probs"``; None is logits, unless they look like something else.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type, or the task has no classes for it to be about.
+    """
+
+    name: ClassVar[str]
+    outputs: ClassVar[tuple[str, ...]]
+    """Attributes of a prediction that an exported network gives."""
+    has_classes: ClassVar[bool] = True
+    """Whether `class_axis` and `output` apply."""
+    takes_pair: ClassVar[bool] = False
+    """Whether `place` may be a pair."""
+    one_class: ClassVar[bool] = False
+    """Whether each example, or place, has one class. Then there are prediction sets, ensembles and unknown classes."""
+    sets_hold: ClassVar[str] = ""
+    """What prediction sets hold: ``classes``, ``labels`` or ``numbers``; empty where there are none."""
+    early: ClassVar[bool] = True
+    """Whether sampling may stop early by default: where the scale of an error is known."""
+    spread: ClassVar[bool] = False
+    """Whether the variance over draws is part of the prediction."""
+    binned: ClassVar[bool] = False
+    """Whether `mix` gives numbers, of which the mix is the shares in bins, and not shares themselves."""
+    part: ClassVar[tuple[str, str]] = ("class", "classes")
+    """What the mix is of, one and several."""
+    uncertainty: ClassVar[tuple[str, ...]] = ("entropy",)
+    """Columns of a table whose largest values are the least certain predictions; the first that is there counts."""
+    calibrated_by: ClassVar[tuple[str, ...]] = ()
+    """The scores that `stochbn.calibrate` can choose by; none where labels do not tell how much noise is right."""
+    fits_residual: ClassVar[bool] = False
+    """Whether `stochbn.calibrate` fits a residual variance, and no temperature."""
+    score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {}
+    """The columns of a table of scores: the name of the score, its digits, and a factor; none where there are none."""
+
+    place: Any = None
+    class_axis: int | None = None
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.output not in (None, "logits", "probs"):
+            raise ValueError(f'output must be "logits", "probs" or None, got {self.output!r}')
+        axis = self.class_axis
+        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+            raise TypeError(f"class_axis must be a whole number or None, got {axis!r}")
+        if not self.has_classes and (axis is not None or self.output is not None):
+            raise ValueError(
+                f"the task {self.name!r} has no classes, so class_axis and output do not apply; leave them out"
+            )
+        if isinstance(self.place, (tuple, list)):
+            if not self.takes_pair:
+                raise ValueError(
+                    f'a pair of places is for task="regression" alone, got {self.place!r} for {self.name!r}'
+                )
+            if len(self.place) != 2:
+                raise ValueError(f"expected two places, of the mean and of the log-variance, got {self.place!r}")
+            object.__setattr__(self, "place", tuple(self.place))
+
+    # From an output to a prediction
+
+    @abstractmethod
+    def raw(self, output: Any) -> Tensor:
+        """The raw values ``[N, C, ...]`` in a network's output.
+
+        Raises:
+            TypeError, ValueError: they are not of a type or shape that the task can read.
+        """
+
+    def check(self, raw: Tensor) -> None:  # noqa: B027 - numbers can be anything
+        """Refuse, or warn of, raw values that do not look like what the task expects.
+
+        Raises:
+            ValueError: they cannot be what the task expects.
+        """
+
+    @abstractmethod
+    def values(self, raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """What is averaged over draws, from raw values ``[S, N, C, ...]``: two tensors ``[S, N, ...]``.
+
+        The first gives the prediction, and its variance over draws says when sampling stops.
+        """
+
+    @abstractmethod
+    def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Answer:
+        """What a predictive returns, from the means of both values, the first's variance over draws and kept draws."""
+
+    def calibrated(self, posterior: Any) -> Task:
+        """The task with what `stochbn.calibrate` has fitted for it and keeps in a posterior, beside a temperature."""
+        return self
+
+    def caveat(self, posterior: Any, known: Collection[str]) -> str:
+        """What to know of predictions, in sentences; empty for nothing.
+
+        Args:
+            posterior: that was drawn from, or None.
+            known: the columns, or scores, that there are.
+        """
+        return ""
+
+    def keep(self, raw: Tensor, temperature: float) -> Tensor:
+        """What of raw values ``[S, N, C, ...]`` is kept of every draw."""
+        return self.values(raw, temperature)[0]
+
+    def mix(self, raw: Tensor) -> Tensor:
+        """What raw values ``[N, C, ...]`` say of the mix of a group of examples: shares ``[N, K, ...]``, or numbers."""
+        return self.values(raw[None], 1.0)[0][0]
+
+    def description(self) -> dict[str, Any]:
+        """What a file keeps of the task: the arguments of `stochbn.tasks.make_task`."""
+        return {"name": self.name, "place": self.place, "class_axis": self.class_axis, "output": self.output}
+
+    # Labels, and what calibrate makes of them
+
+    def labels(self, batch: Any) -> Tensor:
+        """The labels in a labelled batch: its second entry or, of a mapping, that of ``labels``.
+
+        Raises:
+            TypeError: there are none, or none of a type that the task takes.
+        """
+        found = labels_in(batch)
+        if found is None or found.is_complex():
+            raise TypeError(
+                f"expected held-out batches as (input, labels) or mappings with 'labels', {self.labels_expected}; got "
+                f"{_described(found, batch)}"
+            )
+        return found
+
+    labels_expected: ClassVar[str] = "numbers"
+    """What labels are, in words."""
+
+    def paired(self, raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw values ``[N, C, ...]`` and labels (or a mask of them) as `draw_score` takes them."""
+        return raw, labels
+
+    def counted(self, labels: Tensor, ignore: int | None) -> Tensor:
+        """Which of the labels count, of their shape.
+
+        Raises:
+            ValueError: a label is to be ignored, and this task has none.
+        """
+        return torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+
+    def units(self, labels: Tensor) -> str:
+        """What is counted: ``"examples"``, or parts of them."""
+        return "places" if labels.numel() > len(labels) else "examples"
+
+    def draw_score(self, name: str, temperatures: Tensor) -> DrawScore:
+        """What scores the mean over draws at several temperatures, for `stochbn.calibrate`.
+
+        Raises:
+            ValueError: `name` is not among `calibrated_by`.
+        """
+        raise ValueError(f"there is no score {name!r} for the task {self.name!r}")
+
+    # Scores
+
+    def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:
+        """The scores of predictions, the same in all processes that share them.
+
+        Args:
+            predictions: of this process's batches, with their labels.
+            join: gives the tensors of all processes that share the data behind each other.
+            ignore: a label of what does not count.
+
+        Raises:
+            ValueError: labels that do not fit the predictions, or a task without scores.
+        """
+        raise ValueError(f"the task {self.name!r} has no scores")
+
+    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
+        """The figures of a report about the scores of each method, by its name."""
+        return []
+
+
+def floating(values: Any, what: str) -> Tensor:
+    """Floating-point values, of float32 or finer: half precision is too coarse to average in.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"expected a floating-point tensor of {what} in the network's output, found {kind}")
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def labels_in(batch: Any) -> Tensor | None:
+    """The labels in a batch as a tensor; None where there are none of numbers."""
+    labels: Any = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    elif hasattr(batch, "get"):
+        labels = batch.get("labels")
+    labels = as_array(labels)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "fiub":
+        return as_tensor(labels)
+    return labels if isinstance(labels, Tensor) else None
+
+
+def whole_labels(task: Task, batch: Any, *, fractions: bool) -> Tensor:
+    """The labels in a batch as whole numbers.
+
+    Args:
+        task: what they are for.
+        batch: the batch.
+        fractions: whether floating-point numbers and truth values may be whole numbers, as losses of 0 and 1 take them.
+
+    Raises:
+        TypeError: there are none, or they are no whole numbers.
+    """
+    labels = labels_in(batch)
+    if labels is not None and not labels.is_complex():
+        if not labels.is_floating_point() and labels.dtype != torch.bool:
+            return labels
+        if fractions and bool(((whole := labels.long()) == labels).all()):
+            return whole
+    raise TypeError(
+        f"expected held-out batches as (input, labels) or mappings with 'labels', {task.labels_expected}; got "
+        f"{_described(labels, batch)}"
+    )
+
+
+def _described(labels: Tensor | None, batch: Any) -> str:
+    return f"{labels.dtype} labels" if labels is not None else f"a {type(batch).__name__} without them"
+
+
+def joined(batches: Sequence[Mapping[str, Tensor]], join: Join) -> dict[str, Tensor]:
+    """The tensors of all batches of all processes behind each other.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not batches:
+        raise ValueError("there is nothing to evaluate: the data has no batches")
+    return join({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of ``[N]`` values; NaN for a single one."""
+    return (values.double().var() / len(values)).sqrt().item() if len(values) > 1 else math.nan
+
+
+def ratio_error(values: Tensor, weights: Tensor) -> float:
+    """The standard error of a weighted mean ``sum(weights * values) / sum(weights)`` over examples ``[N]``."""
+    mean = (weights * values).sum() / weights.sum()
+    return standard_error(weights * (values - mean)) * len(values) / weights.sum().item()
+
+
+def influence_error(influences: Tensor) -> float:
+    """The standard error of a statistic from the influence ``[N]`` of each example on it; NaN for a single example."""
+    n = len(influences)
+    return math.sqrt(n / (n - 1) * influences.double().square().sum().item()) if n > 1 else math.nan

@@ -1,0 +1,99 @@
+"""Scores of a mean over draws that is made draw by draw, at several temperatures at once: for `stochbn.calibrate`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLASS_SCORES", "NAMES", "DrawScore", "check_labels"]
+
+NAMES = {"nll": ("NLL", "nats"), "brier": ("Brier score", "")}
+"""What scores are called, and their units."""
+
+
+class DrawScore(ABC):
+    """The score of a mean over draws, which are added one by one, at several temperatures.
+
+    Args:
+        temperatures: ``[T]``: what raw values are divided by.
+    """
+
+    def __init__(self, temperatures: Tensor) -> None:
+        self.temperatures = temperatures
+        self.total: Tensor | None = None
+        self.draws = 0
+
+    @abstractmethod
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the raw values ``[N, C, ...]`` of a draw."""
+
+    @abstractmethod
+    def of_each(self, labels: Tensor) -> Tensor:
+        """``[T, N, ...]``, float64: of each example (and place), under each temperature."""
+
+
+class NLL(DrawScore):
+    """The negative log-likelihood of classes, of logits ``[N, K, ...]``."""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        each = self.log_likelihoods(logits, labels)
+        self.total = each if self.total is None else torch.logaddexp(self.total, each)
+        self.draws += 1
+
+    def log_likelihoods(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``[T, N, ...]``, float64: the log-probability of each label under each temperature, in one draw."""
+        check_labels(logits, labels)
+        labels = labels.to(logits.device)[:, None].long()
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        each = [(logits / t).log_softmax(1).gather(1, labels)[:, 0] for t in self.temperatures.tolist()]
+        return torch.stack(each).double()
+
+    def of_each(self, labels: Tensor) -> Tensor:
+        assert self.total is not None
+        # The likelihood of 0 that probabilities may have is that of the smallest float32 number, as for the metrics.
+        return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
+
+
+class Brier(DrawScore):
+    """The Brier score of classes: the squared distance of the probabilities from those of certainty of the label."""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        check_labels(logits, labels)
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        each = torch.stack([(logits / t).softmax(1) for t in self.temperatures.tolist()])
+        self.total = each if self.total is None else self.total + each
+        self.draws += 1
+
+    def of_each(self, labels: Tensor) -> Tensor:
+        assert self.total is not None
+        probs = self.total.double() / self.draws
+        chosen = labels.to(probs.device)[None, :, None].long().expand(len(probs), *[-1] * (labels.ndim + 1))
+        right = probs.gather(2, chosen)
+        return probs.square().sum(2) - 2 * right[:, :, 0] + 1
+
+
+CLASS_SCORES: dict[str, type[DrawScore]] = {"nll": NLL, "brier": Brier}
+"""Scores of classes, by their names."""
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Refuse labels that do not fit logits ``[N, K, ...]``.
+
+    Raises:
+        ValueError: they have another shape than ``[N, ...]``, or are no classes.
+    """
+    if labels.shape != logits[:, 0].shape:
+        raise ValueError(
+            f"expected labels {list(logits[:, 0].shape)} for the network's logits {list(logits.shape)}, got "
+            f"{list(labels.shape)}"
+        )
+    if labels.numel() and (labels.min() < 0 or labels.max() >= logits.shape[1]):
+        raise ValueError(
+            f"labels must lie between 0 and {logits.shape[1] - 1} for {logits.shape[1]} classes, found "
+            f"{labels.min().item()} to {labels.max().item()}"
+        )
