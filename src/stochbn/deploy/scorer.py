@@ -49,8 +49,8 @@ class Scorer:
         )
 
     Every batch sees the draws of the seed: with ``tolerance=0`` a row's prediction depends, to rounding, on the row and
-    the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
-    object's changes depend on its place in the batch too.
+    the seed alone, however rows are put into batches, unless examples of a batch affect each other. With `augment` an
+    example's changes depend on its place in the batch too.
 
     A posterior whose prediction sets are by group needs the column of the groups in every batch.
 
@@ -151,7 +151,7 @@ class Scorer:
         """The columns of the table of ``stochbn predict`` for the examples of a chunk.
 
         Raises:
-            ValueError: the prediction is none of so many objects.
+            ValueError: the prediction is none of so many examples.
         """
         columns = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
         if self.monitor is not None:
@@ -271,7 +271,7 @@ class _Counted(Predictive):
 
 
 class _Columns:
-    """The rows of a batch of columns, as objects."""
+    """The rows of a batch of columns, as examples."""
 
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
@@ -381,7 +381,7 @@ def _numbers(values: Any) -> Tensor:
 
 
 def _column(values: list[Any], name: str) -> np.ndarray[Any, Any]:
-    """Values as a column: texts and sets as objects, numbers as float32 with NaN where there is none."""
+    """Values as a column: texts and sets as examples, numbers as float32 with NaN where there is none."""
     if name == "set":
         column = np.empty(len(values), dtype=object)
         column[:] = values
