@@ -130,7 +130,7 @@ def test_of_several_numbers_a_share_of_each_example_is_held(method: str) -> None
 
 def test_a_prediction_gives_its_own_intervals() -> None:
     mean, spread, noise = normal(20), normal(20, seed=1).exp(), normal(20, seed=2).exp()
-    prediction, truth = Estimate(mean, spread, noise), normal(20, seed=3)
+    prediction, truth = Estimate(mean, spread, noise, spread + noise), normal(20, seed=3)
     std = prediction.total_std
     assert std is not None
     rule = conformal.intervals(mean, std, truth, 0.8)
