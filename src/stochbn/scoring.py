@@ -268,6 +268,10 @@ def scored(
         chunk, prediction = usable, predicted(usable.inputs)
     posterior = predictor.posterior if isinstance(predictor, Predictive) else None
     thresholds = None if posterior is None else posterior.thresholds
+    if not classes and posterior is not None and posterior.schema is not None:
+        probs = getattr(prediction, "probs", None)  # of as many classes as the data of the fit had names
+        named = probs is not None and probs.ndim == 2 and probs.shape[1] == len(posterior.schema.classes)
+        classes = posterior.schema.classes if named else ()
     return columns_of(chunk, prediction, key_name, classes, top, masks, thresholds)
 
 

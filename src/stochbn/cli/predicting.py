@@ -171,7 +171,8 @@ def predict(
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
     if fitted.noiseless and fitted.choice and changes is None:
-        say(f"One pass without draws, so mutual information is 0. {fitted.choice}")
+        nothing = ", so mutual information is 0" if least and "mutual_information" in least[0] else ""
+        say(f"One pass without draws{nothing}. {fitted.choice}")
     if adapt is not None:
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     if about_them := about_sets(fitted):

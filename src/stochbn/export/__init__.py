@@ -200,6 +200,7 @@ def _described(
     """The same with metadata of inputs and outputs."""
     held = posterior.schema or Schema()
     classes, count = held.classes if classes is None else classes, 0
+    classes = classes if given.task.has_classes else ()
     if classes:
         with torch.no_grad():
             count = given.task.raw(given.example.call(given.model)).shape[1]

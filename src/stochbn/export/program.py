@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -174,8 +175,11 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exporter complains of, in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+    """What an exporter complains of, in one line: the cause, without the colours of terminals."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]:.300}"
 
 
 def _checked(example: NetworkInput, name: str) -> NetworkInput:

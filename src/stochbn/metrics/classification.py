@@ -308,6 +308,8 @@ def checked_probabilities(probs: Tensor) -> None:
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
         raise ValueError(f"probabilities must not be negative, found {probs.min().item():.6g}")
+    if not len(probs):
+        return
     sums = probs.sum(1, dtype=torch.float64)
     tolerance = 1e-3 if probs.dtype.itemsize >= 4 else 2e-2
     if (sums - 1).abs().max() > tolerance:
