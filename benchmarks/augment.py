@@ -39,7 +39,7 @@ REPETITIONS = 7
 
 
 def variances(predictive: Predictive, x: Tensor, repetitions: int) -> dict[int, float]:
-    """The variance of the mean over the first draws, averaged over objects and classes, by the number of draws."""
+    """The variance of the mean over the first draws, averaged over examples and classes, by the number of draws."""
     generator = torch.Generator().manual_seed(0)
     means: dict[int, list[Tensor]] = {count: [] for count in COUNTS}
     for _ in track(range(repetitions), description="predicting"):

@@ -30,7 +30,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "VGG-11, half width": ("vgg11", {"width": 0.5, "classes": 5}, (3, 32, 32)),
     "ResNet-18, quarter width": ("resnet18", {"width": 0.25, "classes": 5}, (3, 32, 32)),
 }
-"""For each network its name, its arguments, and the shape of an object."""
+"""For each network its name, its arguments, and the shape of an example."""
 
 DRAWS = (4, 16)
 BATCHES = (1, 32)

@@ -103,7 +103,7 @@ def predict(path: Path) -> None:
 
 
 def read_all(path: Path) -> None:
-    """Go through all objects of data."""
+    """Go through all examples of data."""
     objects = open_objects(str(path))
     for chunk in objects.chunks(16):
         for error in chunk.errors:

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "ResNet-18, 100": ("resnet18", {"classes": 5}, (3, 32, 32), 100),
     "ResNet-18, 1000": ("resnet18", {"classes": 5}, (3, 32, 32), 1000),
 }
-"""For each case the network of full width, its arguments, the shape of an object and the number of objects."""
+"""For each case the network of full width, its arguments, the shape of an example and the number of examples."""
 REPETITIONS = 9
 
 

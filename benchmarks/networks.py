@@ -20,7 +20,7 @@ TEXT = """# Networks of other libraries
 Each is randomly initialised and makes {warm_up} passes in training mode. Then a joint posterior is fitted to 6
 mini-batches of 8; the network must be bit-identical afterwards, `tolerance=0` must give what a slow loop over copies
 gives, and predictions with the defaults must be within 6 standard errors of 24 independent draws. The costs of the
-first call with the defaults and of later ones are in plain passes of the same few objects, so small that Python takes
+first call with the defaults and of later ones are in plain passes of the same few examples, so small that Python takes
 most of the time. `make networks` and `make interop` run these checks and make this page.
 
 **{right} of {total} are as they should be.**
@@ -36,7 +36,7 @@ def document() -> str:
     for part in parts:
         versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
         body = [_cells(row) for row in part["rows"]]
-        columns = ["network", "library", "batch norms", "first call", "later", "ways, or why objects stay together"]
+        columns = ["network", "library", "batch norms", "first call", "later", "ways, or why examples stay together"]
         tables.append(Table(f"{versions}; {part['machine']}, one thread", columns, body).markdown())
     return "\n\n".join([text.strip(), *tables]) + "\n"
 

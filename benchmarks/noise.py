@@ -1,7 +1,7 @@
 """Which noise is useful: variations of the joint posterior, by the held-out NLL of one network of a finished run.
 
 Noise in some layers only, more or less of it, as much in each layer as other held-out images like best, heavier tails,
-and objects that count in their own mini-batch as in exact inference. Run it as ``python benchmarks/noise.py
+and examples that count in their own mini-batch as in exact inference. Run it as ``python benchmarks/noise.py
 runs/lenet5-held-out`` on a run made with ``--held-out``; nothing here sees test data.
 """
 
@@ -49,9 +49,9 @@ def in_layers(posterior: Joint, factors: list[float]) -> Joint:
 
 @contextmanager
 def counting_themselves(model: nn.Module, batch_size: int) -> Iterator[None]:
-    """Have every object count as one of the `batch_size` whose statistics normalise it, as in exact inference.
+    """Have every example count as one of the `batch_size` whose statistics normalise it, as in exact inference.
 
-    What it changes for the other objects of its mini-batch is neglected, so it costs no more than replay.
+    What it changes for the other examples of its mini-batch is neglected, so it costs no more than replay.
     """
     weight = 1 / batch_size
 

@@ -39,7 +39,7 @@ def network(images: Images, epochs: int, seed: int) -> nn.Module:
 def variance(
     model: nn.Module, posterior: Posterior, x: Tensor, draws: int, repetitions: int, seed: int, *, quasi: bool
 ) -> float:
-    """The variance of mean probabilities over `draws` draws, averaged over objects and classes of `x`."""
+    """The variance of mean probabilities over `draws` draws, averaged over examples and classes of `x`."""
     generator = torch.Generator().manual_seed(seed)
     means = []
     with torch.no_grad():

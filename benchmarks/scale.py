@@ -1,9 +1,9 @@
 """Efficiency from 1 to 2 processes with one thread each: `stochbn fit` and `evaluate` under torchrun, `predict` by Ray.
 
 The work is that of ResNet-18 of this project, quarter width, with random weights, on random images. It is timed within
-the commands, from the first object that a process reads until the result is written: their start, which does not grow
+the commands, from the first example that a process reads until the result is written: their start, which does not grow
 with the data, does not count. In each round every command runs with 1 process and with 2; those of torchrun also as two
-commands of 1 process side by side that share nothing, each with half of the objects: what the machine itself gives.
+commands of 1 process side by side that share nothing, each with half of the examples: what the machine itself gives.
 Efficiency is the time of 1 over twice that of 2, the median over rounds. Leave the machine alone meanwhile; where that
 cannot be, the processor time with 1 process over that with 2, of all that the commands start, tells what sharing the
 work costs. Run it as ``python benchmarks/scale.py``, which takes a quarter of an hour on 2 cores; it needs the extra
@@ -68,7 +68,7 @@ class Round:
     Attributes:
         one: the work of 1 process.
         two: that of 2 processes.
-        apart: that of two commands of 1 process side by side, half of the objects each: the mean of both; None for
+        apart: that of two commands of 1 process side by side, half of the examples each: the mean of both; None for
             Ray, whose work is that of `evaluate`.
         one_cpu: processor time of the work with 1 process, of its command and all that this started.
         two_cpu: the same with 2 processes.
@@ -98,7 +98,7 @@ class Round:
 
 
 def prepare(objects: dict[str, int]) -> None:
-    """The network, its posterior, and for each task all of its objects and half of them."""
+    """The network, its posterior, and for each task all of its examples and half of them."""
     Path("scaled.py").write_text(MODULE)
     torch.manual_seed(0)
     model = architectures.build("resnet18", width=0.25, classes=5).eval()
@@ -144,7 +144,7 @@ class Run:
 
     Args:
         task: what it does.
-        data: the folder of its objects.
+        data: the folder of its examples.
         processes: how many it starts.
     """
 
@@ -175,7 +175,7 @@ class Run:
         return self.process.poll() is None
 
     def work(self) -> tuple[float, float]:
-        """Seconds from the first object to the result, and processor time.
+        """Seconds from the first example to the result, and processor time.
 
         Raises:
             RuntimeError: it failed.
@@ -187,7 +187,7 @@ class Run:
         return self.result.stat().st_mtime - first, sum(self.cpu.values()) - sum(before.values())
 
     def _stamps(self) -> list[Path]:
-        """When its workers began; with Ray, the command itself looks at an object before."""
+        """When its workers began; with Ray, the command itself looks at an example before."""
         return [path for path in self.begun.iterdir() if path.name != str(self.process.pid) and path.stat().st_size]
 
 

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, object], tuple[int, ...], int]] = {
     "ResNet-18, 32": ("resnet18", {"width": 0.25, "classes": 5}, (3, 32, 32), 32),
     "tabular 30-256-256-4, 32": ("", {}, (30,), 32),
 }  # fmt: skip
-"""For each case the network, its arguments, the shape of an object and the number of objects.
+"""For each case the network, its arguments, the shape of an example and the number of examples.
 
 Where a version does not know an argument, the network is what the argument asks for: convolutions had no biases once.
 """

@@ -2,7 +2,7 @@
 
 LeNet-5, VGG-11 and ResNet-18 of this project, and three networks of others: MONAI's U-Net, EfficientNet-B0 and a
 Segformer of Transformers, each where its package is installed (``pip install --no-deps monai efficientnet_pytorch
-transformers regex tokenizers``). All have random weights and random images, and every object gets all 24 quasi-random
+transformers regex tokenizers``). All have random weights and random images, and every example gets all 24 quasi-random
 draws, so the figures say what passes cost and nothing of accuracy. All calls of a network are interleaved. Run it as
 ``python benchmarks/ways.py``; it takes minutes.
 """
@@ -30,7 +30,7 @@ from stochbn.report.tables import Table
 from stochbn.sources import architectures
 
 UNREACHED = 1e-9
-"""A tolerance at which no object is done before it has had all draws."""
+"""A tolerance at which no example is done before it has had all draws."""
 
 
 def unet() -> nn.Module:
@@ -75,7 +75,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         32,
     ),
 }  # fmt: skip
-"""For each network how to build it, the shape of an object, and the number of objects in a batch."""
+"""For each network how to build it, the shape of an example, and the number of examples in a batch."""
 
 
 def measure(build: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, repetitions: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def main() -> None:
             print(f"{name} is left out: {error}")
     machine = f"{platform.processor() or platform.machine()}, {options.threads} of {os.cpu_count()} cores"
     machine = f"{machine}, torch {torch.__version__}"
-    title = f"Units (plain eager forward passes) of a call with 24 draws of every object; {machine}"
+    title = f"Units (plain eager forward passes) of a call with 24 draws of every example; {machine}"
     columns = ["network", "batch", "all ways", *(f"without {way}" for way in WAYS), "none"]
     rows = [
         [name, str(one["batch"]), *(_cell(one, column) for column in ("all", *(f"without {w}" for w in WAYS), "none"))]

@@ -296,7 +296,7 @@ def settled(model: nn.Module, *shape: int, seed: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A network, and the shape of one object of its input."""
+    """A network, and the shape of one example of its input."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]

@@ -24,7 +24,7 @@ DRAWS = 6_000
 
 
 def statistics(m: int, channels: int, seed: int = 0, common: float = 0.7) -> Tensor:
-    """``[M, 2, C]``, float32: correlated means and log-variances, as mini-batches of about 16 objects have them."""
+    """``[M, 2, C]``, float32: correlated means and log-variances, as mini-batches of about 16 examples have them."""
     shared = common * normal(m, 1, 1, seed=seed + 1) * normal(1, 2, channels, seed=seed + 2)
     noise = shared + normal(m, 2, channels, seed=seed)
     scale = normal(channels, seed=seed + 3).exp()

@@ -956,7 +956,7 @@ def slow_dense_losses(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_the_error_of_a_difference_is_that_of_a_ratio_where_objects_have_different_numbers_of_places() -> None:
-    """Against the spread over many samples of objects, of which some have many places and a larger difference."""
+    """Against the spread over many samples of examples, of which some have many places and a larger difference."""
     generator = seeded(3)
     mean, errors = [], []
     for _ in range(300):

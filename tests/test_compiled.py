@@ -122,6 +122,27 @@ def test_it_is_not_taken_where_bfloat16_is_or_nobody_asks() -> None:
     assert "compiled: not taken: it is for long jobs" in Predictive(model, posterior, 8).explain(x)
 
 
+def test_a_network_that_passes_change_is_not_compiled(counted: list[int]) -> None:
+    class Counting(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body, self.passes = body, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            out: Tensor = self.body(x) * self.passes
+            return out
+
+    body, _, x = made()
+    model = Counting(body).eval()
+    posterior = stochbn.fit(model, [normal(64, 2, 6, 5, seed=9)], 8)
+    compiled = Predictive(model, posterior, 12, compile=True, settings=EXACT)
+    plain = Predictive(model, posterior, 12, settings=Settings(ways=frozenset()))
+    torch.testing.assert_close(compiled(x, generator=seeded(1)).probs, plain(x, generator=seeded(1)).probs)
+    assert not counted
+    assert "compiled: not taken: passes change the network" in compiled.explain(x)
+
+
 @pytest.mark.long
 def test_optimised_code_gives_the_same_predictions() -> None:
     torch._dynamo.reset()

@@ -31,7 +31,7 @@ def predictions(count: int, classes: int = 6, seed: int = 0) -> tuple[Tensor, Te
 
 
 def slow_scores(method: str, probs: Tensor, u: float = 0.0) -> Tensor:
-    """The score of each class of one object, by its definition."""
+    """The score of each class of one example, by its definition."""
     scores = torch.zeros_like(probs)
     for k in range(len(probs)):
         above = sum(p for p in probs.tolist() if p > probs[k])
@@ -114,7 +114,7 @@ def test_least_ambiguous_sets_are_those_of_mapie() -> None:
 
 
 def test_adaptive_sets_are_those_of_mapie() -> None:
-    """MAPIE's scores of held-out objects are always randomised: at its threshold sets are the same, and as large."""
+    """MAPIE's scores of held-out examples are always randomised: at its threshold sets are the same, and as large."""
     (probs, labels), (new, truth) = predictions(3000), predictions(3000, seed=1)
     threshold, sets = mapies("aps", probs, labels, new, conformity_score_params={"include_last_label": False})
     own = conformal.Sets("aps", threshold, 6, 0.85)(new)

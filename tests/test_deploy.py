@@ -78,7 +78,7 @@ def seen():
     return Seen(*network())
 """
 WIDTH = 12_288
-"""Numbers of an object of `wide`: 48 KiB."""
+"""Numbers of an example of `wide`: 48 KiB."""
 MODULE = f"WIDTH = {WIDTH}\n{MODULE}"
 SCORED = ["class", "probability", "entropy", "mutual_information", "error"]
 

@@ -47,7 +47,7 @@ def test_errors_are_those_of_the_mean_over_objects() -> None:
 
 
 def test_errors_are_as_large_as_changes_vary_over_samples_of_objects() -> None:
-    """The bootstrap of a sample of objects, in which known and unknown ones are drawn again."""
+    """The bootstrap of a sample of examples, in which known and unknown ones are drawn again."""
     n, m = 300, 250
     labels = torch.arange(n) % 4
     first, unknown = predictions(n, 0), predictions(m, 2)
@@ -151,4 +151,4 @@ def test_the_error_of_a_change_is_that_of_one_more_object_each_way(better: int, 
     one, other = (better + 1) / (n + 2), (worse + 1) / (n + 2)
     wanted = 100 * math.sqrt((one + other - (one - other) ** 2) / (n + 2))
     assert found["error_change"] == pytest.approx(100 * (worse - better) / n, abs=1e-9)
-    assert found["error_change_se"] == pytest.approx(wanted, rel=0.02)  # which divides by one object more
+    assert found["error_change_se"] == pytest.approx(wanted, rel=0.02)  # which divides by one example more

@@ -1,4 +1,4 @@
-"""Exact inference: every object takes part in training mini-batches."""
+"""Exact inference: every example takes part in training mini-batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from stochbn import Exact
 
 
 def slow_exact(model: nn.Module, others: list[Tensor], x: Tensor) -> Tensor:
-    """``[S, N, K, ...]``, float64: a fresh copy for every draw and object, in which only batch norm is in training."""
+    """``[S, N, K, ...]``, float64: a fresh copy for every draw and example, in which only batch norm is in training."""
     every = []
     for other in others:
         row = []
@@ -80,7 +80,7 @@ def test_each_object_is_predicted_as_if_it_were_alone() -> None:
 
 
 def test_the_object_itself_counts_in_its_mini_batch() -> None:
-    """With one other object batch norm maps the two to about -1 and 1, whatever their distance."""
+    """With one other example batch norm maps the two to about -1 and 1, whatever their distance."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten())
     found = Exact(model, [torch.zeros(3, 2)], 2, 3)(torch.tensor([[100.0, -100.0], [-1000.0, 1000.0]]))
     wanted = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).softmax(1)
@@ -216,7 +216,7 @@ DATA = [normal(20, 4)]
     [
         ((nn.Linear(4, 3), DATA), ValueError, "Linear has no batch-norm layers"),
         (("model.pt", DATA), TypeError, r"expected a torch\.nn\.Module"),
-        ((mlp(), DATA, 1), ValueError, "batch_size must be at least 2, an object and another one, got 1"),
+        ((mlp(), DATA, 1), ValueError, "batch_size must be at least 2, an example and another one, got 1"),
         ((mlp(), DATA, 0), ValueError, "batch_size must be at least 2"),
         ((mlp(), DATA, 5.0), TypeError, r"batch_size must be a whole number, got 5\.0"),
         ((mlp(), DATA, True), TypeError, "batch_size must be a whole number, got True"),
@@ -224,7 +224,7 @@ DATA = [normal(20, 4)]
         ((mlp(), DATA, 5, 0), ValueError, "draws must be at least 1"),
         ((mlp(), DATA, 5, 2.0), TypeError, "draws must be a whole number"),
         ((mlp(), DATA, 5, True), TypeError, "draws must be a whole number"),
-        ((mlp(), DATA, 5, 6), ValueError, "6 draws need as many mini-batches of 4 training objects, there were 5"),
+        ((mlp(), DATA, 5, 6), ValueError, "6 draws need as many mini-batches of 4 training examples, there were 5"),
         ((mlp(), [normal(3, 4)] * 9, 5, 2), ValueError, "every incoming batch was smaller"),
         ((mlp(), [], 5, 2), ValueError, "no batches to observe"),
         ((mlp(), DATA[0], 5, 2), TypeError, "expected an iterable of batches"),
@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Excep
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        (torch.zeros(0, 4), ValueError, "no objects in this batch"),
+        (torch.zeros(0, 4), ValueError, "no examples in this batch"),
         (torch.zeros(2, 5), ValueError, "do not fit into a mini-batch of the others"),
         (torch.zeros(2, 4, 1), ValueError, "do not fit into a mini-batch of the others"),
         (torch.full((2, 4), float("nan")), ValueError, "output is not finite"),

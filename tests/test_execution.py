@@ -59,7 +59,7 @@ def slow(model: nn.Module, draws: list[dict[str, Tensor]], x: Tensor) -> list[Te
 
 
 class Mixing(nn.Module):
-    """The objects of a batch affect each other."""
+    """The examples of a batch affect each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ SEEN: dict[str, Any] = {}
 
 
 class Counting(nn.Conv2d):
-    """Counts the objects that it and its copies are called with."""
+    """Counts the examples that it and its copies are called with."""
 
     key = ""
 

@@ -323,7 +323,7 @@ def test_a_file_that_would_differ_from_python_is_not_left(export: Callable[..., 
     model = settled(Pretending(), 4)
     path = tmp_path / "x.onnx"
     path.write_bytes(b"the one before")
-    with pytest.raises(ExportError, match=r"differs from Python on the example \(4 objects\): probs by 0"):
+    with pytest.raises(ExportError, match=r"differs from Python on the example \(4 examples\): probs by 0"):
         export(model, fitted(model, 4), path, normal(4, 4), DRAWS)
     assert path.read_bytes() == b"the one before"
     assert list(tmp_path.iterdir()) == [path]
@@ -356,11 +356,11 @@ def test_wrong_arguments_are_told(tmp_path: Path) -> None:
         stochbn.export.onnx(model, posterior, path, x, 0)
     with pytest.raises(ValueError, match="seed must be"):
         stochbn.export.pt2(model, posterior, path, x, seed=-1)
-    with pytest.raises(ValueError, match="no objects"):
+    with pytest.raises(ValueError, match="no examples"):
         stochbn.export.onnx(model, posterior, path, x[:0])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         stochbn.export.onnx(model, posterior, tmp_path / "nowhere" / "x.onnx", x)
-    with pytest.raises(ExportError, match="tensors with the objects on their first axis"):
+    with pytest.raises(ExportError, match="tensors with the examples on their first axis"):
         stochbn.export.onnx(model, posterior, path, x, inputs=lambda batch: (batch, "no tensor"))
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import stochbn
 from conftest import mlp, normal, settled
 from stochbn import conformal
+from stochbn.posteriors.thresholds import sums_of_centre
 from stochbn.predictions import MultilabelPrediction, Prediction
+from stochbn.tasks.residual import Residual
 from test_export import fitted, run_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -36,6 +38,9 @@ def network() -> Any:
 def with_sets(model: nn.Module, task: Any, make: Any, *shape: int) -> stochbn.Posterior:
     """A posterior with sets that are made of a prediction of some inputs."""
     posterior = fitted(model, *shape)
+    if task == "regression":
+        about = 60, posterior.batch_size, sums_of_centre(posterior)
+        posterior = replace(posterior, residual_variance=Residual(torch.ones(3, 3, dtype=torch.float64), *about))
     x = normal(60, *shape, seed=1)
     prediction = stochbn.Predictive(model, posterior, 3, task=task)(x)
     return posterior.with_sets(make(prediction), draws=3)

@@ -310,7 +310,7 @@ def test_dead_channels_have_no_variance() -> None:
         ((nn.BatchNorm1d(4, track_running_stats=False), [normal(16, 4)]), ValueError, "keeps no running statistics"),
         (("model.pt", [normal(16, 4)]), TypeError, r"expected a torch\.nn\.Module"),
         ((mlp(), []), ValueError, "no batches to observe"),
-        ((mlp(), [normal(15, 4), normal(3, 4)]), ValueError, r"batch_size=16 \(the largest has 15 objects\)"),
+        ((mlp(), [normal(15, 4), normal(3, 4)]), ValueError, r"batch_size=16 \(the largest has 15 examples\)"),
         ((mlp(), normal(32, 4)), TypeError, "expected an iterable of batches"),
         ((mlp(), [normal(32, 4)], 0), ValueError, "batch_size must be at least 1"),
         ((mlp(), [normal(32, 4)], 8.0), TypeError, "batch_size must be a whole number"),

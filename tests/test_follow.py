@@ -183,7 +183,7 @@ MIXING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "places from a longer list": lambda m, h: h * (torch.arange(64)[: h.shape[0], None] >= 5),
     "convolved": lambda m, h: h + F.conv1d(h.T[None], torch.ones(6, 6, 3) / 3, padding=1)[0].T,
 }  # fmt: skip
-"""What brings objects together."""
+"""What brings examples together."""
 SIZED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a branch on len": lambda m, h: h * 2 if len(h) < 8 else h,
     "a branch on a shape": lambda m, h: h * 2 if h.shape[0] < 8 else h,
@@ -212,7 +212,7 @@ SIZED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "squeezed": lambda m, h: h.unsqueeze(1).squeeze(),
     "new ones": lambda m, h: h + h.new_ones(h.shape[0]).sum(),
 }  # fmt: skip
-"""What depends on the number of objects."""
+"""What depends on the number of examples."""
 APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "nothing": lambda m, h: h,
     "folded": lambda m, h: F.relu(h.view(-1, 2)).reshape(h.shape[0], 6),
@@ -236,11 +236,11 @@ APART: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sampled elsewhere": lambda m, h: _sampled(h, h),
     "a number in a list": lambda m, h: h * torch.FloatTensor([0.5]),
 }  # fmt: skip
-"""What treats objects one by one."""
+"""What treats examples one by one."""
 
 
 def _sampled(h: Tensor, places: Tensor) -> Tensor:
-    """An object's numbers as a picture of 2 x 3, at places that are given by others."""
+    """An example's numbers as a picture of 2 x 3, at places that are given by others."""
     grid = places.view(places.shape[0], 1, 3, 2).tanh().repeat(1, 2, 1, 1)
     return F.grid_sample(h.view(h.shape[0], 1, 2, 3), grid, align_corners=False).flatten(1)
 
@@ -274,11 +274,11 @@ def test_predictions_are_those_of_slow_passes_whatever_was_predicted_before(oper
             x = 2 * normal(n, 4, seed=n)
             try:
                 wanted = one_by_one(model, posterior, 9, 0, x)
-            except (RuntimeError, IndexError, ValueError):  # as plain PyTorch does for so many objects
+            except (RuntimeError, IndexError, ValueError):  # as plain PyTorch does for so many examples
                 continue
             torch.testing.assert_close(predictive(x, generator=seeded()).probs.double(), wanted, rtol=1e-4, atol=1e-5)
             if n > 1:
-                # Bits of the same draws: an object gets 8 of them, or up to 24 and as many as the first where done.
+                # Bits of the same draws: an example gets 8 of them, or up to 24 and as many as the first where done.
                 apart = early(x, generator=seeded()).probs - one_by_one(model, posterior, 24, 0, x)
                 assert apart.abs().max() < 0.2
         before.check()
@@ -345,7 +345,7 @@ def test_weights_that_are_alike_by_chance_prove_nothing() -> None:
     torch.testing.assert_close(found, one_by_one(model, posterior, 9, 0, x), rtol=1e-4, atol=1e-5)
 
 
-# Numbers of objects
+# Numbers of examples
 
 NUMBERS = st.integers(-6, 6)
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {

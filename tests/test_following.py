@@ -132,7 +132,7 @@ def test_networks_without_a_posterior_are_to_be_fitted() -> None:
 
 def test_after_a_fit_of_an_embedding_there_is_nothing_to_calibrate() -> None:
     (words,) = commands(after_fitting(Given(model="m:f", task="embedding"), None, Path("p.safetensors"), None))
-    assert words[0] == "evaluate"
+    assert words[0] == "predict"
 
 
 def test_after_a_fit_of_a_regression_its_residual_variance_is_to_be_fitted() -> None:

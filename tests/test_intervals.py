@@ -130,7 +130,7 @@ def test_of_several_numbers_a_share_of_each_example_is_held(method: str) -> None
 
 def test_a_prediction_gives_its_own_intervals() -> None:
     mean, spread, noise = normal(20), normal(20, seed=1).exp(), normal(20, seed=2).exp()
-    prediction, truth = Estimate(mean, spread, noise), normal(20, seed=3)
+    prediction, truth = Estimate(mean, spread, noise, spread + noise), normal(20, seed=3)
     std = prediction.total_std
     assert std is not None
     rule = conformal.intervals(mean, std, truth, 0.8)
@@ -161,3 +161,21 @@ ZERO = torch.zeros(1)
 def test_what_cannot_be_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_groups_are_the_same_whatever_their_type() -> None:
+    assert conformal.base.group_names([1.0, math.nan, 2], 3) == ["1", "", "2"]
+    rule = conformal.intervals(normal(40), None, normal(40, seed=1), 0.8, groups=[1, 2] * 20)
+    whole, broken = rule(normal(3), groups=[1, 2, 1]), rule(normal(3), groups=[1.0, 2.0, 1.0])
+    assert torch.equal(whole, broken)
+    with pytest.warns(UserWarning, match="not among the held-out examples hold everything: '', '3'"):
+        assert rule(normal(3), groups=[1.0, math.nan, 3]).isinf().sum() == 4
+
+
+def test_no_examples_have_no_sets_and_are_too_few_to_make_some() -> None:
+    sets = conformal.lac(torch.full((20, 2), 0.5), torch.zeros(20).long())
+    assert sets(torch.ones(0, 2)).shape == (0, 2)
+    with pytest.raises(ValueError, match="probabilities and labels are empty"):
+        conformal.lac(torch.ones(0, 3), torch.zeros(0).long())
+    with pytest.raises(ValueError, match="needs at least 9 held-out examples, got 0"):
+        conformal.intervals(torch.ones(0), None, torch.ones(0))

@@ -20,7 +20,7 @@ from stochbn import metrics
 
 
 def slow_evaluate(probs: list[list[float]], labels: list[int], smallest: float = 0.0) -> dict[str, float]:
-    """Loops over objects and classes, as the definitions read."""
+    """Loops over examples and classes, as the definitions read."""
     n = len(probs)
     wrong, nll, brier = 0, 0.0, 0.0
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
@@ -104,7 +104,7 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_confidence_of_exactly_1_is_in_the_last_bin_in_every_type(dtype: torch.dtype) -> None:
-    """Half of the objects are sure and wrong, half nearly sure and right: one bin, where the errors cancel in part."""
+    """Half of the examples are sure and wrong, half nearly sure and right: one bin, where the errors cancel in part."""
     probs = torch.tensor([[1.0, 0.0, 0.0]] * 30 + [[0.0625, 0.9375, 0.0]] * 10, dtype=dtype)
     labels = [2] * 30 + [1] * 10
     assert metrics.evaluate(probs, labels)["ece"] == pytest.approx((30 + 9.375) / 40 - 10 / 40, abs=1e-12)
@@ -660,7 +660,7 @@ def test_calibrating_takes_numpy_and_lists_and_leaves_its_arguments_alone() -> N
 def test_ten_objects_are_enough_to_cross_validate_and_nine_are_not() -> None:
     probs, labels = overconfident(10, 3, 1.0, 0)
     assert math.isfinite(metrics.calibrated_nll(probs, labels)["nll"])
-    with pytest.raises(ValueError, match="at least 10 objects to cross-validate the temperature on, got 9"):
+    with pytest.raises(ValueError, match="at least 10 examples to cross-validate the temperature on, got 9"):
         metrics.calibrated_nll(probs[:9], labels[:9])
 
 
@@ -787,7 +787,7 @@ def test_unusable_ensembles_are_refused(nll: float, ensembles: Any) -> None:
 
 
 def slow_risks(uncertainty: list[float], losses: list[float]) -> list[float]:
-    """Averaged over every order of the objects, each then sorted by uncertainty."""
+    """Averaged over every order of the examples, each then sorted by uncertainty."""
     orders = list(itertools.permutations(range(len(losses))))
     total = [0.0] * len(losses)
     for order in orders:
@@ -923,7 +923,7 @@ def test_without_torchmetrics_the_error_says_how_to_install_it(monkeypatch: pyte
     assert math.isfinite(metrics.calibrated_nll(GOOD, [0, 1], (GOOD, [0, 1]))["nll"])
 
 
-# ---------------------------------------------------------------- objects one by one
+# ---------------------------------------------------------------- examples one by one
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -191,7 +191,7 @@ def test_dense_predictions_are_scored_and_have_no_page() -> None:
     method = Method("plain", False, 1, normal(6, 3, 4, 4).softmax(1), labels)
     scores = score([method])
     assert "error_se" not in scores[0]
-    with pytest.raises(ValueError, match=r"one prediction for each object, got probabilities \[6, 3, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"one prediction for each example, got probabilities \[6, 3, 4, 4\]"):
         page_of("n", [method], scores, [], ("d", None), Source(str, lambda i: None), (), {})
 
 

@@ -84,7 +84,7 @@ def test_what_ruins_the_input_is_left_out_and_what_is_chosen_can_be_calibrated_a
         ({"candidates": []}, "there are no candidates"),
         ({"candidates": [FLIP] * 5, "passes": 5}, "5 passes are too few for 5 candidates and the clean input"),
         ({"candidates": [FLIP] * 6, "passes": 5, "clean": False}, "5 passes are too few for 6 candidates;"),
-        ({"held_out": []}, "there are no held-out objects"),
+        ({"held_out": []}, "there are no held-out examples"),
         ({"draws": 0}, "draws"),
     ],
 )

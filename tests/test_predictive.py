@@ -433,7 +433,7 @@ def exact_dropout_net(rate: float = 0.5) -> nn.Sequential:
 
 
 def outcomes(model: nn.Sequential, x: Tensor, mean: Tensor, var: Tensor, rate: float) -> dict[tuple[int, ...], Tensor]:
-    """The log-probabilities of one object under each mask."""
+    """The log-probabilities of one example under each mask."""
     hidden = (x - mean) / var.sqrt()
     head = model.get_submodule("2")
     return {

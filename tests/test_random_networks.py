@@ -87,7 +87,7 @@ class Assigning(Part):
 
 
 class Bottleneck(Part):
-    """Goes through a vector for each object, normalised by a layer that is called twice."""
+    """Goes through a vector for each example, normalised by a layer that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Bottleneck(Part):
 
 
 class Places(Part):
-    """Treats the places of a map as objects: ``[N * P, C]``, and places first: ``[P, N, C]``."""
+    """Treats the places of a map as examples: ``[N * P, C]``, and places first: ``[P, N, C]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Attention(Part):
 
 
 class Experts(Part):
-    """Routes each object to one of two experts, by its own values or the best of the batch."""
+    """Routes each example to one of two experts, by its own values or the best of the batch."""
 
     def __init__(self, *, best: bool) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def _written(m: Any, x: Tensor) -> Tensor:
 
 
 def _evaluated(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """A change between objects that is made in evaluation mode alone."""
+    """A change between examples that is made in evaluation mode alone."""
 
     def function(m: Any, x: Tensor) -> Tensor:
         x = torch.tanh(m.norm(m.layer(x)))
@@ -330,7 +330,7 @@ def test_a_random_network_predicts_what_slow_passes_predict(seed: int, kind: str
         wanted = slow(model, list(posterior.iter_draws(9, seeded(seed), quasi=True)), x).mean(0)
         probs = predictive(x, generator=seeded(seed)).probs.double()
         torch.testing.assert_close(probs, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{names}: {m}")
-    # The mean over objects of a random direction in class space: 8 draws or more beside 24 independent ones.
+    # The mean over examples of a random direction in class space: 8 draws or more beside 24 independent ones.
     direction = normal(3, seed=seed, dtype=torch.float64)
     every = slow(model, list(posterior.iter_draws(24, seeded(77))), x) @ direction
     values = early(x, generator=seeded(seed)).probs.double() @ direction

@@ -85,7 +85,7 @@ def test_the_card_says_what_it_is_of_how_it_was_fitted_and_what_it_gives(hub: Pa
         "# net-sbn",
         'posterior = stochbn.from_pretrained("someone/net-sbn")',
         "- kind: factorized",
-        "- noise: that of mini-batches of 16 objects; 7 were observed",
+        "- noise: that of mini-batches of 16 examples; 7 were observed",
         "- drawn: 3 channels in 1 batch-norm layers",
         "- temperature: 1.25",
         "- not drawn: `aux` (not called)",

@@ -157,7 +157,7 @@ def test_a_generator_is_read_lazily_and_once() -> None:
         ([], 16, ValueError, "no batches to observe.*empty or already used up"),
         (iter(()), None, ValueError, "no batches to observe"),
         ([normal(0, 4)], 16, ValueError, "no batches to observe"),
-        ([normal(7, 4), normal(3, 4)], 8, ValueError, r"smaller than batch_size=8 \(the largest has 7 objects\)"),
+        ([normal(7, 4), normal(3, 4)], 8, ValueError, r"smaller than batch_size=8 \(the largest has 7 examples\)"),
         (normal(16, 4), 4, TypeError, r"expected an iterable of batches.*pass \[tensor\]"),
         (5, 4, TypeError, "expected an iterable of batches.*got int"),
         (None, None, TypeError, "expected an iterable of batches.*got NoneType"),
@@ -439,7 +439,7 @@ class Split(nn.BatchNorm2d):
 
 
 class Masked(nn.BatchNorm1d):
-    """Normalises only objects with a first feature above 0: of another number in every mini-batch."""
+    """Normalises only examples with a first feature above 0: of another number in every mini-batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = x.clone()
@@ -448,7 +448,7 @@ class Masked(nn.BatchNorm1d):
 
 
 class Ghost(nn.BatchNorm1d):
-    """Normalises groups of four objects, one after another; its averages follow the last."""
+    """Normalises groups of four examples, one after another; its averages follow the last."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(Ghost, self).forward(part) for part in torch.split(x, 4)]) if self.training else x

@@ -111,7 +111,7 @@ def test_a_network_that_squeezes_its_output_may_stop_early(objects: int) -> None
     predictive = Predictive(model, fitted(model), 50, task="binary")
     x = 2 * normal(objects, 4, seed=objects)
     if objects == 1:
-        with pytest.raises(ValueError, match="expected one logit for each object"):
+        with pytest.raises(ValueError, match="expected one logit for each example"):
             predictive(x)
     else:
         assert predictive(x, generator=seeded()).probs.shape == (objects, 2)
@@ -312,7 +312,7 @@ class Seeded:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "detection"])
 def test_an_ensemble_is_the_mixture_of_all_draws(task: Any, keep: bool) -> None:
     members = []
     for seed in range(3):

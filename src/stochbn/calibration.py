@@ -92,7 +92,7 @@ def calibrate(
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
         task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
             dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
-            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an object;
+            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an example;
             ``"regression"`` with numbers as the network predicts; ``"survival"``; or a `stochbn.Task`.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
         logits: where the logits are in the network's output, as for `Predictive`.
@@ -105,7 +105,7 @@ def calibrate(
             choose the temperature too.
         clean: whether the first draw sees the inputs as they are, as for `Predictive`.
         score: what is to be lowest, ``"nll"`` or the ``"brier"`` score.
-        progress: called with the number of objects that are done.
+        progress: called with the number of examples that are done.
         report: called with how the options compare, and how sure the choice is; ``report=print`` shows it in words.
         seed: where the draws come from.
         group: in a job of several processes (ranks), the process group whose ranks calibrate together: each passes its

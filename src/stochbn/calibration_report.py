@@ -161,7 +161,7 @@ class Totals:
     def __init__(self, noises: int, temperatures: int) -> None:
         self.shape = noises, temperatures
         self.objects = 0
-        self.counted = 0  # objects that have any unit
+        self.counted = 0  # examples that have any unit
         self._sums = torch.zeros(noises * temperatures + 1, dtype=torch.float64)  # the last one is of the units
         self._products = torch.zeros(len(self._sums), len(self._sums), dtype=torch.float64)
 
@@ -172,15 +172,15 @@ class Totals:
 
     @property
     def units(self) -> int:
-        """How many labels or places of the objects count, or objects."""
+        """How many labels or places of the examples count, or examples."""
         return int(self._sums[-1])
 
     def add(self, scores: Tensor, units: Tensor) -> None:
         """Add those of a batch.
 
         Args:
-            scores: ``[B, T, N]``, those of the labels and places of an object summed, as they are not independent.
-            units: ``[N]``: how many of these each object has.
+            scores: ``[B, T, N]``, those of the labels and places of an example summed, as they are not independent.
+            units: ``[N]``: how many of these each example has.
         """
         flat = torch.cat([scores.flatten(0, 1), units[None].double()])
         self._sums += flat.sum(1)

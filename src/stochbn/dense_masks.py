@@ -70,9 +70,9 @@ def write_masks(
         sets: of `stochbn.conformal.crc`, ``[N, H, W]`` of one class or ``[N, K, H, W]``; None for none.
 
     Returns:
-        For every object ``entropy`` and ``mutual_information``, means over its places in nats, ``largest_entropy``, and
-        ``mask``, where its pictures are in the folder, without the endings; with sets ``set_size``, the mean number of
-        classes in the set of a place, or the share of places in the mask.
+        For every example ``entropy`` and ``mutual_information``, means over its places in nats, ``largest_entropy``,
+        and ``mask``, where its pictures are in the folder, without the endings; with sets ``set_size``, the mean number
+        of classes in the set of a place, or the share of places in the mask.
 
     Raises:
         ValueError: the prediction is not of two-dimensional places with at most 256 classes.

@@ -45,12 +45,12 @@ def choose_augmentation(
         model: the network.
         posterior: its posterior, of which statistics are drawn too; None draws the input alone.
         held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on;
-            some thousand objects. Their log-probabilities are kept: 4 bytes for each pass, object and class.
+            some thousand examples. Their log-probabilities are kept: 4 bytes for each pass, example and class.
         candidates: the augmentations to choose from, such as ``[flip(), shift(2), chain(flip(), shift(4))]``.
         draws: how many to choose; a `Predictive` of so many draws sees each of them.
         passes: forward passes over the held-out data, at least one for each candidate.
         clean: whether the clean input is the first draw, as for `Predictive`.
-        progress: called with the number of objects that are done.
+        progress: called with the number of examples that are done.
         seed: where draws come from.
         reading: how the network is called and read, as for `Predictive`: ``logits``, ``class_axis``, ``output``,
             ``inputs``, ``check``.
@@ -59,7 +59,7 @@ def choose_augmentation(
         The chosen augmentations in turn, for ``Predictive(augment=)`` and ``calibrate(augment=)``.
 
     Raises:
-        TypeError, ValueError: a wrong argument, fewer passes than candidates, no held-out objects, labels that do not
+        TypeError, ValueError: a wrong argument, fewer passes than candidates, no held-out examples, labels that do not
             fit, or outputs that are not finite.
 
     Source: Lyzhov et al., 2020, "Greedy policy search", arXiv 2002.09103.
@@ -89,7 +89,7 @@ def choose_augmentation(
             check_labels(kept[-1][0], truth[-1])
         progress(sum(map(len, truth)))
     if not truth:
-        raise ValueError("there are no held-out objects: the iterable is empty or already used up")
+        raise ValueError("there are no held-out examples: the iterable is empty or already used up")
     pools = [torch.cat(kept, 1) for kept in rows]
     labels = torch.cat(truth).long()
     total = torch.full_like(pools[0][0], -math.inf)
@@ -118,7 +118,7 @@ def _greedy(total: Tensor, pools: Sequence[Tensor], labels: Tensor, count: int) 
 
 
 def _calibrated(logs: Tensor, labels: Tensor) -> float:
-    """The NLL at the best temperature; that is one number for thousands of objects, so it is not cross-validated."""
+    """The NLL at the best temperature; that is one number for thousands of examples, so it is not cross-validated."""
     if logs.ndim > 2:
         logs = logs.movedim(1, -1).flatten(0, -2)
     logs, labels = logs.double().log_softmax(1), labels.flatten()

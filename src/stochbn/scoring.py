@@ -105,25 +105,25 @@ def score(
     uncertainty: Sequence[str] = (),
     shown: int = 5,
 ) -> Scored:
-    """Predict all objects of a stream into a CSV or Parquet file, and say what it holds.
+    """Predict all examples of a stream into a CSV or Parquet file, and say what it holds.
 
-    Memory depends on `batch` and `part`, not on how many objects there are. A row for every object, in their order: its
-    key, what is predicted, and under ``error`` why it could not be read.
+    Memory depends on `batch` and `part`, not on how many examples there are. A row for every example, in their order:
+    its key, what is predicted, and under ``error`` why it could not be read.
 
     Args:
         predictor: what predicts; None where an engine does.
-        stream: the objects.
+        stream: the examples.
         path: the file, of which the ending says the format.
         settings: whatever else the result depends on, as JSON; parts of other settings are not continued.
         about: what a Parquet file says of itself in its metadata, as JSON.
         classes: the names of the classes.
         top: how many of the most probable classes to write.
-        batch: objects in a forward pass.
+        batch: examples in a forward pass.
         part: rows in a part; brought to a multiple of `batch`.
         seed: where draws come from.
-        strict: whether an object that cannot be read is an error.
+        strict: whether an example that cannot be read is an error.
         masks: a folder for pictures of dense predictions, see `stochbn.dense_masks`; None for other predictions.
-        progress: called with the number of objects done and of all.
+        progress: called with the number of examples done and of all.
         engine: what predicts the parts elsewhere; None predicts them here.
         uncertainty: columns of which the first that is there tells how certain a row is.
         shown: how many of the least certain rows to give.
@@ -131,7 +131,7 @@ def score(
     Raises:
         OSError: the file cannot be written.
         ValueError: its ending says no format, there are parts of other settings, the prediction is of a kind that is no
-            table, or, with `strict`, an object cannot be read.
+            table, or, with `strict`, an example cannot be read.
     """
     check_table(path)
     part = part_size(part, batch)
@@ -268,6 +268,10 @@ def scored(
         chunk, prediction = usable, predicted(usable.inputs)
     posterior = predictor.posterior if isinstance(predictor, Predictive) else None
     thresholds = None if posterior is None else posterior.thresholds
+    if not classes and posterior is not None and posterior.schema is not None:
+        probs = getattr(prediction, "probs", None)  # of as many classes as the data of the fit had names
+        named = probs is not None and probs.ndim == 2 and probs.shape[1] == len(posterior.schema.classes)
+        classes = posterior.schema.classes if named else ()
     return columns_of(chunk, prediction, key_name, classes, top, masks, thresholds)
 
 

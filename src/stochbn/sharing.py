@@ -81,7 +81,7 @@ def card(
     _check_scores(before, after)
     network = " ".join(network.split())
     model = "`model`, the network that it was fitted to" if not network else f"`model`, the network {network}"
-    size = "as they came" if posterior.batch_size is None else f"of {posterior.batch_size:g} objects"
+    size = "as they came" if posterior.batch_size is None else f"of {posterior.batch_size:g} examples"
     lines = ["---", "library_name: stochbn", "tags:", "- uncertainty", "- calibration", "- batch-normalization"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", network, re.ASCII):  # may be a repository, to which the card then links
         lines.append(f"base_model: {network}")

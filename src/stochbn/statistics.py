@@ -32,12 +32,12 @@ def mini_batches(
 ) -> Iterator[NetworkInput]:
     """The inputs of the mini-batches whose statistics are to be observed.
 
-    Every incoming batch is split into pieces of `batch_size` objects, and its remainder is dropped;
+    Every incoming batch is split into pieces of `batch_size` examples, and its remainder is dropped;
     None takes the batches as they come, also those whose tensors have no first axis in common, as of graphs.
 
     Raises:
         TypeError, ValueError: a `batch_size` that is not a positive whole number, an empty iterable, no incoming
-            batch of at least `batch_size` objects, or batches that cannot be split.
+            batch of at least `batch_size` examples, or batches that cannot be split.
     """
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool)):
         raise TypeError(f"batch_size must be a whole number or None, got {batch_size!r}")
@@ -70,7 +70,7 @@ def mini_batches(
         )
     if batch_size is not None and largest < batch_size:
         raise NoBatchesError(
-            f"every incoming batch was smaller than batch_size={batch_size} (the largest has {largest} objects); "
+            f"every incoming batch was smaller than batch_size={batch_size} (the largest has {largest} examples); "
             "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come"
         )
 

@@ -1,4 +1,4 @@
-"""Averages over draws, made as the draws come, of each object until it is done."""
+"""Averages over draws, made as the draws come, of each example until it is done."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Summary:
         mean, second, variance = columns
         if not mean.isfinite().all():
             raise ValueError(
-                "the network's output is not finite (NaN or infinity) for some of these objects; check the input "
+                "the network's output is not finite (NaN or infinity) for some of these examples; check the input "
                 "for NaN and infinity"
             )
         kept = None if self._kept is None else torch.cat(self._kept)

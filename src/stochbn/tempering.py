@@ -11,28 +11,28 @@ from torch import Tensor
 __all__ = ["best_temperature", "blocks", "cross_validated", "tempered"]
 
 BLOCK = 2**22
-"""Probabilities that are taken to float64 at a time: 32 MB, however many objects there are."""
+"""Probabilities that are taken to float64 at a time: 32 MB, however many examples there are."""
 
 PARTS = 5
-"""Of the objects in a cross-validation: the temperature for each is chosen on the others."""
+"""Of the examples in a cross-validation: the temperature for each is chosen on the others."""
 
 
 def blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive objects with their labels, so many that float64 copies of them stay small."""
+    """Consecutive examples with their labels, so many that float64 copies of them stay small."""
     size = max(1, BLOCK // rows.shape[1])
     return zip(torch.split(rows, size), torch.split(labels, size), strict=True)
 
 
 def cross_validated(logs: Tensor, labels: Tensor) -> Tensor:
-    """``[N]``: the negative log-likelihood of every object at the temperature that is best for the other parts.
+    """``[N]``: the negative log-likelihood of every example at the temperature that is best for the other parts.
 
     The parts are random and always the same.
 
     Raises:
-        ValueError: fewer than 10 objects.
+        ValueError: fewer than 10 examples.
     """
     if len(labels) < 10:
-        raise ValueError(f"expected at least 10 objects to cross-validate the temperature on, got {len(labels)}")
+        raise ValueError(f"expected at least 10 examples to cross-validate the temperature on, got {len(labels)}")
     found = logs.new_empty(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
     for part in order.tensor_split(PARTS):

@@ -33,11 +33,11 @@ class Case:
         library: the package that it is of.
         name: what is shown, and the test's name.
         build: makes the network.
-        inputs: a batch for a seed and a number of objects, as the network's users would have it.
+        inputs: a batch for a seed and a number of examples, as the network's users would have it.
         options: how `stochbn.Predictive` is to call and read it.
         read: the logits, or numbers, with classes on axis 1, from the network's output; the slow loop's own way.
         fit: further arguments of `stochbn.fit`.
-        objects: in a batch to predict.
+        examples: in a batch to predict.
         refusal: part of the message of the error that is right here, as the network cannot be drawn; empty for none.
     """
 

@@ -1,7 +1,7 @@
 """Random augmentations of the input, another one in every draw: `Predictive(..., augment=...)`.
 
-An augmentation is any function ``fn(x, generator)`` that gives a randomly changed batch of the same shape, each object
-changed in its own way. Those here are also spread evenly over the draws of an object, so that fewer draws serve. A
+An augmentation is any function ``fn(x, generator)`` that gives a randomly changed batch of the same shape, each example
+changed in its own way. Those here are also spread evenly over the draws of an example, so that fewer draws serve. A
 transform of torchvision, which draws from PyTorch's global generator, becomes one by::
 
     lambda x, generator: torch.stack([transform(image) for image in x])

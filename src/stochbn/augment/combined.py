@@ -144,7 +144,7 @@ class _Several(Spread):
 
 
 class _Turns(Spread):
-    """The views of each draw; equal ones are the same object, and count how often they have been used before."""
+    """The views of each draw; equal ones are the same example, and count how often they have been used before."""
 
     def __init__(self, views: Sequence[Views]) -> None:
         self._views = views

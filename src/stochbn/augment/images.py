@@ -24,14 +24,14 @@ ASPECT = 4 / 3
 
 
 class flip(Ready):  # noqa: N801 - it is used as a function: flip()
-    """Horizontal flips of images ``[N, C, H, W]``: of each object, half of its draws.
+    """Horizontal flips of images ``[N, C, H, W]``: of each example, half of its draws.
 
     Two draws in a row are alike, as the statistics of one are those of the other mirrored, and the next two are the
     opposite. Dense outputs are flipped back.
     """
 
     def spread(self, objects: int, generator: torch.Generator) -> Spread:
-        """Half of the objects begin with a flip."""
+        """Half of the examples begin with a flip."""
         return _Flips(torch.rand(objects, generator=generator) < 0.5)
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class flip(Ready):  # noqa: N801 - it is used as a function: flip()
 class shift(Ready):  # noqa: N801
     """Shifts of images ``[N, C, H, W]`` by up to some pixels along both axes, filled by reflection.
 
-    The shifts of an object's draws fill the square of all shifts evenly, whatever the number of draws.
+    The shifts of an example's draws fill the square of all shifts evenly, whatever the number of draws.
 
     Args:
         pixels: how far, at least 1; as the random crops of training have it.
@@ -59,7 +59,7 @@ class shift(Ready):  # noqa: N801
         self.pixels = pixels
 
     def spread(self, objects: int, generator: torch.Generator) -> Spread:
-        """Each object's sequence of shifts begins somewhere of its own."""
+        """Each example's sequence of shifts begins somewhere of its own."""
         return _Shifts(_starts(objects, 2, generator), self.pixels)
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ def check_augment(augment: Augment | None) -> None:
 class Views:
     """What the draws of a batch see: draw 0 the clean input, each other one an augmentation of its own.
 
-    What a draw sees depends on the seed, its number and the objects that are left, so it can be made again.
+    What a draw sees depends on the seed, its number and the examples that are left, so it can be made again.
 
     Args:
         augment: the augmentation.
@@ -86,7 +86,7 @@ class Views:
         return restored
 
     def keep(self, mask: Tensor) -> None:
-        """Go on with some of the objects only."""
+        """Go on with some of the examples only."""
         if self._spread is not None:
             self._spread.keep(mask)
 
@@ -95,7 +95,7 @@ class Views:
 
 
 class Spread(ABC):
-    """Changes of a batch's objects that are spread evenly over their draws."""
+    """Changes of a batch's examples that are spread evenly over their draws."""
 
     @abstractmethod
     def apply(self, x: Tensor, draw: int) -> Tensor:
@@ -111,16 +111,16 @@ class Spread(ABC):
 
     @abstractmethod
     def keep(self, mask: Tensor) -> None:
-        """Go on with some of the objects only."""
+        """Go on with some of the examples only."""
 
 
 class Ready(ABC):
     """An augmentation that can be spread over draws; as a function it gives a single one."""
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """The batch, each object changed at random."""
+        """The batch, each example changed at random."""
         return self.spread(len(x), generator).apply(x, 0)
 
     @abstractmethod
     def spread(self, objects: int, generator: torch.Generator) -> Spread:
-        """Changes for so many objects that are spread evenly over their draws."""
+        """Changes for so many examples that are spread evenly over their draws."""

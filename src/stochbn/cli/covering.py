@@ -108,6 +108,9 @@ def conformal(
     weights = _weights(fitted) if new_mix else None
     column = None if by == "class" else by
     objects = subject.load(held_out, "held-out", "--held-out", labelled=sort == "classes", group=column)
+    schema = getattr(objects, "schema", None)
+    if column is not None and schema is not None and column in schema.label:
+        raise ValueError(f"--by {column} is the column of labels, which new data does not have: take --by class")
     groups = None if column is None else objects.groups
     asked = Asked(sort, coverage, method or METHODS[sort][0], by == "class", weights, mask, ignore)
     asked.check(objects, len(subject.classes), groups)

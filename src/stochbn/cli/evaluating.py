@@ -114,7 +114,7 @@ def evaluate(
             return
         if ignore is not None:
             raise ValueError(
-                "--ignore is for --dense; of one class an object, leave out of the data what does not count"
+                "--ignore is for --dense; of one class an example, leave out of the data what does not count"
             )
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
@@ -249,7 +249,7 @@ def _evaluate_task(
     folder: Path | None,
     report_file: Path | None,
 ) -> list[str]:
-    """Evaluate a network that gives more or less than one class for each object.
+    """Evaluate a network that gives more or less than one class for each example.
 
     Returns:
         A sentence about SBN if that made it worse.
@@ -342,7 +342,7 @@ def _evaluate_task(
 
 
 class _Share:
-    """The share of the objects of a data set that is this rank's.
+    """The share of the examples of a data set that is this rank's.
 
     Args:
         whole: all of them.
@@ -362,14 +362,14 @@ class _Share:
         if ranks.count == 1:
             return
         if len(whole) < ranks.count:
-            raise ValueError(f"{whole.name} has {len(whole)} objects for {ranks.count} ranks; start fewer")
+            raise ValueError(f"{whole.name} has {len(whole)} examples for {ranks.count} ranks; start fewer")
         shard = ranks.rank, ranks.count, min(PREDICT_BATCH, len(whole) // ranks.count)
         self.objects, self._positions = whole.shard(*shard), whole.shard_positions(*shard)
         if not len(self._positions):  # of a user's own loader
             raise ValueError(f"{whole.name} gives fewer batches than the {ranks.count} ranks; start fewer")
 
     def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the ranks have of their objects, ``[n, ...]``, as one process has it: in the order of all objects."""
+        """What the ranks have of their examples, ``[n, ...]``, as one process has it: in the order of all examples."""
         if self._ranks.count == 1:
             return tensors
         joined = self._ranks.joined({**tensors, "positions": self._positions})

@@ -379,7 +379,7 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
         return
     show(report.write_run(folder))
     say(
-        "Lower NLL is better; unknown objects should have more entropy than known ones. "
+        "Lower NLL is better; unknown examples should have more entropy than known ones. "
         f"Everything is in {folder}: report.html (for a browser), results.json, results.md, entropy-cdf.png, and a "
         "folder for each network with its posterior.",
         folder,

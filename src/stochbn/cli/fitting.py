@@ -139,7 +139,7 @@ def calibrate(
     temperature: Annotated[
         bool, typer.Option("--temperature/--no-temperature", help="Also choose a temperature, or the noise alone.")
     ] = True,
-    objects: Annotated[int, typer.Option("--objects", min=1, help="Held-out objects to use, at most.")] = 4096,
+    objects: Annotated[int, typer.Option("--objects", min=1, help="Held-out examples to use, at most.")] = 4096,
     path: Annotated[
         Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
     ] = None,
@@ -228,7 +228,7 @@ def calibrate(
         new.save(target)
     show([_table(choices[0], ends=temperature and choices[0].tempered)])
     dense = choices[0].units == "places"
-    shown = ignore if dense else None  # evaluate has no such option for one class an object
+    shown = ignore if dense else None  # evaluate has no such option for one class an example
     augment = str(changes) if choose else augment
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(

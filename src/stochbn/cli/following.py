@@ -50,6 +50,10 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
         augment: the augmentation that it was fitted with.
     """
     again = after_calibrating(given, beside, path, augment)
+    if not task_given(given).score_columns:
+        posterior = None if path == beside else path
+        options: dict[str, Any] = {"out": "predictions.parquet", "posterior": posterior, "augment": augment}
+        return f"Next: {command('predict', given, data='NEW-DATA', **options)}"
     if not _has_labels(given):
         return again
     chosen = _calibrate(given, None, None if path == beside else path, augment)

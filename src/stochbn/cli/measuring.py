@@ -67,7 +67,7 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
     objects = subject.load(asked.data, "train").shuffled(asked.seed)
     largest = max(16, *asked.batch)
     if len(objects) < largest:
-        raise ValueError(f"{objects.name} has {len(objects)} objects, fewer than a batch of {largest}")
+        raise ValueError(f"{objects.name} has {len(objects)} examples, fewer than a batch of {largest}")
     measured = []
     with status("measuring") as line:
         for size in asked.batch:
@@ -130,7 +130,7 @@ def diagnose(
     given: Given,
     data: Data = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
-    images: Annotated[int, typer.Option("--images", min=1, help="Training objects to use, at most.")] = 16384,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training examples to use, at most.")] = 16384,
     rescaled: Annotated[
         list[int] | None,
         typer.Option(

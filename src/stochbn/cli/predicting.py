@@ -33,7 +33,8 @@ def predict(
     path: Annotated[
         str,
         typer.Option(
-            "--out", help="CSV or Parquet file, by its ending: one row for each object; or a URL, as s3://bucket/p.csv."
+            "--out",
+            help="CSV or Parquet file, by its ending: one row for each example; or a URL, as s3://bucket/p.csv.",
         ),
     ],
     data: Data = None,
@@ -57,13 +58,13 @@ def predict(
         ),
     ] = None,
     seed: Seed = 0,
-    top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each object.")] = 1,
+    top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each example.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
     part: Annotated[
         int, typer.Option("--part", min=1, help="Rows that are written at a time, in whole batches.")
     ] = 4000,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at an object that cannot be read, in place of a row with an error.")
+        bool, typer.Option("--strict", help="Stop at an example that cannot be read, in place of a row with an error.")
     ] = False,
     masks: Annotated[
         Path | None,
@@ -82,7 +83,7 @@ def predict(
         ),
     ] = False,
 ) -> None:
-    """Predict data of any length with SBN: class, probability, entropy and mutual information of each object.
+    """Predict data of any length with SBN: class, probability, entropy and mutual information of each example.
 
     Regression gives mean and standard deviation. A posterior with thresholds of 'stochbn conformal' adds the column
     'set', of the classes or labels that an example may be of, or 'low' and 'high' of numbers; with --masks, pictures of
@@ -170,7 +171,8 @@ def predict(
         cells = [[_shown(row[column]) for column in columns] for row in least]
         show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
     if fitted.noiseless and fitted.choice and changes is None:
-        say(f"One pass without draws, so mutual information is 0. {fitted.choice}")
+        nothing = ", so mutual information is 0" if least and "mutual_information" in least[0] else ""
+        say(f"One pass without draws{nothing}. {fitted.choice}")
     if adapt is not None:
         say(f"The posterior was adapted to this data first. {fitted.adaptation}")
     if about_them := about_sets(fitted):
@@ -180,7 +182,7 @@ def predict(
     units = "; entropies are in nats" if least and any("entropy" in column for column in least[0]) else ""
     say(f"Saved {found.rows} predictions as {path}{units}.", path)
     if found.failed:
-        say(f"{found.failed} objects could not be read: the column 'error' says why.")
+        say(f"{found.failed} examples could not be read: the column 'error' says why.")
     told = alarm(given, reading, data, posterior) if reading is not None else None
     if told is not None:
         warnings.warn(told, stacklevel=2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stochbn.arrays import as_array, as_tensor
+from stochbn.caller import warn
 
 __all__ = ["ROUNDING", "Rule", "by_group", "check_coverage", "group_names", "is_number", "numbers", "quantile"]
 
@@ -117,7 +118,11 @@ class Rule(ABC):
         if groups is None:
             raise ValueError("these sets are by group: pass groups, the group of each example")
         place = {name: i for i, name in enumerate(self.groups)}
-        index = [place.get(name, len(place)) for name in group_names(groups, len(like))]
+        named = group_names(groups, len(like))
+        if new := sorted(set(named) - place.keys()):
+            shown = ", ".join(map(repr, new[:5])) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+            warn(f"sets of groups that were not among the held-out examples hold everything: {shown}")
+        index = [place.get(name, len(place)) for name in named]
         known = torch.as_tensor(self.threshold, dtype=torch.float64)
         each = torch.cat([known, known.new_tensor([math.inf])])[torch.tensor(index, dtype=torch.int64)]
         return each.to(like.device).view(-1, *[1] * (like.ndim - 1))
@@ -189,7 +194,7 @@ def by_group(
     Raises:
         ValueError: as `quantile`, or another number of groups.
     """
-    each = scores.reshape(len(scores), -1)
+    each = scores.reshape(len(scores), -1) if scores.numel() else scores.reshape(0, 1)
     weights = torch.full_like(each, 1 / max(each.shape[1], 1)) if weights is None else weights.reshape(each.shape)
     if groups is None:
         return quantile(each.flatten(), coverage, weights=weights.flatten(), count=len(each)), ()
@@ -210,8 +215,8 @@ def by_group(
 def group_names(groups: Any, count: int) -> list[str]:
     """The group of each example as a text; a missing one is the empty text.
 
-    >>> group_names([1, "b", None], 3)
-    ['1', 'b', '']
+    >>> group_names([1, 2.0, "b", None], 4)
+    ['1', '2', 'b', '']
 
     Raises:
         TypeError: they are no sequence.
@@ -223,7 +228,14 @@ def group_names(groups: Any, count: int) -> list[str]:
         raise TypeError(f"groups must be a sequence with the group of each example, got {type(groups).__name__}")
     if len(values) != count or any(isinstance(value, (list, tuple, dict)) for value in values):
         raise ValueError(f"expected a group for each of {count} examples, got {len(values)}")
-    return ["" if value is None else str(value) for value in values]
+    return [_group_name(value) for value in values]
+
+
+def _group_name(value: Any) -> str:
+    """A whole number is the same group whatever its type; pandas has them as floats where one is missing."""
+    if value is None or value != value:  # NaN
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def numbers(**values: Any) -> list[Tensor]:

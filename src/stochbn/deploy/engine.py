@@ -30,10 +30,10 @@ class PartScorer:
     """Scores parts of a stream by their numbers: what actors run.
 
     Args:
-        stream: the objects.
+        stream: the examples.
         scorer: arguments of `Scorer`.
-        batch: objects in a forward pass.
-        part: objects in a part, a multiple of `batch`.
+        batch: examples in a forward pass.
+        part: examples in a part, a multiple of `batch`.
         folder: the current folder of the process that asks, where there is one of that name here.
     """
 
@@ -91,10 +91,10 @@ def ray_engine(
     cluster has GPUs, each actor sees one of them; actors share them if there are more.
 
     Args:
-        stream: the objects, which every actor must be able to read under the same names.
+        stream: the examples, which every actor must be able to read under the same names.
         scorer: arguments of `Scorer`, likewise.
-        batch: objects in a forward pass.
-        part: objects in a part, a multiple of `batch`.
+        batch: examples in a forward pass.
+        part: examples in a part, a multiple of `batch`.
         workers: how many actors.
     """
 

@@ -49,8 +49,8 @@ class Scorer:
         )
 
     Every batch sees the draws of the seed: with ``tolerance=0`` a row's prediction depends, to rounding, on the row and
-    the seed alone, however rows are put into batches, unless objects of a batch affect each other. With `augment` an
-    object's changes depend on its place in the batch too.
+    the seed alone, however rows are put into batches, unless examples of a batch affect each other. With `augment` an
+    example's changes depend on its place in the batch too.
 
     A posterior whose prediction sets are by group needs the column of the groups in every batch.
 
@@ -130,7 +130,7 @@ class Scorer:
         self.preprocess, self.prepared_by, self.classes = built.preprocess, built.prepared_by, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
         self.schema, self._decoding = held, Decoding(held.exif, held.page)
-        self._by = None if fitted is None or fitted.thresholds is None else fitted.thresholds.by
+        self.by = None if fitted is None or fitted.thresholds is None else fitted.thresholds.by
         if monitor and fitted is None:
             raise ValueError("monitor=True compares with the posterior's reference: name a posterior")
         self.monitor = Monitor(fitted) if monitor and fitted is not None else None
@@ -151,7 +151,7 @@ class Scorer:
         """The columns of the table of ``stochbn predict`` for the examples of a chunk.
 
         Raises:
-            ValueError: the prediction is none of so many objects.
+            ValueError: the prediction is none of so many examples.
         """
         columns = scored(self.predictive, chunk, key_name, self.classes, self.top, self.seed)
         if self.monitor is not None:
@@ -249,14 +249,14 @@ class Scorer:
         """
         held = self.schema.inputs
         held = held if len(batch) > 1 and all(name in batch for name in held) else ()
-        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding, self._by)
+        columns = _Columns(batch, self.inputs or held or None, self.pixels, self._decoding, self.by)
         if not len(columns):
             return dict(batch)
         (chunk,) = RowObjects("the batch", columns, self.preprocess).chunks(len(columns))
         _, *names = found = self.columns(chunk, _Columns.key_name)
         if taken := [name for name in names if name in batch]:
             raise ValueError(f"the batch has a column {taken[0]!r}, as one of the predictions is called; rename it")
-        return {**batch, **{name: _column(found[name], name) for name in names}}
+        return {**batch, **{name: _column(found[name]) for name in names}}
 
 
 class _Counted(Predictive):
@@ -271,7 +271,7 @@ class _Counted(Predictive):
 
 
 class _Columns:
-    """The rows of a batch of columns, as objects."""
+    """The rows of a batch of columns, as examples."""
 
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
@@ -380,12 +380,12 @@ def _numbers(values: Any) -> Tensor:
     return tensor if tensor.ndim else tensor[None]
 
 
-def _column(values: list[Any], name: str) -> np.ndarray[Any, Any]:
-    """Values as a column: texts and sets as objects, numbers as float32 with NaN where there is none."""
-    if name == "set":
-        column = np.empty(len(values), dtype=object)
-        column[:] = values
-        return column
-    if name == "error" or name.startswith("class"):
-        return np.array(values, dtype=object)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
+def _column(values: list[Any]) -> np.ndarray[Any, Any]:
+    """Values as a column: numbers as float32 with NaN where there is none, all others as they are."""
+    if all(value is None or isinstance(value, (int, float)) for value in values) and any(
+        value is not None for value in values
+    ):
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column

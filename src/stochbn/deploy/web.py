@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +169,11 @@ class _Service:
             scorer = await loop.run_in_executor(
                 self.readers, lambda: Scorer(**{"pixels": self.limits.pixels, **self.arguments})
             )
+            if scorer.by is not None:
+                raise ValueError(
+                    f"the posterior's prediction sets are by {scorer.by!r}, and a request has no groups: make the sets "
+                    "again without --by, or call stochbn.deploy.Scorer with that column"
+                )
             inputs = await loop.run_in_executor(self.readers, _warm_inputs, scorer, self.example)
             together = await loop.run_in_executor(self.readers, scorer.predictive.mixed, inputs.repeat_interleave(2, 0))
             if together:
@@ -249,7 +255,7 @@ class _Service:
         except (RuntimeError, TypeError, ValueError) as error:
             raise RefusedError(422, f"the network does not take these examples: {error}") from error
         _refuse_errors([row["error"] for row in rows])
-        return JSONResponse({"predictions": [{k: v for k, v in row.items() if k != "error"} for row in rows]})
+        return JSONResponse({"predictions": [{k: _finite(v) for k, v in row.items() if k != "error"} for row in rows]})
 
     async def _files(self, request: Request) -> list[Any]:
         async with request.form() as form:
@@ -345,6 +351,11 @@ def _made_up(scorer: Scorer) -> Any:
 async def _refused(request: Request, error: Any) -> Response:
     headers = {"retry-after": "1"} if error.status == 503 else None
     return JSONResponse(error.content(), error.status, headers)
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON has it, which knows no infinity: a median time that lies beyond all intervals is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -42,7 +42,7 @@ def fit_posterior(
     Args:
         model: the network.
         images: its training data.
-        batch_size: objects in a mini-batch whose statistics are observed.
+        batch_size: examples in a mini-batch whose statistics are observed.
         seed: where the order comes from, and the masks of dropout.
         report: called with the number of images done and of all that are read.
         kind: as for `stochbn.fit`; the paper's by default.

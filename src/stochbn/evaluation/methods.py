@@ -17,7 +17,7 @@ from stochbn.predictions import entropy
 __all__ = ["Method", "methods", "score"]
 
 LEAST_ERRORS = 10
-"""So many known objects must be classified wrongly for a best temperature."""
+"""So many known examples must be classified wrongly for a best temperature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class Method:
         members: number of networks.
         known: probabilities ``[N, K]`` for test objects of the known classes.
         labels: their labels ``[N]``.
-        unknown: probabilities ``[M, K]`` for objects of other classes, if there are any.
-        expected_entropy: ``[N]``, nats: the mean of the entropies over draws and networks for the known objects,
+        unknown: probabilities ``[M, K]`` for examples of other classes, if there are any.
+        expected_entropy: ``[N]``, nats: the mean of the entropies over draws and networks for the known examples,
             which is their aleatoric uncertainty; None in runs of earlier versions.
         median: with SBN, the same method with every statistic at its median in place of draws, which is what the
             published experiments call "no SBN"; where that was predicted.
@@ -48,7 +48,7 @@ class Method:
 
     @functools.cached_property
     def calibrated(self) -> Tensor | None:
-        """The NLL of every object after the best temperature for others; None where too few are classified wrongly.
+        """The NLL of every example after the best temperature for others; None where too few are classified wrongly.
 
         With hardly any error among them the best temperature is 0, and one error elsewhere costs more than all else.
         """
@@ -56,10 +56,10 @@ class Method:
         return metrics.calibrated_nll_of_each(self.known, self.labels) if wrong >= LEAST_ERRORS else None
 
     def scores(self) -> dict[str, Any]:
-        """Name, `metrics.evaluate` of the known objects, mean entropies (nats) and `metrics.ood` of the entropies.
+        """Name, `metrics.evaluate` of the known examples, mean entropies (nats) and `metrics.ood` of the entropies.
 
         The number of known ``objects``, and the standard errors of `standard_errors`, are with them.
-        With at least 10 known objects that are classified wrongly also ``calibrated_nll`` (nats) and the best
+        With at least 10 known examples that are classified wrongly also ``calibrated_nll`` (nats) and the best
         ``temperature``.
         """
         found: dict[str, Any] = {"method": self.name, "sbn": self.sbn, "members": self.members}

@@ -42,9 +42,9 @@ def predict_member(
     inputs too. `settings` are arguments of the predictives.
 
     Returns:
-        ``labels`` ``[N]`` of the known objects, and ``[N, K]`` log-probabilities under ``plain.known``,
+        ``labels`` ``[N]`` of the known examples, and ``[N, K]`` log-probabilities under ``plain.known``,
         ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior of the kind factorized-log also
-        ``median.known`` and ``median.unknown``, with every statistic at its median. Those of known objects also have
+        ``median.known`` and ``median.unknown``, with every statistic at its median. Those of known examples also have
         ``.expected_entropy`` ``[N]`` in nats, the mean over draws, as ``sbn.known.expected_entropy``. With `keep_draws`
         also those of every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout
         has one.

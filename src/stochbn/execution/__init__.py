@@ -37,6 +37,8 @@ def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     verdict, refused = examine(network, inputs, replace(call, augment=None))
     if call.augment is not None:
         refused["prefix"] = "every draw sees the inputs in another way"
+    if network.known.stateful:  # each copy would be compiled anew
+        refused.setdefault("compiled", "passes change the network, or may, so each runs on a copy of its own")
     return make_plan(verdict, inputs.count, call.settings, cpu=inputs.on_cpu, refused=refused)
 
 

@@ -84,11 +84,11 @@ def onnx(
     ``total_std`` of a regression. A posterior with thresholds of prediction sets (``posterior.with_sets``) adds
     ``set``, truth values ``[N, K]``, or ``low`` and ``high`` of numbers; sets by group are in the file's metadata
     alone, under ``stochbn.sets``.
-    Inputs have the names of the arguments of the network's ``forward``. The number of objects N is free.
+    Inputs have the names of the arguments of the network's ``forward``. The number of examples N is free.
 
     The network is exported in evaluation mode, so dropout is off. What comes before the first drawn batch norm is in
     the graph once, and all weights are in the file once. One pass serves all draws: memory while predicting is that of
-    S N objects. Where objects of a batch affect each other, what follows the first drawn batch norm is in the graph S
+    S N examples. Where examples of a batch affect each other, what follows the first drawn batch norm is in the graph S
     times instead.
 
     Args:
@@ -200,6 +200,7 @@ def _described(
     """The same with metadata of inputs and outputs."""
     held = posterior.schema or Schema()
     classes, count = held.classes if classes is None else classes, 0
+    classes = classes if given.task.has_classes else ()
     if classes:
         with torch.no_grad():
             count = given.task.raw(given.example.call(given.model)).shape[1]

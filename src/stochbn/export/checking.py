@@ -31,7 +31,7 @@ def compare(run: Runner, given: Predicting) -> float:
         ExportError: it is larger than `TOLERANCE`; the message says which output differs, where, and by how much.
     """
     others = _random(given.example)
-    pairs = (given.example, f"the example ({len(given.example)} objects)"), (others, f"{len(others)} random objects")
+    pairs = (given.example, f"the example ({len(given.example)} examples)"), (others, f"{len(others)} random objects")
     largest = 0.0
     for inputs, where in pairs:
         wanted = _slow(given, inputs)
@@ -77,7 +77,7 @@ def _slow(given: Predicting, inputs: NetworkInput) -> dict[str, Tensor]:
 
 
 def _random(example: NetworkInput) -> NetworkInput:
-    """Random objects like those of an example, and more of them: whole numbers are taken from it, others are normal."""
+    """Random inputs like an example, and more of them: whole numbers are taken from it, others are normal."""
     generator = torch.Generator().manual_seed(0)
     count = len(example) + 2
     chosen = torch.randint(len(example), (count,), generator=generator)

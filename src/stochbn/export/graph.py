@@ -1,7 +1,7 @@
 """A network under S fixed draws of its statistics, as one module that `torch.export` can take.
 
 The network itself is exported first. In its graph, what does not depend on a drawn statistic runs once. The rest runs
-once as well, for S N objects, each normalised by the statistics of its draw; or, where objects affect each other, S
+once as well, for S N examples, each normalised by the statistics of its draw; or, where examples affect each other, S
 times one after another. Weights are there once in both forms.
 """
 
@@ -42,7 +42,7 @@ class UnderDraws(nn.Module):
     """A network that predicts as the average over a table of draws.
 
     Args:
-        program: the exported network, its number of objects dynamic.
+        program: the exported network, its number of examples dynamic.
         tables: the draws ``[S, C]`` of every drawn buffer, by its qualified name in the network.
         task: what the output means.
         temperature: what logits are divided by in every draw.
@@ -73,7 +73,7 @@ class UnderDraws(nn.Module):
         self._axes = dict(self._object_axes()) if stacked else {}
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """What is said of N objects, by the names of the outputs."""
+        """What is said of N examples, by the names of the outputs."""
         given = iter(inputs)
         plain: dict[fx.Node, Any] = {}
         for node in self._nodes:
@@ -103,7 +103,7 @@ class UnderDraws(nn.Module):
         return torch.stack(raw)
 
     def _together(self, plain: Mapping[fx.Node, Any]) -> Tensor:
-        """The raw values ``[S, N, C, ...]``, from one pass: all objects under the first draw, then the second, ..."""
+        """The raw values ``[S, N, C, ...]``, from one pass: all examples under the first draw, then the second, ..."""
         values: dict[fx.Node, Any] = {}
 
         def stacked(node: fx.Node) -> Any:
@@ -131,7 +131,7 @@ class UnderDraws(nn.Module):
         Args:
             node: the batch norm.
             x: its input ``[S N, C, ...]``, or ``[N, C, ...]`` where that is the same for all draws.
-            draws: how many times it has the objects.
+            draws: how many times it has the examples.
             plain: the values of nodes that do not depend on the draw.
         """
 
@@ -160,7 +160,7 @@ class UnderDraws(nn.Module):
         return table
 
     def _repeat(self, value: Any, axis: int | None) -> Any:
-        """A value that does not depend on the draw, for S N objects."""
+        """A value that does not depend on the draw, for S N examples."""
         if axis is None:
             return value
         if not isinstance(value, Tensor):
@@ -168,10 +168,10 @@ class UnderDraws(nn.Module):
         return value.repeat(*(self.draws if i == axis else 1 for i in range(value.ndim)))
 
     def _object_axes(self) -> Iterator[tuple[fx.Node, Sequence[int | None]]]:
-        """For the values of every node the axis of the objects; None where there is none.
+        """For the values of every node the axis of the examples; None where there is none.
 
         Raises:
-            OutOfReachError: the number of objects is elsewhere than in one axis, as a factor of its length.
+            OutOfReachError: the number of examples is elsewhere than in one axis, as a factor of its length.
         """
         used = {source for node in self._drawn for source in node.all_input_nodes} | {*self._nodes[-1].all_input_nodes}
         for node in self._nodes:
@@ -183,11 +183,11 @@ class UnderDraws(nn.Module):
                 if node.target is NORMALISES and any(a in self._drawn - self._names.keys() for a in node.args[1:5]):
                     raise OutOfReachError("the weights or statistics of a batch norm depend on the draw")
                 if node.target is NORMALISES and _object_axis(node.meta["val"][0]) != 0:
-                    raise OutOfReachError("a batch norm has the objects elsewhere than on its first axis")
+                    raise OutOfReachError("a batch norm has the examples elsewhere than on its first axis")
 
 
 def _object_axis(value: Any) -> int | None:
-    """The axis of a value that has the objects; 0 for a number that is proportional to theirs."""
+    """The axis of a value that has the examples; 0 for a number that is proportional to theirs."""
     lengths: list[Any] = list(value.shape) if isinstance(value, Tensor) else [value]
     if any(isinstance(length, (torch.SymFloat, torch.SymBool)) for length in lengths):
         raise OutOfReachError("the network calculates with the number of objects")
@@ -196,7 +196,7 @@ def _object_axis(value: Any) -> int | None:
         return None
     expression = lengths[symbolic[0]].node.expr
     if len(symbolic) > 1 or len(expression.free_symbols) != 1:
-        raise OutOfReachError("the number of objects is in several axes of a tensor")
+        raise OutOfReachError("the number of examples is in several axes of a tensor")
     (symbol,) = expression.free_symbols
     if not (expression / symbol).is_Integer:
         raise OutOfReachError(f"an axis has the length {expression}, which is no multiple of the number of objects")

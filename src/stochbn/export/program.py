@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -174,27 +175,30 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exporter complains of, in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+    """What an exporter complains of, in one line: the cause, without the colours of terminals."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]:.300}"
 
 
 def _checked(example: NetworkInput, name: str) -> NetworkInput:
-    """The example on the CPU, if it has objects and nothing but tensors."""
+    """The example on the CPU, if it has examples and nothing but tensors."""
     leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
     if not example.divisible or len(leaves) != len(example.tensors()):
         raise ExportError(
-            f"{name} cannot be exported with this example: expected tensors with the objects on their first axis as "
+            f"{name} cannot be exported with this example: expected tensors with the examples on their first axis as "
             "the only arguments; wrap the network in a module that sets the others"
         )
     if not len(example):
-        raise ValueError("the example has no objects; pass at least one")
+        raise ValueError("the example has no examples; pass at least one")
     return example.map(Tensor.cpu)
 
 
 def _exported(module: nn.Module, example: NetworkInput, name: str) -> ExportedProgram:
-    """The program of a module for any number of objects.
+    """The program of a module for any number of examples.
 
-    It is traced with zeros, as a program keeps what it was traced with, and with two objects, as one is special.
+    It is traced with zeros, as a program keeps what it was traced with, and with two examples, as one is special.
     """
     zeros = example.map(lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]))
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
@@ -206,7 +210,7 @@ def _exported(module: nn.Module, example: NetworkInput, name: str) -> ExportedPr
     except Exception as error:
         raise ExportError(
             f"{name} cannot be exported: torch.export does not take its forward pass, as where Python code depends on "
-            f"the values of tensors or on the number of objects ({reason(error)})"
+            f"the values of tensors or on the number of examples ({reason(error)})"
         ) from error
 
 
@@ -226,7 +230,7 @@ def _tables(model: nn.Module, drawn: tuple[Draw, ...]) -> dict[str, Tensor]:
 def _together(
     model: nn.Module, example: NetworkInput, task: Task, posterior: Posterior, drawn: tuple[Draw, ...]
 ) -> str:
-    """Why objects under different draws must not share a pass; empty if they may."""
+    """Why examples under different draws must not share a pass; empty if they may."""
     network = Network.of(model)
     network.look()
     call = Call(task, posterior=posterior, sample=lambda count: [drawn[i % len(drawn)] for i in range(count)])

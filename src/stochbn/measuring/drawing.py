@@ -105,7 +105,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         axes.plot(counts * units["textbook"], errors, "-", color=COLORS["plain"], label="independent draws, textbook")
         for word, label, color, beside in (
             ("quasi", "as many quasi-random draws as written, for every object", SEQUENCE[1], (6, 1)),
-            ("draws", "draws= as written, by default: easy objects get fewer", SEQUENCE[0], (-7, -3)),
+            ("draws", "draws= as written, by default: easy examples get fewer", SEQUENCE[0], (-7, -3)),
         ):
             dots = [
                 (units[name], math.sqrt(variance / worth), name.split()[1])

@@ -34,7 +34,7 @@ def observe(
     Args:
         model: the network.
         images: its training data.
-        batch_size: objects in a mini-batch.
+        batch_size: examples in a mini-batch.
         seed: where the order of the images comes from.
         report: called with the number of images done and of all.
         deterministic: layers that work with their running statistics meanwhile; they are left out.
@@ -211,9 +211,9 @@ def rescaling(
 
     Args:
         observations: what `observe` returned at `batch_size`.
-        batch_size: objects in these mini-batches.
+        batch_size: examples in these mini-batches.
         others: what it returned at `other_size`.
-        other_size: objects in those mini-batches.
+        other_size: examples in those mini-batches.
 
     Returns:
         For every layer the ratio of observed to rescaled, the median over channels: of the standard deviation of the

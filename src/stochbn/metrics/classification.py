@@ -43,7 +43,7 @@ def evaluate(probs: Any, labels: Any, *, ignore_index: int | None = None) -> dic
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
 
     Returns:
-        ``error``: percent of objects (or pixels) whose most probable class is wrong.
+        ``error``: percent of examples (or pixels) whose most probable class is wrong.
         ``nll``: mean negative log-likelihood in nats; a probability of 0 counts as the smallest normal number
         of its type, so that an underflow does not read as infinity.
         ``brier``: mean squared distance between the probabilities and the one-hot label, summed over classes (0 to 2).
@@ -76,7 +76,7 @@ def evaluate(probs: Any, labels: Any, *, ignore_index: int | None = None) -> dic
 
 
 def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Tensor:
-    """The negative log-likelihood of each object (nats), of which `evaluate` gives the mean: ``[N]`` in float64.
+    """The negative log-likelihood of each example (nats), of which `evaluate` gives the mean: ``[N]`` in float64.
 
     Args:
         probs: as `evaluate`.
@@ -94,16 +94,16 @@ def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Te
 
 
 def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
-    """How well a score, such as the entropy, tells unknown objects (which should have more of it) from known ones.
+    """How well a score, such as the entropy, tells unknown examples (which should have more of it) from known ones.
 
     Args:
-        entropy_known: ``[N]``, scores of objects from the training distribution.
-        entropy_unknown: ``[M]``, scores of objects from another.
+        entropy_known: ``[N]``, scores of examples from the training distribution.
+        entropy_unknown: ``[M]``, scores of examples from another.
 
     Returns:
-        ``auroc``: the probability that an unknown object has the higher score, ties counting half.
-        ``aupr``: average precision with the unknown objects as positives.
-        ``fpr95``: the share of known objects above the threshold that at least 95 % of the unknown ones reach.
+        ``auroc``: the probability that an unknown example has the higher score, ties counting half.
+        ``aupr``: average precision with the unknown examples as positives.
+        ``fpr95``: the share of known examples above the threshold that at least 95 % of the unknown ones reach.
         All are fractions.
 
     Raises:
@@ -121,7 +121,7 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:
-    """The probability that an unknown object has the higher score, ties counting half, in float64.
+    """The probability that an unknown example has the higher score, ties counting half, in float64.
 
     Source: Mann and Whitney, 1947.
     """
@@ -131,7 +131,7 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
 
 
 def _counted(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """``[2, V]``, float64: how many known and unknown objects have each score, and at least it."""
+    """``[2, V]``, float64: how many known and unknown examples have each score, and at least it."""
     _, group = torch.unique(torch.cat([known, unknown]), return_inverse=True)
     parts = group.split([len(known), len(unknown)])
     counts = torch.stack([part.bincount(minlength=int(group.max()) + 1) for part in parts]).double()
@@ -155,7 +155,7 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
         ``temperature``: the temperature chosen on `held_out`, or the best one for all of `probs`.
 
     Raises:
-        TypeError, ValueError: as `evaluate`; also fewer than 10 objects to cross-validate on.
+        TypeError, ValueError: as `evaluate`; also fewer than 10 examples to cross-validate on.
 
     Source: Ashukha et al., 2020, arXiv 2002.06470.
     """
@@ -174,7 +174,7 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
 
 
 def calibrated_nll_of_each(probs: Any, labels: Any) -> Tensor:
-    """What `calibrated_nll` is the mean of: ``[N]``, nats, each object's at the temperature that others chose.
+    """What `calibrated_nll` is the mean of: ``[N]``, nats, each example's at the temperature that others chose.
 
     Raises:
         TypeError, ValueError: as `calibrated_nll`.
@@ -217,15 +217,15 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
 
 
 def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
-    """Selective prediction: the mean loss of the objects that a method is most certain of, at every coverage.
+    """Selective prediction: the mean loss of the examples that a method is most certain of, at every coverage.
 
     Args:
-        uncertainty: ``[N]``, such as the entropy: objects with the least are answered first. Objects with the
+        uncertainty: ``[N]``, such as the entropy: examples with the least are answered first. Examples with the
             same uncertainty are answered in random order, of which this is the expectation.
         losses: ``[N]``: 0 or 1 for a right or wrong answer, or any other loss.
 
     Returns:
-        ``coverage``: ``[N]``, the fraction of objects answered: 1/N to 1.
+        ``coverage``: ``[N]``, the fraction of examples answered: 1/N to 1.
         ``risk``: ``[N]``, the mean loss of these.
         ``aurc``: the mean of the risk over all coverages, the area under the curve (Geifman and El-Yaniv, 2017);
         lower is better.
@@ -238,7 +238,7 @@ def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
     if len(scores) != len(losses):
         raise ValueError(f"expected as many losses as uncertainties, got {len(losses)} and {len(scores)}")
     _, group, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    # In each group of equals, every object's expected loss is the group's mean.
+    # In each group of equals, every example's expected loss is the group's mean.
     means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, losses) / counts
     answered = torch.arange(1, len(losses) + 1, dtype=torch.float64)
     risk = means.repeat_interleave(counts).cumsum(0) / answered
@@ -252,7 +252,7 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
         entropy: ``[N]``, nats.
 
     Returns:
-        The sorted distinct entropies and the fraction of objects at or below each, both ``[M]`` in float64.
+        The sorted distinct entropies and the fraction of examples at or below each, both ``[M]`` in float64.
 
     Raises:
         TypeError: the argument is no numbers.
@@ -308,6 +308,8 @@ def checked_probabilities(probs: Tensor) -> None:
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
         raise ValueError(f"probabilities must not be negative, found {probs.min().item():.6g}")
+    if not len(probs):
+        return
     sums = probs.sum(1, dtype=torch.float64)
     tolerance = 1e-3 if probs.dtype.itemsize >= 4 else 2e-2
     if (sums - 1).abs().max() > tolerance:

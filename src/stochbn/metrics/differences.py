@@ -1,4 +1,4 @@
-"""Standard errors: of scores, and of what drawing the statistics changes in them, paired over the test objects."""
+"""Standard errors: of scores, and of what drawing the statistics changes in them, paired over the test examples."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
     """The standard errors of a method's scores, for other objects of the same kind.
 
     Args:
-        known: probabilities ``[N, K]`` for objects of known classes.
+        known: probabilities ``[N, K]`` for examples of known classes.
         labels: their labels ``[N]``.
-        unknown: likewise ``[M, K]``, for objects of other classes.
+        unknown: likewise ``[M, K]``, for examples of other classes.
 
     Returns:
-        ``error_se`` (percentage points), which is not 0 where no object was classified wrongly, ``nll_se`` (nats),
-        ``ece_se`` (by the bootstrap, of up to 10,000 objects), and with unknown objects ``auroc_se``; nothing for a
-        single object, or for dense predictions, whose places are not independent.
+        ``error_se`` (percentage points), which is not 0 where no example was classified wrongly, ``nll_se`` (nats),
+        ``ece_se`` (by the bootstrap, of up to 10,000 examples), and with unknown examples ``auroc_se``; nothing for a
+        single example, or for dense predictions, whose places are not independent.
 
     Source: of a share, Agresti and Coull, The American Statistician 52 (1998), 119-126: two more right and two more
     wrong; for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
@@ -51,9 +51,9 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
 
 
 def _spread_of_ece(confidence: Tensor, right: Tensor) -> float:
-    """The standard deviation of the calibration error over bootstrap samples, whatever the order of the objects.
+    """The standard deviation of the calibration error over bootstrap samples, whatever the order of the examples.
 
-    They are sorted first, so that samples have the same objects; wrong ones apart from right ones, so that confidences
+    They are sorted first, so that samples have the same examples; wrong ones apart from right ones, so that confidences
     that differ by rounding alone may change places without an effect.
     """
     order = confidence.argsort(stable=True)
@@ -73,27 +73,27 @@ def paired(
     unknown: tuple[Tensor, Tensor] | None = None,
     calibrated: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Differences between two predictions of the same objects, the second minus the first, and their standard errors.
+    """Differences between two predictions of the same examples, the second minus the first, and their standard errors.
 
-    Both predictions see the same objects, so their scores rise and fall together: the standard error is that of the
-    mean of the differences object by object, and much smaller than those of the scores.
+    Both predictions see the same examples, so their scores rise and fall together: the standard error is that of the
+    mean of the differences example by example, and much smaller than those of the scores.
 
     Args:
-        known: probabilities ``[N, K]`` of the two, for objects of known classes.
+        known: probabilities ``[N, K]`` of the two, for examples of known classes.
         labels: their labels ``[N]``.
-        unknown: likewise ``[M, K]``, for objects of other classes.
+        unknown: likewise ``[M, K]``, for examples of other classes.
         calibrated: what `stochbn.metrics.calibrated_nll_of_each` returns for either, where there are enough known
-            objects. That each temperature was chosen on other objects is not in the standard error.
+            examples. That each temperature was chosen on other examples is not in the standard error.
 
     Returns:
         ``error_change`` (percentage points), ``nll_change`` (nats), with `calibrated` the ``calibrated_nll_change``
-        (nats), and with unknown objects ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies); each
-        also with ``_se`` behind it. That of the error is not 0 where no object becomes right or wrong. A single object
-        has no standard error, so nothing is said of it.
+        (nats), and with unknown examples ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies);
+        each also with ``_se`` behind it. That of the error is not 0 where no example becomes right or wrong. A single
+        example has no standard error, so nothing is said of it.
 
     Source: of the error, Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488: one
-    more object that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44 (1988),
-    837-845.
+    more example that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44
+    (1988), 837-845.
     """
     found: dict[str, float] = {}
     if len(labels) < 2:
@@ -124,7 +124,7 @@ def _variance_of_mean(values: Tensor) -> float:
 
 
 def _placements(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """For every known object the share of unknown ones above it, and for every unknown one that of known ones below.
+    """For every known example the share of unknown ones above it, and for every unknown one that of known ones below.
 
     Those that are level count half; the mean of either is the AUROC.
     """

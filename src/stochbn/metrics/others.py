@@ -107,7 +107,7 @@ def _checked(mean: Any, std: Any, targets: Any) -> list[Tensor]:
         raise ValueError(f"expected mean, std and targets of one shape [N, ...], got {shapes}")
     for name, value in numbers.items():
         if not value.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinity; leave such objects out")
+            raise ValueError(f"{name} has NaN or infinity; leave such examples out")
     if (numbers["std"] <= 0).any():
         raise ValueError(f"standard deviations must be positive, found {numbers['std'].min().item():g}")
     return list(numbers.values())
@@ -136,7 +136,7 @@ def pinball(quantiles: Any, targets: Any, level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level!r}")
     if not (quantiles.isfinite().all() and targets.isfinite().all()):
-        raise ValueError("quantiles or targets have NaN or infinity; leave such objects out")
+        raise ValueError("quantiles or targets have NaN or infinity; leave such examples out")
     return pinball_of_each(quantiles, targets, level).mean().item()
 
 
@@ -158,8 +158,8 @@ def multilabel(probs: Any, labels: Any) -> dict[str, float]:
         ``nll``: mean negative log-likelihood of a label, in nats.
         ``brier``: mean squared difference of probability and label.
         ``ece``: expected calibration error of a label's probability, a fraction, in 15 bins of equal width.
-        ``auroc``: the mean over labels of the probability that an object with the label has a higher one than an object
-        without; labels that all or no objects have are left out.
+        ``auroc``: the mean over labels of the probability that an example with the label has a higher one than an
+        example without; labels that all or no examples have are left out.
 
     Raises:
         ImportError: torchmetrics is not installed.

@@ -268,7 +268,7 @@ def draw(folder: Path, about: Mapping[str, Any]) -> list[Path]:
             method = f"ensembles, {INPUT}"
         curves.setdefault(method, []).append((about["passes"][name], [row["calibrated_nll"] for row in found]))
     recipe, settings = about["recipe"], about["settings"]
-    title = f"{recipe['network']} on {recipe['data']}, at most {settings['images']} objects, {settings['augment']}"
+    title = f"{recipe['network']} on {recipe['data']}, at most {settings['images']} examples, {settings['augment']}"
     return figures.save_passes(folder / "augmentation", curves, title=title)
 
 

@@ -37,17 +37,17 @@ class Recipe:
         members: the number of plain networks; the first is the one of the row SBN, all are the Deep Ensemble.
         dropout: network arguments that turn its dropout on; None leaves out the network with dropout.
         arguments: further network arguments.
-        batch_size: objects in a training mini-batch.
+        batch_size: examples in a training mini-batch.
         learning_rate: Adam's, decaying linearly to 0.
         decay: when the learning rate changes: each ``epoch``, as published, or each ``step``.
         decrease_from: how many epochs the learning rate stays as it is first.
         uniform_scale: whether the scale of every batch norm starts from U(0, 1), as published, and not from 1.
-        statistics_batch: objects in a mini-batch whose statistics are observed.
+        statistics_batch: examples in a mini-batch whose statistics are observed.
         posterior: how the factorised posterior is fitted: by moments of the logarithm of the variance, as published
             (``factorized-log``), or of the variance (``factorized``).
         drawn: which batch norms are drawn: ``all``, or those of ``convolutions`` alone, as published for LeNet-5, whose
             hidden linear layer keeps its running statistics.
-        augment_fit: whether these objects are cropped and flipped at random, as published where training does so.
+        augment_fit: whether these examples are cropped and flipped at random, as published where training does so.
         draws: draws, or dropout passes, of each network at test time.
         seed: what all randomness comes from.
         augment: whether training images are cropped and flipped at random.

@@ -69,7 +69,7 @@ def write_run(folder: Path) -> list[Table]:
     Beside what `write` makes, ``statistics.png`` and ``.svg`` show observed and fitted statistics, and
     ``results.json`` has their distances for every layer, unless the file of the statistics, the largest of a run, is
     gone; ``training.png`` and ``.svg`` show every member's log of
-    loss and accuracy, where there are logs; and ``report.html`` has all of this on one page, with pictures of objects.
+    loss and accuracy, where there are logs; and ``report.html`` has all of this on one page, with pictures of examples.
 
     Raises:
         FileNotFoundError, ValueError: as `read_run`.

@@ -21,7 +21,7 @@ class Schedule:
 
     Attributes:
         epochs: passes over the training data; what is left of it after the last full mini-batch is dropped.
-        batch_size: objects in a mini-batch.
+        batch_size: examples in a mini-batch.
         learning_rate: Adam's at the first step.
         seed: what weights, order, augmentation and dropout come from.
         augment: whether images are cropped and flipped at random, as the paper does for CIFAR.

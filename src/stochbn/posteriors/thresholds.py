@@ -213,7 +213,10 @@ def still_valid(posterior: Posterior) -> Thresholds | None:
 def compare_draws(posterior: Posterior | None, draws: int, augment: str | None) -> None:
     """Warn where predictions with a posterior's sets are made with other draws than those for its thresholds."""
     found = None if posterior is None else posterior.thresholds
-    if found is not None and (about := found.unlike(draws, augment)):
+    if posterior is None or found is None:
+        return
+    alike = posterior.noiseless and augment is None  # all draws are
+    if about := found.unlike(found.draws or draws if alike else draws, augment):
         warn(about)
 
 

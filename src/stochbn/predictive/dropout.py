@@ -30,7 +30,7 @@ class MCDropout(Predictive):
     With a posterior every pass also draws the batch-norm statistics: the paper's "Dropout + SBN". In training mode are
     the dropout layers, and the modules that draw random numbers themselves in training mode, as those that call
     ``F.dropout`` or attention with dropout; all others are in evaluation mode. Arguments are those of `Predictive`, but
-    every object gets all draws: masks are independent, so there are fewer to save. Masks come from a generator of each
+    every example gets all draws: masks are independent, so there are fewer to save. Masks come from a generator of each
     pass's own, which the given generator (or PyTorch's global one) seeds.
 
     Raises:
@@ -73,7 +73,7 @@ class MCDropout(Predictive):
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:
         layers = self._dropping(inputs)
-        whole = "masks depend on which objects are predicted together"
+        whole = "masks depend on which examples are predicted together"
         return replace(super()._call(exact, inputs), training=layers, whole=whole, masks=None)
 
     def _dropping(self, inputs: NetworkInput) -> frozenset[str]:

@@ -23,26 +23,26 @@ __all__ = ["Exact"]
 
 
 class Exact:
-    """The exact procedure: each object takes part in random training mini-batches, whose statistics are used.
+    """The exact procedure: each example takes part in random training mini-batches, whose statistics are used.
 
-    For every draw and every object, B - 1 objects of one training mini-batch and the object itself go through the
+    For every draw and every example, B - 1 examples of one training mini-batch and the example itself go through the
     network together, with batch norm in training mode and all else in evaluation mode, and probabilities are averaged
     over draws. It is the yardstick that the posteriors approximate, and B times as expensive: `draws` forward passes
-    of B objects **for each object**. The object changes the statistics of its mini-batch from the first batch norm on,
-    and with them all activations of the others behind it, so only what lies before that layer could be shared between
-    objects; that is too little to be worth it. Passes run on a copy of the network, as those of `Predictive`.
+    of B examples **for each example**. The example changes the statistics of its mini-batch from the first batch norm
+    on, and with them all activations of the others behind it, so only what lies before that layer could be shared
+    between examples; that is too little to be worth it. Passes run on a copy of the network, as those of `Predictive`.
 
     Args:
         model: the network.
-        batches: training data, as for `stochbn.fit`, shuffled. The first `draws` mini-batches of B - 1 objects are kept
-            in memory; draw s is always with mini-batch s, so predictions are deterministic.
+        batches: training data, as for `stochbn.fit`, shuffled. The first `draws` mini-batches of B - 1 examples are
+            kept in memory; draw s is always with mini-batch s, so predictions are deterministic.
         batch_size: B, at least 2.
         draws: the number of mini-batches.
         task: what the output means, as for `Predictive`; so `logits`, `class_axis`, `output` and `inputs`.
         keep_draws: also return the log-probabilities of each draw.
 
     Raises:
-        TypeError, ValueError: a wrong argument, or too few training objects.
+        TypeError, ValueError: a wrong argument, or too few training examples.
 
     Source: Atanov et al., 2018, section 3.
     """
@@ -66,7 +66,7 @@ class Exact:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool):
             raise TypeError(f"batch_size must be a whole number, got {batch_size!r}")
         if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, an object and another one, got {batch_size}")
+            raise ValueError(f"batch_size must be at least 2, an example and another one, got {batch_size}")
         self.model = model
         self.task = task_of(model, task, logits, class_axis, output)
         self.inputs = inputs
@@ -78,15 +78,15 @@ class Exact:
         try:
             self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, inputs), draws))
         except ValueError as error:
-            raise ValueError(f"no mini-batches of {batch_size - 1} training objects to join: {error}") from error
+            raise ValueError(f"no mini-batches of {batch_size - 1} training examples to join: {error}") from error
         if len(self.others) < draws:
             raise ValueError(
-                f"{draws} draws need as many mini-batches of {batch_size - 1} training objects, there were "
+                f"{draws} draws need as many mini-batches of {batch_size - 1} training examples, there were "
                 f"{len(self.others)}; pass more data, larger batches or fewer draws"
             )
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
-        """Predict a batch, object by object; arguments as for `Predictive`, but a generator has no effect.
+        """Predict a batch, example by example; arguments as for `Predictive`, but a generator has no effect.
 
         Raises:
             RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
@@ -94,11 +94,11 @@ class Exact:
         """
         inputs = network_input(self.model, x, self.inputs)
         if not len(inputs):
-            raise ValueError("there are no objects in this batch")
+            raise ValueError("there are no examples in this batch")
         keep = self.keep_draws if keep_draws is None else keep_draws
         self._network.look()
         norms = self._norms
-        call = Call(self.task, training=norms, whole="an object is to be normalised with its mini-batch")
+        call = Call(self.task, training=norms, whole="an example is to be normalised with its mini-batch")
         ones = list(inputs.split(1))
         return repeated(lambda _: self._predict(ones, call, Summary(self.task, keep)))
 

@@ -79,7 +79,7 @@ class Predictive:
         generator: where draws come from; None is PyTorch's global generator, and with one given that is
             left alone.
         keep_draws: also return the log-probabilities of each draw, ``[S, N, K]``; memory then grows with S, and every
-            object gets all draws.
+            example gets all draws.
         tolerance: a standard error of mean probabilities at which an example is done, in place of what `draws` says. It
             is asked after 4, 6, 8, ... draws. The standard error is the root of the sum over classes (and mean over
             places, for dense predictions) of squared errors, as the pairs of the example and of the batch tell it. With
@@ -89,7 +89,7 @@ class Predictive:
         check: what a posterior must have in common with the network: ``"weights"``, so that one of other weights is
             refused, also one of this network from before it was trained on; or ``"shape"``, names and sizes of layers.
             Where weights change after construction, the next call warns.
-        augment: a function ``fn(x, generator)`` that gives a randomly changed batch, each object changed in a way of
+        augment: a function ``fn(x, generator)`` that gives a randomly changed batch, each example changed in a way of
             its own: every draw sees the inputs anew. `stochbn.augment` has some whose changes are spread evenly over
             draws. It is given the first tensor of the inputs, and a generator on the CPU. Averages then are over draws
             of the statistics and of the input (test-time augmentation); choose noise and temperature after both, with
@@ -215,7 +215,7 @@ class Predictive:
             progress: called after each batch with the number of batches done, and of all if the loader has a length.
 
         Returns:
-            What a call would return for all objects together; only predictions stay in memory.
+            What a call would return for all examples together; only predictions stay in memory.
 
         Raises:
             TypeError: the loader is a tensor, or cannot be gone through.
@@ -260,7 +260,7 @@ class Predictive:
             lines.append(f"Run once for all draws: {', '.join(sorted({unit.name or 'all' for unit in plan.units}))}.")
         refused: dict[str, list[str]] = {}
         for way in WAYS:
-            later = ", once few objects are left" if way == "stacked" and plan.draws(inputs.count) < 2 else ""
+            later = ", once few examples are left" if way == "stacked" and plan.draws(inputs.count) < 2 else ""
             later = ", unless a check in the call finds its rounding too large" if way == "bfloat16" else later
             if way in plan.ways:
                 lines.append(f"{way}: taken{later}")

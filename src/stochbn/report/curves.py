@@ -103,7 +103,7 @@ def reliability(
 
 
 def risk_coverage(uncertain: Mapping[tuple[str, bool], tuple[Tensor, Tensor]]) -> Figure:
-    """The share of errors among the objects that a method is most certain of, against how many these are.
+    """The share of errors among the examples that a method is most certain of, against how many these are.
 
     Args:
         uncertain: entropies ``[N]`` and whether the predicted class is wrong ``[N]``, of each method.

@@ -29,7 +29,7 @@ def facts(
     draws = about["draws"]
     noisy = any(described and described["batch_size"] != "inf" for described in about["posteriors"])
     drawn = f"{draws} with SBN" if noisy or about["augment"] else "one with SBN, whose posteriors have no noise"
-    passes = f"An object takes one pass of a network as it is ({draws} if dropout stays on), and {drawn}."
+    passes = f"An example takes one pass of a network as it is ({draws} if dropout stays on), and {drawn}."
     return {
         "Networks": ", ".join(about["networks"]),
         "Posteriors": "; ".join(map(_posterior, about["posteriors"])),

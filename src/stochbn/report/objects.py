@@ -1,4 +1,4 @@
-"""The objects that a method is least and most certain of, with their pictures where they are images."""
+"""The examples that a method is least and most certain of, with their pictures where they are images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stochbn.sources.pictures import Preprocessing
 __all__ = ["Shown", "Source", "extremes", "source_of"]
 
 TOP = 3
-"""Classes that are shown of an object."""
+"""Classes that are shown of an example."""
 
 LONGEST_SIDE = 160
 """Pixels of a picture that is shown; larger ones are reduced."""
@@ -28,7 +28,7 @@ SMALL = 64
 
 @dataclass(frozen=True)
 class Shown:
-    """One object on a page.
+    """One example on a page.
 
     Attributes:
         name: what it is called.
@@ -56,10 +56,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Source:
-    """How objects are called, and what they look like.
+    """How examples are called, and what they look like.
 
     Attributes:
-        name: of the object at a position.
+        name: of the example at a position.
         picture: a Pillow image of it, or a tensor; None if it cannot be had.
     """
 
@@ -93,7 +93,7 @@ def extremes(
     classes: Sequence[str],
     count: int = 24,
 ) -> tuple[list[Shown], list[Shown]]:
-    """The least certain objects, the least certain first, and the most certain ones, the most certain first.
+    """The least certain examples, the least certain first, and the most certain ones, the most certain first.
 
     Args:
         probs: ``[N, K]``.

@@ -67,8 +67,8 @@ class Page:
         summary: what was found, in sentences.
         tables: the numbers.
         curves: the figures.
-        method: what the objects below were predicted with.
-        least: the objects it is least certain of.
+        method: what the examples below were predicted with.
+        least: the examples it is least certain of.
         most: those it is most certain of.
         facts: whatever the numbers depend on, what they cost, and how they were made.
         head: what was evaluated: the posterior, how it was chosen, and what an example costs.
@@ -88,7 +88,7 @@ class Page:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether the objects are images."""
+        """Whether the examples are images."""
         return any(one.picture for one in (*self.least, *self.most))
 
     def table(self, objects: Sequence[Shown]) -> Table:
@@ -123,7 +123,7 @@ def page_of(
         scores: their scores.
         tables: the numbers as tables.
         data: the names of the data of known and, if there is any, of unknown classes.
-        source: names and pictures of the known objects.
+        source: names and pictures of the known examples.
         classes: the names of the classes; none are numbers.
         facts: whatever the numbers depend on, what they cost, and how they were made.
         more: figures to show behind those of the evaluation.
@@ -134,7 +134,9 @@ def page_of(
         ValueError: the predictions are dense.
     """
     if found[0].known.ndim != 2:
-        raise ValueError(f"a page shows one prediction for each object, got probabilities {list(found[0].known.shape)}")
+        raise ValueError(
+            f"a page shows one prediction for each example, got probabilities {list(found[0].known.shape)}"
+        )
     shown = next((method for method in found if method.sbn), found[0])
     least, most = extremes(shown.known, shown.labels, shown.expected_entropy, source, classes)
     name = line_of(shown.name, shown.sbn).label
@@ -214,18 +216,18 @@ def _curves(found: Sequence[Method]) -> list[Curve]:
     shown = [
         (
             "Is it as often right as it says?",
-            "Reliability: on the dotted line, of the objects that get a probability of 80 % four fifths are right; "
-            "below it the method is too sure. Bars are 95 % intervals, long where there are few objects.",
+            "Reliability: on the dotted line, of the examples that get a probability of 80 % four fifths are right; "
+            "below it the method is too sure. Bars are 95 % intervals, long where there are few examples.",
             curves.reliability(sure),
         ),
         (
             "Is it wrong where it is unsure?",
             "Selective prediction: how many answers are wrong if only the most certain ones are given. A curve that "
-            "stays low for longer is better; at 100 % all objects are answered.",
+            "stays low for longer is better; at 100 % all examples are answered.",
             curves.risk_coverage(uncertain),
         ),
         (
-            "How unsure is it of known and of unknown objects?" if unknown else "How unsure is it?",
+            "How unsure is it of known and of unknown examples?" if unknown else "How unsure is it?",
             "Entropy of the predictive distribution: the share of examples at or below each value. "
             + (
                 "AUROC: of a known and an unknown example, how often the unknown one's is higher; 0.5 is chance."
@@ -239,7 +241,7 @@ def _curves(found: Sequence[Method]) -> list[Curve]:
         every = {_key(m): entropy(m.unknown) for m in found if m.unknown is not None}
         caption = "The same of every method: solid or dashed of unknown examples, dotted of known ones."
         both = curves.entropies({_key(m): entropy(m.known) for m in found}, every, classes=classes)
-        shown.append(("How do methods compare on unknown objects?", caption, both))
+        shown.append(("How do methods compare on unknown examples?", caption, both))
     return [Curve(title, caption, inline(figure, f"f{i}")) for i, (title, caption, figure) in enumerate(shown)]
 
 

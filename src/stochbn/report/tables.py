@@ -57,7 +57,7 @@ class Published:
 
 
 FEW_OBJECTS = 1000
-"""So many test objects or fewer, and scores are shown with their standard errors."""
+"""So many test examples or fewer, and scores are shown with their standard errors."""
 
 
 def accuracy(scores: Sequence[dict[str, Any]], data: str, published: Published | None = None) -> Table:
@@ -151,7 +151,7 @@ def noise(scores: Sequence[dict[str, Any]], data: str) -> Table:
 
 
 def out_of_domain(scores: Sequence[dict[str, Any]], unknown: str) -> Table:
-    """How well entropy tells unknown objects from known ones, for every method without and with SBN."""
+    """How well entropy tells unknown examples from known ones, for every method without and with SBN."""
     rows = [
         [
             _method(s),
@@ -186,7 +186,7 @@ def _number(value: float | tuple[float, float], digits: int, factor: float = 1) 
 
 
 def _score(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
-    """A score; where it is of few objects, ± its standard error."""
+    """A score; where it is of few examples, ± its standard error."""
     error = scores.get(f"{key}_se")
     if isinstance(error, float) and scores["objects"] <= FEW_OBJECTS:
         return f"{_number(scores[key], digits, factor)} ± {_number(error, digits, factor)}"
@@ -194,10 +194,10 @@ def _score(scores: Mapping[str, Any], key: str, digits: int, factor: float = 1) 
 
 
 def _objects(scores: Sequence[Mapping[str, Any]]) -> str:
-    """How many objects scores are of, where these are few."""
+    """How many examples scores are of, where these are few."""
     count = scores[0].get("objects", math.inf)
     few = count <= FEW_OBJECTS and isinstance(scores[0].get("error_se"), float)
-    return f"; {count} objects, ± standard error" if few else ""
+    return f"; {count} examples, ± standard error" if few else ""
 
 
 def _change(scores: Mapping[str, Any], key: str, digits: int) -> str:

@@ -26,14 +26,14 @@ def summary(
         posteriors: that were drawn from, as far as they are known.
     """
     first = scores[0]
-    count = f"{first['objects']:,} objects of {known}" if "objects" in first else known
+    count = f"{first['objects']:,} examples of {known}" if "objects" in first else known
     said = [
         f"{_capital(_name(first))} classifies {first['error']:.2f} % of {count} wrongly; "
         f"its NLL is {first['nll']:.4f} nats."
     ]
     if unknown and "auroc" in first:
         said.append(
-            f"Its mean entropy is {first['entropy_known']:.3f} nats on these objects and "
+            f"Its mean entropy is {first['entropy_known']:.3f} nats on these examples and "
             f"{first['entropy_unknown']:.3f} on those of {unknown}, whose classes it does not know."
         )
     said += [_changed(row, unknown) for row in scores if "nll_change" in row]
@@ -88,7 +88,7 @@ def _changed(row: Scores, unknown: str | None) -> str:
         "error": ("the error", 2, " points"),
     }
     if unknown:
-        numbers["auroc"] = ("the AUROC by which entropy tells unknown objects from known ones", 4, "")
+        numbers["auroc"] = ("the AUROC by which entropy tells unknown examples from known ones", 4, "")
     moved, level = [], []
     for key, (name, digits, unit) in numbers.items():
         if f"{key}_change" in row:

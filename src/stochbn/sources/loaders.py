@@ -26,7 +26,7 @@ class LoaderObjects:
         name: what it is called in messages.
         loader: an iterable that begins again every time, such as a DataLoader: of tensors, ``(input, label)`` tuples,
             or mappings with ``labels``.
-        limit: at most so many objects.
+        limit: at most so many examples.
         rank, ranks: every `ranks`-th of its batches alone, from number `rank` on.
     """
 
@@ -79,7 +79,7 @@ class LoaderObjects:
         return self
 
     def first(self, count: int) -> LoaderObjects:
-        """The first of the objects, in whole batches."""
+        """The first of the examples, in whole batches."""
         return LoaderObjects(self.name, self.loader, count, self.rank, self.ranks)
 
     def shard(self, rank: int, count: int, size: int) -> LoaderObjects:
@@ -87,7 +87,7 @@ class LoaderObjects:
         return LoaderObjects(self.name, self.loader, self.limit, self.rank + self.ranks * rank, self.ranks * count)
 
     def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
-        """Where each object of a shard is among all, ``[n]``; the loader is gone through once more."""
+        """Where each example of a shard is among all, ``[n]``; the loader is gone through once more."""
         lengths = [len(labels) for _, labels in self._batches()]
         batches = torch.split(torch.arange(sum(lengths)), lengths)
         return torch.cat([torch.empty(0, dtype=torch.int64), *batches[rank::count]])

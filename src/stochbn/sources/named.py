@@ -61,7 +61,7 @@ class Images:
         return digest.hexdigest()[:16]
 
     def take(self, index: Tensor) -> Images:
-        """The objects at these positions."""
+        """The examples at these positions."""
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     def only(self, first: int, last: int) -> Images:
@@ -76,23 +76,23 @@ class Images:
         return replace(chosen, labels=chosen.labels - first, classes=self.classes[first : last + 1])
 
     def shuffled(self, seed: int) -> Images:
-        """The same objects in a random order that depends on the seed alone."""
+        """The same examples in a random order that depends on the seed alone."""
         return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
 
     def first(self, count: int) -> Images:
-        """The first of the objects, at most so many."""
+        """The first of the examples, at most so many."""
         return self.take(torch.arange(min(count, len(self))))
 
     def shard(self, rank: int, count: int, size: int) -> Images:
-        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
+        """Every `count`-th batch of `size` consecutive examples, from number `rank` on."""
         return self.take(self.shard_positions(rank, count, size))
 
     def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
-        """Where each object of a shard is among all, ``[n]``."""
+        """Where each example of a shard is among all, ``[n]``."""
         return shard_index(len(self), rank, count, size)
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
-        """Two random parts, the second with this fraction of the objects: to train on, and to make choices on."""
+        """Two random parts, the second with this fraction of the examples: to train on, and to make choices on."""
         mixed = self.shuffled(seed)
         cut = len(self) - round(fraction * len(self))
         return mixed.take(torch.arange(cut)), mixed.take(torch.arange(cut, len(self)))

@@ -28,7 +28,7 @@ class Built:
 
     Attributes:
         model: the network, in evaluation mode.
-        preprocess: from a decoded image (or the tensor of an object) to the network's input, if there is such.
+        preprocess: from a decoded image (or the tensor of an example) to the network's input, if there is such.
         classes: the names of its classes, if they are known.
         train_preprocess: as `preprocess`, with the random changes of training, if there is such.
         prepared_by: where `preprocess` comes from, in words.

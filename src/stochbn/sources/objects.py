@@ -44,29 +44,29 @@ class Objects(Protocol):
         ...
 
     def shuffled(self, seed: int) -> Objects:
-        """The same objects in a random order that depends on the seed alone."""
+        """The same examples in a random order that depends on the seed alone."""
         ...
 
     def first(self, count: int) -> Objects:
-        """The first of the objects, at most so many."""
+        """The first of the examples, at most so many."""
         ...
 
     def shard(self, rank: int, count: int, size: int) -> Objects:
-        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
+        """Every `count`-th batch of `size` consecutive examples, from number `rank` on."""
         ...
 
     def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
-        """Where each object of a shard is among all, ``[n]``."""
+        """Where each example of a shard is among all, ``[n]``."""
         ...
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Consecutive batches of inputs and labels, ``[n]``; -1 is the label of an object without one."""
+        """Consecutive batches of inputs and labels, ``[n]``; -1 is the label of an example without one."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive objects of a stream.
+    """Consecutive examples of a stream.
 
     Attributes:
         keys: what each of them is called.
@@ -90,11 +90,11 @@ class Stream(Protocol):
         ...
 
     def __len__(self) -> int:
-        """How many objects there are."""
+        """How many examples there are."""
         ...
 
     def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
-        """The objects from position `start` on, `size` at a time."""
+        """The examples from position `start` on, `size` at a time."""
         ...
 
 
@@ -118,11 +118,11 @@ class Rows(Protocol):
         ...
 
     def key(self, position: int) -> str | int:
-        """What an object is called."""
+        """What an example is called."""
         ...
 
     def read(self, position: int) -> Any:
-        """An object: an image, or a tensor. Raises a ValueError if it cannot be read."""
+        """An example: an image, or a tensor. Raises a ValueError if it cannot be read."""
         ...
 
     def labels(self) -> Tensor | None:
@@ -182,29 +182,29 @@ class RowObjects:
         return found if self.order is None else found[self.order]
 
     def shuffled(self, seed: int) -> RowObjects:
-        """The same objects in a random order that depends on the seed alone."""
+        """The same examples in a random order that depends on the seed alone."""
         mixed = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return replace(self, order=mixed if self.order is None else self.order[mixed])
 
     def first(self, count: int) -> RowObjects:
-        """The first of the objects."""
+        """The first of the examples."""
         order = torch.arange(len(self)) if self.order is None else self.order
         return replace(self, order=order[:count])
 
     def shard(self, rank: int, count: int, size: int) -> RowObjects:
-        """Every `count`-th batch of `size` consecutive objects, from number `rank` on."""
+        """Every `count`-th batch of `size` consecutive examples, from number `rank` on."""
         order = torch.arange(len(self)) if self.order is None else self.order
         return replace(self, order=order[self.shard_positions(rank, count, size)])
 
     def shard_positions(self, rank: int, count: int, size: int) -> Tensor:
-        """Where each object of a shard is among all, ``[n]``."""
+        """Where each example of a shard is among all, ``[n]``."""
         return shard_index(len(self), rank, count, size)
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Consecutive batches of inputs and labels, read ahead.
 
         Raises:
-            ValueError: an object cannot be read; the message names it.
+            ValueError: an example cannot be read; the message names it.
         """
         labels = self.rows.labels()
         order = torch.arange(len(self)) if self.order is None else self.order
@@ -229,7 +229,7 @@ class RowObjects:
             yield from batches
 
     def chunks(self, size: int, start: int = 0) -> Iterator[Chunk]:
-        """The objects from a position on."""
+        """The examples from a position on."""
         order = torch.arange(len(self)) if self.order is None else self.order
         for index in torch.split(order[start:], size) if start < len(self) else ():
             yield self._chunk(index.tolist())
@@ -247,7 +247,7 @@ class RowObjects:
         return Chunk([self.rows.key(i) for i in positions], errors, torch.stack(inputs) if inputs else None, groups)
 
     def _input(self, position: int, shape: torch.Size | None) -> Tensor | str:
-        """An object as the network's input, or why it is none."""
+        """An example as the network's input, or why it is none."""
         try:
             found = self.rows.read(position)
         except (ValueError, OSError) as error:
@@ -266,7 +266,7 @@ class RowObjects:
 
 
 def shard_index(length: int, rank: int, count: int, size: int) -> Tensor:
-    """The positions in every `count`-th of the batches of `size` that `length` objects make, from number `rank` on.
+    """The positions in every `count`-th of the batches of `size` that `length` examples make, from number `rank` on.
 
     >>> shard_index(7, rank=1, count=2, size=2)
     tensor([2, 3, 6])

@@ -51,7 +51,7 @@ def open_objects(
         split: which split, where there are several.
         prefer: without `split`, the names of splits to look for.
         columns: which columns are what.
-        preprocess: from an image, or the tensor of an object, to the network's input. For images, None is a plain
+        preprocess: from an image, or the tensor of an example, to the network's input. For images, None is a plain
             `Preprocessing`.
         classes: the names of the network's classes: labels that have names are brought to their numbers.
         decoding: how images are read.

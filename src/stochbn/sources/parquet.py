@@ -34,7 +34,7 @@ class ParquetObjects:
         files: the paths, or URLs that fsspec opens.
         lengths: how many rows each has.
         columns: which columns are what.
-        preprocess: from an image, or the tensor of an object, to the network's input.
+        preprocess: from an image, or the tensor of an example, to the network's input.
         features: the types of the columns, which hold those of all files.
         roles: what the columns are.
         schema: what the data is, as it was opened.
@@ -68,7 +68,7 @@ class ParquetObjects:
             split: which split of a folder: files in a folder of that name, or whose names begin with it.
             prefer: without `split`, the names of splits to look for, where there are any.
             columns: which columns are what; see `TableRows`.
-            preprocess: from an image, or the tensor of an object, to the network's input.
+            preprocess: from an image, or the tensor of an example, to the network's input.
 
             decoding: how images are read.
 
@@ -134,7 +134,7 @@ class ParquetObjects:
         return (path if path.is_dir() else path.parent,)
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-        """The objects from one position to another, `size` at a time; a row group of a file is in memory at a time."""
+        """The examples from one position to another, `size` at a time; a row group of a file is in memory at a time."""
         stop = len(self) if stop is None else min(stop, len(self))
         tables = _regrouped(self._tables(start, stop), size)
         for table in tables:

@@ -33,7 +33,7 @@ class Binary(Classification):
             found = found[:, None]
         elif not -found.ndim <= axis < found.ndim or found.shape[axis] != 1:
             raise ValueError(
-                f"expected one logit for each object, [N], [N, 1] or [N, 1, ...], found shape {list(found.shape)}; "
+                f"expected one logit for each example, [N], [N, 1] or [N, 1, ...], found shape {list(found.shape)}; "
                 'a network with a logit for each class needs task="classification", one with a logit for each label '
                 'task="multilabel"'
             )

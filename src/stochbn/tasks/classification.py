@@ -24,7 +24,7 @@ __all__ = ["Classification", "Prediction"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction(Answer):
-    """What a predictive says of N objects; for dense outputs every tensor has their places too.
+    """What a predictive says of N examples; for dense outputs every tensor has their places too.
 
     Attributes:
         probs: probabilities ``[N, K]``, the mean over draws, in the layout of the network's output.
@@ -50,8 +50,8 @@ class Prediction(Answer):
     def mutual_information(self) -> Tensor:
         """``[N]``, nats: entropy of the mean minus mean of the entropies, the part due to the draws (epistemic).
 
-        From S independent draws it comes out too small by about a share 1 / S. Objects that are done after few draws
-        have it smaller still, for single ones by half or more; `tolerance=0` gives all objects all draws.
+        From S independent draws it comes out too small by about a share 1 / S. Examples that are done after few draws
+        have it smaller still, for single ones by half or more; `tolerance=0` gives all examples all draws.
         """
         return (self.entropy - self.expected_entropy).clamp(min=0)
 

@@ -32,7 +32,7 @@ __all__ = ["Multilabel", "MultilabelPrediction"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MultilabelPrediction(Prediction):
-    """What a predictive says of the labels of N objects: each has a probability of its own.
+    """What a predictive says of the labels of N examples: each has a probability of its own.
 
     Attributes are those of `Prediction`; `entropy` and `expected_entropy` are sums over labels.
     """
