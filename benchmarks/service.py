@@ -229,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         posterior = Path(folder, "network.sbn.safetensors")
         fitted(posterior)
-        scorers: dict[str, dict[str, Any]] = {name: {"model": "service:network"} for name in SERVICES}
+        scorers: dict[str, dict[str, Any]] = {name: {"model": "service:network", "threads": 1} for name in SERVICES}
         scorers["stochbn"]["posterior"] = str(posterior)
         running = {name: stack.enter_context(service(scorer)) for name, scorer in scorers.items()}
         ports = {name: port for name, (port, _) in running.items()}
@@ -246,7 +246,7 @@ def main() -> None:
                 name: processor(*running[name], requests[kind], Scorer(**scorer)) for name, scorer in scorers.items()
             }
     measured = {
-        "about": f"{machine()}, threads: {torch.get_num_threads()}, Python {platform.python_version()}, beside much "
+        "about": f"{machine()}, one thread, Python {platform.python_version()}, beside "
         f"other work, clients on the same machine, the fastest of {options.rounds} rounds of {IMAGES} requests",
         "load": {n: {name: summarised(rounds) for name, rounds in each.items()} for n, each in parts.items()},
         "beside": alone,

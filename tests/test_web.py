@@ -332,10 +332,13 @@ def test_two_hundred_requests_at_a_time_get_what_each_alone_would() -> None:
 
 
 def test_requests_beyond_those_that_may_wait_are_told_to_come_again() -> None:
-    *found, _ = asked(application(rows("slow"), Limits(waiting=3, items=1)), [[[200.0, 0, 0, 0]]] + [[[0.0] * 4]] * 20)
+    scorer = rows("slow", draws=4)  # a third of a second for each request
+    *found, (_, metrics) = asked(application(scorer, Limits(waiting=3, items=1)), [[[200.0, 0, 0, 0]]] * 20)
     statuses = [status for status, _ in found]
     assert set(statuses) == {200, 503}
-    assert statuses[0] == 200
+    assert statuses.count(200) >= 4
+    assert metrics["stochbn_examples_total"] == statuses.count(200)
+    assert {content["error"]["code"] for status, content in found if status == 503} == {"overloaded"}
 
 
 def test_examples_that_affect_each_other_share_no_batch() -> None:
