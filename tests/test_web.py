@@ -336,7 +336,7 @@ def test_requests_beyond_those_that_may_wait_are_told_to_come_again() -> None:
     *found, (_, metrics) = asked(application(scorer, Limits(waiting=3, items=1)), [[[200.0, 0, 0, 0]]] * 20)
     statuses = [status for status, _ in found]
     assert set(statuses) == {200, 503}
-    assert statuses.count(200) >= 4
+    assert statuses.count(200) >= 3  # one more if the first is taken before the others come
     assert metrics["stochbn_examples_total"] == statuses.count(200)
     assert {content["error"]["code"] for status, content in found if status == 503} == {"overloaded"}
 
