@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import stochbn
 from conftest import mlp, normal, settled
 from stochbn import conformal
-from stochbn.posteriors.thresholds import sums_of_centre
+from stochbn.posteriors.thresholds import compare_draws, sums_of_centre
 from stochbn.predictions import MultilabelPrediction, Prediction
 from stochbn.tasks.residual import Residual
 from test_export import fitted, run_onnx
@@ -141,4 +142,7 @@ def test_metadata_is_strict_json_and_other_draws_are_told(tmp_path: Path) -> Non
     told = json.loads(json.dumps(thresholds.told(), allow_nan=False))
     assert (told["threshold"], told["batch_size"]) == ("inf", "inf")
     with pytest.warns(UserWarning, match="are from predictions with --draws 50"):
-        stochbn.export.onnx(model, posterior.with_sets(sets, draws=50), tmp_path / "n", NEW, 3)
+        stochbn.export.onnx(model, fitted(model, 4).with_sets(sets, draws=50), tmp_path / "n", NEW, 3)
+    with warnings.catch_warnings():  # without noise all draws are equal, so their number does not matter
+        warnings.simplefilter("error", UserWarning)
+        compare_draws(posterior.with_sets(sets, draws=50), 3, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +106,11 @@ def test_the_experiments_are_imported_by_their_own_commands_alone() -> None:
         if part(module) != "paper" and any(part(name) == "paper" for name in imports(path))
     }
     assert importing == {"stochbn.cli.experiments"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "data", "networks"])
+def test_modules_that_moved_still_have_their_old_names(name: str) -> None:
+    sys.modules.pop(f"stochbn.paper.{name}", None)
+    with pytest.warns(UserWarning, match=f"stochbn.paper.{name} is called stochbn.sources"):
+        module = importlib.import_module(f"stochbn.paper.{name}")
+    assert module.load if name != "networks" else module.build
