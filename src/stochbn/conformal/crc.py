@@ -127,7 +127,6 @@ class Tally:
         ignore_index: as for `crc`.
 
     Attributes:
-        examples: how many were added that have something true.
         empty: how many others were, which do not count.
     """
 
