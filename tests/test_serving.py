@@ -30,7 +30,7 @@ from stochbn.sources import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 120
-LIMITS = {"STOCHBN_MAX_BODY": "65536", "STOCHBN_MAX_ITEMS": "40", "STOCHBN_MAX_SECONDS": "3"}
+LIMITS = {"STOCHBN_MAX_BODY": "65536", "STOCHBN_MAX_ITEMS": "40"}
 MODULE = """
 import torch
 from torch import nn
@@ -203,13 +203,20 @@ def metrics_of(url: str) -> dict[str, float]:
 def test_fastapi(home: Path) -> None:
     with fastapi(home) as (url, _):
         check_service(url)
-        with half_a_request(url) as client:
-            assert b" 408 " in client.recv(200)
         for _ in range(12):
             ask(f"{url}/predict", (3 * normal(16, 4) + 2).tolist())
         with urllib.request.urlopen(f"{url}/shift", timeout=5) as answer:
             assert json.loads(answer.read())["alarm"]
         assert metrics_of(url)["stochbn_shift_alarm"] == 1
+
+
+@needs("fastapi", "uvicorn")
+def test_clients_that_send_half_a_request_are_told_and_keep_no_other_waiting(home: Path) -> None:
+    with fastapi(home, STOCHBN_MAX_SECONDS="2") as (url, _), contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(half_a_request(url)) for _ in range(50)]
+        assert len(ask(f"{url}/predict", [[0.0] * 4])["predictions"]) == 1
+        assert all(b" 408 " in client.recv(200) for client in slow)
+        assert metrics_of(url)['stochbn_requests_total{status="408"}'] == 50
 
 
 @needs("fastapi", "uvicorn")
