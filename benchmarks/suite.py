@@ -43,6 +43,8 @@ from test_other_networks import cases  # noqa: E402
 
 TRAINED = ROOT / "results" / "trained" / "resnet18" / "plain-0" / "network.safetensors"
 BATCHES = (1, 8, 32)
+FEW, MORE = 8, 24
+"""Draws of two calls whose difference tells what one more draw costs."""
 REFERENCE, BLOCK, CALLS = 512, 64, 12
 """Quasi-random draws that the truth is the mean of, how many of them a call makes, and calls to average errors over."""
 ENOUGH = 45
@@ -95,7 +97,19 @@ def measured(case: Case, model: nn.Module, posterior: stochbn.Posterior) -> dict
         unit, call = interleaved(model, predictive, x, case)
         row["calls"][str(count)] = {"unit_ms": 1000 * unit, "call": call / unit, "first": first / unit}
         row["explained"] = predictive.explain(x)
+    row["draw"] = one_more(model, posterior, case, case.inputs(77, counts[-1]))
     return row | accuracy(model, posterior, case, case.inputs(77, counts[-1]))
+
+
+def one_more(model: nn.Module, posterior: stochbn.Posterior, case: Case, x: Any) -> float:
+    """What one more draw of all examples costs, in plain passes."""
+    costs = []
+    for draws in (FEW, MORE):
+        predictive = stochbn.Predictive(model, posterior, draws, tolerance=0, **case.options)
+        predictive(x)
+        unit, call = interleaved(model, predictive, x, case)
+        costs.append(call / unit)
+    return (costs[1] - costs[0]) / (MORE - FEW)
 
 
 def interleaved(model: nn.Module, predictive: stochbn.Predictive, x: Any, case: Case) -> tuple[float, float]:

@@ -139,7 +139,7 @@ def tabulate(compared: Compared, name: str) -> list[Table]:
     if compared.change is not None and compared.change_se is not None:
         known_error = math.isfinite(compared.change_se)
         title = f"What SBN changes in the mean {compared.loss}"
-        title += ", with its standard error paired over objects" if known_error else ""
+        title += ", with its standard error paired over examples" if known_error else ""
         difference = f"{compared.change:+.4f}" + (f" ± {compared.change_se:.4f}" if known_error else "")
         tables.append(Table(title, ["method", "difference"], [["SBN", difference]]))
     return tables

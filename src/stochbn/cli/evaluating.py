@@ -106,7 +106,7 @@ def evaluate(
         subjects = Subject.all_of(given, held_by(given, named[0]))
         if dense or not all(one.task.one_class for one in subjects):
             if len(subjects) > 1 or ood is not None:
-                raise ValueError("several networks and --ood are for networks that give one class for each object")
+                raise ValueError("several networks and --ood are for networks that give one class for each example")
             fitted_one = subjects[0].find_posterior(named[0])
             asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
             worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
@@ -114,7 +114,8 @@ def evaluate(
             return
         if ignore is not None:
             raise ValueError(
-                "--ignore is for --dense; of one class an example, leave out of the data what does not count"
+                "--ignore is for --dense; with one class for each example, leave the examples that do not count out of "
+                "the data"
             )
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]

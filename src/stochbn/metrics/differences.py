@@ -19,7 +19,7 @@ MOST_RESAMPLED = 10_000
 
 
 def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None) -> dict[str, float]:
-    """The standard errors of a method's scores, for other objects of the same kind.
+    """The standard errors of a method's scores, for other examples of the same kind.
 
     Args:
         known: probabilities ``[N, K]`` for examples of known classes.

@@ -58,7 +58,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: object) -> str:
-    """Where in an object there is a network, as advice."""
+    """Where in a Python object there is a network, as advice."""
     for name in ("model", "module_", "module", "net", "network"):
         try:
             found = getattr(model, name, None)
