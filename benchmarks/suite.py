@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stochbn
+from stochbn.execution.run import Passes
 from stochbn.files import write, write_bytes, write_json
 from stochbn.measuring.timing import machine, seconds
 from stochbn.report.style import COLORS, SEQUENCE
@@ -43,8 +44,6 @@ from test_other_networks import cases  # noqa: E402
 
 TRAINED = ROOT / "results" / "trained" / "resnet18" / "plain-0" / "network.safetensors"
 BATCHES = (1, 8, 32)
-FEW, MORE = 8, 24
-"""Draws of two calls whose difference tells what one more draw costs."""
 REFERENCE, BLOCK, CALLS = 512, 64, 12
 """Quasi-random draws that the truth is the mean of, how many of them a call makes, and calls to average errors over."""
 ENOUGH = 45
@@ -94,34 +93,41 @@ def measured(case: Case, model: nn.Module, posterior: stochbn.Posterior) -> dict
         x = case.inputs(77, count)
         predictive = stochbn.Predictive(model, posterior, **case.options)
         first = seconds(lambda x=x, predictive=predictive: predictive(x))  # type: ignore[misc]
-        unit, call = interleaved(model, predictive, x, case)
-        row["calls"][str(count)] = {"unit_ms": 1000 * unit, "call": call / unit, "first": first / unit}
+        unit, call, passes = interleaved(model, predictive, x, case)
+        costs = {"call": call, "passes": passes, "first": first}
+        row["calls"][str(count)] = {"unit_ms": 1000 * unit, **{name: cost / unit for name, cost in costs.items()}}
         row["explained"] = predictive.explain(x)
-    row["draw"] = one_more(model, posterior, case, case.inputs(77, counts[-1]))
     return row | accuracy(model, posterior, case, case.inputs(77, counts[-1]))
 
 
-def one_more(model: nn.Module, posterior: stochbn.Posterior, case: Case, x: Any) -> float:
-    """What one more draw of all examples costs, in plain passes."""
-    costs = []
-    for draws in (FEW, MORE):
-        predictive = stochbn.Predictive(model, posterior, draws, tolerance=0, **case.options)
-        predictive(x)
-        unit, call = interleaved(model, predictive, x, case)
-        costs.append(call / unit)
-    return (costs[1] - costs[0]) / (MORE - FEW)
-
-
-def interleaved(model: nn.Module, predictive: stochbn.Predictive, x: Any, case: Case) -> tuple[float, float]:
-    """The medians of plain passes and of calls, in seconds, made in turns."""
-    plain, calls, seed, begun = [], [], 0, time.perf_counter()
+def interleaved(model: nn.Module, predictive: stochbn.Predictive, x: Any, case: Case) -> tuple[float, float, float]:
+    """The medians of plain passes, of calls, and of the passes under draws in a call, in seconds, made in turns."""
+    plain, calls, within, seed, begun = [], [], [], 0, time.perf_counter()
     while seed < 5 or (seed < 25 and time.perf_counter() - begun < 3):
         with torch.no_grad():
             plain.append(seconds(lambda: _call(model, x, case)))
         generator = torch.Generator().manual_seed(seed)
-        calls.append(seconds(lambda generator=generator: predictive(x, generator=generator)))  # type: ignore[misc]
+        with timed_passes() as passes:
+            calls.append(seconds(lambda generator=generator: predictive(x, generator=generator)))  # type: ignore[misc]
+        within.append(sum(passes))
         seed += 1
-    return statistics.median(plain), statistics.median(calls)
+    return statistics.median(plain), statistics.median(calls), statistics.median(within)
+
+
+@contextmanager
+def timed_passes() -> Iterator[list[float]]:
+    """Within it, the seconds of each block of passes under draws are added to the list that it gives."""
+    took: list[float] = []
+    attempt = Passes.attempt
+
+    def timed(passes: Passes, *args: Any, **kwargs: Any) -> Tensor:
+        begun = time.perf_counter()
+        values = attempt(passes, *args, **kwargs)
+        took.append(time.perf_counter() - begun)
+        return values
+
+    with patch.object(Passes, "attempt", timed):
+        yield took
 
 
 def accuracy(model: nn.Module, posterior: stochbn.Posterior, case: Case, x: Any) -> dict[str, Any]:
@@ -181,14 +187,25 @@ def largest(row: Mapping[str, Any]) -> Mapping[str, float]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each network, the cheapest first."""
-    columns = ["network", "library", "unit, ms", *(f"a call, {n}" for n in BATCHES), "first call", "draws", "worth"]
+    columns = [
+        "network",
+        "library",
+        "unit, ms",
+        *(f"a call, {n}" for n in BATCHES),
+        "first call",
+        "draws",
+        "a draw",
+        "beside",
+        "worth",
+    ]
     body = []
     for row in sorted(rows, key=lambda row: largest(row)["call"]):
         costs = [f"{row['calls'][str(n)]['call']:.1f}" if str(n) in row["calls"] else "-" for n in BATCHES]
         worth = "-" if row["worth"] is None else f"{row['worth']:.0f}"
         last = largest(row)
         body.append([row["name"], row["library"].replace("_", " "), f"{last['unit_ms']:.2f}", *costs,
-                     f"{last['first']:.0f}", f"{row['draws']:.1f}", worth])  # fmt: skip
+                     f"{last['first']:.0f}", f"{row['draws']:.1f}", f"{last['passes'] / row['draws']:.2f}",
+                     f"{last['call'] - last['passes']:.1f}", worth])  # fmt: skip
     title = f"Calls with the defaults, in plain passes of as many examples; {machine()}, one thread"
     return Table(title, columns, body)
 
