@@ -134,8 +134,9 @@ class Plan:
         ways: the faster ways that are taken.
         together: why examples stay together; empty if they may be taken apart.
         random: whether passes draw random numbers, or may.
-        size: how many examples go through the network together.
-        least: fewer examples than this do not: the last one is repeated.
+        size: how many examples go through the network together at most; None where nothing is proven of the network,
+            so that all do and no way is taken.
+        least: the fewest examples that go through it together; fewer are padded by repeating the last one.
         rows: how many examples may go through the network together under different draws; 0 for one draw a pass.
         units: the calls of modules whose outputs are kept from one draw to the next.
         norms: for each batch norm, by its name, how many rows of its input an example has.

@@ -23,7 +23,7 @@ from stochbn.execution.ways.stacked import Stack
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["NetworkChangedError", "Passes"]
+__all__ = ["CallAgainError", "Passes"]
 
 EARLY = 2
 """Draws that tell whether rounding matters."""
@@ -31,11 +31,11 @@ PROBED = 4
 """Examples whose first draw is made again in the slow way."""
 
 
-class NetworkChangedError(Exception):
-    """A call is to be made again: passes changed the network that they ran on, which was not known before.
+class CallAgainError(Exception):
+    """A call is to be made again, as something about the network turned out to be other than was known.
 
     Args:
-        whole: why all examples must go through the network together instead; empty if the network was changed.
+        whole: why all examples must go through the network together; empty if passes changed the network.
     """
 
     def __init__(self, whole: str = "") -> None:
@@ -124,7 +124,7 @@ class Passes:
         """Take the replica back to how it was.
 
         Raises:
-            NetworkChangedError: a pass changed more of it than it may, and was not known to.
+            CallAgainError: a pass changed more of it than it may, and was not known to.
         """
         self._uninstall()
         self._network.known.settle()
@@ -134,7 +134,7 @@ class Passes:
         known = self._network.known
         if not known.stateful and not known.in_place and self._replica.changed():
             known.stateful = True
-            raise NetworkChangedError
+            raise CallAgainError
 
     @property
     def draws(self) -> int:
@@ -156,7 +156,7 @@ class Passes:
         """
         try:
             values = self._checked(draws) if self._unchecked else self.attempt(draws)
-        except NetworkChangedError:
+        except CallAgainError:
             raise
         except Exception:
             if self.plan.size is None:
@@ -279,7 +279,7 @@ class Passes:
         if self._network.known.stateful and not self._network.known.in_place:
             fresh = self._network.fresh(generators=self._generators)
             if fresh is None:  # it can no longer be copied
-                raise NetworkChangedError
+                raise CallAgainError
             self._uninstall()
             self._install(fresh)
 
@@ -333,24 +333,25 @@ class Passes:
         return raw
 
     def _compare(self, values: Tensor, draw: Draw) -> None:
-        """Compare the first draw with what some of its examples give in the slow way, in the opposite order.
+        """Compare the first draw with what some of its examples give in the slow way.
 
-        So they have other neighbours: a mistake in the proof that examples do not affect each other would show.
+        Without the others, and in the opposite order unless the check of rounding has made that pass, they have other
+        neighbours: a mistake in the proof that examples do not affect each other would show.
 
         Raises:
-            NetworkChangedError: they differ by more than rounding.
+            CallAgainError: they differ by more than rounding.
         """
         last = self._examples - 1
         some = torch.linspace(last, 0, min(max(PROBED, self.plan.least), last + 1)).round().long()
         try:
             some, raw = self._known or (some, self._slowly(draw, some))
             same = _agree(values[some.to(values.device)], raw)
-        except NetworkChangedError:
+        except CallAgainError:
             raise
         except Exception as error:
-            raise NetworkChangedError("it fails on some of the examples without the others") from error
+            raise CallAgainError("it fails on some of the examples without the others") from error
         if not same:
-            raise NetworkChangedError("some examples have other outputs beside others")
+            raise CallAgainError("some examples have other outputs beside others")
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

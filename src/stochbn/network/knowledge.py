@@ -13,6 +13,10 @@ from stochbn.network.snapshot import Snapshot, Surroundings
 __all__ = ["Knowledge"]
 
 
+KEPT = 64
+"""Entries that are kept of one network at most."""
+
+
 class Knowledge:
     """What has been found out about a network since it was last changed.
 
@@ -50,12 +54,12 @@ class Knowledge:
         """Note that passes have been made, which may write outside of the network too."""
         self._surroundings.settle()
 
-    def get(self, key: Hashable, default: Any = None) -> Any:
-        """What is kept under a key."""
-        return self._kept.get(key, default)
+    def get(self, key: Hashable) -> Any:
+        """What is kept under a key; None if nothing is."""
+        return self._kept.get(key)
 
-    def keep(self, key: Hashable, value: Any, most: int = 64) -> None:
+    def keep(self, key: Hashable, value: Any) -> None:
         """Keep something, and forget the oldest of too many."""
         self._kept[key] = value
-        for old in list(self._kept)[:-most]:
+        for old in list(self._kept)[:-KEPT]:
             self._kept.pop(old, None)

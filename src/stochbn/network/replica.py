@@ -218,8 +218,8 @@ class Network:
         return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
     @undisturbed
-    def look(self) -> Knowledge:
-        """What is known of the network as it is now: nothing, if more than parameters and buffers was changed.
+    def look(self) -> None:
+        """Forget what is known of the network if more of it than parameters and buffers was changed.
 
         Where another thread runs the network itself, that is waited for, as it is changed until then.
         """
@@ -227,11 +227,10 @@ class Network:
             before, known = self._borrows, self._looked()
             if self._borrows == before:
                 self.known = known
-                return known
+                return
         with self._alone():
             if self._borrower != threading.get_ident():  # not from within a pass
                 self.known = self._looked()
-            return self.known
 
     def _looked(self) -> Knowledge:
         return self.known if self.known.is_of(self.model) else Knowledge(Snapshot.of(self.model), self.model)
