@@ -80,8 +80,13 @@ class Passes:
         self._cache = PrefixCache(self.plan.units, self._examples) if self.plan.units else None
         self._install(self._replica)
 
-    def _install(self, replica: Replica) -> None:
-        """Bring a replica into the state that passes need."""
+    def _install(self, replica: Replica, mark: bool = True) -> None:
+        """Bring a replica into the state that passes need.
+
+        Args:
+            replica: the one to run.
+            mark: changes from here on are looked for.
+        """
         self._replica, plan = replica, self.plan
         replica.modes(self._call.training)
         if "compiled" in plan.ways:
@@ -89,7 +94,8 @@ class Passes:
             replica.through = replica.compiled
         if self._network.known.caches and not self._network.known.in_place:
             self._warm_up()
-        replica.mark()
+        if mark:
+            replica.mark()
         if self._weights is None:  # copies of the weights as they are at this call
             low = functools.partial(bfloat16.low_weights, head=plan.head)
             make = low if plan.head else channels_last_weights if "channels_last" in plan.ways else None
@@ -287,6 +293,8 @@ class Passes:
         """Go on in another way, after a failure with a new replica, as it may have left anything in the old one."""
         fresh = self._network.fresh() if failed and not self._network.known.in_place else None
         self._uninstall()
+        if not failed:
+            self._look_for_changes()
         self.plan, self._unchecked, self._weights = plan, False, None
         self._replica.usable &= not failed
         self._replica = fresh or self._replica
@@ -328,8 +336,7 @@ class Passes:
         self._uninstall()
         raw = reference(self._replica, draw, self._seen(self._made).take(examples), self._call.task)
         self._replica.restore()
-        self._look_for_changes()
-        self._install(self._replica)
+        self._install(self._replica, mark=False)
         return raw
 
     def _compare(self, values: Tensor, draw: Draw) -> None:
