@@ -64,12 +64,12 @@ class Interface(NamedTuple):
 
 
 def shows_options(*takers: Callable[..., Any]) -> Callable[[F], F]:
-    """Let a function's signature show the keyword arguments of those that take its ``**options``, in their place."""
+    """Show the arguments with defaults of `takers` in a function's signature, in place of its ``**options``."""
     shown = {
-        name: one
+        name: one.replace(kind=one.KEYWORD_ONLY)
         for taker in takers
         for name, one in inspect.signature(taker).parameters.items()
-        if one.kind is one.KEYWORD_ONLY
+        if one.default is not one.empty
     }
 
     def show(function: F) -> F:

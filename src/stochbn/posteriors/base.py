@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -71,6 +71,8 @@ class Posterior(ABC):
     kind: ClassVar[str]
     quasi_gain: ClassVar[float]
     """Variance of a mean over n independent draws, over that of n quasi-random ones; see benchmarks/quasi.py."""
+    accumulator: ClassVar[Callable[..., Accumulator[Any]]]
+    """What `fit` adds mini-batches to and makes a posterior from; its arguments are options of `fit` for this kind."""
 
     layers: Mapping[str, int]
     batch_size: float | None
@@ -117,16 +119,6 @@ class Posterior(ABC):
     def channels(self) -> int:
         """D: the number of channels of all layers together."""
         return sum(self.layers.values())
-
-    @classmethod
-    @abstractmethod
-    def accumulator(cls, *args: Any, **options: Any) -> Accumulator[Any]:
-        """What `fit` adds mini-batches to, and makes a posterior of this kind from.
-
-        Args:
-            args: none; a kind has keyword arguments of its own.
-            options: what this kind can be told; `fit` passes those of its arguments that are among them.
-        """
 
     @property
     @abstractmethod

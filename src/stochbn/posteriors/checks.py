@@ -16,7 +16,7 @@ from stochbn.network.layers import batch_norms, listed, unwrap
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "checks_weights", "positive"]
+__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "check_whole", "checks_weights", "positive"]
 
 CENTRES = ("running", "observed", "adapted")
 """What draws can be centred on."""
@@ -140,12 +140,21 @@ def check_draws(n: int) -> None:
     Raises:
         TypeError, ValueError: it is.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"the number of draws must be a whole number, got {n!r}")
-    if n < 1:
-        raise ValueError(f"the number of draws must be at least 1, got {n}")
+    check_whole("the number of draws", n, 1)
     if n > LARGEST:
         raise ValueError(f"the number of draws must be at most {LARGEST}, got one of {n.bit_length()} bits")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not a whole number of at least `least`.
+
+    Raises:
+        TypeError, ValueError: it is not; the message has its name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def whole(value: Any) -> bool:
