@@ -138,7 +138,7 @@ def test_accumulators_of_other_settings_are_not_merged() -> None:
 
 @pytest.mark.parametrize("most", [1, 0, -1, 2.0, True, None, "3"])
 def test_a_number_of_mini_batches_that_is_none_is_refused(most: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="max_batches must be (a whole number|at least 2), got"):
+    with pytest.raises((TypeError, ValueError), match=r"max_batches must be (a whole number|at least 2), got"):
         Replayed(most)
 
 

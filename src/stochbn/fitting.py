@@ -31,47 +31,38 @@ from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
 
+Batches = Iterable[Batch]
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: Literal["joint"] = "joint", **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, kind: Literal["joint"] = "joint", **more: Any
 ) -> Joint: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    data: Iterable[Batch],
-    batch_size: int | None = 16,
-    *,
-    kind: Literal["factorized"],
-    **more: Any,
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["factorized"], **more: Any
 ) -> Factorized: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    data: Iterable[Batch],
-    batch_size: int | None = 16,
-    *,
-    kind: Literal["factorized-log"],
-    **more: Any,
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["factorized-log"], **more: Any
 ) -> FactorizedLog: ...
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, *, kind: Literal["empirical"], **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["empirical"], **more: Any
 ) -> Empirical: ...
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: str = "joint", **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, kind: str = "joint", **more: Any
 ) -> Posterior: ...
 
 

@@ -242,9 +242,9 @@ class Subject:
 
     @classmethod
     def _own(cls, given: Given, held_by: Path | None) -> Subject:
+        from stochbn.interface import Interface
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
-        from stochbn.interface import Interface
         from stochbn.tasks import Classification
 
         assert given.model is not None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stochbn.posteriors.accumulators import Accumulator, Sample
+from stochbn.posteriors.accumulators import Sample
 from stochbn.posteriors.base import Posterior
 from stochbn.posteriors.checks import check_tensor
 
@@ -48,7 +48,7 @@ class Empirical(Posterior):
 
     kind: ClassVar[str] = "empirical"
     quasi_gain: ClassVar[float] = 1.0
-    accumulator: ClassVar[Callable[..., Accumulator[Any]]] = Replayed
+    accumulator = Replayed
 
     statistics: Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -122,7 +122,7 @@ class Factorized(Posterior):
 
     kind: ClassVar[str] = "factorized"
     quasi_gain: ClassVar[float] = 2.0
-    accumulator: ClassVar[Callable[..., Accumulator[Any]]] = VarianceMomentsOfLayers
+    accumulator = VarianceMomentsOfLayers
 
     mean_mean: Tensor
     mean_variance: Tensor

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stochbn.posteriors.accumulators import Accumulator, Observation
+from stochbn.posteriors.accumulators import Observation
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_tensor
 from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
@@ -71,7 +71,7 @@ class FactorizedLog(Posterior):
 
     kind: ClassVar[str] = "factorized-log"
     quasi_gain: ClassVar[float] = 2.0
-    accumulator: ClassVar[Callable[..., Accumulator[Any]]] = LogMomentsOfLayers
+    accumulator = LogMomentsOfLayers
 
     mean_mean: Tensor
     mean_variance: Tensor

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stochbn.posteriors.accumulators import KEPT, Accumulator, Sample
+from stochbn.posteriors.accumulators import KEPT, Sample
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_tensor, check_whole
 from stochbn.posteriors.noise import SOBOL, normals, sobol
@@ -83,7 +83,7 @@ class Joint(Posterior):
 
     kind: ClassVar[str] = "joint"
     quasi_gain: ClassVar[float] = 2.0
-    accumulator: ClassVar[Callable[..., Accumulator[Any]]] = Directions
+    accumulator = Directions
 
     location: Tensor
     directions: Tensor
