@@ -83,7 +83,6 @@ class Accumulator(ABC, Generic[P]):
     def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
         """A new accumulator with the settings of this one that remembers what `state` gave."""
 
-    @abstractmethod
     def posterior(self, **about: Any) -> P:
         """The posterior of the mini-batches that were added.
 
@@ -93,10 +92,13 @@ class Accumulator(ABC, Generic[P]):
         Raises:
             ValueError: there were none, or no layer was called.
         """
-
-    def _check(self) -> None:
         if not self.layers:
             raise ValueError("no mini-batch was added in which a layer was called; add some with update")
+        return self._posterior(mini_batches=self.seen, layers=self.layers, **about)
+
+    @abstractmethod
+    def _posterior(self, **about: Any) -> P:
+        """The posterior, with all attributes of `Posterior`."""
 
 
 class Sample(Accumulator[P]):

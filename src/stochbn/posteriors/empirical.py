@@ -23,17 +23,8 @@ __all__ = ["Empirical", "Replayed"]
 class Replayed(Sample["Empirical"]):
     """The mini-batches of an empirical posterior."""
 
-    def posterior(self, **about: Any) -> Empirical:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        return Empirical.from_statistics(self.statistics(), layers=self.layers, mini_batches=self.seen, **about)
+    def _posterior(self, **about: Any) -> Empirical:
+        return Empirical.from_statistics(self.statistics(), **about)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

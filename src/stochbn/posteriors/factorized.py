@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,7 +18,7 @@ from stochbn.posteriors.noise import normals
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "layers_of", "stacked"]
+__all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "stacked"]
 
 P = TypeVar("P", bound=Posterior)
 
@@ -36,7 +35,12 @@ class MomentsOfLayers(Accumulator[P]):
     @property
     def layers(self) -> dict[str, int]:
         """The number of channels of every layer that was called."""
-        return layers_of({name: moments for name, moments in self.moments.items() if moments.count})
+        return {name: moments.mean.shape[1] for name, moments in self.called.items()}
+
+    @property
+    def called(self) -> dict[str, Moments]:
+        """The moments of every layer that was called, ``[2, C]``."""
+        return {name: moments for name, moments in self.moments.items() if moments.count}
 
     def update(self, observation: Observation) -> None:
         """Add a mini-batch.
@@ -78,29 +82,12 @@ class MomentsOfLayers(Accumulator[P]):
         }
         return found
 
-    def posterior(self, **about: Any) -> P:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        called = {name: moments for name, moments in self.moments.items() if moments.count}
-        return self._of_moments(called, mini_batches=self.seen, **about)
-
-    @abstractmethod
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> P:
-        """The posterior with the given moments, ``[2, C]`` for every layer."""
-
 
 class VarianceMomentsOfLayers(MomentsOfLayers["Factorized"]):
     """The moments of means and variances."""
 
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> Factorized:
-        return Factorized.from_moments(moments, **about)
+    def _posterior(self, **about: Any) -> Factorized:
+        return Factorized.from_moments(self.called, **about)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -140,11 +127,11 @@ class Factorized(Posterior):
 
         Args:
             moments: of every layer.
-            about: all attributes of `Posterior` but the layers.
+            about: all attributes of `Posterior`; `layers` may be left out.
         """
         center, spread = stacked(moments)
+        about.setdefault("layers", {name: one.mean.shape[1] for name, one in moments.items()})
         return cls(
-            layers=layers_of(moments),
             mean_mean=center[0].clone(),
             mean_variance=spread[0].clone(),
             variance_mean=center[1].clone(),
@@ -191,11 +178,6 @@ def stacked(moments: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
     """Means and variances of the statistics of all layers, ``[2, D]`` each."""
     means, variances = [m.mean for m in moments.values()], [m.variance for m in moments.values()]
     return torch.cat(means, dim=1), torch.cat(variances, dim=1)
-
-
-def layers_of(moments: Mapping[str, Moments]) -> dict[str, int]:
-    """The number of channels of every layer."""
-    return {name: m.mean.shape[1] for name, m in moments.items()}
 
 
 def _joined(first: Mapping[str, Moments], second: Mapping[str, Moments]) -> dict[str, Moments]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from stochbn.posteriors.accumulators import Observation
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_tensor
-from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
-from stochbn.posteriors.moments import Moments
+from stochbn.posteriors.factorized import MomentsOfLayers, stacked
 from stochbn.posteriors.noise import normals
 
 if TYPE_CHECKING:
@@ -40,10 +39,9 @@ class LogMomentsOfLayers(MomentsOfLayers["FactorizedLog"]):
         }
         super().update(logarithms)
 
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> FactorizedLog:
-        center, spread = stacked(moments)
+    def _posterior(self, **about: Any) -> FactorizedLog:
+        center, spread = stacked(self.called)
         return FactorizedLog(
-            layers=layers_of(moments),
             mean_mean=center[0].clone(),
             mean_variance=spread[0].clone(),
             log_mean=center[1].clone(),

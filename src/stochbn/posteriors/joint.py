@@ -38,19 +38,8 @@ class Directions(Sample["Joint"]):
             check_whole("directions", directions, 1)
         self.directions = directions
 
-    def posterior(self, **about: Any) -> Joint:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        return Joint.from_statistics(
-            self.statistics(), self.directions, layers=self.layers, mini_batches=self.seen, **about
-        )
+    def _posterior(self, **about: Any) -> Joint:
+        return Joint.from_statistics(self.statistics(), self.directions, **about)
 
     def settings(self) -> dict[str, Any]:
         """The options that it was made with, which are those of its kind."""
