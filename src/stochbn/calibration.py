@@ -23,7 +23,7 @@ from stochbn.interface import Interface, InterfaceOptions, shows_options
 from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights, positive
+from stochbn.posteriors.checks import check_posterior, positive
 from stochbn.posteriors.residual import with_residual
 from stochbn.posteriors.thresholds import dropped
 from stochbn.tasks import TASKS, Task
@@ -209,9 +209,7 @@ def _check(
     Raises:
         TypeError, ValueError: as `calibrate`.
     """
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model, weights=checks_weights(check))
+    check_posterior(posterior, model, check)
     check_draws(draws)
     check_augment(augment)
     if not task.calibrated_by:

@@ -28,7 +28,7 @@ from stochbn.files import check_file, write
 from stochbn.interface import Interface, InterfaceOptions, shows_options
 from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights
+from stochbn.posteriors.checks import check_posterior
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.schema import Schema
 from stochbn.sources.pictures import Preprocessing
@@ -171,11 +171,7 @@ def _predicting(
     **interface: Unpack[InterfaceOptions],
 ) -> Predicting:
     """The network under its draws, with metadata of inputs and outputs; what cannot be exported is refused first."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model, weights=checks_weights(check))
+    check_posterior(posterior, model, check)
     check_draws(draws)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 on, got {seed!r:.40}")

@@ -19,7 +19,7 @@ from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights
+from stochbn.posteriors.checks import check_posterior
 from stochbn.stopping import Stopping
 from stochbn.summary import Summary
 from stochbn.tasks import Task
@@ -130,11 +130,7 @@ class Predictive:
             raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
         check_draws(draws)
         if posterior is not None:
-            if not isinstance(posterior, Posterior):
-                raise TypeError(
-                    f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
-                )
-            posterior.check(model, weights=checks_weights(check))
+            check_posterior(posterior, model, check)
         if tolerance is not None:
             if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
                 raise TypeError(f"tolerance must be a number or None, got {tolerance!r}")
