@@ -134,14 +134,17 @@ def fit(
             if you have held-out examples, pass an iterable of batches instead, with at least 256 examples in total and
             preprocessed as at test time. They should be of the same mix of classes, and need not be labelled. Of their
             inputs 256 MiB are kept at most, which are 440 pictures of 224 pixels. False leaves it out.
-        options: of the kind, and of the network's interface. The kinds joint and empirical take `max_batches`, 512
-            unless it is given: how many mini-batches' statistics to keep at most, a random sample of all, chosen by
-            hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB for a ResNet-50), and the
-            time to make a joint posterior grows with their square, from some thousands on with their cube. The kind
-            joint takes `directions`: how many principal directions to keep at most; None keeps all. What they leave out
-            of a statistic's variance becomes noise of its own. `inputs` is what the network takes of a batch, as for
-            `stochbn.Predictive`; likewise `task`, `logits`, `class_axis` and `output`, by which the reference knows the
-            mix of classes, of labels or of numbers.
+        options: of the kind, and of the network's interface:
+
+            - `max_batches`, of joint and empirical: how many mini-batches' statistics to keep at most, a random sample
+              of all, chosen by hashes of the statistics; 512 by default. Each takes 8 bytes for every channel (512 of
+              them 109 MB for a ResNet-50), and the time to make a joint posterior grows with their square, from some
+              thousands on with their cube.
+            - `directions`, of joint: how many principal directions to keep at most; None keeps all. What they leave
+              out of a statistic's variance becomes noise of its own.
+            - `inputs`: what the network takes of a batch, as for `stochbn.Predictive`.
+            - `task`, `logits`, `class_axis`, `output`: what the output means, likewise, so that the reference knows
+              the mix of classes, of labels or of numbers.
 
     Returns:
         The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
