@@ -58,7 +58,7 @@ def test_the_options_that_type_checkers_see_are_those_that_are_taken() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"taks": "binary"}, TypeError, "unexpected keyword argument 'taks'"),
+        ({"tasks": "binary"}, TypeError, "unexpected keyword argument 'tasks'"),
         ({"task": "clustering"}, ValueError, "unknown task 'clustering'"),
         ({"output": "scores"}, ValueError, 'output must be "logits", "probs" or None'),
         ({"class_axis": "last"}, TypeError, "class_axis must be a whole number or None"),
