@@ -19,7 +19,7 @@ LAYERS = (
     ("network",),
     ("augment", "metrics", "sharing", "table_files"),
     ("tasks",),
-    ("predictions", "summary"),
+    ("interface", "predictions", "summary"),
     ("conformal",),
     ("dense_masks",),
     ("posteriors", "sources"),

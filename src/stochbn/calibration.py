@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,19 @@ from stochbn.augment import Augment, check_augment
 from stochbn.calibration_report import Choice, Totals, Tried
 from stochbn.distributed import Ranks
 from stochbn.execution import Call, passes, repeated
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights, positive
+from stochbn.posteriors.checks import check_posterior, positive
 from stochbn.posteriors.residual import with_residual
 from stochbn.posteriors.thresholds import dropped
-from stochbn.tasks import TASKS, Task, task_of
+from stochbn.tasks import TASKS, Task
 from stochbn.tasks.residual import fit_residual
 from stochbn.undisturbed import without_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["calibrate"]
 
@@ -35,6 +39,7 @@ TEMPERATURES = torch.logspace(-2, 2, 29, base=2, dtype=torch.float64)
 """The temperatures to choose from: 0.25 to 4, each 10 % above the one before; the best is refined between them."""
 
 
+@shows_options(Interface.of)
 def calibrate(
     model: nn.Module,
     posterior: Posterior,
@@ -43,12 +48,7 @@ def calibrate(
     batch_sizes: Iterable[float] | None = None,
     temperature: bool = True,
     draws: int = 8,
-    task: Task | str | None = None,
     ignore_index: int | None = None,
-    logits: str | int | None = None,
-    class_axis: int | None = None,
-    output: Literal["logits", "probs"] | None = None,
-    inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
     augment: Augment | None = None,
     clean: bool = True,
@@ -57,6 +57,7 @@ def calibrate(
     report: Callable[[Choice], object] = lambda choice: None,
     seed: int = 0,
     group: ProcessGroup | None = None,
+    **interface: Unpack[InterfaceOptions],
 ) -> Posterior:
     """Choose by held-out data how to predict: with the plain network, with a temperature, or with draws, and which.
 
@@ -90,15 +91,7 @@ def calibrate(
         temperature: also choose what logits are divided by, from 0.25 to 4, for each option; otherwise it is the
             posterior's own for all.
         draws: how many quasi-random draws to average; 8 are worth 25 independent ones and more.
-        task: what the output means, as for `Predictive`: ``"classification"`` with whole numbers as labels, ``[N]`` or
-            dense ``[N, ...]``; ``"binary"`` with 0 and 1, also in the shape of the output, such as ``[N, 1]``;
-            ``"multilabel"`` with 0 and 1 for each label, ``[N, K]``, of which each counts as an example;
-            ``"regression"`` with numbers as the network predicts; ``"survival"``; or a `stochbn.Task`.
         ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
-        logits: where the logits are in the network's output, as for `Predictive`.
-        class_axis: the axis of the classes in the output; None is axis 1.
-        output: ``"probs"`` for a network whose output has been through a softmax.
-        inputs: what the network takes of a batch, as for `Predictive`.
         check: what the posterior must have in common with the network, as for `Predictive`.
         augment: how every draw changes its inputs, as for `Predictive`, which then is to be used with it: noise and
             temperature are chosen for averages over both. Such averages are less sure than those over one alone, so
@@ -111,6 +104,10 @@ def calibrate(
         group: in a job of several processes (ranks), the process group whose ranks calibrate together: each passes its
             own held-out data, and every one gets the posterior that all of it likes best. If one fails, all raise. None
             is this process's data alone.
+        interface: `task`, `logits`, `class_axis`, `output` and `inputs`, as for `Predictive`. Labels are whole numbers
+            for the task ``"classification"``, ``[N]`` or dense ``[N, ...]``; 0 and 1 for ``"binary"``, also in the
+            shape of the output, such as ``[N, 1]``; 0 and 1 for each label for ``"multilabel"``, ``[N, K]``, of which
+            each counts as an example; and numbers as the network predicts for ``"regression"``.
 
     Returns:
         The posterior with the chosen noise, centre and temperature; it saves, loads and predicts with them.
@@ -122,7 +119,7 @@ def calibrate(
     """
     ranks = Ranks.of(group, "calibrated")
     with ranks.failing_together():
-        read = task_of(model, task, logits, class_axis, output)
+        read, inputs = Interface.of(model, **interface)
         _check(model, posterior, draws, read, score, augment, check)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
         posterior = replace(dropped(posterior), residual_variance=None)
@@ -212,9 +209,7 @@ def _check(
     Raises:
         TypeError, ValueError: as `calibrate`.
     """
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model, weights=checks_weights(check))
+    check_posterior(posterior, model, check)
     check_draws(draws)
     check_augment(augment)
     if not task.calibrated_by:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
@@ -10,27 +9,19 @@ from typing import Any
 from stochbn.augment import Augment, Views
 from stochbn.distributed import Ranks
 from stochbn.network.calling import NetworkInput
-from stochbn.posteriors import KINDS
 from stochbn.posteriors.accumulators import Accumulator
 
-__all__ = ["KEPT", "accumulator_of", "augmented", "expected_batches", "most_batches"]
-
-KEPT = 512
-"""Mini-batches that kinds which keep them observe."""
-MOMENTS = 5000
-"""Mini-batches that give standard deviations to 1 %: the relative standard error of one is 1 / sqrt(2 n)."""
+__all__ = ["augmented", "expected_batches", "most_batches"]
 
 
-def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = None) -> float:
-    """How many mini-batches to observe.
+def most_batches(accumulator: Accumulator[Any], batches: float | None) -> float:
+    """How many mini-batches to observe; None is as many as are enough.
 
     Raises:
-        TypeError, ValueError: there is no such kind, or `batches` is no whole number of at least 1, nor infinite.
+        TypeError, ValueError: `batches` is no whole number of at least 1, nor infinite.
     """
-    _check_kind(kind)
     if batches is None:
-        keeps = "max_batches" in inspect.signature(KINDS[kind].accumulator).parameters
-        return max(KEPT, max_batches) if keeps else MOMENTS
+        return accumulator.enough
     if batches == math.inf:
         return math.inf
     if not isinstance(batches, int) or isinstance(batches, bool):
@@ -38,11 +29,6 @@ def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = Non
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
     return batches
-
-
-def _check_kind(kind: str) -> None:
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
 
 
 def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | None:
@@ -57,25 +43,6 @@ def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | N
     full, rest = divmod(len(examples), size) if isinstance(examples, Sized) else (len(data), 0)
     last = 0 if getattr(data, "drop_last", False) else rest // batch_size
     return math.ceil(min(limit, full * (size // batch_size) + last))
-
-
-def accumulator_of(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
-    """What mini-batches are added to.
-
-    Raises:
-        TypeError, ValueError: there is no such kind, or it cannot have these settings.
-    """
-    _check_kind(kind)
-    options = {"max_batches": (max_batches, 2), "directions": (directions, 1)}
-    for name, (value, least) in options.items():
-        if value is None and name == "directions":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    own = inspect.signature(KINDS[kind].accumulator).parameters
-    return KINDS[kind].accumulator(**{name: value for name, (value, _) in options.items() if name in own})
 
 
 def augmented(mini_batches: Iterable[NetworkInput], augment: Augment, ranks: Ranks) -> Iterator[NetworkInput]:

@@ -17,65 +17,57 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stochbn.augment import Augment, check_augment
 from stochbn.distributed import Ranks, refuse_sharded
 from stochbn.execution.verify import effects
-from stochbn.fit_data import KEPT, accumulator_of, augmented, expected_batches, most_batches
+from stochbn.fit_data import augmented, expected_batches, most_batches
 from stochbn.fit_diagnosis import Diagnosis
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, refuse_other_axis
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import Batch, NetworkInput, refuse_other_axis
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.layers import batch_norms, listed, running_statistics, undrawable
 from stochbn.network.replica import Network, named_modules
-from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior
+from stochbn.posteriors import KINDS, Empirical, Factorized, FactorizedLog, Joint, Posterior, make_accumulator
 from stochbn.shift.keeping import Keeper
 from stochbn.statistics import NoBatchesError, mini_batches, observing
-from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import undisturbed
 
 __all__ = ["fit"]
 
+Batches = Iterable[Batch]
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: Literal["joint"] = "joint", **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, kind: Literal["joint"] = "joint", **more: Any
 ) -> Joint: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    data: Iterable[Batch],
-    batch_size: int | None = 16,
-    *,
-    kind: Literal["factorized"],
-    **more: Any,
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["factorized"], **more: Any
 ) -> Factorized: ...
 
 
 @overload
 def fit(
-    model: nn.Module,
-    data: Iterable[Batch],
-    batch_size: int | None = 16,
-    *,
-    kind: Literal["factorized-log"],
-    **more: Any,
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["factorized-log"], **more: Any
 ) -> FactorizedLog: ...
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, *, kind: Literal["empirical"], **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, *, kind: Literal["empirical"], **more: Any
 ) -> Empirical: ...
 
 
 @overload
 def fit(
-    model: nn.Module, data: Iterable[Batch], batch_size: int | None = 16, kind: str = "joint", **more: Any
+    model: nn.Module, data: Batches, batch_size: int | None = 16, kind: str = "joint", **more: Any
 ) -> Posterior: ...
 
 
-def fit(  # type: ignore[misc]  # the overloads leave most arguments to this signature
+@shows_options(Interface.of, *(one.accumulator for one in KINDS.values()))
+def fit(
     model: nn.Module,
     data: Iterable[Batch] | None = None,
     batch_size: int | None = 16,
@@ -83,18 +75,12 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     *,
     centre: Literal["running", "observed"] = "running",
     deterministic: Chosen = (),
-    inputs: InputsOf = None,
     augment: Augment | None = None,
     group: ProcessGroup | None = None,
     batches: float | None = None,
     progress: Callable[[int, int | None], object] | None = None,
-    max_batches: int = KEPT,
-    directions: int | None = None,
     reference: bool | Iterable[Batch] = True,
-    task: Task | str | None = None,
-    logits: Any = None,
-    class_axis: int | None = None,
-    output: Literal["logits", "probs"] | None = None,
+    **options: Any,
 ) -> Posterior:
     """Fit a distribution over the batch-norm statistics of a trained network, by passes over some of its training data.
 
@@ -127,9 +113,6 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         deterministic: layers to leave out: they keep their running statistics, while fitting too, so that the layers
             behind them see what they will see in predictions. Names, patterns such as ``"head.*"``, or a function of
             name and layer.
-        inputs: what the network takes of a batch: None is its first entry, or of a mapping the entries that
-            ``forward`` has arguments for; a number is so many leading entries, as positional arguments; a function
-            gives a tensor, a tuple of arguments or a mapping of named ones.
         augment: a function ``fn(x, generator)`` that changes the examples of a mini-batch at random, as training did;
             such as those of `stochbn.augment`. Its generator is the fit's own: equal data give an equal posterior.
         group: in a job of several processes (ranks), the process group whose ranks fit together, such as
@@ -145,23 +128,23 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
             5,000 for the factorized ones, which gives their standard deviations to 1 %.
         progress: called after each mini-batch with the number of mini-batches observed, and of all if the data has a
             length; this rank's.
-        max_batches: for the kinds joint and empirical, how many mini-batches' statistics to keep at most, a random
-            sample of all, chosen by hashes of the statistics. Each takes 8 bytes for every channel (512 of them 109 MB
-            for a ResNet-50), and the time to make a joint posterior grows with their square, from some thousands on
-            with their cube.
-        directions: for the kind joint, how many principal directions to keep at most; None keeps all. What they leave
-            out of a statistic's variance becomes noise of its own.
         reference: also keep what new data is compared with and adapted from, see `stochbn.adapt` and
             `stochbn.shift.Monitor`: some 600 bytes for every channel. True makes it of the first 2,048 examples
             of `data`, without `augment`, in one additional pass in evaluation mode. If `data` is already augmented, or
             if you have held-out examples, pass an iterable of batches instead, with at least 256 examples in total and
             preprocessed as at test time. They should be of the same mix of classes, and need not be labelled. Of their
             inputs 256 MiB are kept at most, which are 440 pictures of 224 pixels. False leaves it out.
-        task: what the output means, as for `stochbn.Predictive`, so that the reference knows the mix of classes, of
-            labels or of numbers.
-        logits: where the logits are in the network's output, likewise.
-        class_axis: the axis of the classes in the output, likewise.
-        output: ``"probs"`` for a network whose output has been through a softmax, likewise.
+        options: of the kind, and of the network's interface:
+
+            - `max_batches`, of joint and empirical: how many mini-batches' statistics to keep at most, a random sample
+              of all, chosen by hashes of the statistics; 512 by default. Each takes 8 bytes for every channel (512 of
+              them 109 MB for a ResNet-50), and the time to make a joint posterior grows with their square, from some
+              thousands on with their cube.
+            - `directions`, of joint: how many principal directions to keep at most; None keeps all. What they leave
+              out of a statistic's variance becomes noise of its own.
+            - `inputs`: what the network takes of a batch, as for `stochbn.Predictive`.
+            - `task`, `logits`, `class_axis`, `output`: what the output means, likewise, so that the reference knows
+              the mix of classes, of labels or of numbers.
 
     Returns:
         The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
@@ -186,26 +169,22 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     with ranks.failing_together():
         if centre not in ("running", "observed"):
             raise ValueError(f"centre must be 'running' or 'observed', got {centre!r:.40}")
-        accumulator = accumulator_of(kind, max_batches, directions)
+        read = {name: options.pop(name) for name in InterfaceOptions.__annotations__ if name in options}
+        accumulator = make_accumulator(kind, **options)
         accumulator.rank = ranks.rank
-        limit = most_batches(kind, max_batches, batches)
+        limit = most_batches(accumulator, batches)
         layers = batch_norms(model)
         refuse_sharded(model)
         network = Network.of(model)
         chosen = _chosen(layers, undrawable(network.model), deterministic)
         check_augment(augment)
-        read_as = task_of(model, task, logits, class_axis, output)
+        task, inputs = Interface.of(model, **read)
         if not isinstance(reference, Iterable | bool) or isinstance(reference, Tensor | str):
             raise TypeError(f"reference must be True, False or an iterable of batches, got {type(reference).__name__}")
-    options: dict[str, Any] = {
-        "kind": kind,
-        "batch_size": batch_size,
-        "max_batches": max_batches,
-        "directions": directions,
-    }
-    options |= {"centre": centre, "batches": limit, "deterministic": chosen}
-    options |= {"reference": reference if isinstance(reference, bool) else "given"}
-    ranks.check_same({**options, "augment": "given" if augment else None})
+    same = {"kind": kind, "batch_size": batch_size, **accumulator.settings(), "centre": centre, "batches": limit}
+    same |= {"deterministic": chosen, "augment": "given" if augment else None}
+    same |= {"reference": reference if isinstance(reference, bool) else "given"}
+    ranks.check_same(same)
     synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
     if batch_size is None and synchronised and ranks.count > 1 and ranks.rank == 0:
         warnings.warn(
@@ -280,7 +259,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
     if reference is not False and not unusable:
         with ranks.failing_together():
             asked = reference is not True
-            kept = keeper.reference(network, read_as, set(posterior.layers), asked)
+            kept = keeper.reference(network, task, set(posterior.layers), asked)
             posterior = replace(posterior, reference=kept)
     if ranks.rank == 0:
         for text in diagnosis.warnings(network, posterior, training, unusable):

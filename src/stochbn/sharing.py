@@ -34,7 +34,26 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a posterior with its model card; see `stochbn.Posterior.push_to_hub`."""
+    """Share a posterior on the Hugging Face Hub, with a model card; `stochbn.from_pretrained` loads it.
+
+    Args:
+        posterior: the posterior.
+        repository: ``owner/name``, which is made if there is none.
+        network: what it is a posterior of: the name of a repository on the Hub, or words.
+        before: scores of the network alone for the card: any of ``error`` (percent), ``nll`` (nats), ``ece`` and
+            ``auroc``, as `stochbn.metrics` gives them.
+        after: the same scores with this posterior.
+        private: whether a repository that is made is private; None is what its owner has set.
+        token: of the Hub; None takes the one that ``hf auth login`` has stored.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        ValueError: scores that are not numbers, have unknown names or are there before or after only.
+        Exception: as huggingface_hub raises it where the Hub refuses, or there is no connection.
+    """
     text = card(posterior, repository, network, before or {}, after or {})
     api = _hub().HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:

@@ -242,9 +242,10 @@ class Subject:
 
     @classmethod
     def _own(cls, given: Given, held_by: Path | None) -> Subject:
+        from stochbn.interface import Interface
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
-        from stochbn.tasks import Classification, task_of
+        from stochbn.tasks import Classification
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
@@ -253,7 +254,7 @@ class Subject:
             if told:
                 say(f"{given.weights}: {told}.", given.weights)
         settings = settings_of(given)
-        if given.task is None and (task := task_of(built.model).name) != Classification.name:
+        if given.task is None and (task := Interface.of(built.model).task.name) != Classification.name:
             settings["task"] = task
             say(f"{given.model}: --task {task}, as its config says.")
         fitted = None if held_by is None else (held_by, load(held_by))

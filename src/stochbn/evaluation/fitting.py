@@ -13,7 +13,7 @@ import stochbn
 from stochbn.augment import Augment
 from stochbn.distributed import Ranks
 from stochbn.fit_data import most_batches
-from stochbn.posteriors import Posterior
+from stochbn.posteriors import Posterior, make_accumulator
 from stochbn.sources.objects import Objects
 
 __all__ = ["fit_posterior"]
@@ -59,7 +59,7 @@ def fit_posterior(
     if ranks.count > 1:
         mixed = mixed.shard(ranks.rank, ranks.count, batch_size)
 
-    whole = batch_size * int(min(len(mixed) // batch_size, most_batches(kind, batches=batches)))
+    whole = batch_size * int(min(len(mixed) // batch_size, most_batches(make_accumulator(kind), batches)))
 
     def follow(done: int, total: int | None) -> None:
         report(done * batch_size, whole)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -25,13 +25,16 @@ from stochbn.export.checking import Runner, compare
 from stochbn.export.inputs import metadata
 from stochbn.export.program import ExportError, Predicting, predicting, quiet, reason
 from stochbn.files import check_file, write
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights
+from stochbn.posteriors.checks import check_posterior
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.schema import Schema
 from stochbn.sources.pictures import Preprocessing
-from stochbn.tasks import Task, task_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Export", "ExportError", "onnx", "pt2"]
 
@@ -60,6 +63,7 @@ class Export:
     difference: float
 
 
+@shows_options(Interface.of)
 def onnx(
     model: nn.Module,
     posterior: Posterior,
@@ -68,14 +72,10 @@ def onnx(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Task | str | None = None,
-    logits: Any = None,
-    class_axis: int | None = None,
-    output: Literal["logits", "probs"] | None = None,
-    inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
     classes: Sequence[str] | None = None,
     preprocess: Preprocessing | None = None,
+    **interface: Unpack[InterfaceOptions],
 ) -> Export:
     """Write a network under S fixed draws as one ONNX file, and check it with onnxruntime.
 
@@ -99,15 +99,10 @@ def onnx(
         draws: S, the number of quasi-random draws.
         seed: where the draws come from: ``posterior.iter_draws(draws, generator, quasi=True)`` of a generator with
             this seed.
-        task: what the output means, as for `stochbn.Predictive`; and so `logits`, `class_axis`, `output`, `inputs` and
-            `check`.
-        logits: where the logits are in an output that is not a tensor.
-        class_axis: the axis of the classes or labels in the output.
-        output: ``"logits"``, or ``"probs"`` for a network whose output has been through a softmax or a sigmoid.
-        inputs: what the network takes of a batch.
-        check: what a posterior must have in common with the network.
+        check: what a posterior must have in common with the network, as for `stochbn.Predictive`.
         classes: the names of the classes, for the file's metadata; None is what the posterior was fitted with.
         preprocess: how a picture becomes an input, for the file's metadata; see docs/export.md.
+        interface: `task`, `logits`, `class_axis`, `output` and `inputs`, as for `stochbn.Predictive`.
 
     Returns:
         What has been written.
@@ -121,13 +116,11 @@ def onnx(
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
-    _check(path, model, posterior, draws, seed, check)
-    read = task_of(model, task, logits, class_axis, output)
-    given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
-    given = _described(given, posterior, classes, preprocess)
+    given = _predicting(model, posterior, path, example, draws, seed, check, classes, preprocess, **interface)
     return _written(path, given, lambda place: _write_onnx(place, given), _with_onnxruntime)
 
 
+@shows_options(Interface.of)
 def pt2(
     model: nn.Module,
     posterior: Posterior,
@@ -136,46 +129,17 @@ def pt2(
     draws: int = 16,
     *,
     seed: int = 0,
-    task: Task | str | None = None,
-    logits: Any = None,
-    class_axis: int | None = None,
-    output: Literal["logits", "probs"] | None = None,
-    inputs: InputsOf = None,
     check: Literal["weights", "shape"] = "weights",
     classes: Sequence[str] | None = None,
     preprocess: Preprocessing | None = None,
+    **interface: Unpack[InterfaceOptions],
 ) -> Export:
     """Write a network under S fixed draws as `torch.export` writes it, and check it with `torch.export.load`.
 
-    ``torch.export.load(path).module()`` takes what the network takes and gives a dictionary of the outputs. Everything
-    else is as in `onnx`.
-
-    Args:
-        model: as in `onnx`, and so all others.
-        posterior: its posterior.
-        path: the file to write.
-        example: a batch.
-        draws: S.
-        seed: where the draws come from.
-        task: what the output means.
-        logits: where the logits are.
-        class_axis: the axis of the classes.
-        output: logits or probabilities.
-        inputs: what the network takes of a batch.
-        check: what must be the same of posterior and network.
-        classes: the names of the classes.
-        preprocess: how a picture becomes an input.
-
-    Returns:
-        What has been written.
-
-    Raises:
-        ExportError, OSError, TypeError, ValueError: as in `onnx`.
+    ``torch.export.load(path).module()`` takes what the network takes and gives a dictionary of the outputs.
+    Arguments, result and errors are those of `onnx`.
     """
-    _check(path, model, posterior, draws, seed, check)
-    read = task_of(model, task, logits, class_axis, output)
-    given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, read)
-    given = _described(given, posterior, classes, preprocess)
+    given = _predicting(model, posterior, path, example, draws, seed, check, classes, preprocess, **interface)
     return _written(path, given, lambda place: _write_pt2(place, given), _with_torch)
 
 
@@ -194,33 +158,34 @@ def _written(
     return Export(path, path.stat().st_size, len(given.drawn), given.outputs, given.repeated, found[0])
 
 
-def _described(
-    given: Predicting, posterior: Posterior, classes: Sequence[str] | None, preprocess: Preprocessing | None
+def _predicting(
+    model: nn.Module,
+    posterior: Posterior,
+    path: str | os.PathLike[str],
+    example: Batch,
+    draws: int,
+    seed: int,
+    check: str,
+    classes: Sequence[str] | None,
+    preprocess: Preprocessing | None,
+    **interface: Unpack[InterfaceOptions],
 ) -> Predicting:
-    """The same with metadata of inputs and outputs."""
-    held = posterior.schema or Schema()
-    classes, count = held.classes if classes is None else classes, 0
-    classes = classes if given.task.has_classes else ()
-    if classes:
-        with torch.no_grad():
-            count = given.task.raw(given.example.call(given.model)).shape[1]
-    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example, held.exif)})
-
-
-def _check(
-    path: str | os.PathLike[str], model: nn.Module, posterior: Posterior, draws: int, seed: int, check: str
-) -> None:
-    """Refuse what cannot be exported, before the work is done."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-    posterior.check(model, weights=checks_weights(check))
+    """The network under its draws, with metadata of inputs and outputs; what cannot be exported is refused first."""
+    check_posterior(posterior, model, check)
     check_draws(draws)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 on, got {seed!r:.40}")
     check_file(path)
     compare_draws(posterior, draws, None)
+    task, inputs = Interface.of(model, **interface)
+    given = predicting(model, posterior, network_input(model, example, inputs), draws, seed, task)
+    held = posterior.schema or Schema()
+    classes, count = held.classes if classes is None else classes, 0
+    classes = classes if task.has_classes else ()
+    if classes:
+        with torch.no_grad():
+            count = task.raw(given.example.call(given.model)).shape[1]
+    return replace(given, about={**given.about, **metadata(classes, count, preprocess, given.example, held.exif)})
 
 
 def _write_onnx(path: Path, given: Predicting) -> None:

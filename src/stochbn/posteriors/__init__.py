@@ -10,6 +10,9 @@ accumulator; these are merged in any order, and what comes out is the posterior 
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from stochbn.posteriors.accumulators import Accumulator
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_draws
@@ -31,7 +34,26 @@ __all__ = [
     "check_draws",
     "from_pretrained",
     "load",
+    "make_accumulator",
 ]
 
 KINDS: dict[str, type[Posterior]] = {cls.kind: cls for cls in (Factorized, FactorizedLog, Joint, Empirical)}
 """Every kind of posterior by its name."""
+
+
+def make_accumulator(kind: str, **options: Any) -> Accumulator[Any]:
+    """What mini-batches are added to for a posterior of a kind.
+
+    Args:
+        kind: a name in `KINDS`.
+        options: of this kind, or of others, which are ignored: so one call serves several kinds.
+
+    Raises:
+        TypeError, ValueError: there is no such kind or option, or the kind cannot have this value of it.
+    """
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(map(repr, KINDS))}")
+    known = {name: inspect.signature(one.accumulator).parameters for name, one in KINDS.items()}
+    if odd := options.keys() - {option for each in known.values() for option in each}:
+        raise TypeError(f"fit() got an unexpected keyword argument {min(odd)!r}")
+    return KINDS[kind].accumulator(**{name: value for name, value in options.items() if name in known[kind]})

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from stochbn.posteriors.checks import check_whole
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -27,6 +29,8 @@ A layer that was not called has 0 calls, or is left out.
 P = TypeVar("P", bound="Posterior")
 
 HASH_BYTES = 16
+KEPT = 512
+"""How many mini-batches a `Sample` keeps unless it is told."""
 
 
 class Accumulator(ABC, Generic[P]):
@@ -35,11 +39,18 @@ class Accumulator(ABC, Generic[P]):
     Attributes:
         seen: how many mini-batches were added.
         rank: the process that they are added in, if there are several.
+        enough: how many to add unless a user says otherwise.
     """
+
+    enough: int
 
     def __init__(self) -> None:
         self.seen = 0
         self.rank = 0
+
+    def settings(self) -> dict[str, Any]:
+        """The options that it was made with, which are those of its kind."""
+        return {}
 
     @property
     @abstractmethod
@@ -72,7 +83,6 @@ class Accumulator(ABC, Generic[P]):
     def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
         """A new accumulator with the settings of this one that remembers what `state` gave."""
 
-    @abstractmethod
     def posterior(self, **about: Any) -> P:
         """The posterior of the mini-batches that were added.
 
@@ -82,14 +92,17 @@ class Accumulator(ABC, Generic[P]):
         Raises:
             ValueError: there were none, or no layer was called.
         """
-
-    def _check(self) -> None:
         if not self.layers:
             raise ValueError("no mini-batch was added in which a layer was called; add some with update")
+        return self._posterior(mini_batches=self.seen, layers=self.layers, **about)
+
+    @abstractmethod
+    def _posterior(self, **about: Any) -> P:
+        """The posterior, with all attributes of `Posterior`."""
 
 
 class Sample(Accumulator[P]):
-    """The statistics of mini-batches themselves: of all, or of a random sample of at most `most`.
+    """The statistics of mini-batches themselves: of all, or of a random sample of at most `max_batches`.
 
     Those with the smallest hashes of their statistics are kept. That is a uniformly random sample, which depends
     neither on the order in which mini-batches come nor on the process that they come to; equal mini-batches are kept
@@ -100,17 +113,17 @@ class Sample(Accumulator[P]):
     A layer that is called several times in a forward pass has one of its calls taken, which the hash chooses.
 
     Args:
-        most: how many mini-batches to keep, at least 1.
+        max_batches: how many mini-batches to keep, at least 2.
 
     Raises:
-        ValueError: `most` is not a whole number of at least 1.
+        TypeError, ValueError: `max_batches` is not a whole number of at least 2.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_batches: int = KEPT) -> None:
         super().__init__()
-        if type(most) is not int or most < 1:
-            raise ValueError(f"the number of mini-batches to keep must be a whole number of at least 1, got {most!r}")
-        self.most = most
+        check_whole("max_batches", max_batches, 2)
+        self.max_batches = max_batches
+        self.enough = max(KEPT, max_batches)
         self._layers: dict[str, int] = {}
         self._rows: list[_Row] = []
         self._by_hash = False
@@ -150,10 +163,8 @@ class Sample(Accumulator[P]):
         Raises:
             ValueError: different layers were called in the two, or they keep different numbers of mini-batches.
         """
-        if self._settings() != other._settings():
-            raise ValueError(
-                f"expected accumulators with equal settings, got {self._settings()} and {other._settings()}"
-            )
+        if self.settings() != other.settings():
+            raise ValueError(f"expected accumulators with equal settings, got {self.settings()} and {other.settings()}")
         if self.seen and other.seen:
             self._check_layers(other._layers)
         merged = self._empty()
@@ -193,11 +204,12 @@ class Sample(Accumulator[P]):
         rows = sorted(self._rows, key=BY_HASH if self._by_hash else BY_PLACE)
         return torch.stack([row.statistics for row in rows])
 
-    def _settings(self) -> dict[str, Any]:
-        return {"most": self.most}
+    def settings(self) -> dict[str, Any]:
+        """The options that it was made with, which are those of its kind."""
+        return {"max_batches": self.max_batches}
 
     def _empty(self) -> Self:
-        return type(self)(**self._settings())
+        return type(self)(**self.settings())
 
     def _check_layers(self, layers: Mapping[str, int]) -> None:
         if odd := self._layers.keys() ^ layers.keys():
@@ -211,11 +223,11 @@ class Sample(Accumulator[P]):
 
     def _drop(self) -> None:
         """Drop those with the largest hashes, if there are too many."""
-        if len(self._rows) <= self.most:
+        if len(self._rows) <= self.max_batches:
             return
         self._by_hash = True
         self._rows.sort(key=BY_HASH)
-        del self._rows[self.most :]
+        del self._rows[self.max_batches :]
 
 
 class _Row(NamedTuple):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,6 +25,7 @@ from stochbn.posteriors.residual import residual_still_valid
 from stochbn.posteriors.saved import save
 from stochbn.posteriors.thresholds import Thresholds, still_valid
 from stochbn.schema import Schema
+from stochbn.sharing import push_to_hub
 from stochbn.tasks.residual import Residual
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class Posterior(ABC):
     kind: ClassVar[str]
     quasi_gain: ClassVar[float]
     """Variance of a mean over n independent draws, over that of n quasi-random ones; see benchmarks/quasi.py."""
+    accumulator: ClassVar[Callable[..., Accumulator[Any]]]
+    """What `fit` adds mini-batches to and makes a posterior from; its arguments are options of `fit` for this kind."""
 
     layers: Mapping[str, int]
     batch_size: float | None
@@ -117,16 +119,6 @@ class Posterior(ABC):
     def channels(self) -> int:
         """D: the number of channels of all layers together."""
         return sum(self.layers.values())
-
-    @classmethod
-    @abstractmethod
-    def accumulator(cls, *args: Any, **options: Any) -> Accumulator[Any]:
-        """What `fit` adds mini-batches to, and makes a posterior of this kind from.
-
-        Args:
-            args: none; a kind has keyword arguments of its own.
-            options: what this kind can be told; `fit` passes those of its arguments that are among them.
-        """
 
     @property
     @abstractmethod
@@ -205,18 +197,6 @@ class Posterior(ABC):
         """
         rows = list(self.iter_draws(n, generator))
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def check(self, model: nn.Module, weights: bool = True) -> None:
-        """Check that this posterior belongs to a network: the same batch-norm layers and weights.
-
-        Args:
-            model: the network, wrapped or not.
-            weights: also compare the weights' fingerprint, if this posterior has one; otherwise names and sizes alone.
-
-        Raises:
-            ValueError: it does not; the message names the first difference.
-        """
-        check_network(self, model, weights)
 
     def rescale(self, batch_size: float) -> Self:
         """The noise that mini-batches of another size have: more for a smaller one, none for ``math.inf``.
@@ -354,46 +334,9 @@ class Posterior(ABC):
             return self
         return replace(self._moved(*self.observed), centre="observed", observed=None, choice="", adaptation=None)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save as safetensors, whole or not at all, with the format's version and the settings of the fit.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        save(self, path)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        network: str = "",
-        before: Mapping[str, float] | None = None,
-        after: Mapping[str, float] | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Share this posterior on the Hugging Face Hub, with a model card; `stochbn.from_pretrained` loads it.
-
-        Args:
-            repository: ``owner/name``, which is made if there is none.
-            network: what it is a posterior of: the name of a repository on the Hub, or words.
-            before: scores of the network alone for the card: any of ``error`` (percent), ``nll`` (nats), ``ece`` and
-                ``auroc``, as `stochbn.metrics` gives them.
-            after: the same scores with this posterior.
-            private: whether a repository that is made is private; None is what its owner has set.
-            token: of the Hub; None takes the one that ``hf auth login`` has stored.
-
-        Returns:
-            The address of the upload.
-
-        Raises:
-            ImportError: huggingface_hub is not installed.
-            ValueError: scores that are not numbers, have unknown names or are there before or after only.
-            Exception: as huggingface_hub raises it where the Hub refuses, or there is no connection.
-        """
-        from stochbn.sharing import push_to_hub
-
-        return push_to_hub(self, repository, network=network, before=before, after=after, private=private, token=token)
+    check = check_network
+    save = save
+    push_to_hub = push_to_hub
 
     @classmethod
     def _tensors(cls) -> list[str]:

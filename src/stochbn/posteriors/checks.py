@@ -16,7 +16,7 @@ from stochbn.network.layers import batch_norms, listed, unwrap
 if TYPE_CHECKING:
     from stochbn.posteriors.base import Posterior
 
-__all__ = ["check_draws", "check_fields", "check_network", "check_tensor", "checks_weights", "positive"]
+__all__ = ["check_draws", "check_fields", "check_network", "check_posterior", "check_tensor", "check_whole", "positive"]
 
 CENTRES = ("running", "observed", "adapted")
 """What draws can be centred on."""
@@ -95,16 +95,16 @@ def check_tensor(
         raise ValueError(f"{name} must be finite{'' if negative else ' and not negative'}")
 
 
-def check_network(posterior: Posterior, model: nn.Module, weights: bool) -> None:
-    """Refuse a network that a posterior does not belong to.
+def check_network(posterior: Posterior, model: nn.Module, weights: bool = True) -> None:
+    """Check that a posterior belongs to a network: the same batch-norm layers and weights.
 
     Args:
         posterior: the posterior.
         model: the network, wrapped or not.
-        weights: also compare the weights' fingerprint, if the posterior has one.
+        weights: also compare the weights' fingerprint, if the posterior has one; otherwise names and sizes alone.
 
     Raises:
-        ValueError: other batch-norm layers or weights; the message names the first difference.
+        ValueError: it does not; the message names the first difference.
     """
     found = {name: layer.num_features for name, layer in batch_norms(model).items()}
     network = type(unwrap(model)).__name__
@@ -140,12 +140,21 @@ def check_draws(n: int) -> None:
     Raises:
         TypeError, ValueError: it is.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"the number of draws must be a whole number, got {n!r}")
-    if n < 1:
-        raise ValueError(f"the number of draws must be at least 1, got {n}")
+    check_whole("the number of draws", n, 1)
     if n > LARGEST:
         raise ValueError(f"the number of draws must be at most {LARGEST}, got one of {n.bit_length()} bits")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not a whole number of at least `least`.
+
+    Raises:
+        TypeError, ValueError: it is not; the message has its name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def whole(value: Any) -> bool:
@@ -158,12 +167,21 @@ def positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < value < 1e300)  # type: ignore[operator]
 
 
-def checks_weights(check: str) -> bool:
-    """Whether a posterior is to be compared with a network's weights too.
+def check_posterior(posterior: Any, model: nn.Module, check: str) -> None:
+    """Refuse what is no posterior of a network.
+
+    Args:
+        posterior: the posterior.
+        model: the network.
+        check: what they must have in common: ``"weights"``, or ``"shape"``, names and sizes of layers.
 
     Raises:
-        ValueError: `check` is neither ``"weights"`` nor ``"shape"``.
+        TypeError, ValueError: it is none, or `check` is neither.
     """
+    from stochbn.posteriors.base import Posterior
+
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
     if check not in ("weights", "shape"):
         raise ValueError(f'check must be "weights" or "shape", got {check!r}')
-    return check == "weights"
+    posterior.check(model, weights=check == "weights")

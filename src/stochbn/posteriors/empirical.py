@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["Empirical", "Replayed"]
 
 
+class Replayed(Sample["Empirical"]):
+    """The mini-batches of an empirical posterior."""
+
+    def _posterior(self, **about: Any) -> Empirical:
+        return Empirical.from_statistics(self.statistics(), **about)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Empirical(Posterior):
     """Replay: the statistics of observed mini-batches themselves, as MC-BN draws them (Teye et al., 2018).
@@ -32,6 +39,7 @@ class Empirical(Posterior):
 
     kind: ClassVar[str] = "empirical"
     quasi_gain: ClassVar[float] = 1.0
+    accumulator = Replayed
 
     statistics: Tensor
 
@@ -42,11 +50,6 @@ class Empirical(Posterior):
             raise ValueError("statistics must be of at least one mini-batch")
         if (self.statistics[:, 1] < 0).any():
             raise ValueError("statistics must have no negative variances")
-
-    @classmethod
-    def accumulator(cls, *, max_batches: int = 512) -> Replayed:
-        """What `fit` adds mini-batches to, of which it keeps `max_batches` at most."""
-        return Replayed(max_batches)
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, **about: Any) -> Empirical:
@@ -80,19 +83,3 @@ class Empirical(Posterior):
         means = self.statistics[:, 0] + (mean - old_mean)
         variances = torch.where(old > 0, self.statistics[:, 1] * (variance / old.where(old > 0, 1)), variance)
         return replace(self, statistics=torch.stack([means, variances], 1).float())
-
-
-class Replayed(Sample["Empirical"]):
-    """The mini-batches of an empirical posterior."""
-
-    def posterior(self, **about: Any) -> Empirical:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        return Empirical.from_statistics(self.statistics(), layers=self.layers, mini_batches=self.seen, **about)

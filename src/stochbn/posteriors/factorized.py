@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,9 +18,76 @@ from stochbn.posteriors.noise import normals
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "layers_of", "stacked"]
+__all__ = ["Factorized", "MomentsOfLayers", "VarianceMomentsOfLayers", "stacked"]
 
 P = TypeVar("P", bound=Posterior)
+
+
+class MomentsOfLayers(Accumulator[P]):
+    """The moments of every layer's statistics over its calls in all mini-batches, in float64."""
+
+    enough = 5000  # gives standard deviations to 1 %: the relative standard error of one is 1 / sqrt(2 n)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: dict[str, Moments] = {}
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The number of channels of every layer that was called."""
+        return {name: moments.mean.shape[1] for name, moments in self.called.items()}
+
+    @property
+    def called(self) -> dict[str, Moments]:
+        """The moments of every layer that was called, ``[2, C]``."""
+        return {name: moments for name, moments in self.moments.items() if moments.count}
+
+    def update(self, observation: Observation) -> None:
+        """Add a mini-batch.
+
+        Raises:
+            ValueError: a layer has another number of channels than before.
+        """
+        self.moments = _joined(self.moments, {name: Moments.of(calls) for name, calls in observation.items()})
+        self.seen += 1
+
+    def merge(self, other: Self) -> Self:
+        """A new accumulator that has seen the mini-batches of both. It is exact to the rounding of float64.
+
+        Raises:
+            ValueError: a layer has another number of channels in the other.
+        """
+        merged = type(self)()
+        merged.moments = _joined(self.moments, other.moments)
+        merged.seen = self.seen + other.seen
+        return merged
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The moments of every layer."""
+        tensors = {
+            f"{i}.{part}": getattr(moments, part)
+            for i, moments in enumerate(self.moments.values())
+            for part in ("mean", "squares")
+        }
+        counts = [(name, moments.count) for name, moments in self.moments.items()]
+        return tensors, {"seen": self.seen, "counts": counts}
+
+    def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
+        """A new accumulator that remembers what `state` gave."""
+        found = type(self)()
+        found.seen = about["seen"]
+        found.moments = {
+            name: Moments(count, tensors[f"{i}.mean"], tensors[f"{i}.squares"])
+            for i, (name, count) in enumerate(about["counts"])
+        }
+        return found
+
+
+class VarianceMomentsOfLayers(MomentsOfLayers["Factorized"]):
+    """The moments of means and variances."""
+
+    def _posterior(self, **about: Any) -> Factorized:
+        return Factorized.from_moments(self.called, **about)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -43,6 +109,7 @@ class Factorized(Posterior):
 
     kind: ClassVar[str] = "factorized"
     quasi_gain: ClassVar[float] = 2.0
+    accumulator = VarianceMomentsOfLayers
 
     mean_mean: Tensor
     mean_variance: Tensor
@@ -55,21 +122,16 @@ class Factorized(Posterior):
             check_tensor(self, name, (self.channels,), torch.float64, negative=name == "mean_mean")
 
     @classmethod
-    def accumulator(cls) -> VarianceMomentsOfLayers:
-        """What `fit` adds mini-batches to."""
-        return VarianceMomentsOfLayers()
-
-    @classmethod
     def from_moments(cls, moments: Mapping[str, Moments], **about: Any) -> Factorized:
         """The distribution with the given moments of the means and variances, ``[2, C]`` for every layer.
 
         Args:
             moments: of every layer.
-            about: all attributes of `Posterior` but the layers.
+            about: all attributes of `Posterior`; `layers` may be left out.
         """
         center, spread = stacked(moments)
+        about.setdefault("layers", {name: one.mean.shape[1] for name, one in moments.items()})
         return cls(
-            layers=layers_of(moments),
             mean_mean=center[0].clone(),
             mean_variance=spread[0].clone(),
             variance_mean=center[1].clone(),
@@ -112,92 +174,10 @@ class Factorized(Posterior):
         return replace(self, mean_mean=mean, variance_mean=variance, variance_variance=spread)
 
 
-class MomentsOfLayers(Accumulator[P]):
-    """The moments of every layer's statistics over its calls in all mini-batches, in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moments: dict[str, Moments] = {}
-
-    @property
-    def layers(self) -> dict[str, int]:
-        """The number of channels of every layer that was called."""
-        return layers_of({name: moments for name, moments in self.moments.items() if moments.count})
-
-    def update(self, observation: Observation) -> None:
-        """Add a mini-batch.
-
-        Raises:
-            ValueError: a layer has another number of channels than before.
-        """
-        self.moments = _joined(self.moments, {name: Moments.of(calls) for name, calls in observation.items()})
-        self.seen += 1
-
-    def merge(self, other: Self) -> Self:
-        """A new accumulator that has seen the mini-batches of both. It is exact to the rounding of float64.
-
-        Raises:
-            ValueError: a layer has another number of channels in the other.
-        """
-        merged = type(self)()
-        merged.moments = _joined(self.moments, other.moments)
-        merged.seen = self.seen + other.seen
-        return merged
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The moments of every layer."""
-        tensors = {
-            f"{i}.{part}": getattr(moments, part)
-            for i, moments in enumerate(self.moments.values())
-            for part in ("mean", "squares")
-        }
-        counts = [(name, moments.count) for name, moments in self.moments.items()]
-        return tensors, {"seen": self.seen, "counts": counts}
-
-    def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
-        """A new accumulator that remembers what `state` gave."""
-        found = type(self)()
-        found.seen = about["seen"]
-        found.moments = {
-            name: Moments(count, tensors[f"{i}.mean"], tensors[f"{i}.squares"])
-            for i, (name, count) in enumerate(about["counts"])
-        }
-        return found
-
-    def posterior(self, **about: Any) -> P:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        called = {name: moments for name, moments in self.moments.items() if moments.count}
-        return self._of_moments(called, mini_batches=self.seen, **about)
-
-    @abstractmethod
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> P:
-        """The posterior with the given moments, ``[2, C]`` for every layer."""
-
-
-class VarianceMomentsOfLayers(MomentsOfLayers[Factorized]):
-    """The moments of means and variances."""
-
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> Factorized:
-        return Factorized.from_moments(moments, **about)
-
-
 def stacked(moments: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
     """Means and variances of the statistics of all layers, ``[2, D]`` each."""
     means, variances = [m.mean for m in moments.values()], [m.variance for m in moments.values()]
     return torch.cat(means, dim=1), torch.cat(variances, dim=1)
-
-
-def layers_of(moments: Mapping[str, Moments]) -> dict[str, int]:
-    """The number of channels of every layer."""
-    return {name: m.mean.shape[1] for name, m in moments.items()}
 
 
 def _joined(first: Mapping[str, Moments], second: Mapping[str, Moments]) -> dict[str, Moments]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from stochbn.posteriors.accumulators import Observation
 from stochbn.posteriors.base import TINY, Posterior
 from stochbn.posteriors.checks import check_tensor
-from stochbn.posteriors.factorized import MomentsOfLayers, layers_of, stacked
-from stochbn.posteriors.moments import Moments
+from stochbn.posteriors.factorized import MomentsOfLayers, stacked
 from stochbn.posteriors.noise import normals
 
 if TYPE_CHECKING:
@@ -24,6 +23,31 @@ __all__ = ["FLOOR", "FactorizedLog", "LogMomentsOfLayers"]
 
 FLOOR = 1e-6
 """What is added to a mini-batch's variance before its logarithm is taken, as published."""
+
+
+class LogMomentsOfLayers(MomentsOfLayers["FactorizedLog"]):
+    """The moments of every layer's means and log-variances over its calls in all mini-batches, in float64."""
+
+    def update(self, observation: Observation) -> None:
+        """Add a mini-batch.
+
+        Raises:
+            ValueError: a layer has another number of channels than before.
+        """
+        logarithms = {
+            name: torch.stack([calls[:, 0], (calls[:, 1] + FLOOR).log()], 1) for name, calls in observation.items()
+        }
+        super().update(logarithms)
+
+    def _posterior(self, **about: Any) -> FactorizedLog:
+        center, spread = stacked(self.called)
+        return FactorizedLog(
+            mean_mean=center[0].clone(),
+            mean_variance=spread[0].clone(),
+            log_mean=center[1].clone(),
+            log_variance=spread[1].clone(),
+            **about,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -45,6 +69,7 @@ class FactorizedLog(Posterior):
 
     kind: ClassVar[str] = "factorized-log"
     quasi_gain: ClassVar[float] = 2.0
+    accumulator = LogMomentsOfLayers
 
     mean_mean: Tensor
     mean_variance: Tensor
@@ -55,11 +80,6 @@ class FactorizedLog(Posterior):
         super().__post_init__()
         for name in self._tensors():
             check_tensor(self, name, (self.channels,), torch.float64, negative=name.endswith("_mean"))
-
-    @classmethod
-    def accumulator(cls) -> LogMomentsOfLayers:
-        """What `fit` adds mini-batches to."""
-        return LogMomentsOfLayers()
 
     @property
     def expected(self) -> Tensor:
@@ -99,29 +119,3 @@ class FactorizedLog(Posterior):
 
     def _moved(self, mean: Tensor, variance: Tensor) -> Self:
         return replace(self, mean_mean=mean, log_mean=variance.clamp(min=TINY).log() - self.log_variance / 2)
-
-
-class LogMomentsOfLayers(MomentsOfLayers[FactorizedLog]):
-    """The moments of every layer's means and log-variances over its calls in all mini-batches, in float64."""
-
-    def update(self, observation: Observation) -> None:
-        """Add a mini-batch.
-
-        Raises:
-            ValueError: a layer has another number of channels than before.
-        """
-        logarithms = {
-            name: torch.stack([calls[:, 0], (calls[:, 1] + FLOOR).log()], 1) for name, calls in observation.items()
-        }
-        super().update(logarithms)
-
-    def _of_moments(self, moments: dict[str, Moments], **about: Any) -> FactorizedLog:
-        center, spread = stacked(moments)
-        return FactorizedLog(
-            layers=layers_of(moments),
-            mean_mean=center[0].clone(),
-            mean_variance=spread[0].clone(),
-            log_mean=center[1].clone(),
-            log_variance=spread[1].clone(),
-            **about,
-        )

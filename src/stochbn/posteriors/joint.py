@@ -10,15 +10,40 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stochbn.posteriors.accumulators import Sample
+from stochbn.posteriors.accumulators import KEPT, Sample
 from stochbn.posteriors.base import TINY, Posterior
-from stochbn.posteriors.checks import check_tensor
+from stochbn.posteriors.checks import check_tensor, check_whole
 from stochbn.posteriors.noise import SOBOL, normals, sobol
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Directions", "Joint"]
+
+
+class Directions(Sample["Joint"]):
+    """The mini-batches of a joint posterior.
+
+    Args:
+        max_batches: how many mini-batches to keep, at least 2.
+        directions: how many principal directions the posterior has at most; None keeps all.
+
+    Raises:
+        TypeError, ValueError: one of them is not such a whole number.
+    """
+
+    def __init__(self, max_batches: int = KEPT, directions: int | None = None) -> None:
+        super().__init__(max_batches)
+        if directions is not None:
+            check_whole("directions", directions, 1)
+        self.directions = directions
+
+    def _posterior(self, **about: Any) -> Joint:
+        return Joint.from_statistics(self.statistics(), self.directions, **about)
+
+    def settings(self) -> dict[str, Any]:
+        """The options that it was made with, which are those of its kind."""
+        return {**super().settings(), "directions": self.directions}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -47,6 +72,7 @@ class Joint(Posterior):
 
     kind: ClassVar[str] = "joint"
     quasi_gain: ClassVar[float] = 2.0
+    accumulator = Directions
 
     location: Tensor
     directions: Tensor
@@ -60,11 +86,6 @@ class Joint(Posterior):
         check_tensor(self, "residual", (2 * self.channels,), torch.float64, negative=False)
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage must be from 0 to 1, got {self.shrinkage}")
-
-    @classmethod
-    def accumulator(cls, *, max_batches: int = 512, directions: int | None = None) -> Directions:
-        """What `fit` adds mini-batches to, of which it keeps `max_batches`; the posterior has at most `directions`."""
-        return Directions(max_batches, directions)
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, most: int | None = None, **about: Any) -> Joint:
@@ -151,36 +172,6 @@ class Joint(Posterior):
         return replace(
             self, location=torch.cat([mean, variance.clamp(min=TINY).log() - self._log_variance_variance / 2])
         )
-
-
-class Directions(Sample["Joint"]):
-    """The mini-batches of a joint posterior.
-
-    Args:
-        most: how many mini-batches to keep.
-        directions: how many principal directions the posterior has at most; None keeps all.
-    """
-
-    def __init__(self, most: int, directions: int | None = None) -> None:
-        super().__init__(most)
-        self.directions = directions
-
-    def posterior(self, **about: Any) -> Joint:
-        """The posterior of the mini-batches that were added.
-
-        Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
-
-        Raises:
-            ValueError: there were none, or no layer was called.
-        """
-        self._check()
-        return Joint.from_statistics(
-            self.statistics(), self.directions, layers=self.layers, mini_batches=self.seen, **about
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "directions": self.directions}
 
 
 def _shrinkage(rows: Tensor, variance: Tensor) -> float:

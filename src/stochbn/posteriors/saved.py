@@ -32,7 +32,11 @@ SECOND = "stochbn.posterior/2"
 """The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
-LATER = ("reference", "adaptation", "thresholds", "residual_variance", "schema")
+PARTS: Mapping[str, Any] = {"reference": Reference, "thresholds": Thresholds, "residual_variance": Residual}
+"""Fields with tensors of their own in a file."""
+DESCRIBED: Mapping[str, Any] = {"adaptation": Adaptation, "schema": Schema, "fingerprint": Fingerprint}
+"""Fields with a description in a file, and no tensors."""
+LATER = (*PARTS, "adaptation", "schema")
 """Fields that files of the present format have not always had."""
 OPTIONAL = {
     FORMAT: {"temperature", *LATER},
@@ -55,14 +59,10 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
     held = {name: getattr(posterior, name) for name in tensors}
     if about.pop("observed") is not None:
         held["observed"] = posterior.observed
-    if posterior.reference is not None:
-        held |= {f"reference.{name}": tensor for name, tensor in posterior.reference.tensors().items()}
-    if posterior.thresholds is not None:
-        held |= {f"thresholds.{name}": tensor for name, tensor in posterior.thresholds.tensors().items()}
-    if posterior.residual_variance is not None:
-        held |= {f"residual_variance.{name}": tensor for name, tensor in posterior.residual_variance.tensors().items()}
-    for name in ("fingerprint", *LATER):
-        about[name] = about[name] and about[name].description()
+    for name in (*PARTS, *DESCRIBED):
+        if (part := about[name]) is not None:
+            about[name] = part.description()
+            held |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()} if name in PARTS else {}
     write_tensors(path, FORMAT, held, about)
 
 
@@ -130,29 +130,18 @@ def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Poster
     settings: dict[str, Any] = {name: value for name, value in about.items() if name != "kind"}
     settings |= {name: tensors[name] for name in (*kind._tensors(), "observed") if name in tensors}
     settings["layers"] = _layers(about["layers"])
-    if about.get("reference") is not None:
-        settings["reference"] = Reference.from_file(_part(tensors, "reference"), about["reference"])
-    if about.get("thresholds") is not None:
-        settings["thresholds"] = Thresholds.from_file(_part(tensors, "thresholds"), about["thresholds"])
-    if about.get("residual_variance") is not None:
-        found = _part(tensors, "residual_variance"), about["residual_variance"]
-        settings["residual_variance"] = Residual.from_file(*found)
-    if about.get("adaptation") is not None:
-        settings["adaptation"] = Adaptation.from_description(about["adaptation"])
-    if about.get("schema") is not None:
-        settings["schema"] = Schema.from_description(about["schema"])
+    for name, part in PARTS.items():
+        if about.get(name) is not None:
+            own = {full.removeprefix(f"{name}."): t for full, t in tensors.items() if full.startswith(f"{name}.")}
+            settings[name] = part.from_file(own, about[name])
+    for name, part in DESCRIBED.items():
+        if about.get(name) is not None:
+            settings[name] = part.from_description(about[name])
     settings["dtype"] = _dtype(about["dtype"])
     if format == FIRST:
         settings["skipped"] = _without_reasons(about["skipped"])
         settings["layers"], settings["skipped"] = map(_unwrapped, (settings["layers"], settings["skipped"]))
-    if about.get("fingerprint") is not None:
-        settings["fingerprint"] = Fingerprint.from_description(about["fingerprint"])
     return kind(**settings)
-
-
-def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a part of a posterior, by their names in it."""
-    return {full.removeprefix(f"{name}."): t for full, t in tensors.items() if full.startswith(f"{name}.")}
 
 
 def _layers(pairs: Any) -> dict[str, Any]:

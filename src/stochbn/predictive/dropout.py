@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,16 @@ from stochbn.augment import Augment
 from stochbn.caller import warn
 from stochbn.execution import Call, Draw, Passes
 from stochbn.execution.masks import Masks, dropping_modules
-from stochbn.network.calling import InputsOf, NetworkInput
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.predictive.predictive import Predictive
 from stochbn.tasks import Task
 from stochbn.undisturbed import without_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MCDropout"]
 
@@ -37,38 +41,31 @@ class MCDropout(Predictive):
         ValueError: also, at the first call, for a network in which no random numbers are drawn in training mode.
     """
 
+    @shows_options(Interface.of)
     def __init__(
         self,
         model: nn.Module,
         draws: int = 50,
         posterior: Posterior | None = None,
         *,
-        task: Task | str | None = None,
-        logits: Any = None,
-        class_axis: int | None = None,
-        output: str | None = None,
-        inputs: InputsOf = None,
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
-        check: str = "weights",
+        check: Literal["weights", "shape"] = "weights",
         augment: Augment | None = None,
         clean: bool = True,
+        **interface: Unpack[InterfaceOptions],
     ) -> None:
         super().__init__(
             model,
             posterior,
             draws,
-            task=task,
-            logits=logits,
-            class_axis=class_axis,
-            output=output,  # type: ignore[arg-type]
-            inputs=inputs,
             generator=generator,
             keep_draws=keep_draws,
             tolerance=0,
-            check=check,  # type: ignore[arg-type]
+            check=check,
             augment=augment,
             clean=clean,
+            **Interface.of(model, **interface)._asdict(),
         )
 
     def _call(self, exact: bool, inputs: NetworkInput) -> Call:

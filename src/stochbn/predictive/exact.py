@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.execution import Call, passes, repeated
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.network.layers import batch_norms
 from stochbn.network.replica import Network, named_modules
 from stochbn.posteriors import check_draws
 from stochbn.statistics import mini_batches
 from stochbn.summary import Summary
-from stochbn.tasks import Task, task_of
 from stochbn.undisturbed import without_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Exact"]
 
@@ -38,8 +41,8 @@ class Exact:
             kept in memory; draw s is always with mini-batch s, so predictions are deterministic.
         batch_size: B, at least 2.
         draws: the number of mini-batches.
-        task: what the output means, as for `Predictive`; so `logits`, `class_axis`, `output` and `inputs`.
         keep_draws: also return the log-probabilities of each draw.
+        interface: `task`, `logits`, `class_axis`, `output` and `inputs`, as for `Predictive`.
 
     Raises:
         TypeError, ValueError: a wrong argument, or too few training examples.
@@ -47,6 +50,7 @@ class Exact:
     Source: Atanov et al., 2018, section 3.
     """
 
+    @shows_options(Interface.of)
     def __init__(
         self,
         model: Any,
@@ -54,12 +58,8 @@ class Exact:
         batch_size: int = 16,
         draws: int = 50,
         *,
-        task: Task | str | None = None,
-        logits: Any = None,
-        class_axis: int | None = None,
-        output: str | None = None,
-        inputs: InputsOf = None,
         keep_draws: bool = False,
+        **interface: Unpack[InterfaceOptions],
     ) -> None:
         batch_norms(model)
         check_draws(draws)
@@ -68,15 +68,14 @@ class Exact:
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, an example and another one, got {batch_size}")
         self.model = model
-        self.task = task_of(model, task, logits, class_axis, output)
-        self.inputs = inputs
+        self.task, self.inputs = Interface.of(model, **interface)
         self.keep_draws = keep_draws
         self._network = Network.of(model)
         modules = named_modules(self._network.model)
         norms = {name for name, module in modules.items() if isinstance(module, _BatchNorm)}
         self._norms = self._network.trained() & norms  # others work with their running statistics in training too
         try:
-            self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, inputs), draws))
+            self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, self.inputs), draws))
         except ValueError as error:
             raise ValueError(f"no mini-batches of {batch_size - 1} training examples to join: {error}") from error
         if len(self.others) < draws:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from stochbn.augment import Augment, check_augment
 from stochbn.caller import warn
 from stochbn.execution import WAYS, Call, Draw, Passes, Plan, Settings, passes, planned, repeated
-from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input
+from stochbn.interface import Interface, InterfaceOptions, shows_options
+from stochbn.network.calling import Batch, NetworkInput, network_input
 from stochbn.network.fingerprint import totals
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, check_draws
-from stochbn.posteriors.checks import checks_weights
+from stochbn.posteriors.checks import check_posterior
 from stochbn.stopping import Stopping
 from stochbn.summary import Summary
-from stochbn.tasks import Task, task_of
+from stochbn.tasks import Task
 from stochbn.undisturbed import without_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Predictive", "Predictor", "checked_generator"]
 
@@ -105,17 +109,13 @@ class Predictive:
         TypeError, ValueError: a wrong argument, or a posterior of another network.
     """
 
+    @shows_options(Interface.of)
     def __init__(
         self,
         model: nn.Module,
         posterior: Posterior | None = None,
         draws: int = 50,
         *,
-        task: Task | str | None = None,
-        logits: Any = None,
-        class_axis: int | None = None,
-        output: Literal["logits", "probs"] | None = None,
-        inputs: InputsOf = None,
         generator: torch.Generator | None = None,
         keep_draws: bool = False,
         tolerance: float | None = None,
@@ -124,16 +124,13 @@ class Predictive:
         clean: bool = True,
         compile: bool = False,
         settings: Settings | None = None,
+        **interface: Unpack[InterfaceOptions],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module as the network, got {type(model).__name__}")
         check_draws(draws)
         if posterior is not None:
-            if not isinstance(posterior, Posterior):
-                raise TypeError(
-                    f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}"
-                )
-            posterior.check(model, weights=checks_weights(check))
+            check_posterior(posterior, model, check)
         if tolerance is not None:
             if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
                 raise TypeError(f"tolerance must be a number or None, got {tolerance!r}")
@@ -145,8 +142,7 @@ class Predictive:
         self._model = model
         self.posterior = posterior
         self.draws = draws
-        self.task = task_of(model, task, logits, class_axis, output)
-        self.inputs = inputs
+        self.task, self.inputs = Interface.of(model, **interface)
         self.generator = generator
         self.keep_draws = keep_draws
         self.tolerance = tolerance

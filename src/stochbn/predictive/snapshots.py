@@ -21,6 +21,7 @@ from stochbn.network.copying import put_in_training
 from stochbn.network.fingerprint import Fingerprint
 from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior, load
+from stochbn.posteriors.checks import check_whole
 from stochbn.predictive.ensemble import Ensemble
 from stochbn.predictive.predictive import Predictive, Predictor
 from stochbn.undisturbed import undisturbed
@@ -91,10 +92,7 @@ def snapshots(
     Source: Huang et al., 2017, "Snapshot ensembles"; Garipov et al., 2018, "Fast geometric ensembling".
     """
     for name, value in (("count", count), ("epochs", epochs)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_whole(name, value, 1)
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"expected an iterable of batches, such as a DataLoader, got {type(batches).__name__}")
     if isinstance(batches, Iterator):

@@ -19,6 +19,7 @@ from stochbn.network.replica import Network
 from stochbn.posteriors import Posterior
 from stochbn.posteriors.adaptation import UNUSUAL, Adaptation
 from stochbn.posteriors.base import BROKEN
+from stochbn.posteriors.checks import check_posterior
 from stochbn.posteriors.thresholds import sums_of_centre
 from stochbn.shift.comparing import Comparison, Reading
 from stochbn.shift.looking import Looker, looking
@@ -137,9 +138,7 @@ class Adapter:
         prior: float | None = None,
         inputs: InputsOf = None,
     ) -> None:
-        if not isinstance(posterior, Posterior):
-            raise TypeError(f"expected a posterior from stochbn.fit or stochbn.load, got {type(posterior).__name__}")
-        posterior.check(model)
+        check_posterior(posterior, model, "weights")
         settings: dict[str, Any] = {"prior": prior, "half_life": half_life}
         for name, value in settings.items():
             if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):

@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
-from stochbn.network.layers import unwrap
 from stochbn.tasks.base import Task
 from stochbn.tasks.binary import Binary
 from stochbn.tasks.classification import Classification
@@ -34,7 +31,6 @@ __all__ = [
     "Task",
     "make_task",
     "named",
-    "task_of",
 ]
 
 TASKS: Mapping[str, type[Task]] = {
@@ -46,35 +42,6 @@ TASKS: Mapping[str, type[Task]] = {
 def named(task: Task) -> bool:
     """Whether a file can name a task: whether it is one of `TASKS`."""
     return type(task) is TASKS.get(task.name)
-
-
-PROBLEMS: Mapping[str, type[Task]] = {"multi_label_classification": Multilabel, "regression": Regression}
-"""The tasks of what the configs of Transformers call a ``problem_type``."""
-
-
-def task_of(
-    model: nn.Module,
-    task: Task | str | None = None,
-    place: Any = None,
-    class_axis: int | None = None,
-    output: str | None = None,
-) -> Task:
-    """The task that is given or, if it is None, the one that the network's own config names.
-
-    Args:
-        model: the network.
-        task: a task, or its name; None is what ``config.problem_type`` says, or classification.
-        place: as for `Task`, and so are the others; they take the place of what a task says.
-        class_axis: the axis of the classes in the output.
-        output: ``"logits"`` or ``"probs"``.
-
-    Raises:
-        TypeError, ValueError: as `make_task`.
-    """
-    if task is None:
-        problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
-        task = (PROBLEMS.get(problem, Classification) if isinstance(problem, str) else Classification).name
-    return make_task(task, place, class_axis, output)
 
 
 def make_task(name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:

@@ -1,0 +1,87 @@
+"""A kind of posterior is one module and its entry in `KINDS`: one that is added here can all that the others can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+import stochbn
+from conftest import mlp, normal, settled
+from posterior_contract import PosteriorContract, same
+from stochbn.posteriors import KINDS
+from stochbn.posteriors.empirical import Empirical, Replayed
+
+
+class Shrinking(Replayed):
+    """Mini-batches whose noise is to be `shrink` times as large."""
+
+    def __init__(self, max_batches: int = 512, shrink: float = 1.0) -> None:
+        super().__init__(max_batches)
+        if not 0 < shrink <= 1:
+            raise ValueError(f"shrink must be above 0 and at most 1, got {shrink!r}")
+        self.shrink = shrink
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "shrink": self.shrink}
+
+    def _posterior(self, **about: Any) -> Empirical:
+        found = Shrunken.from_statistics(self.statistics(), shrink=self.shrink, **about)
+        return found if self.shrink == 1 else found._scaled(self.shrink**2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Shrunken(Empirical):
+    """Replay of statistics that were moved towards their mean."""
+
+    kind = "shrunken"
+    accumulator = Shrinking
+    shrink: float = 1.0
+
+
+@pytest.fixture(autouse=True)
+def _known() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cast(dict[str, Any], KINDS), "shrunken", Shrunken)
+        yield
+
+
+class TestShrunken(PosteriorContract):
+    kind = "shrunken"
+    replays = True
+
+
+def test_fit_hands_a_kind_its_options_and_leaves_them_out_for_the_others() -> None:
+    model, data = settled(mlp(), 4), [normal(240, 4)]
+    options: dict[str, Any] = {"centre": "observed", "shrink": 0.5, "max_batches": 40}
+    half = stochbn.fit(model, data, 8, "shrunken", **options)
+    every = stochbn.fit(model, data, 8, "empirical", **options)
+    assert isinstance(half, Shrunken)
+    assert half.shrink == 0.5
+    torch.testing.assert_close(half.variance_of_means, every.variance_of_means / 4, rtol=1e-4, atol=1e-9)
+    assert half.mini_batches == every.mini_batches == 30
+
+
+def test_a_kind_checks_its_options_and_no_kind_takes_unknown_ones() -> None:
+    model, data = settled(mlp(), 4), [normal(240, 4)]
+    with pytest.raises(ValueError, match="shrink must be above 0 and at most 1, got 2"):
+        stochbn.fit(model, data, 8, "shrunken", shrink=2)
+    for kind in KINDS:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'shrnk'"):
+            stochbn.fit(model, data, 8, kind, shrnk=0.5)
+
+
+def test_what_a_kind_was_told_is_in_its_file_and_goes_through_calibration_and_predictions(tmp_path: Path) -> None:
+    model, x = settled(mlp(), 4), normal(240, 4)
+    posterior = stochbn.fit(model, [x], 8, "shrunken", shrink=0.5)
+    posterior.save(tmp_path / "p")
+    loaded = stochbn.load(tmp_path / "p")
+    same(loaded, posterior)
+    chosen = stochbn.calibrate(model, loaded, [(x, torch.arange(240) % 3)])
+    assert isinstance(chosen, Shrunken)
+    assert chosen.shrink == 0.5
+    assert stochbn.Predictive(model, chosen)(x[:5]).probs.shape == (5, 3)
