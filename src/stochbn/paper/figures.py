@@ -127,9 +127,9 @@ def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Ma
     from matplotlib.figure import Figure
 
     rows = [(f"{name}, {group}", pairs) for name, groups in networks.items() for group, pairs in groups.items()]
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 1.4 + 0.36 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in zip(panels, ("nll", "calibrated_nll"), ("NLL", "calibrated NLL"), strict=True):
+    for axes, key, label in zip(panels, ("nll", "calibrated_nll"), ("NLL", "after the best temperature"), strict=True):
         for i, method in enumerate(("SBN", "joint", "input")):
             shown = [
                 (row + (i - 1) * 0.22, change[f"{key}_change"], 2 * change[f"{key}_change_se"])
@@ -140,11 +140,12 @@ def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Ma
             axes.errorbar(changes, places, xerr=bars, fmt="o", ms=4, capsize=2, lw=1, color=SEQUENCE[i], label=method)
         axes.axvline(0, color="black", lw=0.8)
         axes.grid(axis="x", alpha=0.3)
-        axes.set_xlabel(f"{label} less plain (nats)", fontsize=8)
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("nats, less the plain network", fontsize=8)
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(rows)), [name for name, _ in rows])
     panels[0].invert_yaxis()
-    panels[0].legend(fontsize=7, title="drawn", title_fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside upper center")
     figure.supxlabel("bars: two standard errors, paired over test images; left of the line is better", fontsize=7)
     return save(figure, path)
 

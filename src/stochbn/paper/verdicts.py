@@ -51,8 +51,8 @@ class Claim:
 
 CLAIMS = (
     Claim("SBN lowers the NLL", "nll", (SBN, PLAIN), -1),
-    Claim("Its noise does: from the medians, published as no SBN", "nll", (SBN, CENTRE), -1),
-    Claim("The other centre of the statistics does: medians, no noise", "nll", (CENTRE, PLAIN), -1),
+    Claim("Its noise does (from the medians, published as no SBN)", "nll", (SBN, CENTRE), -1),
+    Claim("The other centre of the statistics does (medians, no noise)", "nll", (CENTRE, PLAIN), -1),
     Claim("SBN lowers the NLL beyond what a temperature does", "calibrated_nll", (SBN, PLAIN), -1),
     Claim("The error does not suffer (points)", "error", (SBN, PLAIN), -2),
     Claim("Unknown examples get more entropy (nats)", "entropy_unknown", (SBN, PLAIN), 1),
@@ -151,7 +151,9 @@ def page(out: Path) -> Table:
     fits = {name: json.loads((out / f"{name}-paper" / "results.json").read_text()) for name in found}
     body = [_row(one, group, found) for one in CLAIMS for group in one.groups]
     body += [_exact(found), _marginals(found, fits)]
-    table = Table("Verdicts", ["claim", *(NAMES[name] for name in found), "in short"], [row for row in body if row])
+    table = Table(
+        "Verdicts", ["claim", "of", *(NAMES[name] for name in found), "in short"], [row for row in body if row]
+    )
     texts = [ABOUT, *(_described(NAMES[name], about) for name, about in found.items()), table.markdown(), AFTER]
     texts += ["![What draws change in the NLL](claims.png)", "## Every method, and what it costs"]
     texts += [claims.table(about).markdown() for about in found.values()]
@@ -180,6 +182,7 @@ def _groups(about: Mapping[str, Any], group: str) -> str:
 
 
 def _row(claim: Claim, group: str, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A claim of one network, ensembles or networks with dropout; empty if no run has such."""
     cells, verdicts = [], []
     for about in found.values():
         change = about["changes"].get(_groups(about, group), {}).get(" - ".join(claim.pair), {})
@@ -191,8 +194,8 @@ def _row(claim: Claim, group: str, found: Mapping[str, Mapping[str, Any]]) -> li
         verdicts.append(verdict(value, error, claim.sign, nats=claim.key.endswith("nll")))
         shown = claims.difference(change, claim.key, 2 if claim.key == "error" else 4)
         cells.append(f"{verdicts[-1]}: {shown}")
-    name = "ensemble" if group == ENSEMBLE else group
-    return [f"{claim.words}; {name}", *cells, _in_short(list(found), verdicts)] if any(verdicts) else []
+    of = "ensemble" if group == ENSEMBLE else group
+    return [claim.words, of, *cells, _in_short(list(found), verdicts)] if any(verdicts) else []
 
 
 def _in_short(networks: Sequence[str], verdicts: Sequence[str]) -> str:
@@ -210,7 +213,7 @@ def _exact(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     cells = [f"{v}: {claims.difference(one['exact'], 'kl')}" for v, one in zip(verdicts, found.values(), strict=True)]
     words = "The factorised form is as near to exact inference as the joint one (KL, nats)"
-    return [words, *cells, _in_short(list(found), verdicts)]
+    return [words, ONE, *cells, _in_short(list(found), verdicts)]
 
 
 def _marginals(found: Mapping[str, Any], fits: Mapping[str, Any]) -> list[str]:
@@ -219,4 +222,4 @@ def _marginals(found: Mapping[str, Any], fits: Mapping[str, Any]) -> list[str]:
     verdicts = [HOLDS if max(each) < FITTING else OPPOSITE for each in both.values()]
     cells = [f"{v}: {min(e):.3f} to {max(e):.3f}" for v, e in zip(verdicts, both.values(), strict=True)]
     words = f"Normal and LogNormal fit the statistics of each layer (mean KS distance below {FITTING})"
-    return [words, *cells, _in_short(list(found), verdicts)]
+    return [words, ONE, *cells, _in_short(list(found), verdicts)]
