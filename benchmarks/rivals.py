@@ -31,22 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
 from rivals_measure import loaders, measure
 from rivals_methods import DEFAULT, METHODS, PLAIN, Subject, missing, version_of
 from rivals_report import BATCH, KNOWN, TRAINED, UNKNOWN, change, merged, page, score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
 from stochbn.files import read_tensors, write_bytes, write_json, write_tensors
 from stochbn.measuring.timing import machine
 from stochbn.sources import checkpoints
 from stochbn.sources.named import Images, load
 
 ROOT = Path(__file__).parent.parent
-TRAINED_FOLDER = ROOT / "results" / "trained" / "resnet18"
-NETWORKS = [TRAINED_FOLDER / f"plain-{i}" / "network.safetensors" for i in range(TRAINED)]
-    ROOT / "results" / "trained" / "resnet18" / f"plain-{i}" / "network.safetensors" for i in range(TRAINED)
-)
+FOLDER = ROOT / "results" / "trained" / "resnet18"
+NETWORKS = [FOLDER / f"plain-{i}" / "network.safetensors" for i in range(TRAINED)]
 FORMAT = "stochbn.rivals/1"
 
 
