@@ -55,7 +55,8 @@ def claimed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = command_output(
         "paper", "claims", folder / "trained", "--out", folder / "results", "--runs", folder / "runs", "--jobs", 1
     )
-    assert "trained is done." in made
+    for name in ("plain-0", "plain-1", "dropout-0", "claims"):
+        assert f" trained, {name}: predicting is done" in made
     assert "training" not in made
     return folder
 
@@ -103,6 +104,12 @@ def test_every_network_has_a_column_and_what_it_lacks_a_dash(claimed: Path, tmp_
     assert "ResNet-18" in one[3]
     assert "VGG-11" not in one[3]
     assert rows["SBN lowers the NLL", "Dropout"][1:3] == ["-", "-"]
+
+
+def test_folders_without_networks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        command_output("paper", "claims", tmp_path / "nowhere", "--out", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 def test_no_results_make_no_page(tmp_path: Path) -> None:

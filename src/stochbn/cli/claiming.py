@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import Progress
 
-from stochbn.cli.console import follow_stages, progress_bars, say, show, side_by_side
+from stochbn.cli.console import STAGES, follow_stages, progress_bars, say, show, side_by_side
 from stochbn.cli.options import Jobs
 
 __all__ = ["claims", "store"]
@@ -45,13 +48,24 @@ def claims(
     from stochbn.paper.report import read_recipe
     from stochbn.paper.verdicts import claim, page
 
-    folders = [folder for folder in folders if folder.is_dir()]  # results/trained/* has a page, too
+    folders = [folder for folder in folders if not folder.is_file()]  # results/trained/* has a page, too
     recipes = {folder: read_recipe(folder) for folder in folders}  # refused before the work, not after it
     for folder, recipe in recipes.items():
         say(f"{folder}: {len(recipe.all_members())} networks, {recipe.draws} draws.", folder)
+        many = jobs or side_by_side(len(recipe.all_members()))
         with progress_bars() as bars:
-            many = jobs or side_by_side(len(recipe.all_members()))
-            claim(folder, runs / folder.name, out, jobs=many, progress=follow_stages(bars))
-        say(f"{folder} is done.", folder)
+            claim(folder, runs / folder.name, out, jobs=many, progress=_told(bars, folder.name))
     show([page(out)])
     say(f"Everything is in {out}: claims.md, claims.png, and a folder for each run.", out)
+
+
+def _told(bars: Progress, run: str) -> Callable[[str, str, int, int], None]:
+    """Bars that move, and a line for each part that is done, for those who read a log."""
+    move = follow_stages(bars)
+
+    def advance(name: str, stage: str, done: int, total: int) -> None:
+        move(name, stage, done, total)
+        if done == total:
+            say(f"{datetime.now().astimezone():%H:%M:%S} {run}, {name}: {STAGES[stage]} is done")
+
+    return advance

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stochbn.report.tables import Table
 
 __all__ = [
+    "STAGES",
     "complain",
     "follow",
     "follow_stages",
