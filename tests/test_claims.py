@@ -1,55 +1,125 @@
-"""Every number with an error in the verdicts on the paper's claims is one of the tables that lie beside them."""
+"""The paper's claims on a run: predictions are those of posteriors made by hand, and numbers are of what is stored."""
 
 from __future__ import annotations
 
 import json
-import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-RESULTS = Path(__file__).parent.parent / "results"
-HEAD = "| claim | LeNet-5 | VGG-11 | ResNet-18 | verdict | why |"
-CHANGE = r"[+-]\d+\.\d+ ± \d+\.\d+"
+import stochbn
+import stochbn.augment as augment
+from stochbn import metrics
+from stochbn.files import read_tensors
+from stochbn.paper import claims
+from stochbn.paper.recipes import PRESETS
+from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
+from stochbn.sources import checkpoints
+from test_runner import TINY
 
-
-def verdicts() -> list[list[str]]:
-    lines = (RESULTS / "README.md").read_text().split(HEAD, 1)[1].splitlines()[2:]
-    rows = [line.strip("|").split("|") for line in lines[: lines.index("")]]
-    return [[cell.strip() for cell in row] for row in rows]
-
-
-FOLDERS = {1: "lenet5-paper", 2: "vgg11-paper", 3: "resnet18-paper"}
-
-
-@pytest.mark.parametrize(("column", "count"), [(1, 18), (2, 18), (3, 12)])
-def test_numbers_of_the_verdicts_are_those_of_the_tables(column: int, count: int) -> None:
-    tables = (RESULTS / FOLDERS[column] / "results.md").read_text()
-    changes = [change for row in verdicts() for change in re.findall(CHANGE, row[column])]
-    assert len(changes) == count
-    for change in changes:
-        assert change in tables, change
+RECIPE = replace(TINY, train_images=160, held_out=0.1, posterior="factorized-log", unknown="digits:5-9", test_images=60)
 
 
-@pytest.mark.parametrize(("column", "folder"), FOLDERS.items())
-def test_distances_of_the_marginals_are_those_of_the_run(column: int, folder: str) -> None:
-    distances = json.loads((RESULTS / folder / "results.json").read_text())["kolmogorov_smirnov"].values()
-    both = [distance[part] for distance in distances for part in ("mean", "variance")]
-    assert f"{min(both):.3f} to {max(both):.3f}" in verdicts()[-1][column]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run(RECIPE, folder)
+    seen: list[tuple[int, int]] = []
+    claims.predict(folder, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 8) for done in range(9)]
+    claims.tabulate(folder)
+    return folder
 
 
-def test_every_claim_has_a_verdict_in_bold() -> None:
-    rows = verdicts()
-    assert len(rows) == 9
-    assert all(row[4].startswith("**") and row[5] for row in rows)
+def stored(folder: Path, member: str, method: str) -> dict[str, Tensor]:
+    return read_tensors(folder / member / "claims" / f"{method}.safetensors", "stochbn.claims/1")[0]
 
 
-@pytest.mark.parametrize("network", ["lenet5", "vgg11"])
-def test_distances_from_exact_inference_are_those_of_the_comparison(network: str) -> None:
-    table = (RESULTS / f"{network}-posteriors" / "comparison.md").read_text().split("KL to exact", 1)[1]
-    rows = dict(re.findall(r"^\| (\w+) \| (0\.\d+ ± 0\.\d+)", table, re.MULTILINE))
-    cell = next(row for row in verdicts() if row[0].startswith("The factorised"))[1 if network == "lenet5" else 2]
-    shown = re.findall(r"(0\.\d+) ± (0\.\d+)", cell)
-    for (mean, deviation), kind in zip(shown, ("factorized", "joint"), strict=True):
-        wanted = [float(part) for part in rows[kind].split(" ± ")]
-        assert [float(mean), float(deviation)] == pytest.approx(wanted, abs=6e-5)
+def of_run(folder: Path, member: str) -> dict[str, Tensor]:
+    return read_tensors(folder / member / "predictions.safetensors", PREDICTIONS)[0]
+
+
+def test_predictions_are_those_of_posteriors_made_by_hand(finished: Path) -> None:
+    parts = load_parts(RECIPE)
+    model = checkpoints.load(finished / "plain-1" / "network.safetensors").model
+    seed = next(RECIPE.schedule(member).seed for member in RECIPE.all_members() if member.name == "plain-1")
+    joint = fit_posterior(model, parts["train"], 16, seed, kind="joint", centre="running")
+    shifts = augment.shift(1)
+    wanted = {
+        "joint": stochbn.Predictive(model, joint, RECIPE.draws, tolerance=0),
+        "input": stochbn.Predictive(model, None, 8, tolerance=0, augment=shifts),
+        "joint and input": stochbn.Predictive(model, joint, 8, tolerance=0, augment=shifts),
+    }
+    for method, predictive in wanted.items():
+        generator = torch.Generator().manual_seed(seed)
+        for part in ("known", "unknown"):
+            found = stored(finished, "plain-1", method)[part].exp()
+            torch.testing.assert_close(
+                found, predict_all(predictive, parts[part], generator).probs, rtol=1e-3, atol=1e-4
+            )
+
+
+def test_numbers_are_of_the_stored_predictions(finished: Path) -> None:
+    found = json.loads((finished / "claims.json").read_text())
+    assert list(found["scores"]) == ["one network", "ensemble of 2", "Dropout"]
+    each = [of_run(finished, name) for name in ("plain-0", "plain-1")]
+    labels = each[0]["labels"]
+    for group, probs in (
+        ("one network", [one["sbn.known"].exp() for one in each]),
+        ("ensemble of 2", [torch.stack([one["sbn.known"].exp() for one in each]).mean(0)]),
+        ("Dropout", [of_run(finished, "dropout-0")["sbn.known"].exp()]),
+    ):
+        nll = sum(metrics.evaluate(one, labels)["nll"] for one in probs) / len(probs)
+        assert found["scores"][group]["SBN"]["nll"] == pytest.approx(nll, rel=1e-6)
+    joint = [stored(finished, name, "joint")["known"] for name in ("plain-0", "plain-1")]
+    changes = [
+        (one["sbn.known"] - other).gather(1, labels[:, None])[:, 0].double()
+        for one, other in zip(each, joint, strict=True)
+    ]  # of the NLL from SBN to joint
+    change = found["changes"]["one network"]["joint - SBN"]
+    assert change["nll_change"] == pytest.approx(torch.stack(changes).mean().item(), rel=1e-4, abs=1e-6)
+    errors = [one.std().item() / len(labels) ** 0.5 for one in changes]
+    assert change["nll_change_se"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    noise = found["changes"]["Dropout"]["SBN - centre alone"]["nll_change"]
+    scores = found["scores"]["Dropout"]
+    assert noise == pytest.approx(scores["SBN"]["nll"] - scores["centre alone"]["nll"], abs=1e-6)
+
+
+def test_divergences_are_from_exact_inference(finished: Path) -> None:
+    found = json.loads((finished / "claims.json").read_text())["exact"]
+    exact, joint = (stored(finished, "plain-0", method)["known"].double() for method in ("exact", "joint"))
+    sbn = of_run(finished, "plain-0")["sbn.known"].double()
+    each = [(exact.exp() * (exact - other)).sum(1) for other in (sbn, joint)]
+    assert found["images"] == len(exact) == 60
+    assert found["kl_SBN"] == pytest.approx(each[0].mean().item(), rel=1e-3, abs=1e-7)
+    assert found["kl_change"] == pytest.approx((each[0] - each[1]).mean().item(), rel=1e-3, abs=1e-7)
+
+
+def test_passes_are_those_of_all_networks(finished: Path) -> None:
+    rows = (finished / "claims.md").read_text().splitlines()
+    passes = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows if row.startswith("| ")}
+    assert passes["one network: plain"] == passes["one network: centre alone"] == "1"
+    assert passes["one network: SBN"] == passes["Dropout: plain"] == "3"
+    assert passes["ensemble of 2: joint"] == "6"
+    assert passes["ensemble of 2: joint and input"] == "16"
+
+
+def test_it_continues_and_writes_the_same_again(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "plain-0" / "claims" / "input.safetensors").unlink()
+    (folder / "claims.md").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 'input' of plain-0"):
+        claims.tabulate(folder)
+    claims.predict(folder)
+    claims.tabulate(folder)
+    assert (folder / "claims.md").read_bytes() == (finished / "claims.md").read_bytes()
+
+
+def test_inputs_change_as_training_changed_them() -> None:
+    assert claims.settings_of(PRESETS["vgg11"]["paper"])["augment"] == "flip,shift:4"
+    assert claims.settings_of(PRESETS["lenet5"]["paper"])["augment"] == "shift:1"

@@ -436,7 +436,7 @@ def test_the_help_names_every_option_in_any_terminal(
 def test_the_experiments_are_under_paper_and_under_their_old_names() -> None:
     under = COMMANDS["paper"].commands
     old = {"train", "fit", "evaluate", "predict", "reproduce", "report", "compare"}
-    assert set(under) == old | {"ablate", "augment", "redraw"}
+    assert set(under) == old | {"ablate", "augment", "claims", "redraw", "store"}
     for name in sorted(old):
         found = under[name]
         assert found.callback.__wrapped__ is COMMANDS[name].callback.__wrapped__

@@ -1,4 +1,4 @@
-"""The table of benchmarks/rivals.py: its numbers, and that the committed page has those of the committed file."""
+"""The page of benchmarks/rivals.py: its numbers, and that the committed page has those of the committed file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from conftest import script
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "rivals.py"
-COMMITTED = FILE.with_suffix(".json")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+COMMITTED = FOLDER / "rivals.json"
 
-rivals = script(FILE)
+methods, _, rivals = (script(FOLDER / f"rivals_{name}.py") for name in ("methods", "measure", "report"))
 
 
 def changes(*values: float, error: float = 1.0) -> list[dict[str, float]]:
@@ -51,14 +51,14 @@ def test_rows_that_this_run_lacks_stay_as_they_were() -> None:
 
 def test_verdicts_name_scores_and_costs() -> None:
     rows = {
-        rivals.PLAIN: row(9.0, from_default=changes(3.0)),
-        rivals.DEFAULT: row(9.0, passes=4.0),
+        methods.PLAIN: row(9.0, from_default=changes(3.0)),
+        methods.DEFAULT: row(9.0, passes=4.0),
         "level": row(9.0, passes=4.2),
         "ensemble": row(8.0, passes=3.0, ensemble=True, from_default=changes(-3.0)),
     }
     lines = rivals.verdicts(rows).splitlines()[2:]
     assert lines == [
-        f"- {rivals.PLAIN}: better in AUROC, passes; worse in error, NLL, calibrated NLL.",
+        f"- {methods.PLAIN}: better in AUROC, passes; worse in error, NLL, calibrated NLL.",
         "- level: better in nothing; worse in nothing.",
         "- ensemble: better in error, NLL, calibrated NLL, passes; worse in AUROC, fitting.",
     ]
@@ -74,9 +74,9 @@ def test_scores_are_percent_and_nats() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    method = rivals.Method("how", rivals.plain, ("a_module_that_is_nowhere",), ("a-package",))
-    assert "a_module_that_is_nowhere" in rivals.missing(method)
-    assert not rivals.missing(rivals.METHODS[rivals.PLAIN])
+    method = methods.Method("how", methods.plain, ("a_module_that_is_nowhere",), ("a-package",))
+    assert "a_module_that_is_nowhere" in methods.missing(method)
+    assert not methods.missing(methods.METHODS[methods.PLAIN])
 
 
 def test_the_committed_page_has_the_numbers_of_the_committed_file() -> None:

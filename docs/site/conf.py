@@ -23,7 +23,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 include_patterns = [
-    "docs/*.md", "docs/howto/*.md", "docs/gallery/**", "results/**/*.md", "results/README.md", "benchmarks/*.md",
+    "docs/*.md", "docs/howto/*.md", "docs/gallery/**", "results/**/*.md", "results/*.md", "benchmarks/*.md",
     "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
 ]  # fmt: skip
 exclude_patterns = ["docs/gallery/**/*.ipynb", "docs/gallery/**/*.py", "docs/gallery/**/*.json"]

@@ -13,6 +13,7 @@ import typer
 from stochbn import __version__
 from stochbn.cli import project
 from stochbn.cli.adapting import adapt
+from stochbn.cli.claiming import claims, store
 from stochbn.cli.console import complain, err, never_fail_to_encode, out, show_warnings
 from stochbn.cli.covering import conformal
 from stochbn.cli.evaluating import evaluate
@@ -39,7 +40,7 @@ paper = typer.Typer(no_args_is_help=True)
 for command in (demo, fit, calibrate, conformal, diagnose, evaluate, predict, adapt, export, bench):
     app.command()(command)
 app.add_typer(paper, name="paper")
-for command in (train, fit, evaluate, predict, reproduce, report, redraw, compare, ablate, augment):
+for command in (train, fit, evaluate, predict, reproduce, report, redraw, compare, ablate, augment, store, claims):
     paper.command()(command)
 for command in (train, reproduce, report, compare):  # their names from before there was 'paper'
     app.command(hidden=True)(command)
@@ -89,7 +90,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:
-            again = " Run it again to go on." if {"predict", "demo", "reproduce"} & set(sys.argv[1:3]) else ""
+            again = " Run it again to go on." if {"predict", "demo", "reproduce", "claims"} & set(sys.argv[1:3]) else ""
             err.print(f"Stopped.{again}")
         raise
 

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.status import Status
 from rich.table import Column
 from rich.table import Table as RichTable
@@ -29,8 +38,10 @@ if TYPE_CHECKING:
     from stochbn.report.tables import Table
 
 __all__ = [
+    "STAGES",
     "complain",
     "follow",
+    "follow_stages",
     "never_fail_to_encode",
     "progress_bars",
     "readable",
@@ -256,6 +267,29 @@ def follow(bars: Progress, description: str, unit: str = "img") -> Callable[[int
     """A new bar, as the function that moves it; it is shown from its first move on."""
     task = bars.add_task(readable(description), total=None, unit=unit, visible=False)
     return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+STAGES = {
+    "load": "loading",
+    "train": "training",
+    "fit": "fitting SBN",
+    "observe": "observing",
+    "predict": "predicting",
+}
+"""What the stages of an experiment are called."""
+
+
+def follow_stages(bars: Progress) -> Callable[[str, str, int, int], None]:
+    """What shows an experiment: called with a name, a stage, and how much of how much is done, each has a bar."""
+    tasks: dict[tuple[str, str], TaskID] = {}
+
+    def advance(name: str, stage: str, done: int, total: int) -> None:
+        if (name, stage) not in tasks:
+            unit = "steps" if stage == "train" else "img"
+            tasks[name, stage] = bars.add_task(readable(f"{name}: {STAGES[stage]}"), total=total, unit=unit)
+        bars.update(tasks[name, stage], completed=done)
+
+    return advance
 
 
 def side_by_side(tasks: int) -> int:

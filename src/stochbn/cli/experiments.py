@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stochbn.cli.console import follow, progress_bars, readable, say, show, side_by_side
+from stochbn.cli.console import follow, follow_stages, progress_bars, say, show, side_by_side
 from stochbn.cli.inputs import default_posterior, load_images
 from stochbn.cli.job import job
 from stochbn.cli.options import DATA_HELP, Draws, Jobs, Override, Seed
@@ -350,31 +350,15 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
     """Run a recipe with progress bars, and show what came out."""
     from stochbn.paper import report, runner
 
-    stages = {
-        "load": "loading",
-        "train": "training",
-        "fit": "fitting SBN",
-        "observe": "observing",
-        "predict": "predicting",
-    }
     with job() as ranks, progress_bars() as bars:
         dropout = " and one with dropout" if recipe.dropout else ""
         say(
             f"{recipe.network} on {recipe.data}, unknown classes: {recipe.unknown or 'none'}; {recipe.members} plain "
             f"networks{dropout}, {recipe.epochs} epochs, {recipe.draws} draws."
         )
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def advance(name: str, stage: str, done: int, total: int) -> None:
-            key = name, stage
-            if key not in tasks:
-                unit = "steps" if stage == "train" else "img"
-                tasks[key] = bars.add_task(readable(f"{name}: {stages[stage]}"), total=total, unit=unit)
-            bars.update(tasks[key], completed=done)
-
         alone = recipe.processes > 1 or ranks.count > 1
         jobs = jobs or (1 if alone else side_by_side(len(recipe.all_members())))
-        runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=advance, ranks=ranks)
+        runner.run(recipe, folder, jobs=jobs, keep_draws=keep_draws, progress=follow_stages(bars), ranks=ranks)
     if ranks.rank:
         return
     show(report.write_run(folder))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stochbn.paper.schedule import Epoch
 
-__all__ = ["save_equivalents", "save_passes", "save_statistics", "save_training", "training"]
+__all__ = ["save_changes", "save_equivalents", "save_passes", "save_statistics", "save_training", "training"]
 
 
 def training(logs: Mapping[str, Sequence[Epoch]], *, stacked: bool = False) -> Figure:
@@ -111,6 +111,42 @@ def save_equivalents(
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_fontsize(8)
     figure.supxlabel(_bars(nlls), fontsize=7)
+    return save(figure, path)
+
+
+def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> list[Path]:
+    """Draw what methods change in the NLL and in the calibrated NLL of each network: PNG and SVG.
+
+    Bars are two standard errors, and a row is one network, an ensemble or a network with dropout.
+
+    Args:
+        path: where to, without an ending.
+        networks: by network, group and pair of methods as ``SBN - plain`` what `stochbn.metrics.differences.paired`
+            gives.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [(f"{name}, {group}", pairs) for name, groups in networks.items() for group, pairs in groups.items()]
+    figure = Figure(figsize=(7, 1.4 + 0.36 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in zip(panels, ("nll", "calibrated_nll"), ("NLL", "after the best temperature"), strict=True):
+        for i, method in enumerate(("SBN", "joint", "input")):
+            shown = [
+                (row + (i - 1) * 0.22, change[f"{key}_change"], 2 * change[f"{key}_change_se"])
+                for row, (_, pairs) in enumerate(rows)
+                if f"{key}_change" in (change := pairs.get(f"{method} - plain", {}))
+            ]
+            places, changes, bars = zip(*shown, strict=True)
+            axes.errorbar(changes, places, xerr=bars, fmt="o", ms=4, capsize=2, lw=1, color=SEQUENCE[i], label=method)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("nats, less the plain network", fontsize=8)
+        axes.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(rows)), [name for name, _ in rows])
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside upper center")
+    figure.supxlabel("bars: two standard errors, paired over test images; left of the line is better", fontsize=7)
     return save(figure, path)
 
 

@@ -35,10 +35,12 @@ __all__ = [
     "COLUMNS",
     "Made",
     "Predict",
+    "Probs",
     "Rows",
     "Study",
     "cell",
     "divergence",
+    "divergence_of_each",
     "ensembles",
     "mixture",
     "score",
@@ -291,9 +293,13 @@ def score_all(
 
 def divergence(exact: Tensor, probs: Tensor) -> float:
     """The mean Kullback-Leibler divergence of predictions from exact ones, in nats."""
+    return max(divergence_of_each(exact, probs).mean().item(), 0.0)
+
+
+def divergence_of_each(exact: Tensor, probs: Tensor) -> Tensor:
+    """What `divergence` is the mean of: ``[N]``."""
     tiny = torch.finfo(probs.dtype).tiny
-    terms = exact.double() * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())
-    return max(terms.sum(1).mean().item(), 0.0)
+    return (exact.double() * (exact.clamp(min=tiny).log() - probs.clamp(min=tiny).log())).sum(1)
 
 
 def table(

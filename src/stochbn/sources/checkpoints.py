@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,13 @@ from stochbn.sources.architectures import build
 __all__ = ["Checkpoint", "load", "save"]
 
 FORMAT = "stochbn.network/1"
+LARGE = 50_000
+"""Entries from which on a weight is kept as whole numbers in a small file. Smaller ones, such as those of first layers,
+change predictions more and fill less."""
+BITS = 7
+"""Of each of these numbers, sign included."""
+SCALE = "scale of "
+"""What comes before the name of a weight in the name of its scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +45,15 @@ class Checkpoint:
     classes: tuple[str, ...]
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, half: bool = False) -> None:
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, small: bool = False) -> None:
     """Save weights and description as safetensors, whole or not at all.
 
     Args:
         path: of the file.
         checkpoint: what to save.
-        half: keep the weights of convolutions and linear layers in half precision; batch norms stay as they are.
+        small: keep weights of convolutions and linear layers in less space, which rounds them: those of at least
+            50,000 entries as whole numbers of 7 bits with a scale for each output channel, the others in half
+            precision. Batch norms and biases stay as they are.
 
     Raises:
         OSError: the file cannot be written.
@@ -54,9 +65,35 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, half: bool = F
         "classes": list(checkpoint.classes),
     }
     tensors = checkpoint.model.state_dict()
-    if half:
-        tensors = {name: value.half() if value.ndim > 1 else value for name, value in tensors.items()}
-    write_tensors(path, FORMAT, tensors, about)
+    write_tensors(path, FORMAT, _rounded(tensors) if small else tensors, about)
+
+
+def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in less space."""
+    found = {}
+    for name, value in tensors.items():
+        if value.ndim < 2 or value.numel() < LARGE:
+            found[name] = value.half() if value.ndim > 1 else value
+            continue
+        rows = value.detach().flatten(1)
+        largest = 2 ** (BITS - 1) - 1
+        scales = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / largest
+        codes = (rows / scales).round().add(largest).to(torch.uint8).cpu().numpy()
+        bits = np.unpackbits(codes.reshape(-1, 1), axis=1)[:, -BITS:]
+        found |= {name: torch.from_numpy(np.packbits(bits)), f"{SCALE}{name}": scales}
+    return found
+
+
+def _unrounded(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Tensors of these shapes, from those that `_rounded` gave."""
+    found = {name: value for name, value in tensors.items() if not name.startswith(SCALE)}
+    for name, scales in ((name, tensors.get(f"{SCALE}{name}")) for name in found):
+        if scales is None:
+            continue
+        bits = np.unpackbits(found[name].numpy(), count=BITS * shapes[name].numel()).reshape(-1, BITS)
+        codes = torch.from_numpy(np.packbits(bits, axis=1) >> (8 - BITS)).float() - (2 ** (BITS - 1) - 1)
+        found[name] = (codes.view(len(scales), -1) * scales).view(shapes[name])
+    return found
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -71,7 +108,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         with torch.random.fork_rng():
             network, arguments = _layout(about["network"], about["arguments"], tensors)
             model = build(network, **arguments)
-        model.load_state_dict(tensors)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        model.load_state_dict(_unrounded(tensors, shapes))
         trained_on, classes = about["data"], about["classes"]
         if not isinstance(trained_on, str):
             raise ValueError(f"its data is {trained_on!r:.60}, not the name of a data set")
