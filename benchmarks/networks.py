@@ -19,15 +19,16 @@ TEXT = """# Networks of other libraries
 
 Look here whether networks like yours were tried, how many passes a call costs, and which faster executions apply.
 
-Each network is randomly initialised and makes {warm_up} passes in training mode. Then a joint posterior is fitted to 6 mini-batches of 8.
-These are the checks:
+Each network is randomly initialised and makes {warm_up} passes in training mode. Then a joint posterior is fitted to 6
+mini-batches of 8. These are the checks:
 
 - the network is bit-identical afterwards;
 - predictions with `tolerance=0` equal those of a slow loop over copies;
 - predictions with the defaults are within 6 standard errors of 24 independent draws.
 
-The columns "first call" and "later" have the costs of calls with the defaults, in plain passes of the same examples. These are so few and
-small that Python takes most of the time. `make networks` and `make interop` run the checks and make this page.
+The columns "first call" and "later" have the costs of calls with the defaults, in plain passes of the same examples.
+These are so few and small that Python takes most of the time. `make networks` and `make interop` run the checks and
+make this page.
 
 **{right} of {total} networks pass.**
 """
