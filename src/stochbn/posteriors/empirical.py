@@ -1,4 +1,4 @@
-"""Replay: the statistics of mini-batches themselves."""
+"""The empirical posterior, which replays the statistics of mini-batches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Empirical", "Replayed"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Empirical(Posterior):
-    """Replay: the statistics of observed mini-batches themselves, as MC-BN draws them (Teye et al., 2018).
+    """Posterior that replays the statistics of observed mini-batches, as MC-BN does (Teye et al., 2018).
 
-    Draws are without replacement; once all mini-batches have been drawn, they are drawn again in another order.
+    Draws are without replacement. Once all mini-batches have been drawn, they are drawn again in another order.
 
     Attributes:
         statistics: ``[M, 2, D]``, float32: means and variances in each of M mini-batches.
@@ -45,22 +45,22 @@ class Empirical(Posterior):
 
     @classmethod
     def accumulator(cls, *, max_batches: int = 512) -> Replayed:
-        """What `fit` adds mini-batches to, of which it keeps `max_batches` at most."""
+        """Make the accumulator, which keeps at most `max_batches` mini-batches."""
         return Replayed(max_batches)
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, **about: Any) -> Empirical:
-        """The mini-batches' own statistics, ``[M, 2, D]``, and all attributes of `Posterior`."""
+        """Make the posterior from the statistics of mini-batches, ``[M, 2, D]``, and all attributes of `Posterior`."""
         return cls(statistics=statistics.float(), **about)
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         return self.statistics.mean(0, dtype=torch.float64)
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         return self.statistics[:, 0].double().var(0, correction=0)
 
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
@@ -71,7 +71,7 @@ class Empirical(Posterior):
     def _scaled(self, factor: float) -> Self:
         (mean, variance), root = self.expected, math.sqrt(factor)
         means = mean + root * (self.statistics[:, 0] - mean)
-        # In the logarithm of the variances, without taking it of a dead channel's 0; then to the old expected value.
+        # Scales the logarithm of the variances, without that of a dead channel's 0; then restores the expected value.
         ratios = torch.where(variance > 0, self.statistics[:, 1] / variance.where(variance > 0, 1), 1).pow(root)
         return replace(self, statistics=torch.stack([means, ratios * (variance / ratios.mean(0))], 1).float())
 
@@ -83,16 +83,16 @@ class Empirical(Posterior):
 
 
 class Replayed(Sample["Empirical"]):
-    """The mini-batches of an empirical posterior."""
+    """Collects the mini-batches of an empirical posterior."""
 
     def posterior(self, **about: Any) -> Empirical:
-        """The posterior of the mini-batches that were added.
+        """Make the posterior of the mini-batches that were added.
 
         Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+            about: the attributes of `Posterior`, except `layers` and `mini_batches`.
 
         Raises:
-            ValueError: there were none, or no layer was called.
+            ValueError: there are none, or no layer was called.
         """
         self._check()
         return Empirical.from_statistics(self.statistics(), layers=self.layers, mini_batches=self.seen, **about)

@@ -1,4 +1,4 @@
-"""The paper's distribution: every statistic on its own."""
+"""The paper's distribution, independent for every statistic."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ P = TypeVar("P", bound=Posterior)
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Factorized(Posterior):
-    r"""The paper's SBN distribution: independent for every channel of every layer.
+    r"""The paper's posterior, independent for every channel of every layer.
 
     .. math:: \mu_c \sim \mathrm{Normal}(m_c, s_c^2), \qquad \sigma_c^2 \sim \mathrm{LogNormal}(m'_c, s'^2_c)
 
-    Normal and LogNormal have the mean and the variance that the statistics of the observed mini-batches have
-    (Atanov et al., 2018, section 3). A dead channel (variance 0 in every mini-batch) is drawn as
-    exactly 0, and a statistic that never varied as exactly its value.
+    Normal and LogNormal have the mean and the variance of the observed mini-batches' statistics (Atanov et al., 2018,
+    section 3). The variance of a dead channel (0 in every mini-batch) is always drawn as 0, and a statistic that never
+    varied as its value.
 
     Attributes:
         mean_mean: ``[D]``, float64, like all below: mean of the mini-batch means.
@@ -56,16 +56,16 @@ class Factorized(Posterior):
 
     @classmethod
     def accumulator(cls) -> VarianceMomentsOfLayers:
-        """What `fit` adds mini-batches to."""
+        """Make the accumulator."""
         return VarianceMomentsOfLayers()
 
     @classmethod
     def from_moments(cls, moments: Mapping[str, Moments], **about: Any) -> Factorized:
-        """The distribution with the given moments of the means and variances, ``[2, C]`` for every layer.
+        """Make the posterior from moments of the means and variances, ``[2, C]`` for every layer.
 
         Args:
-            moments: of every layer.
-            about: all attributes of `Posterior` but the layers.
+            moments: the moments of every layer.
+            about: all attributes of `Posterior`, except the layers.
         """
         center, spread = stacked(moments)
         return cls(
@@ -86,12 +86,12 @@ class Factorized(Posterior):
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         return torch.stack([self.mean_mean, self.variance_mean])
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         return self.mean_variance
 
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
@@ -113,7 +113,7 @@ class Factorized(Posterior):
 
 
 class MomentsOfLayers(Accumulator[P]):
-    """The moments of every layer's statistics over its calls in all mini-batches, in float64."""
+    """Collects the moments of every layer's statistics over its calls in all mini-batches, in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class MomentsOfLayers(Accumulator[P]):
         self.seen += 1
 
     def merge(self, other: Self) -> Self:
-        """A new accumulator that has seen the mini-batches of both. It is exact to the rounding of float64.
+        """Return a new accumulator with the mini-batches of both, exact to the rounding of float64.
 
         Raises:
             ValueError: a layer has another number of channels in the other.
@@ -155,7 +155,7 @@ class MomentsOfLayers(Accumulator[P]):
         return tensors, {"seen": self.seen, "counts": counts}
 
     def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
-        """A new accumulator that remembers what `state` gave."""
+        """Return a new accumulator with the contents of a `state`."""
         found = type(self)()
         found.seen = about["seen"]
         found.moments = {
@@ -165,13 +165,13 @@ class MomentsOfLayers(Accumulator[P]):
         return found
 
     def posterior(self, **about: Any) -> P:
-        """The posterior of the mini-batches that were added.
+        """Make the posterior of the mini-batches that were added.
 
         Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+            about: the attributes of `Posterior`, except `layers` and `mini_batches`.
 
         Raises:
-            ValueError: there were none, or no layer was called.
+            ValueError: there are none, or no layer was called.
         """
         self._check()
         called = {name: moments for name, moments in self.moments.items() if moments.count}
@@ -183,7 +183,7 @@ class MomentsOfLayers(Accumulator[P]):
 
 
 class VarianceMomentsOfLayers(MomentsOfLayers[Factorized]):
-    """The moments of means and variances."""
+    """Collects the moments of means and variances."""
 
     def _of_moments(self, moments: dict[str, Moments], **about: Any) -> Factorized:
         return Factorized.from_moments(moments, **about)

@@ -1,7 +1,6 @@
-"""What a network's output means, a module each task: how it is read, averaged, calibrated, scored and shown.
+"""Tasks: how a network's output is read, averaged, calibrated, scored and shown, one task in each module.
 
-Everything else asks the task. A task of your own is a subclass of `Task`, and an instance of it is what ``task=`` takes
-beside a name.
+To write your own task, make a subclass of `Task`, and pass an instance as ``task=``.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ __all__ = [
 TASKS: Mapping[str, type[Task]] = {
     task.name: task for task in (Classification, Binary, Multilabel, Regression, Survival, Detection, Embedding)
 }
-"""Every task by its name."""
+"""Every task, by name."""
 
 
 def named(task: Task) -> bool:
-    """Whether a file can name a task: whether it is one of `TASKS`."""
+    """Whether a task is one of `TASKS`, so that a file can name it."""
     return type(task) is TASKS.get(task.name)
 
 
 PROBLEMS: Mapping[str, type[Task]] = {"multi_label_classification": Multilabel, "regression": Regression}
-"""The tasks of what the configs of Transformers call a ``problem_type``."""
+"""The tasks by the ``problem_type`` of configs of Transformers."""
 
 
 def task_of(
@@ -59,12 +58,12 @@ def task_of(
     class_axis: int | None = None,
     output: str | None = None,
 ) -> Task:
-    """The task that is given or, if it is None, the one that the network's own config names.
+    """Return the task that is given or, if it is None, the one that the network's config names.
 
     Args:
         model: the network.
-        task: a task, or its name; None is what ``config.problem_type`` says, or classification.
-        place: as for `Task`, and so are the others; they take the place of what a task says.
+        task: a task, or its name; None is the task of ``config.problem_type``, or classification.
+        place: as for `Task`, like the arguments below; they override the fields of a task.
         class_axis: the axis of the classes in the output.
         output: ``"logits"`` or ``"probs"``.
 
@@ -78,7 +77,7 @@ def task_of(
 
 
 def make_task(name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:
-    """The task of a name, or a task itself with other places or axes.
+    """Make the task of a name, or a task with other places or axes.
 
     >>> import torch
     >>> make_task("binary", "score").raw({"score": torch.tensor([1.5, -2.0])})
@@ -86,7 +85,7 @@ def make_task(name: Task | str, place: Any = None, class_axis: int | None = None
             [ 0.0000, -2.0000]])
 
     Raises:
-        ValueError: there is no such task, or it has no classes for `class_axis` or `output` to be about.
+        ValueError: there is no such task, or `class_axis` or `output` is given for a task without classes.
         TypeError: an argument is of the wrong type.
     """
     given = {"place": place, "class_axis": class_axis, "output": output}
