@@ -162,9 +162,8 @@ class Posterior(ABC):
         Args:
             n: the number of draws, at least 1.
             generator: the source of the noise; None is PyTorch's global generator.
-            quasi: spread the draws evenly over the distribution, so that averages need fewer of them. Each draw still
-                has the posterior's distribution, but they are not independent. Every second draw has the noise of the
-                one before with its sign changed (antithetic pairs). For the kind joint, the noise along the leading
+            quasi: spread the draws evenly over the distribution, so that averages need fewer of them. They come in
+                antithetic pairs, whose noise has opposite signs. For the kind joint, the noise along the leading
                 directions comes from scrambled Sobol points (Owen, 1998). The kind empirical always draws its
                 mini-batches without replacement.
 
@@ -223,11 +222,9 @@ class Posterior(ABC):
     def rescale(self, batch_size: float) -> Self:
         """Return a posterior with the noise of another mini-batch size: more for smaller sizes, none for ``math.inf``.
 
-        The variances of the means and of the log-variances are multiplied by the old size over the new one. The
-        expected means and variances stay. For means of independent examples this is exact. It is an approximation for
-        variances, and for later layers, whose input depends on the noise too. The expected variance of small
-        mini-batches is slightly smaller in reality, by the variance of their means. docs/posteriors.md measures the
-        approximation.
+        The variances of the means and of the log-variances are multiplied by the old size over the new one. This is
+        exact for means of independent examples, and an approximation for variances and for later layers. See
+        docs/posteriors.md for measurements. The expected means and variances stay.
 
         Args:
             batch_size: the new size; it need not be a whole number.
