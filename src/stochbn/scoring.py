@@ -224,7 +224,7 @@ def _take_parts(
         done += len(table)
         progress(done, total)
     if done != total:
-        raise RuntimeError(f"the engine gave {done} rows for {total} objects")
+        raise RuntimeError(f"the engine gave {done} rows for {total} examples")
 
 
 def _refuse_errors(table: pyarrow.Table) -> None:

@@ -139,7 +139,7 @@ ARGUMENT = re.compile(r"\b(task|logits|class_axis|ignore_index|batch_size|draws|
 
 WORDS = {
     "pass larger batches, a smaller batch_size, or batch_size=None to take the batches as they come": "give more "
-    "objects, or a smaller --batch-size",
+    "examples, or a smaller --batch-size",
     ', or pass check="shape" to Predictive or calibrate to use it nevertheless': "",
     ", load the posterior that belongs to these weights": ", or name the posterior that belongs to these weights",
     'pass output="logits"': "leave out --probs",

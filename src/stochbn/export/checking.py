@@ -31,7 +31,7 @@ def compare(run: Runner, given: Predicting) -> float:
         ExportError: it is larger than `TOLERANCE`; the message says which output differs, where, and by how much.
     """
     others = _random(given.example)
-    pairs = (given.example, f"the example ({len(given.example)} examples)"), (others, f"{len(others)} random objects")
+    pairs = (given.example, f"the example ({len(given.example)} examples)"), (others, f"{len(others)} random examples")
     largest = 0.0
     for inputs, where in pairs:
         wanted = _slow(given, inputs)

@@ -190,7 +190,7 @@ def _object_axis(value: Any) -> int | None:
     """The axis of a value that has the examples; 0 for a number that is proportional to theirs."""
     lengths: list[Any] = list(value.shape) if isinstance(value, Tensor) else [value]
     if any(isinstance(length, (torch.SymFloat, torch.SymBool)) for length in lengths):
-        raise OutOfReachError("the network calculates with the number of objects")
+        raise OutOfReachError("the network calculates with the number of examples")
     symbolic = [axis for axis, length in enumerate(lengths) if isinstance(length, torch.SymInt)]
     if not symbolic:
         return None
@@ -199,7 +199,7 @@ def _object_axis(value: Any) -> int | None:
         raise OutOfReachError("the number of examples is in several axes of a tensor")
     (symbol,) = expression.free_symbols
     if not (expression / symbol).is_Integer:
-        raise OutOfReachError(f"an axis has the length {expression}, which is no multiple of the number of objects")
+        raise OutOfReachError(f"an axis has the length {expression}, which is not a multiple of the number of examples")
     return symbolic[0]
 
 

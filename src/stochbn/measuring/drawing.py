@@ -104,7 +104,7 @@ def save_costs(path: Path, found: Mapping[str, Mapping[str, Any]]) -> list[Path]
         errors = np.sqrt(variance / counts)
         axes.plot(counts * units["textbook"], errors, "-", color=COLORS["plain"], label="independent draws, textbook")
         for word, label, color, beside in (
-            ("quasi", "as many quasi-random draws as written, for every object", SEQUENCE[1], (6, 1)),
+            ("quasi", "as many quasi-random draws as written, for every example", SEQUENCE[1], (6, 1)),
             ("draws", "draws= as written, by default: easy examples get fewer", SEQUENCE[0], (-7, -3)),
         ):
             dots = [

@@ -27,7 +27,7 @@ class Binary(Classification):
 
     def raw(self, output: Any) -> Tensor:
         """Two logits ``[N, 2, ...]``: 0 and the network's."""
-        found = floating(read_output(output, self.place), "one logit for each object")
+        found = floating(read_output(output, self.place), "one logit for each example")
         axis = 1 if self.class_axis is None else self.class_axis
         if found.ndim == 1:
             found = found[:, None]
