@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stochbn
+from stochbn.execution.run import Passes
 from stochbn.files import write, write_bytes, write_json
 from stochbn.measuring.timing import machine, seconds
 from stochbn.report.style import COLORS, SEQUENCE
@@ -45,6 +46,8 @@ TRAINED = ROOT / "results" / "trained" / "resnet18" / "plain-0" / "network.safet
 BATCHES = (1, 8, 32)
 REFERENCE, BLOCK, CALLS = 512, 64, 12
 """Quasi-random draws that the truth is the mean of, how many of them a call makes, and calls to average errors over."""
+REPLAYED = 50
+"""Mini-batches whose statistics a home-made loop goes through."""
 ENOUGH = 45
 """Independent draws that a call is to be worth."""
 SLOW = 0.12
@@ -92,22 +95,58 @@ def measured(case: Case, model: nn.Module, posterior: stochbn.Posterior) -> dict
         x = case.inputs(77, count)
         predictive = stochbn.Predictive(model, posterior, **case.options)
         first = seconds(lambda x=x, predictive=predictive: predictive(x))  # type: ignore[misc]
-        unit, call = interleaved(model, predictive, x, case)
-        row["calls"][str(count)] = {"unit_ms": 1000 * unit, "call": call / unit, "first": first / unit}
+        unit, call, passes = interleaved(model, predictive, x, case)
+        costs = {"call": call, "passes": passes, "first": first}
+        row["calls"][str(count)] = {"unit_ms": 1000 * unit, **{name: cost / unit for name, cost in costs.items()}}
         row["explained"] = predictive.explain(x)
-    return row | accuracy(model, posterior, case, case.inputs(77, counts[-1]))
+    row |= accuracy(model, posterior, case, x)
+    return row | {"replay": statistics.median(replayed(model, posterior, x, case) for _ in range(3)) / unit}
 
 
-def interleaved(model: nn.Module, predictive: stochbn.Predictive, x: Any, case: Case) -> tuple[float, float]:
-    """The medians of plain passes and of calls, in seconds, made in turns."""
-    plain, calls, seed, begun = [], [], 0, time.perf_counter()
+def replayed(model: nn.Module, posterior: stochbn.Posterior, x: Any, case: Case) -> float:
+    """The seconds of passes under the statistics of `REPLAYED` mini-batches, put into the layers one after another.
+
+    That is how TorchUncertainty's MCBatchNorm predicts, without what it computes from the outputs.
+    """
+    buffers = dict(model.named_buffers())
+    draws = list(posterior.iter_draws(REPLAYED, torch.Generator().manual_seed(0)))
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for draw in draws:
+            for name, value in draw.items():
+                buffers[name].copy_(value)
+            _call(model, x, case)
+    return time.perf_counter() - begun
+
+
+def interleaved(model: nn.Module, predictive: stochbn.Predictive, x: Any, case: Case) -> tuple[float, float, float]:
+    """The medians of plain passes, of calls, and of the passes under draws in a call, in seconds, made in turns."""
+    plain, calls, within, seed, begun = [], [], [], 0, time.perf_counter()
     while seed < 5 or (seed < 25 and time.perf_counter() - begun < 3):
         with torch.no_grad():
             plain.append(seconds(lambda: _call(model, x, case)))
         generator = torch.Generator().manual_seed(seed)
-        calls.append(seconds(lambda generator=generator: predictive(x, generator=generator)))  # type: ignore[misc]
+        with timed_passes() as passes:
+            calls.append(seconds(lambda generator=generator: predictive(x, generator=generator)))  # type: ignore[misc]
+        within.append(sum(passes))
         seed += 1
-    return statistics.median(plain), statistics.median(calls)
+    return statistics.median(plain), statistics.median(calls), statistics.median(within)
+
+
+@contextmanager
+def timed_passes() -> Iterator[list[float]]:
+    """Within it, the seconds of each block of passes under draws are added to the list that it gives."""
+    took: list[float] = []
+    attempt = Passes.attempt
+
+    def timed(passes: Passes, *args: Any, **kwargs: Any) -> Tensor:
+        begun = time.perf_counter()
+        values = attempt(passes, *args, **kwargs)
+        took.append(time.perf_counter() - begun)
+        return values
+
+    with patch.object(Passes, "attempt", timed):
+        yield took
 
 
 def accuracy(model: nn.Module, posterior: stochbn.Posterior, case: Case, x: Any) -> dict[str, Any]:
@@ -167,14 +206,16 @@ def largest(row: Mapping[str, Any]) -> Mapping[str, float]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each network, the cheapest first."""
-    columns = ["network", "library", "unit, ms", *(f"a call, {n}" for n in BATCHES), "first call", "draws", "worth"]
+    columns = ["network", "library", "unit, ms", *(f"a call, {n}" for n in BATCHES), "first call", "draws", "a draw",
+               "beside", "worth", "replay"]  # fmt: skip
     body = []
     for row in sorted(rows, key=lambda row: largest(row)["call"]):
         costs = [f"{row['calls'][str(n)]['call']:.1f}" if str(n) in row["calls"] else "-" for n in BATCHES]
         worth = "-" if row["worth"] is None else f"{row['worth']:.0f}"
         last = largest(row)
         body.append([row["name"], row["library"].replace("_", " "), f"{last['unit_ms']:.2f}", *costs,
-                     f"{last['first']:.0f}", f"{row['draws']:.1f}", worth])  # fmt: skip
+                     f"{last['first']:.0f}", f"{row['draws']:.1f}", f"{last['passes'] / row['draws']:.2f}",
+                     f"{last['call'] - last['passes']:.1f}", worth, f"{row['replay']:.0f}"])  # fmt: skip
     title = f"Calls with the defaults, in plain passes of as many examples; {machine()}, one thread"
     return Table(title, columns, body)
 

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, object], tuple[int, ...], int]] = {
     "VGG-11, 100": ("vgg11", {"width": 0.5, "classes": 5, "bias": False}, (3, 32, 32), 100),
     "ResNet-18, 32": ("resnet18", {"width": 0.25, "classes": 5}, (3, 32, 32), 32),
     "tabular 30-256-256-4, 32": ("", {}, (30,), 32),
+    "1,000 sizes of pictures": ("resnet18", {"width": 0.25, "classes": 5}, (3, 32, 32), 1),
 }  # fmt: skip
 """For each case the network, its arguments, the shape of an example and the number of examples.
 
@@ -57,7 +58,22 @@ def measure(case: str, threads: int) -> dict[str, float]:
     data = [torch.randn(64, *shape) for _ in range(8)]
     x = torch.randn(batch, *shape)
     settle(model, data)
-    return _measured(model, data, x)
+    return _measured(model, data, x) if batch > 1 else _of_sizes(model, data)
+
+
+def _of_sizes(model: nn.Module, data: Sequence[Tensor]) -> dict[str, float]:
+    """What the first call for each of 1,000 sizes of pictures costs, all in all: no size comes twice."""
+    import stochbn
+
+    predictive = stochbn.Predictive(model, stochbn.fit(model, data, 16))
+    pictures = [torch.randn(1, 3, height, width) for height in range(24, 64) for width in range(24, 49)]
+    order = torch.randperm(len(pictures)).tolist()
+    calls = plain = 0.0
+    for at in order:
+        with torch.no_grad():
+            plain += _median(lambda at=at: model(pictures[at]))  # type: ignore[misc]
+        calls += _seconds(lambda at=at: predictive(pictures[at]))  # type: ignore[misc]
+    return {"a call": calls / plain}
 
 
 def measure_trained(file: Path, batch: int, threads: int) -> dict[str, float]:

@@ -356,7 +356,7 @@ def test_wrong_arguments_are_told(tmp_path: Path) -> None:
         stochbn.export.onnx(model, posterior, path, x, 0)
     with pytest.raises(ValueError, match="seed must be"):
         stochbn.export.pt2(model, posterior, path, x, seed=-1)
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="are empty"):
         stochbn.export.onnx(model, posterior, path, x[:0])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         stochbn.export.onnx(model, posterior, tmp_path / "nowhere" / "x.onnx", x)

@@ -29,7 +29,7 @@ LAYERS = (
     ("fitting",),
     ("predictive",),
     ("calibration", "export", "scoring"),
-    ("policy",),
+    ("augmentation_choice",),
     ("deploy",),
     ("stochbn",),  # the public names, each imported at its first use
     ("evaluation",),

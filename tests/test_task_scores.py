@@ -1,3 +1,5 @@
+"""Scores of each task with their errors, against the definitions and the jackknife."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

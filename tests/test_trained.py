@@ -1,3 +1,5 @@
+"""Which modules are in evaluation mode when the network is trained."""
+
 from __future__ import annotations
 
 import types

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stochbn import augment, conformal, deploy, export, metrics, shift
+    from stochbn.augmentation_choice import choose_augmentation
     from stochbn.calibration import calibrate
     from stochbn.execution import Settings
     from stochbn.fitting import fit
-    from stochbn.policy import choose_augmentation
     from stochbn.posteriors import Empirical, Factorized, FactorizedLog, Joint, Posterior, from_pretrained, load
     from stochbn.predictions import Estimate, MultilabelPrediction, Prediction
     from stochbn.predictive import Ensemble, Exact, MCDropout, Predictive, snapshots
@@ -62,7 +62,7 @@ _HOMES = {
     "stochbn.calibration": ("calibrate",),
     "stochbn.execution": ("Settings",),
     "stochbn.fitting": ("fit",),
-    "stochbn.policy": ("choose_augmentation",),
+    "stochbn.augmentation_choice": ("choose_augmentation",),
     "stochbn.posteriors": ("Empirical", "Factorized", "FactorizedLog", "Joint", "Posterior", "from_pretrained", "load"),
     "stochbn.predictions": ("Estimate", "MultilabelPrediction", "Prediction"),
     "stochbn.predictive": ("Ensemble", "Exact", "MCDropout", "Predictive", "snapshots"),

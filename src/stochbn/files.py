@@ -142,15 +142,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     NaN (not known) and infinity (more than any at hand) become null: JSON has neither.
     """
-    write_bytes(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for floats that are not finite."""
+def finite(value: Any) -> Any:
+    """A value as JSON has it: None for floats that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stochbn.augment import Augment, check_augment
 from stochbn.distributed import Ranks, refuse_sharded
-from stochbn.execution.verify import guard
+from stochbn.execution.verify import effects
 from stochbn.fit_data import KEPT, accumulator_of, augmented, expected_batches, most_batches
 from stochbn.fit_diagnosis import Diagnosis
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, refuse_other_axis
@@ -235,7 +235,7 @@ def fit(  # type: ignore[misc]  # the overloads leave most arguments to this sig
         except NoBatchesError as error:
             lack = error
         else:
-            random = guard(network, first, training)
+            random = effects(network, first, training)
             own = max(0.0, limit - ranks.rank) / ranks.count  # mini-batches of this rank
             total = expected_batches(data, batch_size, own)
 

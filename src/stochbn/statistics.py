@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from stochbn.execution.masks import Masks
-from stochbn.execution.ways.channels_last import convolutions
+from stochbn.execution.ways.channels_last import channels_last_weights
 from stochbn.network.calling import Batch, InputsOf, NetworkInput, network_input, refuse_other_axis
 from stochbn.network.layers import running_statistics
 from stochbn.network.replica import Network, Replica
@@ -171,9 +171,9 @@ class Observer:
             return self._passed(inputs)
         observation = self._passed(inputs)
         self._first = False
-        weights = convolutions(self._replica) if inputs.on_cpu and not self._masks.used else {}
+        weights = channels_last_weights(self._replica) if inputs.on_cpu and not self._masks.used else {}
         if weights:
-            self._replica.exchange({n: w.detach().clone(memory_format=torch.channels_last) for n, w in weights.items()})
+            self._replica.exchange(weights)
             try:
                 same = _agree(observation, self._passed(inputs))
             except Exception:  # such as from view() on a tensor in channels-last layout

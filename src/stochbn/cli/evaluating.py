@@ -116,7 +116,9 @@ def evaluate(
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
-            raise ValueError("--ignore is for --dense; for one class per example, leave such examples out")
+            raise ValueError(
+                "--ignore is for --dense; with one class for each example, leave the examples to ignore out of the data"
+            )
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
         data = data or subjects[0].data

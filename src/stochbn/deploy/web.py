@@ -13,7 +13,6 @@ import importlib
 import io
 import json
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from stochbn.deploy.batching import Batcher, FullError, Row
 from stochbn.deploy.scorer import Scorer
 from stochbn.deploy.service import BodyLimit, Limits, Receive, RefusedError, Scope, Send
 from stochbn.deploy.telemetry import Telemetry, prometheus
+from stochbn.files import finite
 from stochbn.sources.pictures import Preprocessing
 
 try:
@@ -255,7 +255,7 @@ class _Service:
         except (RuntimeError, TypeError, ValueError) as error:
             raise RefusedError(422, f"the network does not take these examples: {error}") from error
         _refuse_errors([row["error"] for row in rows])
-        return JSONResponse({"predictions": [{k: _finite(v) for k, v in row.items() if k != "error"} for row in rows]})
+        return JSONResponse({"predictions": [{k: finite(v) for k, v in row.items() if k != "error"} for row in rows]})
 
     async def _files(self, request: Request) -> list[Any]:
         async with request.form() as form:
@@ -351,11 +351,6 @@ def _made_up(scorer: Scorer) -> Any:
 async def _refused(request: Request, error: Any) -> Response:
     headers = {"retry-after": "1"} if error.status == 503 else None
     return JSONResponse(error.content(), error.status, headers)
-
-
-def _finite(value: Any) -> Any:
-    """A value as JSON has it, which knows no infinity: a median time that lies beyond all intervals is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 async def _http_error(request: Request, error: Any) -> Response:

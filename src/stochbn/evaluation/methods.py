@@ -28,7 +28,7 @@ class Method:
         name: ``plain`` (a single network), ``Deep Ensembles`` or ``Dropout``.
         sbn: whether the batch-norm statistics were drawn.
         members: number of networks.
-        known: probabilities ``[N, K]`` for test objects of the known classes.
+        known: probabilities ``[N, K]`` for test examples of the known classes.
         labels: their labels ``[N]``.
         unknown: probabilities ``[M, K]`` for examples of other classes, if there are any.
         expected_entropy: ``[N]``, nats: the mean of the entropies over draws and networks for the known examples,

@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import TypeVar
 
 from stochbn.execution.plan import WAYS, Call, Draw, Plan, Settings, make_plan
-from stochbn.execution.run import NetworkChangedError, Passes
-from stochbn.execution.verify import examine, guard
+from stochbn.execution.run import CallAgainError, Passes
+from stochbn.execution.verify import effects, examine
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network
 from stochbn.undisturbed import scope
 
 __all__ = [
-    "WAYS", "Call", "Draw", "NetworkChangedError", "Passes", "Plan", "Settings", "passes", "planned", "repeated",
+    "WAYS", "Call", "Draw", "Passes", "Plan", "Settings", "passes", "planned", "repeated",
 ]  # fmt: skip
 
 ATTEMPTS = 8
@@ -32,7 +32,7 @@ Made = TypeVar("Made")
 def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
     """Plan the passes of a call, and keep what was learned about the network for later calls."""
     if call.whole:
-        random = guard(network, inputs, call.training)
+        random = effects(network, inputs, call.training)
         return Plan(together=call.whole, random=random, refused=dict.fromkeys(WAYS, call.whole))
     verdict, refused = examine(network, inputs, replace(call, augment=None))
     if call.augment is not None:
@@ -49,7 +49,7 @@ def passes(network: Network, inputs: NetworkInput, call: Call) -> Generator[Pass
     It is for functions that run `without_gradients`.
 
     Raises:
-        NetworkChangedError: the call must be repeated, see `repeated`.
+        CallAgainError: the call must be repeated, see `repeated`.
     """
     plan = planned(network, inputs, call)
     with network.replica() as replica:
@@ -73,6 +73,6 @@ def repeated(make: Callable[[str], Made]) -> Made:
     for _ in range(ATTEMPTS):
         try:
             return make(whole)
-        except NetworkChangedError as error:  # noqa: PERF203
+        except CallAgainError as error:  # noqa: PERF203
             whole = whole or error.whole
     return make(whole)

@@ -25,7 +25,7 @@ from stochbn.network.replica import Network
 from stochbn.network.snapshot import Snapshot
 from stochbn.tasks import Task
 
-__all__ = ["Followed", "follow", "guarded"]
+__all__ = ["Followed", "follow", "follow_effects"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Followed:
     trace: tuple[Any, ...] = field(default=(), repr=False)
 
 
-def guarded(network: Network, inputs: NetworkInput, training: frozenset[str]) -> Followed:
+def follow_effects(network: Network, inputs: NetworkInput, training: frozenset[str]) -> Followed:
     """Find out, before any pass, whether passes change the network, and whether they can run on a copy.
 
     Args:

@@ -45,7 +45,7 @@ def _look_at_positions(name: str, bound: dict[str, Any], axis: int | None, ndim:
     dims = [dim for key in _ALONG.get(name, ()) for dim in (bound[key] if key == "dims" else [bound[key]])]
     taken = name == "roll" and not dims
     if name == "slice" and bound["start"] in (None, 0) and bound["step"] == 1:
-        taken, dims = False, dims if (MOST if bound["end"] is None else bound["end"]) < MOST else []
+        dims = dims if (MOST if bound["end"] is None else bound["end"]) < MOST else []
     if name == "constant_pad_nd":
         dims = [-1 - place // 2 for place, amount in enumerate(bound["pad"]) if amount]
     last = _LAST.get(name, 0)

@@ -134,7 +134,8 @@ class Plan:
         ways: the names of the faster ways to use.
         together: why examples stay together; empty if they may be separated.
         random: whether passes draw random numbers, or may.
-        size: the largest number of examples in a pass.
+        size: the largest number of examples in a pass; None if nothing is proven about the network, so that all
+            examples go together and no way is used.
         least: the smallest number of examples in a pass; fewer are padded with copies of the last.
         rows: the largest number of examples in a pass with different draws; 0: one draw in each pass.
         units: the module calls whose outputs are kept from one draw to the next.

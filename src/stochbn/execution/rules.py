@@ -34,7 +34,7 @@ def flows_of(
     if all(f.axis is None for f in inputs):
         return [Flow(drawn=drawn) for _ in made]
     name = func._schema.name.removeprefix("aten::")
-    base = name.removesuffix("_") if name not in MOVES else name
+    base = name.removesuffix("_")
     bound = arguments(func, args, kwargs)
     if name in ("new_zeros", "new_ones", "new_empty", "new_full"):
         places: list[Place | None] = [None]
@@ -42,7 +42,7 @@ def flows_of(
         places = _RULES[base](bound, made, flow, examples)
     elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
         places = [_broadcast(tensors, out, flow, examples) for out in made]
-    elif base in MOVES or name in MOVES:
+    elif base in MOVES:
         places = moved(func, bound, args, kwargs, made, flow, examples)
     elif base in _ALONG or base in _REDUCTIONS:
         places = _over_axes(bound, made, flow, keeps=base in _ALONG)
@@ -233,7 +233,7 @@ _RULES: dict[str, Callable[..., list[Place | None]]] = {
     "mm": _product("self", "mat2"),
     "bmm": _product("self", "mat2"),
     "baddbmm": _product("batch1", "batch2", "self"),
-    "linear": lambda bound, made, flow, examples: _leading(1)({**bound, "self": bound["input"]}, made, flow, examples),
+    "linear": _leading(1),
     "embedding": _embedding,
     "index": index,
     "gather": _gather,

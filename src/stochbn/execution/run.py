@@ -23,7 +23,7 @@ from stochbn.execution.ways.stacked import Stack
 from stochbn.network.calling import NetworkInput
 from stochbn.network.replica import Network, Replica
 
-__all__ = ["NetworkChangedError", "Passes"]
+__all__ = ["CallAgainError", "Passes"]
 
 EARLY = 2
 """The number of draws that decide whether rounding matters."""
@@ -31,11 +31,11 @@ PROBED = 4
 """The number of examples whose first draw is repeated in the slow way."""
 
 
-class NetworkChangedError(Exception):
+class CallAgainError(Exception):
     """Raised if a call must be repeated, because its passes unexpectedly changed the network, or mix examples.
 
     Args:
-        whole: why all examples must go through the network together; empty if the network was changed.
+        whole: why all examples must go through the network together; empty if passes changed the network.
     """
 
     def __init__(self, whole: str = "") -> None:
@@ -80,8 +80,13 @@ class Passes:
         self._cache = PrefixCache(self.plan.units, self._examples) if self.plan.units else None
         self._install(self._replica)
 
-    def _install(self, replica: Replica) -> None:
-        """Bring a replica into the state that passes need."""
+    def _install(self, replica: Replica, mark: bool = True) -> None:
+        """Bring a replica into the state that passes need.
+
+        Args:
+            replica: the one to run.
+            mark: changes from here on are looked for.
+        """
         self._replica, plan = replica, self.plan
         replica.modes(self._call.training)
         if "compiled" in plan.ways:
@@ -89,7 +94,8 @@ class Passes:
             replica.through = replica.compiled
         if self._network.known.caches and not self._network.known.in_place:
             self._warm_up()
-        replica.mark()
+        if mark:
+            replica.mark()
         if self._weights is None:  # copies of the weights as they are at this call
             low = functools.partial(bfloat16.low_weights, head=plan.head)
             make = low if plan.head else channels_last_weights if "channels_last" in plan.ways else None
@@ -124,7 +130,7 @@ class Passes:
         """Restore the replica.
 
         Raises:
-            NetworkChangedError: a pass unexpectedly changed it.
+            CallAgainError: a pass unexpectedly changed it.
         """
         self._uninstall()
         self._network.known.settle()
@@ -134,7 +140,7 @@ class Passes:
         known = self._network.known
         if not known.stateful and not known.in_place and self._replica.changed():
             known.stateful = True
-            raise NetworkChangedError
+            raise CallAgainError
 
     @property
     def draws(self) -> int:
@@ -156,7 +162,7 @@ class Passes:
         """
         try:
             values = self._checked(draws) if self._unchecked else self.attempt(draws)
-        except NetworkChangedError:
+        except CallAgainError:
             raise
         except Exception:
             if self.plan.size is None:
@@ -279,7 +285,7 @@ class Passes:
         if self._network.known.stateful and not self._network.known.in_place:
             fresh = self._network.fresh(generators=self._generators)
             if fresh is None:  # it can no longer be copied
-                raise NetworkChangedError
+                raise CallAgainError
             self._uninstall()
             self._install(fresh)
 
@@ -287,6 +293,8 @@ class Passes:
         """Continue with another plan; after a failure with a new replica, because the old one may be inconsistent."""
         fresh = self._network.fresh() if failed and not self._network.known.in_place else None
         self._uninstall()
+        if not failed:
+            self._look_for_changes()
         self.plan, self._unchecked, self._weights = plan, False, None
         self._replica.usable &= not failed
         self._replica = fresh or self._replica
@@ -328,29 +336,29 @@ class Passes:
         self._uninstall()
         raw = reference(self._replica, draw, self._seen(self._made).take(examples), self._call.task)
         self._replica.restore()
-        self._look_for_changes()
-        self._install(self._replica)
+        self._install(self._replica, mark=False)
         return raw
 
     def _compare(self, values: Tensor, draw: Draw) -> None:
-        """Repeat the first draw of some examples in the slow way and in the opposite order, and compare.
+        """Repeat the first draw of some examples in the slow way, and compare.
 
-        In the opposite order they have other neighbours, so an error in the proof of their independence would show.
+        Without the others, and in the opposite order unless the check of rounding has made this pass, they have other
+        neighbours. So an error in the proof of their independence would show.
 
         Raises:
-            NetworkChangedError: they differ by more than rounding.
+            CallAgainError: they differ by more than rounding.
         """
         last = self._examples - 1
         some = torch.linspace(last, 0, min(max(PROBED, self.plan.least), last + 1)).round().long()
         try:
             some, raw = self._known or (some, self._slowly(draw, some))
             same = _agree(values[some.to(values.device)], raw)
-        except NetworkChangedError:
+        except CallAgainError:
             raise
         except Exception as error:
-            raise NetworkChangedError("it fails on some of the examples without the others") from error
+            raise CallAgainError("it fails on some of the examples without the others") from error
         if not same:
-            raise NetworkChangedError("some examples have other outputs beside others")
+            raise CallAgainError("some examples have other outputs beside others")
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:

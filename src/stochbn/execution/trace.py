@@ -114,14 +114,10 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
                 flows = [self.flow(args[0])]
             else:
                 flows = flows_of(func, args, kwargs, outputs, self.flow, self.examples)
-        except MixedError as mixed:
+        except Exception as error:  # other than MixedError: an operation with arguments that no rule expects
+            why = error if isinstance(error, MixedError) else f"the operation {name} could not be followed"
             drawn = any(self.flow(t).drawn for t in tensors)
-            flows = [Flow(mixed=f"{mixed}{self._where()}", drawn=drawn) for _ in made]
-        except Exception:  # an operation with arguments that no rule expects
-            drawn = any(self.flow(t).drawn for t in tensors)
-            flows = [
-                Flow(mixed=f"the operation {name} could not be followed{self._where()}", drawn=drawn) for _ in made
-            ]
+            flows = [Flow(mixed=f"{why}{self._where()}", drawn=drawn) for _ in made]
         flows = [replace(flow, own=True) for flow in flows] if own else flows
         self._look_at_sizes(name, bound, made, flows)
         self._note(func, args, kwargs, made, flows, multiplies=name in _MULTIPLYING)
@@ -308,9 +304,9 @@ _READING = ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage",
 _STRETCHING = {"expand", "broadcast_to"}
 _OF_ANY = {
     "dim", "ndim", "ndimension", "element_size", "itemsize", "_version", "output_nr", "get_device", "storage_offset",
-    "shape", "size", "__len__", "numel", "nelement", "stride",
+    "stride",
 }  # fmt: skip
-"""What gives whole numbers that are not those of examples, or that are looked at by themselves."""
+"""What gives whole numbers that are not those of examples."""
 _HARMLESS = {"view", "detach", "clone", "contiguous", "permute", "_unsafe_view", "transpose"}
 
 

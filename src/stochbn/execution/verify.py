@@ -12,23 +12,23 @@ from dataclasses import replace
 
 import torch
 
-from stochbn.execution.follow import Followed, follow, guarded
+from stochbn.execution.follow import Followed, follow, follow_effects
 from stochbn.execution.plan import WAYS, Call, Plan, Verdict, make_plan
-from stochbn.execution.run import NetworkChangedError, Passes
+from stochbn.execution.run import CallAgainError, Passes
 from stochbn.execution.ways import bfloat16, channels_last, compiled, prefix, stacked
 from stochbn.network.calling import NetworkInput
 from stochbn.network.knowledge import Knowledge
 from stochbn.network.replica import Network
 from stochbn.undisturbed import without_gradients
 
-__all__ = ["examine", "guard"]
+__all__ = ["effects", "examine"]
 
 UNTRIED = ("bfloat16", "compiled")
 """Ways that are not tried here: bfloat16 is checked in every call, and compiling takes long."""
 
 
 @without_gradients
-def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> bool:
+def effects(network: Network, inputs: NetworkInput, training: frozenset[str]) -> bool:
     """Find out, and cache for the network, whether it can run on a copy, and whether passes change it.
 
     Args:
@@ -39,14 +39,14 @@ def guard(network: Network, inputs: NetworkInput, training: frozenset[str]) -> b
     Returns:
         Whether passes draw random numbers, or may.
     """
-    key, known = ("guarded", inputs.kind(), training), network.known
+    key, known = ("effects", inputs.kind(), training), network.known
     random: bool | None = True if known.in_place else known.get(key)
     if random is not None:
         return random
     few = inputs.take(slice(0, 3)) if inputs.divisible else inputs
     for examples in (few, inputs):
         try:
-            found = guarded(network, examples, training)
+            found = follow_effects(network, examples, training)
         except Exception:  # which the pass itself will raise, if it is not for the number of examples
             continue
         _note(known, found)
@@ -65,7 +65,7 @@ def _note(known: Knowledge, followed: Followed) -> None:
 def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
     """The verdict about a network and such inputs, with the reasons against ways, by name."""
     if not inputs.divisible or not len(inputs):
-        random = guard(network, inputs, call.training)
+        random = effects(network, inputs, call.training)
         reason = "there are no examples" if inputs.divisible else "the arguments do not share a first axis of examples"
         return Verdict(Followed(dependent=reason, random=random)), {}
     if network.known.in_place:
@@ -79,7 +79,7 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
             return verdict, refused
     followed, at_examples = _followed(network, inputs, call)
     if followed is None:  # for these examples, at least
-        random = guard(network, inputs, call.training)
+        random = effects(network, inputs, call.training)
         return Verdict(Followed(dependent="it could not be followed", random=random)), refused
     _note(known, followed)
     verdict = Verdict(followed) if followed.in_place or followed.dependent else _tried(network, inputs, call, followed)
@@ -165,7 +165,7 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
                 passes.attempt(draws)
                 passes.attempt(draws[:1])
                 passes.close()
-            except NetworkChangedError:
+            except CallAgainError:
                 raise
             except Exception:  # a way that raises anything is skipped
                 replica.usable = False

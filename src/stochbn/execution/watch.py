@@ -168,13 +168,11 @@ class Watch:
             size = sum(t.numel() * t.element_size() for t in tensors) / self.follower.examples
             per = tuple(f.per if f.axis == 0 else 0 for f in flows)
             usable[id(frame)] = Unit(frame.name, frame.call, per, size)
-        parents = {id(frame): parent for frame, parent, *_ in self._ended}
-        outermost = []
-        for frame, *_ in self._ended:
-            parent = parents[id(frame)]
-            if id(frame) in usable and (parent is None or id(parent) not in usable):
-                outermost.append(usable[id(frame)])
-        return tuple(outermost)
+        return tuple(
+            usable[id(frame)]
+            for frame, parent, *_ in self._ended
+            if id(frame) in usable and (parent is None or id(parent) not in usable)
+        )
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -191,7 +191,7 @@ def _checked(example: NetworkInput, name: str) -> NetworkInput:
             "the only arguments; wrap the network in a module that sets the others"
         )
     if not len(example):
-        raise ValueError("the example has no examples; pass at least one")
+        raise ValueError("the tensors of example= are empty: pass at least one example")
     return example.map(Tensor.cpu)
 
 

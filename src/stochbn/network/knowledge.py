@@ -13,6 +13,10 @@ from stochbn.network.snapshot import Snapshot, Surroundings
 __all__ = ["Knowledge"]
 
 
+KEPT = 64
+"""The largest number of cached entries for a network."""
+
+
 class Knowledge:
     """Cached results about a network, which hold until it changes.
 
@@ -50,12 +54,12 @@ class Knowledge:
         """Record that passes were made, which may also write outside of the network."""
         self._surroundings.settle()
 
-    def get(self, key: Hashable, default: Any = None) -> Any:
-        """The value for a key."""
-        return self._kept.get(key, default)
+    def get(self, key: Hashable) -> Any:
+        """The value for a key; None if there is none."""
+        return self._kept.get(key)
 
-    def keep(self, key: Hashable, value: Any, most: int = 64) -> None:
+    def keep(self, key: Hashable, value: Any) -> None:
         """Store a value, and drop the oldest if there are too many."""
         self._kept[key] = value
-        for old in list(self._kept)[:-most]:
+        for old in list(self._kept)[:-KEPT]:
             self._kept.pop(old, None)

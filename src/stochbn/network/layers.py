@@ -58,7 +58,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: object) -> str:
-    """Advice on which attribute of an object is a network."""
+    """Advice on which attribute of a Python object is a network."""
     for name in ("model", "module_", "module", "net", "network"):
         try:
             found = getattr(model, name, None)

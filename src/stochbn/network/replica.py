@@ -218,8 +218,8 @@ class Network:
         return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
     @undisturbed
-    def look(self) -> Knowledge:
-        """Refresh the cached results. They are dropped if more than parameters and buffers has changed.
+    def look(self) -> None:
+        """Drop the cached results if more of the network than parameters and buffers has changed.
 
         If another thread runs the network in place, this waits, because the network is changed until then.
         """
@@ -227,11 +227,10 @@ class Network:
             before, known = self._borrows, self._looked()
             if self._borrows == before:
                 self.known = known
-                return known
+                return
         with self._alone():
             if self._borrower != threading.get_ident():  # not from within a pass
                 self.known = self._looked()
-            return self.known
 
     def _looked(self) -> Knowledge:
         return self.known if self.known.is_of(self.model) else Knowledge(Snapshot.of(self.model), self.model)

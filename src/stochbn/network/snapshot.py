@@ -144,12 +144,11 @@ class Surroundings:
     def __init__(self, root: nn.Module | None, snapshot: Snapshot) -> None:
         kinds = {type(value) for value in (root, *snapshot.leaves) if type(value) not in _ATOMS}
         self._classes = [cls for cls in {c for kind in kinds for c in kind.__mro__} if not _is_library(cls)]
-        self._places: list[tuple[Mapping[str, Any], str]] = []
+        self._spaces: list[tuple[Mapping[str, Any], list[str]]] = [(vars(cls), [*vars(cls)]) for cls in self._classes]
         self._cells: list[types.CellType] = []
         waiting: list[Any] = [value for value in snapshot.leaves if isinstance(value, types.FunctionType)]
-        for cls in self._classes:
-            self._places += [(vars(cls), name) for name in vars(cls)]
-            waiting += vars(cls).values()
+        waiting += [value for cls in self._classes for value in vars(cls).values()]
+        globals_: dict[int, tuple[Mapping[str, Any], dict[str, None]]] = {}
         seen: set[int] = set()
         while waiting:
             function = _function(waiting.pop())
@@ -157,58 +156,54 @@ class Surroundings:
                 continue
             seen.add(id(function))
             self._cells += function.__closure__ or ()
-            places = [(function.__globals__, name) for name in _names(function.__code__)]
-            self._places += places
-            waiting += [space.get(name) for space, name in places]
-        self._places = [*{(id(space), name): (space, name) for space, name in self._places}.values()]
+            space, names = function.__globals__, _names(function.__code__)
+            globals_.setdefault(id(space), (space, {}))[1].update(dict.fromkeys(names))
+            waiting += map(space.get, names)
+        self._spaces += [(space, [*names]) for space, names in globals_.values()]
         self._written: set[int] = set()
-        self._values, self._lengths = self._read(), [len(vars(cls)) for cls in self._classes]
+        self._values: list[Any] = []
+        self._entries: dict[int, list[Any]] = {}
+        self._values, self._entries = self._read()
+        self._lengths = [len(vars(cls)) for cls in self._classes]
 
     def same(self) -> bool:
         """Whether nothing has changed, except what passes write to."""
-        if [len(vars(cls)) for cls in self._classes] != self._lengths:
-            return False
-        values = self._read()
-        return _identical(values, self._values) or self._changed(values) <= self._written
+        return [len(vars(cls)) for cls in self._classes] == self._lengths and self._changed(
+            *self._read()
+        ) <= self._written
 
     def settle(self) -> None:
         """Record what a call has changed. From now on these logs, counters and caches do not count."""
-        values = self._read()
+        values, entries = self._read()
+        self._written |= self._changed(values, entries)
+        self._values, self._entries = values, entries
+
+    def _read(self) -> tuple[list[Any], dict[int, list[Any]]]:
+        """Everything that is named, and the contents of each mapping, list or set, by its place."""
+        values = [value for space, names in self._spaces for value in map(space.get, names)]
+        values += map(_content, self._cells)
+        places: Collection[int] = self._entries
         if not _identical(values, self._values):
-            self._written |= self._changed(values)
-            self._values = values
+            places = [place for place, value in enumerate(values) if type(value) in (dict, list, set)]
+        return values, {place: _entries(values[place]) for place in places}
 
-    def _read(self) -> list[Any]:
-        """Everything that is named, followed by the contents of each mapping, list or set."""
-        values: list[Any] = [space.get(name) for space, name in self._places]
-        values += [_content(cell) for cell in self._cells]
-        return values + [
-            _entries(value) if len(value) <= LISTED else [] for value in values if type(value) in (dict, list, set)
-        ]
-
-    def _changed(self, values: list[Any]) -> set[int]:
+    def _changed(self, values: list[Any], entries: dict[int, list[Any]]) -> set[int]:
         """The places of differences; entries of a mapping count as the place of the mapping."""
-        changed = set()
-        named = len(self._places) + len(self._cells)
-        old, new = (iter(each[named:]) for each in (self._values, values))
-        for place, (before, after) in enumerate(zip(self._values[:named], values[:named], strict=True)):
-            first = next(old) if type(before) in (dict, list, set) else []
-            second = next(new) if type(after) in (dict, list, set) else []
-            if before is not after or not _identical(first, second):
-                changed.add(place)
+        changed = {place for place in entries if not _identical(entries[place], self._entries.get(place, []))}
+        if not _identical(values, self._values):
+            changed |= {place for place, value in enumerate(values) if value is not self._values[place]}
         return changed
 
 
 def _identical(first: list[Any], second: list[Any]) -> bool:
-    """Whether two lists hold the same objects; entries of mappings are lists in them."""
-    return len(first) == len(second) and all(
-        a is b or (type(a) is list is type(b) and len(a) == len(b) and all(map(operator.is_, a, b)))
-        for a, b in zip(first, second, strict=True)
-    )
+    """Whether two lists hold the same objects."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _entries(container: Any) -> list[Any]:
-    """The keys and values of a mapping, or the entries of a list and the like."""
+    """The keys and values of a mapping, or the entries of a list and the like, if these are few."""
+    if len(container) > LISTED:
+        return []
     return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 

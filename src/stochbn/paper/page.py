@@ -53,8 +53,8 @@ def page_of_run(
     recipe_text = ", ".join(f"{name} {value}" for name, value in shown.items() if name != "arguments")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in about["seconds"].items())
     facts = {
-        "Known examples": f"{known}: {about['data']['known']['images']:,}",
-        "Unknown examples": f"{unknown}: {about['data']['unknown']['images']:,}" if unknown else "none",
+        "Known classes": f"{known}: {about['data']['known']['images']:,}",
+        "Unknown classes": f"{unknown}: {about['data']['unknown']['images']:,}" if unknown else "none",
         "Recipe": recipe_text,
         "Cost": f"training, fitting and predicting: {seconds}. Predicting takes one pass of a network as it is, and "
         f"{recipe.draws} with SBN.",

@@ -33,8 +33,8 @@ def facts(
     return {
         "Networks": ", ".join(about["networks"]),
         "Posteriors": "; ".join(map(_posterior, about["posteriors"])),
-        "Known examples": about["data"],
-        "Unknown examples": about["ood"] or "none",
+        "Known classes": about["data"],
+        "Unknown classes": about["ood"] or "none",
         **(data or {}),
         "Augmentation": about["augment"] or "none",
         "Seed": str(about["seed"]),

@@ -92,14 +92,14 @@ class Page:
         return any(one.picture for one in (*self.least, *self.most))
 
     def table(self, objects: Sequence[Shown]) -> Table:
-        """Objects as a table, for those that are no images."""
-        columns = ["object", "class", "most probable", "entropy", "aleatoric", "epistemic"]
+        """Examples as a table, for those that are no images."""
+        columns = ["example", "class", "most probable", "entropy", "aleatoric", "epistemic"]
         rows = []
         for one in objects:
             top = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in one.top)
             parts = ["-" if part is None else f"{part:.3f}" for part in (one.entropy, one.aleatoric, one.epistemic)]
             rows.append([one.name, one.label, top, *parts])
-        return Table("objects", columns, rows)
+        return Table("examples", columns, rows)
 
 
 def page_of(

@@ -65,7 +65,7 @@ class Images:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     def only(self, first: int, last: int) -> Images:
-        """The objects of the classes `first` to `last`, renumbered from 0.
+        """The examples of the classes `first` to `last`, renumbered from 0.
 
         Raises:
             DataError: there are no such classes.

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from stochbn.execution.follow import Followed
 from stochbn.network.replica import Replica
 
-__all__ = ["applies", "channels_last_weights", "convolutions"]
+__all__ = ["applies", "channels_last_weights"]
 
 
 def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
     """The reason not to try this way; empty if there is none."""
     if not cpu:
         return "it is for CPUs"
-    if not convolutions(replica):
+    if not _convolutions(replica):
         return "there are no two-dimensional convolutions in another layout"
     return "the network's code looks at the layout of tensors" if followed.reads_layout else ""
 
@@ -29,11 +29,11 @@ def channels_last_weights(replica: Replica) -> dict[str, Tensor]:
 
     Each call makes them again, because writes to a weight through ``.data`` cannot be detected.
     """
-    own = convolutions(replica)
+    own = _convolutions(replica)
     return {name: weight.detach().clone(memory_format=torch.channels_last) for name, weight in own.items()}
 
 
-def convolutions(replica: Replica) -> dict[str, Tensor]:
+def _convolutions(replica: Replica) -> dict[str, Tensor]:
     """The weights of two-dimensional convolutions in other layouts, by name."""
     weights: dict[str, Tensor] = {}
     for name, module in replica.modules.items():

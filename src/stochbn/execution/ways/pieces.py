@@ -11,12 +11,11 @@ from collections.abc import Iterator
 __all__ = ["pieces"]
 
 
-def pieces(examples: int, size: int | None) -> Iterator[tuple[int, int]]:
-    """The begin and end of each piece of at most `size` examples; None is one piece, and so is an empty batch.
+def pieces(examples: int, size: int) -> Iterator[tuple[int, int]]:
+    """The begin and end of each piece of at most `size` examples; an empty batch is one piece.
 
-    >>> list(pieces(5, 2)), list(pieces(5, None)), list(pieces(0, 2))
-    ([(0, 2), (2, 4), (4, 5)], [(0, 5)], [(0, 0)])
+    >>> list(pieces(5, 2)), list(pieces(0, 2))
+    ([(0, 2), (2, 4), (4, 5)], [(0, 0)])
     """
-    size = size or max(examples, 1)
     for start in range(0, max(examples, 1), size):
         yield start, min(start + size, examples)

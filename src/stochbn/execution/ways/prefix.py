@@ -71,7 +71,6 @@ class PrefixCache:
     """Keeps the outputs of modules in the first pass over the examples, and returns them in later passes.
 
     Args:
-        replica: the network.
         units: the calls whose outputs are kept.
         examples: the number of examples.
     """
