@@ -1,4 +1,4 @@
-"""What a fit reads: how many mini-batches, into what, and as they were shown in training."""
+"""The data of a fit: the number of mini-batches, their accumulator, and their augmentation."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from stochbn.posteriors.accumulators import Accumulator
 __all__ = ["KEPT", "accumulator_of", "augmented", "expected_batches", "most_batches"]
 
 KEPT = 512
-"""Mini-batches that kinds which keep them observe."""
+"""The number of mini-batches for kinds that keep them."""
 MOMENTS = 5000
-"""Mini-batches that give standard deviations to 1 %: the relative standard error of one is 1 / sqrt(2 n)."""
+"""This many mini-batches give standard deviations to 1 %, whose relative standard error is 1 / sqrt(2 n)."""
 
 
 def most_batches(kind: str, max_batches: int = KEPT, batches: float | None = None) -> float:
-    """How many mini-batches to observe.
+    """The number of mini-batches to observe.
 
     Raises:
-        TypeError, ValueError: there is no such kind, or `batches` is no whole number of at least 1, nor infinite.
+        TypeError, ValueError: there is no such kind, or `batches` is not a whole number of at least 1, and not
+        infinite.
     """
     _check_kind(kind)
     if batches is None:
@@ -46,7 +47,7 @@ def _check_kind(kind: str) -> None:
 
 
 def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | None:
-    """How many mini-batches will be observed, as far as the length of the data tells."""
+    """The number of mini-batches that will be observed, if the data has a length."""
     if not isinstance(data, Sized):
         return None
     if batch_size is None:
@@ -60,10 +61,10 @@ def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | N
 
 
 def accumulator_of(kind: str, max_batches: int, directions: int | None) -> Accumulator[Any]:
-    """What mini-batches are added to.
+    """Make the accumulator for mini-batches.
 
     Raises:
-        TypeError, ValueError: there is no such kind, or it cannot have these settings.
+        TypeError, ValueError: there is no such kind, or it does not take these settings.
     """
     _check_kind(kind)
     options = {"max_batches": (max_batches, 2), "directions": (directions, 1)}
@@ -79,7 +80,7 @@ def accumulator_of(kind: str, max_batches: int, directions: int | None) -> Accum
 
 
 def augmented(mini_batches: Iterable[NetworkInput], augment: Augment, ranks: Ranks) -> Iterator[NetworkInput]:
-    """Mini-batches with their first tensor changed at random."""
+    """Yield mini-batches with their first tensor augmented."""
     for number, mini_batch in enumerate(mini_batches):
         view = Views(augment, len(mini_batch.first), 7919 * ranks.place(number), clean=False)
         yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]
