@@ -1,4 +1,4 @@
-"""Trained networks of the paper's experiments as files."""
+"""Save and load trained networks of the paper's experiments."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FORMAT = "stochbn.network/1"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained network, and what it takes to build and use it again.
+    """A trained network, with the settings that rebuild it.
 
     Attributes:
         model: the network, in evaluation mode.
         network: its name in `stochbn.sources.architectures`.
-        arguments: what it was built with.
-        data: what it was trained on, as `stochbn.sources.named.load` takes it.
+        arguments: the arguments of its function.
+        data: its training data, by the name for `stochbn.sources.named.load`.
         classes: the names of its classes.
     """
 
@@ -37,11 +37,11 @@ class Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, half: bool = False) -> None:
-    """Save weights and description as safetensors, whole or not at all.
+    """Save weights and description as safetensors, as a whole or not at all.
 
     Args:
-        path: of the file.
-        checkpoint: what to save.
+        path: the file.
+        checkpoint: the checkpoint.
         half: keep the weights of convolutions and linear layers in half precision; batch norms stay as they are.
 
     Raises:
@@ -60,7 +60,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, half: bool = F
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Load a checkpoint that `save` wrote; nothing in the file is executed.
+    """Load a checkpoint that `save` wrote. Nothing in the file is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
