@@ -17,13 +17,20 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "networks"
 TEXT = """# Networks of other libraries
 
-Each is randomly initialised and makes {warm_up} passes in training mode. Then a joint posterior is fitted to 6
-mini-batches of 8; the network must be bit-identical afterwards, `tolerance=0` must give what a slow loop over copies
-gives, and predictions with the defaults must be within 6 standard errors of 24 independent draws. The costs of the
-first call with the defaults and of later ones are in plain passes of the same few examples, so small that Python takes
-most of the time. `make networks` and `make interop` run these checks and make this page.
+Look here whether networks like yours were tried, how many passes a call costs, and which faster executions apply.
 
-**{right} of {total} are as they should be.**
+Each network is randomly initialised and makes {warm_up} passes in training mode. Then a joint posterior is fitted to 6
+mini-batches of 8. These are the checks:
+
+- the network is bit-identical afterwards;
+- predictions with `tolerance=0` equal those of a slow loop over copies;
+- predictions with the defaults are within 6 standard errors of 24 independent draws.
+
+The columns "first call" and "later" have the costs of calls with the defaults, in plain passes of the same examples.
+These are so few and small that Python takes most of the time. `make networks` and `make interop` run the checks and
+make this page.
+
+**{right} of {total} networks pass.**
 """
 
 

@@ -1,8 +1,8 @@
-"""Prediction sets: which digits may a smudged picture show?
+"""Prediction sets: which digits may a noisy image show?
 
-A network reads scikit-learn's digits with noise on them. Sets by held-out pictures hold the truth of 90 % of others,
-whatever the network; how large they are says how good it is. The pictures that the network has not seen are split into
-held-out and test ones, forty times. With more noise on the test pictures than on held-out ones, nothing is promised.
+A network classifies scikit-learn's digits under noise. Prediction sets contain the true digit in 90 % of images, and a
+better network has smaller sets. The images that the network was not trained on are split into held-out and test images,
+forty times. If test images have more noise than held-out ones, the coverage is not guaranteed.
 Run: python examples/conformal.py
 """
 

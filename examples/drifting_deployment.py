@@ -1,9 +1,10 @@
-"""Data that drifts in a deployment: the alarm sounds, and the network adapts to examples without labels.
+"""Data that drifts in a deployment: the alarm sounds, and the network adapts without labels.
 
-A small network reads scikit-learn's digits in a service, which answers requests over HTTP. Then the camera ages: its
-pictures have less contrast and more noise. The service notices by its monitor. The posterior is adapted to the latest
-examples, of which nobody knows the labels, and is swapped in. At last the adapted network is written as a plain one,
-which needs no stochbn. Labels are used to train, and to print errors. Run: python examples/drifting_deployment.py
+A small network classifies scikit-learn's digits in a service that answers requests over HTTP. Then the camera ages: its
+images have less contrast and more noise. The monitor of the service sounds the alarm. The posterior is adapted to the
+latest examples, which have no labels, and replaces the old one. At the end the adapted network is written as a plain
+one, which runs without stochbn. Labels are used only to train and to print errors.
+Run: python examples/drifting_deployment.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Labels that each are there or not: what a handwritten digit is like.
+"""Several labels at once: properties of handwritten digits.
 
-A digit is described by three labels: is it even, is it more than four, does it have a closed loop. Each has a
-probability of its own, and SBN makes these less sure where the network guesses. Data: scikit-learn's digits.
+Three labels describe a digit: it is even, it is more than four, it has a closed loop. Each has its own probability. SBN
+makes the probabilities less certain where the network guesses. Data: scikit-learn's digits.
 Run: python examples/multilabel.py
 """
 

@@ -1,4 +1,4 @@
-"""Predict pictures by an exported file, without stochbn: its metadata names the classes, and says how to prepare them.
+"""Predict images with an exported file, without stochbn. Its metadata has the classes and the preprocessing.
 
 stochbn export --model mynet:build --weights w.pt --data photos/test --size 224 --out net.onnx
 python examples/onnx_pictures.py net.onnx photo.jpg other.jpg

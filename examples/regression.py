@@ -1,8 +1,8 @@
-"""Regression: progression of diabetes from ten measurements, with intervals that hold the truth as often as asked for.
+"""Regression: progression of diabetes from ten measurements, with intervals of a given coverage.
 
-The network gives a mean and a log-variance. SBN adds what the statistics leave open, and calibrate fits to held-out
-patients what neither says. Conformal intervals, from the same patients, bring the coverage near 90 % whatever the
-distribution; of 92 patients, both can be off by some percent. Data: scikit-learn's diabetes, 442 patients.
+The network predicts a mean and a log-variance. SBN adds the uncertainty of the statistics, and calibrate fits the rest
+on held-out patients. Conformal intervals from the same patients have a coverage near 90 % for any distribution. With 92
+patients, both can be off by a few percent. Data: scikit-learn's diabetes, 442 patients.
 Run: python examples/regression.py
 """
 

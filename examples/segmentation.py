@@ -1,8 +1,8 @@
-"""Segmentation of a large picture in tiles, with a map of where the network is not sure.
+"""Segmentation of a large image in tiles, with a map of the uncertainty.
 
-Pictures of discs and squares on noise are made here. The network takes tiles of 32 x 32; a picture of 96 x 96 is
-predicted in overlapping tiles whose probabilities are averaged, and the margin of the shapes, labelled 255, does not
-count. Run: python examples/segmentation.py
+The images are generated: discs and squares on noise. The network takes tiles of 32 x 32. An image of 96 x 96 is
+predicted in overlapping tiles, whose probabilities are averaged. The edges of the shapes have the label 255, which is
+ignored. Run: python examples/segmentation.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Survival: how long machines run until they fail, where many were still running when they were last seen.
+"""Survival: how long machines run until they fail, with data that is censored.
 
-Time is cut into ten intervals, and the network gives the logit of the hazard of each: of failing there, if not before.
-SBN averages the survival curves of its draws. Data is made: Weibull failure times, a third of them censored.
+Many machines were still running when they were last seen. Time is divided into ten intervals. For each the network
+predicts the logit of the hazard: the probability of failing there, if not before. SBN averages the survival curves of
+its draws. The data is generated: Weibull failure times, a third of them censored.
 Run: python examples/survival.py
 """
 

@@ -1,6 +1,6 @@
-"""A table: is a tumour malignant? Which answers can be given, and which should a doctor look at?
+"""A table: is a tumour malignant, and which cases should a doctor look at?
 
-The network has one logit. Examples are answered from the most certain on: the fewer are answered, the fewer errors.
+The network has one logit. If only the most certain predictions are used, fewer of them are wrong.
 Data: scikit-learn's breast cancer, 569 patients. Run: python examples/tabular.py
 """
 

@@ -1,7 +1,7 @@
-"""Time series: which waveform is it, and which may it be?
+"""Time series: which waveform is it, and which others are possible?
 
-Sines, square and sawtooth waves with noise are made here. A one-dimensional convolutional network tells them apart.
-Sets of classes hold the truth of 95 % of series, however noisy. Run: python examples/time_series.py
+The data is generated: sine, square and sawtooth waves with noise. A one-dimensional convolutional network classifies
+them. Sets of classes contain the true one in 95 % of series. Run: python examples/time_series.py
 """
 
 from __future__ import annotations

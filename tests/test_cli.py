@@ -205,7 +205,7 @@ def test_a_network_without_a_posterior_is_evaluated_without_sbn_and_that_is_said
     text = stochbn_("evaluate", alone, "--ood", "digits:5-9", "--out", "results")
     results = json.loads(Path("results/results.json").read_text())
     assert [(row["method"], row["sbn"]) for row in results["scores"]] == [("plain", False)]
-    assert f"without SBN only. Next: stochbn fit {alone}" in words(text)
+    assert f"without SBN only. Next, fit one: stochbn fit {alone}" in words(text)
 
 
 def test_posteriors_can_be_named_in_the_order_of_the_networks(trained: Trained, alone: Path) -> None:
@@ -664,7 +664,7 @@ def test_ctrl_c_ends_a_command_with_a_word_and_without_files(
     monkeypatch.setattr(stochbn.Predictive, "_drawn", interrupted)
     ended = main(command, trained.networks[0], "--out", tmp_path / "results.csv")
     assert ended.code == 130
-    again = " Run it again to go on." if command == "predict" else ""
+    again = " Run it again to continue." if command == "predict" else ""
     assert ended.error.splitlines()[-1] == f"Stopped.{again}"
     assert "Traceback" not in ended.error
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]

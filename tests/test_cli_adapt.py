@@ -148,10 +148,10 @@ def test_a_fit_keeps_what_the_output_means(own: tuple[str, ...]) -> None:
 
 
 def test_a_fit_leaves_the_reference_out_or_says_that_there_is_none(own: tuple[str, ...]) -> None:
-    assert "cannot be compared" not in run("fit", *own, "--data", "train.npz", "--no-reference")
+    assert "no reference" not in run("fit", *own, "--data", "train.npz", "--no-reference")
     assert stochbn.load("w.sbn.safetensors").reference is None
     np.save("few.npy", np.load("train.npz")["inputs"][:40])
-    assert "New data cannot be compared with it: that needs 256 examples" in run("fit", *own, "--data", "few.npy")
+    assert "It has no reference for new data: that needs 256 examples" in run("fit", *own, "--data", "few.npy")
 
 
 def test_a_reference_of_held_out_examples(own: tuple[str, ...]) -> None:
@@ -265,7 +265,7 @@ def test_what_adapt_cannot_do_is_told_before_the_work(
     assert "is also an input" in told(*adapt, "--out", "dim.npz")
     assert "must end in .safetensors" in told(*adapt, "--weights-out", "a.pt")
     assert "name two files" in told(*adapt, "--out", "a.safetensors", "--weights-out", "./a.safetensors")
-    assert "say with --out" in told("adapt", *fitted[:2], "--data", "dim.npz")
+    assert "name a file for the posterior with --out" in told("adapt", *fitted[:2], "--data", "dim.npz")
     assert "name data with --data" in told("adapt", *fitted)
     np.save("none.npy", np.zeros((0, 3, 12, 12), np.float32))
     assert "holds no examples" in told("adapt", *fitted, "--data", "none.npy")
@@ -312,7 +312,7 @@ def test_predictions_of_data_like_the_training_data_have_no_warning(fitted: tupl
 def test_another_mix_of_classes_is_told_from_another_look(fitted: tuple[str, ...]) -> None:
     pixels, labels = pictures(300, 2)
     np.save("cats.npy", pixels[labels == 1].transpose(0, 3, 1, 2))
-    with pytest.warns(UserWarning, match="the mix of classes is unusual .* would leave the network as it is"):
+    with pytest.warns(UserWarning, match="the mix of classes is unusual .* would not change the network"):
         run("predict", *fitted, "--data", "cats.npy", "--out", "p.parquet", "--draws", 4)
 
 
@@ -360,7 +360,7 @@ def test_what_cannot_be_compared_is_predicted_all_the_same(own: tuple[str, ...])
     name = own[1].partition(":")[0]
     twice = of_numbers(own, "twice")
     text = run("fit", *twice, "--data", "x.npy")
-    assert "New data cannot be compared with it" in text
+    assert "It has no reference for new data" in text
     run("predict", *twice, "--data", "x.npy", "--out", "t.parquet", "--draws", 4)
     assert about("t.parquet")["shift"] is None
     run("fit", *own, "--data", f"{name}:odd", "--out", "o.sbn.safetensors", "--centre", "observed")
@@ -377,5 +377,5 @@ def test_evaluate_and_its_page_say_that_the_data_has_changed(fitted: tuple[str, 
     run("adapt", *fitted, "--data", "dim.npy")
     run("evaluate", *fitted, "--data", "dim.npz", "--report", "page.html", "--posterior", "w.adapted.sbn.safetensors")
     page = Path("page.html").read_text()
-    assert "promise no coverage on this data" in page
+    assert "guarantee no coverage on this data" in page
     assert "Compared with the training data" not in page

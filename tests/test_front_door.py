@@ -213,7 +213,7 @@ def test_classes_keep_the_numbers_that_they_had(fitted: tuple[str, ...], told: C
     frame.replace({"outcome": {"ill": "a", "so-so": "b", "well": "c"}}).to_csv("other.csv", index=False)
     assert "3 classes: a=0, b=1, c=2" in run("evaluate", *fitted, "--data", "other.csv")  # names of another kind
     frame.assign(outcome=-1).to_csv("hidden.csv", index=False)
-    assert "all are -1 or missing, as public test sets have them" in told("evaluate", *fitted, "--data", "hidden.csv")
+    assert "all are -1 or missing, as in public test sets" in told("evaluate", *fitted, "--data", "hidden.csv")
     run("predict", *fitted, "--data", "hidden.csv", "--out", "h.csv")
     assert len(rows("h.csv")) == 400
 

@@ -492,7 +492,7 @@ def test_options_that_make_no_sense_are_told(module: str, weights: Path, told: C
         (["--size", "2"], "failed on an input of shape [16, 3, 2, 2]"),
     ):
         assert part in told("fit", *own, *given)
-    assert "say with --out" in told("fit", "--model", f"{module}:network", "--data", "pets")
+    assert "name a file for the posterior with --out" in told("fit", "--model", f"{module}:network", "--data", "pets")
     assert "not both" in told("fit", weights, "--model", f"{module}:network")
     assert "unknown task 'guess'" in told(
         "predict", *own, "--task", "guess", "--posterior", _fitted(own[:4]), "--out", "p.csv"

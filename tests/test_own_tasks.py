@@ -271,7 +271,7 @@ def test_the_cost_of_an_own_network_is_measured(module: str, told: Any) -> None:
         assert one["worth"] > 1
     assert "fewer than a batch of 500" in told("bench", *given, "--data", "test.npz", "--batch", 500)
     regression = *given, "--task", "regression", "--data", "test.npz"
-    assert "bench measures how accurate probabilities are" in told("bench", *regression)
+    assert "bench measures the accuracy of probabilities" in told("bench", *regression)
 
 
 def test_unknown_objects_and_some_of_the_held_out_ones_are_options(module: str) -> None:

@@ -48,8 +48,8 @@ def test_without_a_file_there_are_no_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("modell = 1", "'modell' is no option of fit, calibrate"),
-        ("[fits]\ndata = 1", "'fits' is no option of fit"),
+        ("modell = 1", "'modell' is not an option of fit, calibrate"),
+        ("[fits]\ndata = 1", "'fits' is not an option of fit"),
         ("fit = 1", r"'fit' is a command; write its options in a table \[fit\]"),
         ("[fit]\ndraws = 1", "fit has no option 'draws'; it has data, batch-size"),
         ("[fit]\ndata = {a = 1}", "data takes one value"),

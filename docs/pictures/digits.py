@@ -1,4 +1,4 @@
-"""The network and data of the pictures."""
+"""The network and data of the figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unknown() -> Tensor:
 
 
 def trained(x: Tensor, y: Tensor, epochs: int = 25) -> nn.Module:
-    """A network with two batch norms, trained on these; with one thread, as several round in another order."""
+    """A network with two batch norms, trained on ``x`` and ``y``; one thread, so that results repeat."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(

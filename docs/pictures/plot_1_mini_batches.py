@@ -1,13 +1,13 @@
 """
-What a mini-batch does to an object's prediction
-================================================
+How the mini-batch changes a prediction
+=======================================
 
-In training, batch norm normalises an object by the mini-batch that it is in. So the same digit gets another prediction
-beside other digits. Here are the probabilities that 40 mini-batches of 16 give to three digits: for a clear one they
-agree, for an ambiguous one they do not. At test time this is switched off, and one prediction is all there is. stochbn
-draws the statistics of such mini-batches, and so gets back what they had to say.
+In training, batch norm normalises an example with the statistics of its mini-batch. So the prediction for a digit
+depends on the digits beside it. The figure shows the probabilities that 40 mini-batches of 16 give to three digits. For
+a clear digit they agree, for an ambiguous one they do not. In evaluation mode this is switched off, and there is one
+prediction for each digit. stochbn draws statistics like those of mini-batches, and averages the predictions.
 
-To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
+To run it elsewhere, download :download:`digits.py` too, which has the network and its data.
 """
 
 import sys
@@ -26,7 +26,7 @@ model = trained(x[:300], y[:300])
 exact = stochbn.Exact(model, [x[:300][torch.randperm(300)] for _ in range(3)], draws=40)
 
 # %%
-# The clearest and the least clear of the digits that the network knows, and one of those that it has never seen.
+# The clearest and the least clear digit of the known classes, and a digit of an unknown class.
 
 test = x[300:]
 entropy = stochbn.Predictive(model)(test).entropy
@@ -42,8 +42,8 @@ for column, name in enumerate(("clear", "ambiguous", "unknown: none of 0 to 4"))
     axes[0, column].set_title(name)
     for draw in probs[:, column]:
         axes[1, column].plot(draw, color="tab:blue", alpha=0.25, lw=1)
-    axes[1, column].plot([], [], color="tab:blue", label="beside another mini-batch")
-    axes[1, column].plot(plain[column], "ko", label="at test time")
+    axes[1, column].plot([], [], color="tab:blue", label="with a mini-batch")
+    axes[1, column].plot(plain[column], "ko", label="evaluation mode")
     axes[1, column].set(xticks=range(5), ylim=(-0.03, 1.03), xlabel="class")
 axes[1, 0].set_ylabel("probability")
 axes[1, 0].legend(fontsize=8, loc="center right")

@@ -2,11 +2,11 @@
 The statistics of mini-batches, and the distribution fitted to them
 ===================================================================
 
-For every channel, a mini-batch has a mean and a variance. Over mini-batches they vary: the mean as a Normal variable,
-the variance as a LogNormal one. The paper fits one such pair to each channel, independently (`kind="factorized"`); the
-default (`"joint"`) also keeps how they vary together.
+Every mini-batch has a mean and a variance for each channel. Over mini-batches, the mean is close to a Normal variable,
+and the variance to a LogNormal one. The paper fits one such pair to each channel, independently
+(``kind="factorized"``). The default (``"joint"``) also fits their correlations.
 
-To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
+To run it elsewhere, download :download:`digits.py` too, which has the network and its data.
 """
 
 import sys
@@ -27,8 +27,8 @@ seen = stochbn.fit(model, batches, kind="empirical").draw(500)
 drawn = stochbn.fit(model, batches, kind="factorized").draw(5000)
 
 # %%
-# One channel of the first layer: what mini-batches had, and what is drawn. And two channels together: those of
-# mini-batches are correlated, which the factorised distribution leaves out.
+# The first two plots compare observed and drawn statistics of one channel of the first layer. The third shows the means
+# of two channels. They are correlated, which the factorised distribution leaves out.
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
 for axis, name, label in zip(axes, ("running_mean", "running_var"), ("mean", "variance"), strict=False):

@@ -1,11 +1,12 @@
 """
-Draws of one ambiguous digit, and how many it takes
-===================================================
+Draws for one ambiguous digit, and how many are needed
+======================================================
 
-A prediction is the mean of the network's probabilities over draws of the statistics. Quasi-random draws, which are
-spread evenly, get near the mean sooner than independent ones, and an object is done as soon as its mean is known.
+A prediction is the mean of the network's probabilities over draws of the statistics. Quasi-random draws are spread
+evenly, so their mean converges faster than that of independent draws. Sampling stops for an example as soon as its mean
+is accurate enough.
 
-To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
+To run it elsewhere, download :download:`digits.py` too, which has the network and its data.
 """
 
 import sys
@@ -26,7 +27,7 @@ test = x[300:]
 digit = test[stochbn.Predictive(model)(test).entropy.argmax()][None]
 
 # %%
-# The probability of its likeliest class in each draw, and the running mean of independent and of quasi-random draws.
+# The probability of the most likely class in each draw, and the running mean of independent and of quasi-random draws.
 
 predictive = stochbn.Predictive(model, posterior, 512, keep_draws=True)
 every = predictive(digit, generator=torch.Generator().manual_seed(1)).log_probs.exp()[:, 0]

@@ -1,11 +1,11 @@
 """
-How sure is the network, without and with draws?
-================================================
+Calibration and entropy, without and with draws
+===============================================
 
-On digits that the network was not trained on: the share of right answers among objects of each confidence (a calibrated
-network is on the diagonal), and the entropy of known digits and of digits of unknown classes.
+On digits that the network was not trained on: the accuracy for examples of each confidence (on the diagonal for a
+calibrated network), and the entropy of digits of known and of unknown classes.
 
-To run it elsewhere, put :download:`digits.py` beside it, the network and its data.
+To run it elsewhere, download :download:`digits.py` too, which has the network and its data.
 """
 
 import sys
@@ -36,14 +36,14 @@ for name, predictor, color in (
     bins = torch.bucketize(confidence, edges)
     points = [(confidence[bins == b].mean(), (predicted == truth)[bins == b].float().mean()) for b in bins.unique()]
     axes[0].plot(*zip(*points, strict=True), "o-", color=color, label=f"{name}: NLL {scores['nll']:.3f}")
-    for objects, style in ((test, "-"), (unknown(), "--")):
-        entropies, share = stochbn.metrics.entropy_cdf(predictor(objects).entropy)
+    for examples, style in ((test, "-"), (unknown(), "--")):
+        entropies, share = stochbn.metrics.entropy_cdf(predictor(examples).entropy)
         axes[1].plot(entropies, share, style, color=color)
 axes[0].plot([0.3, 1], [0.3, 1], color="0.8", zorder=0)
-axes[0].set(xlabel="confidence", ylabel="share of right answers")
+axes[0].set(xlabel="confidence", ylabel="accuracy")
 axes[0].legend(fontsize=8)
 axes[1].plot([], [], "0.5", ls="-", label="known digits")
 axes[1].plot([], [], "0.5", ls="--", label="unknown digits")
-axes[1].set(xlabel="entropy (nats)", ylabel="share of objects below")
+axes[1].set(xlabel="entropy (nats)", ylabel="share of examples below")
 axes[1].legend(fontsize=8)
 plt.show()

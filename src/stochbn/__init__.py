@@ -69,11 +69,11 @@ _HOMES = {
     "stochbn.shift": ("adapt",),
     "stochbn.tasks": ("Task",),
 }
-"""The modules that public names are from. They are imported at first use: the command line's help needs none."""
+"""The modules of the public names, imported at first use, so that the command line's help starts quickly."""
 
 
 _LOCK = threading.RLock()
-"""One thread imports at a time: modules that import each other must not be begun from two ends."""
+"""Only one thread imports at a time, because two threads could import modules that need each other in a deadlock."""
 
 
 def __getattr__(name: str) -> Any:

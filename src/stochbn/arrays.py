@@ -1,4 +1,4 @@
-"""What others call arrays, as numpy or torch can take it: columns and tables of pandas, polars and the like."""
+"""Convert array-like objects, such as columns and tables of pandas and polars, for numpy and torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def as_array(values: Any) -> Any:
-    """A Series or DataFrame as an array, by position and not by its index; anything else as it is."""
+    """Convert a Series or DataFrame to an array, by position; other objects are returned unchanged."""
     convert = getattr(values, "to_numpy", None)
     if convert is None or isinstance(values, Tensor):
         return values
@@ -32,7 +32,7 @@ def as_array(values: Any) -> Any:
 
 
 def as_tensor(values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """What ``torch.as_tensor`` takes, and what `as_array` does; unsigned numbers as int64, with which torch can count.
+    """Convert what ``torch.as_tensor`` or `as_array` takes to a tensor; unsigned integers become int64.
 
     >>> as_tensor(np.array([1, 2], np.uint32)).dtype
     torch.int64

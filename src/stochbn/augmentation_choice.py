@@ -1,4 +1,4 @@
-"""Choosing which of some augmentations to average over, by held-out data."""
+"""Choose on held-out data which augmentations to average over."""
 
 from __future__ import annotations
 
@@ -33,30 +33,29 @@ def choose_augmentation(
     seed: int = 0,
     **reading: Any,
 ) -> turns:
-    """Choose, draw by draw, the augmentation that lowers the calibrated NLL of held-out data most.
+    """Choose the augmentation of each draw that lowers the calibrated NLL of held-out data most.
 
-    `held_out` is read once. Every batch goes through the network `passes` times in all, as often with each of the
-    candidates; these draws are kept, and from them `draws` are chosen one after another: always that which, averaged
-    with those before, has the lowest negative log-likelihood at its best temperature. So augmentations that do not
-    help, or no longer help beside others, are left out. Noise and temperature are chosen after it, with
-    ``calibrate(augment=)``.
+    `held_out` is read once. Every batch goes through the network `passes` times, equally often with each candidate. Of
+    these draws, `draws` are chosen greedily: each time the one that gives the lowest NLL at its best temperature,
+    averaged with those chosen before. So augmentations that do not help are left out. Choose noise and temperature
+    afterwards, with ``calibrate(augment=)``.
 
     Args:
         model: the network.
-        posterior: its posterior, of which statistics are drawn too; None draws the input alone.
+        posterior: its posterior, to draw the statistics too; None augments the input alone.
         held_out: batches of ``(input, labels)``, or mappings with ``labels``, that the network was **not** trained on;
             some thousand examples. Their log-probabilities are kept: 4 bytes for each pass, example and class.
         candidates: the augmentations to choose from, such as ``[flip(), shift(2), chain(flip(), shift(4))]``.
-        draws: how many to choose; a `Predictive` of so many draws sees each of them.
+        draws: how many to choose; a `Predictive` with as many draws uses each of them once.
         passes: forward passes over the held-out data, at least one for each candidate.
         clean: whether the clean input is the first draw, as for `Predictive`.
-        progress: called with the number of examples that are done.
-        seed: where draws come from.
+        progress: called with the number of examples done so far.
+        seed: the seed of the draws.
         reading: how the network is called and read, as for `Predictive`: ``logits``, ``class_axis``, ``output``,
             ``inputs``, ``check``.
 
     Returns:
-        The chosen augmentations in turn, for ``Predictive(augment=)`` and ``calibrate(augment=)``.
+        The chosen augmentations, one for each draw in turn, for ``Predictive(augment=)`` and ``calibrate(augment=)``.
 
     Raises:
         TypeError, ValueError: a wrong argument, fewer passes than candidates, no held-out examples, labels that do not
@@ -99,7 +98,7 @@ def choose_augmentation(
 
 
 def _greedy(total: Tensor, pools: Sequence[Tensor], labels: Tensor, count: int) -> list[int]:
-    """Which pool to take each draw from, so that the sum of all has the lowest calibrated NLL after every step.
+    """Choose the pool of each draw greedily, for the lowest calibrated NLL of the sum after every step.
 
     Args:
         total: ``[N, K]``: the logarithm of the sum of probabilities so far.
@@ -118,7 +117,7 @@ def _greedy(total: Tensor, pools: Sequence[Tensor], labels: Tensor, count: int) 
 
 
 def _calibrated(logs: Tensor, labels: Tensor) -> float:
-    """The NLL at the best temperature; that is one number for thousands of examples, so it is not cross-validated."""
+    """The NLL at the best temperature, without cross-validation: one number cannot overfit thousands of examples."""
     if logs.ndim > 2:
         logs = logs.movedim(1, -1).flatten(0, -2)
     logs, labels = logs.double().log_softmax(1), labels.flatten()

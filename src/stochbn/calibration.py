@@ -1,4 +1,4 @@
-"""Choosing how much noise a posterior has, and a temperature, by held-out data."""
+"""Choose between the plain network, a temperature and draws on held-out data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate"]
 
 TEMPERATURES = torch.logspace(-2, 2, 29, base=2, dtype=torch.float64)
-"""The temperatures to choose from: 0.25 to 4, each 10 % above the one before; the best is refined between them."""
+"""The temperatures to choose from: 0.25 to 4, each 10 % above the last. The best is refined between them."""
 
 
 @shows_options(Interface.of)
@@ -59,25 +59,29 @@ def calibrate(
     group: ProcessGroup | None = None,
     **interface: Unpack[InterfaceOptions],
 ) -> Posterior:
-    """Choose by held-out data how to predict: with the plain network, with a temperature, or with draws, and which.
+    """Choose between the plain network, a temperature and draws, on held-out data.
 
-    The options are the plain network; the plain network with a temperature; and draws with the noise of mini-batches
-    of several sizes, about the network's running statistics and about the observed ones, each with its temperature.
-    All are scored on the same examples, with the same random numbers. The simplest is chosen, in passes first, of those
-    within one standard error of the best. A temperature costs no pass, so it is preferred to none. So a posterior that
-    gains nothing beyond a temperature becomes the plain network with that temperature, at one pass;
-    ``posterior.choice`` says why. What was fitted is not lost: `calibrate` begins again from there, and
-    ``posterior.fitted()`` gives it.
+    These options are scored on the same examples, with the same random numbers:
 
-    For ``task="regression"`` no temperature is chosen, but a residual variance is fitted for each option: that of an
-    observation beyond what draws differ by and, where the network gives variances, beyond those
-    (`stochbn.tasks.residual.Residual`). The likelihood of the held-out numbers under Normal distributions then decides
-    between the plain network and draws. ``total_std`` of predictions is known from then on.
+    - the plain network;
+    - the plain network with a temperature;
+    - draws with the noise of mini-batches of several sizes, about the network's running statistics and about the
+      observed ones, each with its own temperature.
 
-    `held_out` is read once. Every batch goes through the network once for the plain network, once for the observed
-    statistics without noise, and `draws` times for each noise about each centre: 82 passes by default, beside trials
-    with at most 34 examples of the first batch, which tell how passes can be made. Some thousand examples suffice.
-    Memory does not grow with the draws. The network is in evaluation mode, so dropout is off.
+    The simplest option within one standard error of the best is chosen. Fewer passes are simpler. A temperature adds no
+    pass, so it is preferred to none. If draws do not help, the result is the plain network with a temperature, at one
+    pass; ``posterior.choice`` says why. The fitted noise is kept: `calibrate` starts from it when it is called again,
+    and ``posterior.fitted()`` returns it.
+
+    For ``task="regression"`` a residual variance is fitted for each option, in place of a temperature. It is the
+    variance of an observation beyond that of the draws and of the network (`stochbn.tasks.residual.Residual`). The
+    likelihood of the held-out numbers under Normal distributions then decides. From then on predictions have
+    ``total_std``.
+
+    `held_out` is read once, and some thousand examples suffice. Every batch takes one pass for the plain network, one
+    for the observed statistics without noise, and `draws` passes for each noise about each centre: 82 by default.
+    Trials of faster executions take at most 34 examples of the first batch in addition. Memory does not grow with the
+    draws. The network is in evaluation mode, so dropout is off.
 
     Args:
         model: the network.
@@ -204,7 +208,7 @@ def _check(
     augment: Augment | None,
     check: str,
 ) -> None:
-    """Refuse arguments that cannot be.
+    """Check the arguments.
 
     Raises:
         TypeError, ValueError: as `calibrate`.
@@ -226,7 +230,7 @@ def _sizes(batch_sizes: Iterable[float]) -> list[float]:
     """The sizes of mini-batches to try, each once.
 
     Raises:
-        TypeError, ValueError: they are no positive numbers, or there are none.
+        TypeError, ValueError: they are not positive numbers, or there are none.
     """
     values: Any = batch_sizes.tolist() if isinstance(batch_sizes, Tensor) else batch_sizes
     try:
@@ -249,7 +253,7 @@ def _sizes(batch_sizes: Iterable[float]) -> list[float]:
 
 
 def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | None, augmented: bool) -> list[Posterior]:
-    """The posteriors to choose among, those about the running statistics first; without the plain network itself.
+    """The posteriors to choose among, without the plain network; those about the running statistics come first.
 
     Raises:
         ValueError: the posterior's own size is not known.
@@ -268,18 +272,18 @@ def _noises(model: nn.Module, base: Posterior, batch_sizes: Sequence[float] | No
 
 
 def _plain(model: nn.Module, base: Posterior) -> Posterior:
-    """A posterior whose only draw is what the network works with."""
+    """A posterior whose only draw is the network's running statistics."""
     return _still(base.centred(model)[0])
 
 
 def _still(posterior: Posterior) -> Posterior:
-    """A posterior without its noise, of whatever size that is."""
+    """A posterior without noise, also if its mini-batch size is not known."""
     known = posterior.fitted_size is not None
     return posterior.rescale(math.inf) if known else replace(posterior, batch_size=math.inf)
 
 
 def _tried(noises: Sequence[Posterior], draws: int, temperature: bool, plain: bool, augmented: bool) -> list[Tried]:
-    """The ways to predict: the plain network, at its best temperature, and each of these posteriors."""
+    """The options: the plain network, the plain network with a temperature, and each of these posteriors."""
     every = tuple(range(len(TEMPERATURES)))
     own = (len(TEMPERATURES),)  # the posterior's
     one = (int((TEMPERATURES.log().abs()).argmin()),) if temperature else own
@@ -295,7 +299,7 @@ def _tried(noises: Sequence[Posterior], draws: int, temperature: bool, plain: bo
 
 
 def _warn_of_ends(choice: Choice, temperature: bool) -> None:
-    """Warn where the best noise or temperature is the last one that was tried."""
+    """Warn if the best noise or temperature is at an end of the range that was tried."""
     sizes = [one.batch_size for one in choice.options if one.drawing]
     if len(sizes) > 1 and choice.chosen.batch_size == min(sizes):
         warnings.warn(
@@ -331,9 +335,9 @@ def _losses(
     score: str,
     whole: str,
 ) -> Tensor:
-    """``[B, T, N]``: the scores of a batch's examples under each noise and temperature, summed over what is counted.
+    """The scores of a batch's examples under each noise and temperature, ``[B, T, N]``, summed over what is counted.
 
-    Of a task that fits a residual variance: ``[B, 4, N, D, P]``, what it is fitted to.
+    For a task that fits a residual variance: the moments that it is fitted to, ``[B, 4, N, D, P]``.
     """
     losses, task = [], call.task
     labels = labels if bool(counted.all()) else labels.where(counted, 0)

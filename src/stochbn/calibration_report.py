@@ -1,4 +1,4 @@
-"""What `calibrate` tried, how the options compare, and which one it chooses."""
+"""The options of `calibrate`, how they compare, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Choice", "Option", "Totals", "Tried"]
 
 
 def _draws(way: Tried | Option) -> bool:
-    """Whether a way to predict draws, of the statistics or of the input."""
+    """Whether an option draws the statistics or the input."""
     return way.passes > 1 or (bool(way.centre) and way.batch_size != math.inf)
 
 
 class Tried(NamedTuple):
-    """A way to predict that `calibrate` tries.
+    """An option that `calibrate` tries.
 
     Attributes:
-        centre: ``"running"``, ``"observed"`` or ``"adapted"``, of the draws; empty for the plain network.
+        centre: the centre of the draws, ``"running"``, ``"observed"`` or ``"adapted"``; empty for the plain network.
         batch_size: the size of the mini-batches whose noise the draws have; ``math.inf`` is no noise.
-        passes: how many an example takes.
-        row: of the scores.
+        passes: the number of passes for an example.
+        row: its row of the scores.
         temperatures: the columns of the scores that may be chosen.
         selectable: whether it may be chosen.
     """
@@ -42,21 +42,21 @@ class Tried(NamedTuple):
 
     @property
     def drawing(self) -> bool:
-        """Whether it draws, and so takes several passes to predict with."""
+        """Whether it draws, and so takes several passes."""
         return _draws(self)
 
 
 class Option(NamedTuple):
-    """A way to predict, at the temperature that is best for it.
+    """An option of `calibrate`, at its best temperature.
 
     Attributes:
-        centre: ``"running"``, ``"observed"`` or ``"adapted"``, of the draws; empty for the plain network.
-        batch_size: the effective mini-batch size; ``math.inf`` is no noise.
-        passes: how many an example takes.
-        temperature: what logits are divided by, refined between those that were tried.
-        mean: the score of an example at the best temperature that was tried, in nats if it is the NLL.
-        more: by how much that is above the plain network's with its best temperature (or residual variance).
-        error: the standard error of `more`, of scores of the same examples.
+        centre: the centre of the draws, ``"running"``, ``"observed"`` or ``"adapted"``; empty for the plain network.
+        batch_size: the size of the mini-batches whose noise the draws have; ``math.inf`` is no noise.
+        passes: the number of passes for an example.
+        temperature: what logits are divided by, refined between the values that were tried.
+        mean: the mean score at the best temperature that was tried, in nats if it is the NLL.
+        more: the difference from the plain network with its best temperature (or residual variance).
+        error: the paired standard error of `more`.
         selectable: whether it could be chosen.
     """
 
@@ -71,7 +71,7 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In words.
+        """The option in words.
 
         >>> Option("", math.inf, 1, 1.3, 0.3, 0.0, 0.0).name
         'the plain network at temperature 1.30'
@@ -87,20 +87,20 @@ class Option(NamedTuple):
 
     @property
     def drawing(self) -> bool:
-        """Whether it draws, and so takes several passes to predict with."""
+        """Whether it draws, and so takes several passes."""
         return _draws(self)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the options that `calibrate` chose from compare. As a string, it is the choice and its reason.
+    """The options of `calibrate`, and which one it chose. ``str(choice)`` is a sentence with the reason.
 
     Attributes:
         score: ``"nll"`` or ``"brier"``.
-        objects: how many held-out examples were scored.
-        units: what these are: ``"examples"``, ``"labels"`` or ``"numbers"`` of them, or ``"places"`` of dense outputs.
-        options: all of them; the plain network and the plain network with a temperature are the first two.
-        chosen: the simplest one that the examples do not tell from the best: within one standard error of it.
+        objects: the number of held-out examples that were scored, or of their parts.
+        units: what was counted: ``"examples"``, their ``"labels"`` or ``"numbers"``, or ``"places"`` of dense outputs.
+        options: all options; the plain network and the plain network with a temperature are the first two.
+        chosen: the simplest option within one standard error of the best.
         beyond: what drawing is compared with, in words.
     """
 
@@ -113,7 +113,7 @@ class Choice:
 
     @property
     def tempered(self) -> bool:
-        """Whether temperatures were chosen: then the second option is the plain network with one."""
+        """Whether temperatures were chosen. The second option is then the plain network with a temperature."""
         return len(self.options) > 1 and not self.options[1].centre
 
     @property

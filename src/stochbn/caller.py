@@ -1,4 +1,4 @@
-"""Warnings that name the line of the caller's, however many frames of the package lie between."""
+"""Warnings that name the line of the caller, outside of this package."""
 
 from __future__ import annotations
 

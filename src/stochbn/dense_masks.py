@@ -1,4 +1,4 @@
-"""Pictures of dense predictions: the class and the entropy of every place, as PNG files beside a table."""
+"""Images of dense predictions: the class and the entropy of every pixel, as PNG files beside a table."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def write_masks(
     seen: Counter[str] | None = None,
     sets: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Write two pictures for each example, or three with sets, and give the columns of its row.
+    """Write two images for each example, or three with sets, and return the columns of its row.
 
-    ``NAME.class.png`` has the number of the most probable class of every place, ``NAME.entropy.png`` its entropy, from
+    ``NAME.class.png`` has the number of the most probable class of every pixel, ``NAME.entropy.png`` its entropy, from
     0 for none to 255 for the logarithm of the number of classes. ``NAME.set.png`` has 255 where the class of the sets'
     mask is in the set and 0 elsewhere or, for sets of all classes, their number. Each is written whole or not at all.
     NAME is `mask_name` of the key. Examples with equal keys are numbered: from the second on, NAME ends in ``~2``,

@@ -1,4 +1,4 @@
-"""What several processes of a job observed, brought together over torch.distributed.
+"""Merge the observations of several processes of a job, over torch.distributed.
 
 Each process (rank) observes its own mini-batches into an accumulator. `Ranks.merged` sends every accumulator to every
 rank, one after another, and merges them in the order of the ranks, so that all have the same; nothing is pickled.
@@ -23,26 +23,26 @@ from stochbn.posteriors.accumulators import Accumulator
 __all__ = ["Ranks", "RanksError", "refuse_sharded"]
 
 TOLD = "stochbn_told_to_ranks"
-"""The attribute of an error that the other ranks know of, so that blocks around the one that it left do not wait.
+"""The attribute that marks an exception which has already been broadcast to the other ranks.
 
-It is False where rank 0 has the same error, which needs to be told once.
+It is False if rank 0 has the same error, which is then printed only once.
 """
 
 GOOD, FAILED = b"+", b"-"
-"""What a message between ranks begins with: of a rank that goes on, or of one that has failed."""
+"""The first byte of a message between ranks: from a rank that continues, or from one that has failed."""
 
 A = TypeVar("A", bound=Accumulator[Any])
 
 
 class RanksError(RuntimeError):
-    """Another rank of the job failed; the message says which, and how."""
+    """Raised if another rank of the job failed; the message says which one, and how."""
 
 
 class Ranks:
     """The ranks of a process group, or this process alone.
 
     Args:
-        group: the process group; None is this process alone.
+        group: the process group; None: this process alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -52,12 +52,12 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, done: str = "fitted") -> Ranks:
-        """The ranks of a group that a user passed.
+        """Return the ranks of a group that a user passed.
 
-        In a job of several processes without a group, a warning says that this process's data alone is used.
+        In a job of several processes without a group, a warning says that only this process's data is used.
 
         Raises:
-            TypeError: it is no process group.
+            TypeError: it is not a process group.
             RuntimeError: this process does not belong to it.
         """
         if group is None:
@@ -82,14 +82,14 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A block that all ranks leave together: if one raises, so do all, and none waits for it.
+        """A context that all ranks leave together: if one raises, all raise, and none waits for it.
 
         Raises:
             RanksError: another rank raised.
         """
         try:
             yield
-        except RanksError:  # the others know
+        except RanksError:  # already broadcast
             raise
         except BaseException as error:
             if self.count > 1 and not hasattr(error, TOLD):
@@ -102,10 +102,10 @@ class Ranks:
             self._gather(b"")
 
     def merged(self, accumulator: A) -> A:
-        """One accumulator that has seen what those of all ranks have, the same on every rank.
+        """Merge the accumulators of all ranks, with the same result on every rank.
 
         Raises:
-            ValueError: they do not fit, as when a layer was called on some ranks only.
+            ValueError: they differ, for example if a layer was called on some ranks only.
         """
         if self.count == 1:
             return accumulator
@@ -119,14 +119,14 @@ class Ranks:
         return merged
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, the same on every rank to the last bit."""
+        """Sum a tensor over the ranks, with a bit-identical result on every rank."""
         if self.count == 1:
             return values
         texts = self._gather(safetensors.torch.save({"": values.contiguous()}))
         return torch.stack([safetensors.torch.load(text)[""] for text in texts]).sum(0)
 
     def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors ``[n, ...]`` of every rank behind each other, in the order of the ranks."""
+        """Concatenate tensors ``[n, ...]`` of all ranks, in the order of the ranks."""
         if self.count == 1:
             return tensors
         own = {name: values.contiguous() for name, values in tensors.items()}
@@ -134,17 +134,17 @@ class Ranks:
         return {name: torch.cat([shard[name] for shard in shards]) for name in tensors}
 
     def of_first(self, data: bytes) -> bytes:
-        """The bytes of rank 0, on every rank."""
+        """Broadcast the bytes of rank 0."""
         return self._gather(data if self.rank == 0 else b"")[0]
 
     def union(self, names: Iterable[str]) -> list[str]:
-        """The names that any rank has."""
+        """The union of the ranks' names."""
         if self.count == 1:
             return sorted(names)
         return sorted({name for text in self._gather(json.dumps(sorted(names)).encode()) for name in json.loads(text)})
 
     def place(self, number: int) -> int:
-        """Which one of all mini-batches this rank's of a number is, where ranks take them in turn.
+        """The global index of this rank's i-th mini-batch, if ranks take mini-batches in turn.
 
         >>> Ranks(None).place(5)
         5
@@ -152,13 +152,13 @@ class Ranks:
         return number * self.count + self.rank
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
-        """Refuse ranks that were called with different settings, on every rank.
+        """Check that all ranks were called with the same settings; otherwise raise on every rank.
 
         Args:
-            settings: by their names; they are compared as text.
+            settings: the settings by name; they are compared as text.
 
         Raises:
-            ValueError: they were.
+            ValueError: they differ.
         """
         if self.count == 1:
             return
@@ -173,10 +173,10 @@ class Ranks:
                     )
 
     def check_weights(self, fingerprint: Fingerprint) -> None:
-        """Refuse ranks whose networks have different weights.
+        """Check that the networks of all ranks have the same weights.
 
         Raises:
-            ValueError: they have.
+            ValueError: they differ.
         """
         if self.count == 1:
             return
@@ -189,7 +189,7 @@ class Ranks:
                 )
 
     def _each(self, data: bytes) -> Iterator[bytes]:
-        """The bytes of one rank after another, on every rank; memory does not grow with their number."""
+        """Yield the bytes of one rank after another, on every rank; memory does not grow with the number of ranks."""
         sizes = [int(size) for size in self._gather(str(len(data)).encode())]
         device = self._device()
         for rank, size in enumerate(sizes):
@@ -202,10 +202,10 @@ class Ranks:
             yield shared.cpu().numpy().tobytes()
 
     def _gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, on every rank.
+        """Gather the bytes of all ranks, on every rank.
 
         Raises:
-            RanksError: another rank has left its `failing_together` by an error meanwhile.
+            RanksError: another rank has left its `failing_together` with an error.
         """
         messages = self._exchanged(GOOD + data)
         for rank, message in enumerate(messages):
@@ -214,7 +214,7 @@ class Ranks:
         return [message[len(GOOD) :] for message in messages]
 
     def _exchanged(self, message: bytes) -> list[bytes]:
-        """The messages of all ranks: whatever the others wait for, they get this one."""
+        """Exchange messages with all ranks, whatever the others wait for."""
         device = self._device()
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.count)]
         dist.all_gather(sizes, torch.tensor([len(message)], device=device), group=self.group)
@@ -226,7 +226,7 @@ class Ranks:
         return [one[: int(size)].cpu().numpy().tobytes() for one, size in zip(received, sizes, strict=True)]
 
     def _device(self) -> torch.device:
-        """Where the group's backend takes tensors from."""
+        """The device of tensors for the group's backend."""
         types = {device.type for device in getattr(self.group, "_device_types", [])}
         if "cpu" in types or not torch.cuda.is_available():
             return torch.device("cpu")
@@ -234,10 +234,10 @@ class Ranks:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse a network whose weights lie on several ranks in parts.
+    """Refuse a network whose weights are sharded over several ranks.
 
     Raises:
-        TypeError: it is one.
+        TypeError: they are.
     """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):  # a DTensor

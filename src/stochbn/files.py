@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading safetensors files from strangers."""
+"""Write files as a whole or not at all, and read untrusted safetensors files."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def write(path: str | os.PathLike[str], producer: Callable[[Path], object]) -> N
 
 
 def check_file(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
-    """Refuse a file that `write` could not write: for use before the work whose result it is to hold.
+    """Check, before the work begins, that `write` can write a file.
 
     Args:
         path: the file.
-        inputs: files that must stay as they are; names of what is no file, and None, do not count.
+        inputs: files that must not be overwritten; None, and names that are not files, are ignored.
 
     Raises:
         OSError: its folder does not exist or is not writable, it is a folder, a pipe or a device, or one of `inputs`.
@@ -76,7 +76,7 @@ def check_file(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[
 
 
 def check_folder(path: str | os.PathLike[str], *names: str) -> None:
-    """Refuse a folder that could not be made, or in which files of these names could not be written; make nothing.
+    """Check that a folder can be made, and that files of these names can be written in it, without making anything.
 
     Raises:
         OSError: it, or what it would be made in, is no folder or not writable, or a name is taken by a folder, a pipe
@@ -133,20 +133,20 @@ def _target(path: Path) -> Path:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file as a whole or not at all."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all.
+    """Write a value as indented JSON, as a whole or not at all.
 
-    NaN (not known) and infinity (more than any at hand) become null: JSON has neither.
+    NaN (not known) and infinity become null, because JSON has neither.
     """
     write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON has it: None for floats that are not finite."""
+    """Convert a value for JSON: floats that are not finite become None."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a fit reads: how many mini-batches, into what, and as they were shown in training."""
+"""The data of a fit: the number of mini-batches, their accumulator, and their augmentation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def most_batches(accumulator: Accumulator[Any], batches: float | None) -> float:
 
 
 def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | None:
-    """How many mini-batches will be observed, as far as the length of the data tells."""
+    """The number of mini-batches that will be observed, if the data has a length."""
     if not isinstance(data, Sized):
         return None
     if batch_size is None:
@@ -46,7 +46,7 @@ def expected_batches(data: Any, batch_size: int | None, limit: float) -> int | N
 
 
 def augmented(mini_batches: Iterable[NetworkInput], augment: Augment, ranks: Ranks) -> Iterator[NetworkInput]:
-    """Mini-batches with their first tensor changed at random."""
+    """Yield mini-batches with their first tensor augmented."""
     for number, mini_batch in enumerate(mini_batches):
         view = Views(augment, len(mini_batch.first), 7919 * ranks.place(number), clean=False)
         yield mini_batch.with_first(lambda x, view=view: view(x, 0))  # type: ignore[misc]

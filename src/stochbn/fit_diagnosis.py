@@ -1,8 +1,8 @@
-"""What the data of a fit does to predictions: whether it is unlike training, by how much, and why.
+"""Diagnose the data of a fit: does it differ from the training data, by how much, and why?
 
-A network's running statistics are averages over its training mini-batches. Where a fit observes other averages, and
-predictions with them differ from the network's own beyond chance, the data is not what the network was trained on, or
-not as it was shown to the network. `Diagnosis` keeps some of the examples of a fit and compares.
+A network's running statistics are averages over its training mini-batches. If a fit observes other averages, and
+predictions with them differ from the network's own by more than chance, the network was trained on other data, or the
+data is preprocessed differently. `Diagnosis` keeps some examples of a fit and compares predictions.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from stochbn.undisturbed import undisturbed, without_gradients
 __all__ = ["Diagnosis", "Difference"]
 
 KEPT = 256
-"""Examples that predictions are compared on, at most."""
+"""The largest number of examples for comparing predictions."""
 KEPT_BYTES = 2**26
-"""What these may take at most."""
+"""The largest size of these examples, in bytes."""
 CLASSES = 0.02
-"""Mean KL divergence of class probabilities, in nats, below which a difference is not worth a warning."""
+"""A mean KL divergence of class probabilities below this, in nats, causes no warning."""
 NUMBERS = 0.05
-"""Mean squared difference of other outputs, in their variances over examples, below which it is not."""
+"""A mean squared difference of other outputs below this share of their variance over examples causes no warning."""
 ERRORS = 2.0
-"""How many standard errors a difference must be above chance."""
+"""A difference must exceed chance by this many standard errors."""
 UNSETTLED = 0.01
-"""The part of running statistics that may be what they began as; more tells nothing of the data of training."""
+"""The largest share of initial values, 0 and 1, in running statistics that still describe the training data."""
 ALIKE = 0.1
-"""How much more often than in all of the data two labels of a mini-batch are equal where it is not shuffled."""
+"""Data is not shuffled if two labels of a mini-batch are equal more often than in all data, by this probability."""
 
 
 class Difference(NamedTuple):
-    """How far predictions with the observed statistics are from the network's own.
+    """The difference of predictions with the observed statistics from the network's own.
 
     Attributes:
-        mean: the KL divergence in nats of class probabilities, or the squared difference of other outputs in their
-            variances over examples; the mean over examples.
+        mean: the mean over examples of the KL divergence of class probabilities, in nats, or of the squared difference
+            of other outputs, divided by their variance over examples.
         error: its standard error.
-        changed: the share of examples that are classified otherwise; None for outputs that are no classes.
+        changed: the share of examples with another predicted class; None for outputs that are not classes.
         changed_error: its standard error.
     """
 
@@ -74,11 +74,11 @@ class Difference(NamedTuple):
 
 
 class Diagnosis:
-    """Looks at the data of a fit as it passes.
+    """Inspects the data of a fit while it is read.
 
     Args:
-        batch_size: of the mini-batches; None takes incoming batches as they come.
-        labelled: whether labels stand beside the inputs of a batch, as in ``(input, labels)``.
+        batch_size: the size of the mini-batches; None takes incoming batches as they come.
+        labelled: whether batches contain labels, as in ``(input, labels)``.
     """
 
     def __init__(self, batch_size: int | None, labelled: bool = True) -> None:
@@ -90,7 +90,7 @@ class Diagnosis:
         self._axes = 0  # that labels have: 1, or more for dense ones
 
     def watched(self, data: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, whose labels are noted."""
+        """Yield the same batches, and record their labels."""
         for batch in data:
             labels = _labels(batch) if self._labelled else None
             if labels is not None:
@@ -100,7 +100,7 @@ class Diagnosis:
             yield batch
 
     def keep(self, mini_batch: NetworkInput) -> None:
-        """Keep a mini-batch, of the first ones."""
+        """Keep a mini-batch, if it is one of the first."""
         size = sum(tensor.nbytes for tensor in mini_batch.tensors())
         if self._count < KEPT and self._bytes + size <= KEPT_BYTES and mini_batch.divisible:
             self._examples.append(mini_batch.map(Tensor.clone))
@@ -110,13 +110,13 @@ class Diagnosis:
     def warnings(
         self, network: Network, posterior: Posterior, training: frozenset[str], unusable: Mapping[str, str]
     ) -> list[str]:
-        """What to warn of.
+        """The warnings about a fit.
 
         Args:
-            network: the network that was fitted.
-            posterior: what came out.
-            training: names of the modules that were in training mode.
-            unusable: layers whose running statistics were to be the centre and cannot, and what these are.
+            network: the network.
+            posterior: the fitted posterior.
+            training: the names of the modules that were in training mode.
+            unusable: layers whose running statistics cannot be the centre, and the reasons.
         """
         told = list(_off_centre(posterior, unusable))
         if order := self.unshuffled():
@@ -141,7 +141,7 @@ class Diagnosis:
         return [_told(found, self.augmented(outputs, network, posterior, training), posterior, network)]
 
     def unshuffled(self) -> str:
-        """What is wrong with the order of the examples; empty if nothing can be said against it."""
+        """A warning about the order of the examples; empty if there is no sign of a problem."""
         rows = [
             row for labels in self._labels for row in torch.split(labels, self._size or len(labels)) if len(row) > 1
         ]
@@ -161,7 +161,7 @@ class Diagnosis:
         return f"{what}, and two examples of all {100 * overall:.0f} % of the time"
 
     def one_label(self, plain: Callable[[], Tensor | None]) -> str:
-        """The only label of all examples, where the plain network has several classes; empty otherwise."""
+        """A warning if all examples have one label and the plain network predicts several classes; otherwise empty."""
         labels = torch.cat(self._labels) if self._labels else torch.empty(0)
         if len(labels) < 4 * (self._size or 16) or (labels != labels[0]).any():
             return ""
@@ -170,9 +170,9 @@ class Diagnosis:
         return str(int(labels[0])) if several else ""
 
     def difference(self, plain: Tensor, network: Network, posterior: Posterior) -> Difference | None:
-        """How far predictions with the observed statistics are from the plain ones; None where nothing can be said.
+        """Compare predictions with the observed statistics and plain ones; None if they cannot be compared.
 
-        It is None too where the difference is small, or what running averages differ by from their expectation.
+        It is also None if the difference is small, or as expected between running statistics and their expectation.
         """
         found = self._compared(plain, network, posterior.recentre_observed(), None)
         if found is None or found.mean - ERRORS * found.error <= (NUMBERS if found.changed is None else CLASSES):
@@ -186,7 +186,7 @@ class Diagnosis:
     def augmented(
         self, plain: Tensor, network: Network, posterior: Posterior, training: frozenset[str]
     ) -> Difference | None:
-        """The difference with random flips and padded crops, where it is less than half; None if it is not."""
+        """The difference with random flips and padded crops, if it is less than half; otherwise None."""
         if not all(batch.first.ndim == 4 and min(batch.first.shape[2:]) >= 8 for batch in self._examples):
             return None
         kinds = (None, "zeros", "reflect")
@@ -201,7 +201,7 @@ class Diagnosis:
     def _observed_again(
         self, plain: Tensor, network: Network, posterior: Posterior, training: frozenset[str], padding: str | None
     ) -> Difference | None:
-        """The difference with statistics of the kept mini-batches alone, augmented with such padding."""
+        """The difference with statistics of the kept mini-batches, augmented with such padding."""
         moments: dict[str, Moments] = {}
         change = _flipped_and_shifted(padding) if padding is not None else None
         try:
@@ -220,7 +220,7 @@ class Diagnosis:
     def _compared(
         self, plain: Tensor, network: Network, posterior: Posterior, seed: int | None, exact: bool = False
     ) -> Difference | None:
-        """The difference under a draw of a seed, or at what is expected."""
+        """The difference under a draw with a seed, or with the expected statistics."""
         if seed is not None:
             draw = next(posterior.iter_draws(1, torch.Generator().manual_seed(seed)))
         else:
@@ -279,11 +279,11 @@ def _off_centre(posterior: Posterior, unusable: Mapping[str, str]) -> Iterator[s
 
 
 def _told(found: Difference, better: Difference | None, posterior: Posterior, network: Network) -> str:
-    """What is wrong, why, and what to do.
+    """Describe what is wrong, why, and what to do.
 
     Args:
         found: the difference.
-        better: what is left of it with random flips and padded crops, if that is less than half.
+        better: the difference with random flips and padded crops, if it is less than half.
         posterior: the posterior.
         network: the network.
     """
@@ -309,7 +309,7 @@ def _told(found: Difference, better: Difference | None, posterior: Posterior, ne
 
 
 def _most(network: Network, posterior: Posterior) -> str:
-    """The layers whose statistics differ most, beside their standard deviations."""
+    """The layers whose statistics differ most, relative to their standard deviations."""
     layers, sizes = batch_norms(network.model), list(posterior.layers.values())
     far = {}
     parts = torch.split(posterior.recentre_observed().expected, sizes, dim=1)
@@ -322,7 +322,7 @@ def _most(network: Network, posterior: Posterior) -> str:
 
 
 def _settled(layer: _BatchNorm) -> bool:
-    """Whether running statistics are averages of mini-batches, and not in part the 0 and 1 that they began as."""
+    """Whether running statistics are averages of mini-batches, without a part of their initial 0 and 1."""
     steps = layer.num_batches_tracked
     if steps is None:
         return True
@@ -334,7 +334,7 @@ def _settled(layer: _BatchNorm) -> bool:
 
 
 def _by_chance(network: Network, posterior: Posterior) -> Posterior:
-    """What running averages of mini-batches of this size differ by from the observed ones, as a posterior."""
+    """The expected difference of running statistics from observed ones, for this mini-batch size, as a posterior."""
     shares = []
     for layer in batch_norms(network.model).values():
         steps = 1 if layer.num_batches_tracked is None else max(int(layer.num_batches_tracked), 1)
@@ -348,13 +348,13 @@ def _mean(values: Tensor) -> Difference:
 
 
 def _total(moments: Moments) -> Tensor:
-    """``[2, C]``: mean and variance of all examples, by the law of total variance."""
+    """Mean and variance of all examples, by the law of total variance, ``[2, C]``."""
     mean, variance = moments.mean
     return torch.stack([mean, variance + moments.variance[0]])
 
 
 def _agreement(labels: Tensor) -> float:
-    """How often two examples have the same label."""
+    """The probability that two examples have the same label."""
     counts = Counter(labels.tolist()).values()
     return sum(count * (count - 1) for count in counts) / (len(labels) * (len(labels) - 1))
 

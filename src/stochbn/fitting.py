@@ -1,4 +1,4 @@
-"""Fitting a posterior to a network and its training data."""
+"""Fit a posterior to a network and its training data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["fit"]
 
 Batches = Iterable[Batch]
 Chosen = Iterable[str] | Callable[[str, nn.Module], bool]
-"""Layers by their names, by patterns such as ``head.*``, or by a function of name and layer."""
+"""Layers, given by names, by patterns such as ``head.*``, or by a function of name and layer."""
 
 
 @overload
@@ -82,15 +82,16 @@ def fit(
     reference: bool | Iterable[Batch] = True,
     **options: Any,
 ) -> Posterior:
-    """Fit a distribution over the batch-norm statistics of a trained network, by passes over some of its training data.
+    """Fit a posterior over the batch-norm statistics of a trained network to mini-batches of its training data.
 
-    Passes run on a copy of the network, so it is never changed. All of the copy is in training mode, also layers that
-    were set to ``eval()`` on their own, but for those that their own ``train()`` leaves in evaluation mode. So dropout,
-    if there is any, is on, with masks from a generator of the fit's own. Memory does not grow with the amount of data.
+    Passes run on a copy of the network, which itself does not change. The copy is in training mode, so dropout is on,
+    with masks from a generator of the fit's own. Layers that were set to ``eval()`` on their own are in training mode
+    too, except those whose own ``train()`` leaves them in evaluation mode. Memory does not grow with the amount of
+    data.
 
-    Where predictions with the statistics of this data differ from the network's own beyond chance, a warning says by
-    how much, and which of the usual causes fits: the examples are not augmented as in training, are from another
-    domain, or are not shuffled. See `stochbn.fit_diagnosis`.
+    `fit` warns if predictions with the observed statistics differ from the network's own by more than chance. The
+    warning says by how much, and names the likely cause: examples that are not augmented as in training, are from
+    another domain, or are not shuffled. See `stochbn.fit_diagnosis`.
 
     Args:
         model: a trained network with batch-norm layers.
@@ -147,9 +148,9 @@ def fit(
               the mix of classes, of labels or of numbers.
 
     Returns:
-        The posterior. A layer that is called several times in one forward pass gives one observation per call. Layers
-        that keep their running averages are listed in ``skipped``, with the reason: those left out, those that are
-        never called or cannot update them, and those that stay in evaluation mode.
+        The posterior. A layer that is called several times in one forward pass gives one observation for each call.
+        ``skipped`` lists the layers that keep their running statistics, with the reason: they were left out, are never
+        called, cannot update their statistics, or stay in evaluation mode.
 
     Raises:
         TypeError: an argument is of the wrong type, or the batches are of none of the types above.
@@ -269,7 +270,7 @@ def fit(
 
 @undisturbed
 def _refuse_equal_axes(network: Network, first: NetworkInput) -> None:
-    """Where a mini-batch is as long as its second axis, see by fewer examples which of them the outputs are of."""
+    """If a mini-batch is as long as its second axis, check the axis of examples in outputs with fewer examples."""
     tensor = first.first
     if tensor.ndim != 3 or not first.divisible or not 2 < len(tensor) == tensor.shape[1]:
         return
@@ -277,7 +278,7 @@ def _refuse_equal_axes(network: Network, first: NetworkInput) -> None:
     with network.copied() as replica, torch.no_grad():
         try:
             output = fewer.call(replica.model)
-        except Exception:  # of a network for a certain number
+        except Exception:  # the network needs a certain number of examples
             return
     refuse_other_axis(output, fewer)
 
@@ -292,7 +293,7 @@ def _observed(
     update: Callable[[int, NetworkInput, dict[str, Tensor]], bool],
     split: bool,
 ) -> set[str]:
-    """Give the statistics of mini-batches to `update`, until it says no; the layers that are frozen."""
+    """Pass the statistics of mini-batches to `update` until it returns False; return the frozen layers."""
     with observing(network, training, random, split) as observe:
         for number, mini_batch in enumerate(mini_batches):
             if not update(number, mini_batch, observe(mini_batch, ranks.place(number))):
@@ -301,7 +302,7 @@ def _observed(
 
 
 def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[str], dict[str, str]]:
-    """Names of the modules in training mode during a fit, and why batch norms are not drawn, by their names.
+    """The names of modules in training mode during a fit, and the reasons why batch norms are not drawn, by name.
 
     Raises:
         ValueError: no batch norm is left.
@@ -322,11 +323,11 @@ def _modes(network: Network, deterministic: Collection[str]) -> tuple[frozenset[
 
 
 def _chosen(layers: Mapping[str, _BatchNorm], others: Iterable[str], deterministic: Chosen) -> list[str]:
-    """The layers that a user wants to keep their running statistics; `others` keep them anyway.
+    """The layers that `deterministic` selects; `others` keep their running statistics anyway.
 
     Raises:
-        TypeError: it is no iterable of names, nor a function.
-        ValueError: a name or pattern fits no layer.
+        TypeError: it is not an iterable of names, and not a function.
+        ValueError: a name or pattern matches no layer.
     """
     if callable(deterministic):
         return [name for name, layer in layers.items() if deterministic(name, layer)]

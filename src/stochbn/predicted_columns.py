@@ -24,9 +24,9 @@ def columns_of(
     masks: Masks | None = None,
     thresholds: Thresholds | None = None,
 ) -> Columns:
-    """The columns of a chunk: keys, what is predicted, and errors; texts in them are valid Unicode.
+    """The columns of a chunk: keys, predictions and errors, as valid Unicode.
 
-    With thresholds, also the set or interval of each example.
+    With thresholds, they include the set or interval of each example.
 
     Raises:
         TypeError: the thresholds are for another task.

@@ -1,4 +1,4 @@
-"""What predictives return, for every task: see its module in `stochbn.tasks`."""
+"""The predictions that predictives return, one class for each task, from the modules of `stochbn.tasks`."""
 
 from stochbn.metrics.entropies import entropy
 from stochbn.tasks.answers import Answer

@@ -1,4 +1,4 @@
-"""Processes that are started to share the work, and Ctrl-C, which ends them."""
+"""Start processes that share the work, and end them on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ProcessError", "interrupts_held", "side_by_side"]
 
 
 class ProcessError(RuntimeError):
-    """The work of another process failed; the message says how to go on."""
+    """Raised if the work of another process failed; the message says how to continue."""
 
 
 @contextmanager
@@ -53,17 +53,17 @@ def interrupts_held() -> Iterator[None]:
 def side_by_side(
     work: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], jobs: int, progress: Callable[..., None]
 ) -> None:
-    """Do every task in a process of its own, some of them at a time, each with an equal share of the cores.
+    """Run every task in its own process, several at a time, each with an equal share of the cores.
 
     Args:
-        work: a function of a module, called in the process with the arguments of a task and, behind them, what reports
+        work: a function of a module, called in the process with the arguments of a task and a function that reports
             progress.
         tasks: arguments that can be pickled, by the name of the task.
-        jobs: processes at a time.
-        progress: called here with what a process reports.
+        jobs: the number of processes at a time.
+        progress: called in this process with what a process reports.
 
     Raises:
-        ProcessError: a process raised an error or ended; the others are ended then.
+        ProcessError: a process raised an error or ended; the others are then ended too.
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)

@@ -1,4 +1,4 @@
-"""What a data set is: made once when data is opened, shown, kept in the posterior's file, and held to from then on."""
+"""The schema of a data set: made when data is opened, printed, saved with the posterior, and used by later commands."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 __all__ = ["Schema", "counted", "listing"]
 
 SHOWN = 6
-"""How many names a line shows, of more."""
+"""The largest number of names in a line."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a data set is.
+    """The schema of a data set.
 
     Attributes:
-        name: what was opened, with the split in brackets.
+        name: the name of the data, with the split in brackets.
         kind: "pictures", "rows" of tables or arrays, or "batches" of a loader.
-        count: how many examples there are; None of a loader, which would have to be gone through.
-        files: how many files they come from; 0 where that is not known.
-        left_out: files and columns that are not taken: why, and how many, or which columns.
-        notes: what else a reader has to know, in sentences.
-        inputs: the columns or arrays that are inputs, in the network's order; none where they have no names.
+        count: the number of examples; None for a loader, which would have to be read.
+        files: the number of files; 0 if it is not known.
+        left_out: files and columns that are left out: the reason, and their number or names.
+        notes: further remarks, in sentences.
+        inputs: the columns or arrays of inputs, in the network's order; empty if they have no names.
         types: their types.
-        label: the columns or arrays of labels, several for a task that has several.
-        classes: the names of the classes, in the order of their numbers; none where labels are numbers.
+        label: the columns or arrays of labels, several for some tasks.
+        classes: the names of the classes, in the order of their numbers; empty if labels are numbers.
         key: the column or array that names the examples.
-        size: height and width that pictures are brought to.
-        mean: what is subtracted from pictures in [0, 1].
-        std: what they are then divided by.
-        exif: whether pictures are turned upright by their EXIF orientation.
-        page: which page is read of pictures with several.
-        prepared_by: where the preprocessing comes from; empty where there is none.
+        size: height and width of resized images.
+        mean: the mean that is subtracted from images in [0, 1].
+        std: the standard deviation that they are then divided by.
+        exif: whether images are turned upright by their EXIF orientation.
+        page: the page to read of images with several.
+        prepared_by: the source of the preprocessing; empty if there is none.
     """
 
     name: str = ""
@@ -55,7 +55,7 @@ class Schema:
     prepared_by: str = ""
 
     def __str__(self) -> str:
-        """One line about the examples, and one about what is left out, where something is."""
+        """One line about the examples, and one about what is left out, if anything is."""
         what = self.kind if self.count is None else counted(self.count, self.kind)
         parts = [what + (f" of {counted(self.files, 'files')}" if self.files > 1 and self.kind != "pictures" else "")]
         if self.inputs and self.kind != "pictures":
@@ -79,19 +79,19 @@ class Schema:
         return "\n".join(lines)
 
     def described(self, **changes: Any) -> Schema:
-        """The same with some fields changed."""
+        """Return the schema with some fields changed."""
         return replace(self, **changes)
 
     def description(self) -> dict[str, Any]:
-        """What a file holds of it, as JSON."""
+        """The schema as JSON, for a file."""
         return asdict(self)
 
     @classmethod
     def from_description(cls, about: Any) -> Schema:
-        """The schema that a file holds.
+        """Read a schema from a file.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a schema.
         """
         if not isinstance(about, Mapping):
             raise ValueError(f"its schema is no mapping, but {about!r:.60}")

@@ -1,9 +1,9 @@
-"""Predicting a stream of any length into a table, in parts that outlive a process that is killed.
+"""Predict a stream of any length into a table, in parts that outlive a killed process.
 
-Predictions become columns, and columns become Arrow tables. These are written in parts of a fixed number of rows, each
-whole or not at all: Parquet files in a folder beside the table. A run that is started again makes the parts that are
-missing, and the table is put together when all are there. Every batch sees the draws of the seed, so the table is the
-same however often a run was interrupted, and whoever made which part.
+Predictions become columns, and columns become Arrow tables. These are written in parts of a fixed number of rows, as
+Parquet files in a folder beside the table. Each file is written as a whole or not at all. A run that is started again
+makes the missing parts. When all parts exist, they are joined to the table. Every batch uses the draws of the seed, so
+the table does not depend on interruptions, nor on which process made which part.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ __all__ = ["Engine", "Scored", "check_table", "part_size", "parts_folder", "scor
            "without_nan"]  # fmt: skip
 
 Engine = Callable[[Sequence[int]], "Iterable[tuple[int, pyarrow.Table]]"]
-"""Given the numbers of parts, gives each with its rows, in any order."""
+"""A function from the numbers of parts to these parts with their rows, in any order."""
 
 ENDINGS = (".csv", ".parquet")
 
 
 @dataclass
 class Scored:
-    """What a table holds.
+    """A summary of a table.
 
     Attributes:
-        rows: how many.
-        failed: how many of them have an error.
-        least: the least certain of the others, the least certain first, each by its columns.
+        rows: the number of rows.
+        failed: the number of rows with an error.
+        least: the least certain of the other rows, the least certain first.
     """
 
     rows: int = 0
@@ -57,7 +57,7 @@ class Scored:
     least: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, table: pyarrow.Table, uncertainty: Sequence[str], shown: int) -> None:
-        """Count some rows, and look for the least certain ones by the first of some columns that is there."""
+        """Count rows, and update the least certain ones by the first of some columns that exists."""
         import pyarrow.compute
 
         fine = table.filter(pyarrow.compute.is_null(table[table.column_names[-1]]))
@@ -71,7 +71,7 @@ class Scored:
 
 
 def check_table(path: Path, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
-    """Refuse a file that `score` could not write: for use before the work whose result it is to hold.
+    """Check, before the work begins, that `score` can write a file.
 
     Args:
         path: the file.
@@ -105,10 +105,10 @@ def score(
     uncertainty: Sequence[str] = (),
     shown: int = 5,
 ) -> Scored:
-    """Predict all examples of a stream into a CSV or Parquet file, and say what it holds.
+    """Predict all examples of a stream into a CSV or Parquet file, and summarise it.
 
-    Memory depends on `batch` and `part`, not on how many examples there are. A row for every example, in their order:
-    its key, what is predicted, and under ``error`` why it could not be read.
+    There is a row for every example, in order: its key, its prediction, and under ``error`` why it could not be read.
+    Memory depends on `batch` and `part`, not on the number of examples.
 
     Args:
         predictor: what predicts; None where an engine does.

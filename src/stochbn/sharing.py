@@ -1,4 +1,4 @@
-"""Posteriors on the Hugging Face Hub: a repository holds the file and a model card that is made from it."""
+"""Share posteriors on the Hugging Face Hub, in a repository with the file and a model card."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "card", "download", "push_to_hub"]
 
 FILE = "posterior.sbn.safetensors"
-"""What a posterior is called in its repository or folder."""
+"""The name of a posterior's file in its repository or folder."""
 
 SCORES = {"error": ("error", "%"), "nll": ("NLL", "nats"), "ece": ("ECE", ""), "auroc": ("AUROC", "")}
-"""Scores that a card shows, as `stochbn.metrics` names them: what they are called, and their unit."""
+"""The scores of a card, by their names in `stochbn.metrics`: title and unit."""
 
 
 def push_to_hub(
@@ -68,7 +68,7 @@ def push_to_hub(
 
 
 def download(repository: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
-    """The file of a posterior of a folder, or of a repository on the Hub; see `stochbn.from_pretrained`."""
+    """Return the posterior file of a folder, or of a repository on the Hub; see `stochbn.from_pretrained`."""
     folder = Path(repository)
     if folder.is_dir():
         if revision is not None:
@@ -92,10 +92,10 @@ def download(repository: str | os.PathLike[str], revision: str | None, token: st
 def card(
     posterior: Posterior, repository: str, network: str, before: Mapping[str, float], after: Mapping[str, float]
 ) -> str:
-    """The model card of a posterior, as Markdown with a header that the Hub reads.
+    """Make the model card of a posterior, as Markdown with a header for the Hub.
 
     Raises:
-        ValueError: a score is not a finite number, has an unknown name, or is there before or after only.
+        ValueError: a score is not a finite number, has an unknown name, or is missing before or after.
     """
     _check_scores(before, after)
     network = " ".join(network.split())

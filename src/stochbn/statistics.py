@@ -1,4 +1,4 @@
-"""Observing the statistics that batch-norm layers see, mini-batch by mini-batch."""
+"""Observe the statistics that batch-norm layers see, mini-batch by mini-batch."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["NoBatchesError", "Observer", "mini_batches", "observing"]
 
 
 class NoBatchesError(ValueError):
-    """There was no mini-batch to observe."""
+    """Raised if there is no mini-batch to observe."""
 
 
 def mini_batches(
     model: nn.Module, batches: Iterable[Batch], batch_size: int | None, inputs: InputsOf = None
 ) -> Iterator[NetworkInput]:
-    """The inputs of the mini-batches whose statistics are to be observed.
+    """Yield the inputs of the mini-batches to observe.
 
-    Every incoming batch is split into pieces of `batch_size` examples, and its remainder is dropped;
-    None takes the batches as they come, also those whose tensors have no first axis in common, as of graphs.
+    Every incoming batch is split into mini-batches of `batch_size` examples, and a smaller remainder is dropped. None
+    takes batches as they come, also if their tensors have no common first axis, as with graphs.
 
     Raises:
         TypeError, ValueError: a `batch_size` that is not a positive whole number, an empty iterable, no incoming
@@ -79,16 +79,15 @@ def mini_batches(
 def observing(
     network: Network, training: frozenset[str], random: bool = True, split: bool = False
 ) -> Generator[Observer, None, None]:
-    """An observer of a copy of a network, or of the network itself where it cannot be copied.
+    """A context with an observer of a copy of a network, or of the network itself if it cannot be copied.
 
-    A ``SyncBatchNorm`` works as an ordinary batch norm meanwhile: a mini-batch is this process's own, whatever job it
-    is part of.
+    ``SyncBatchNorm`` works as an ordinary batch norm meanwhile, because a mini-batch belongs to one process.
 
     Args:
         network: the network.
-        training: names of the modules that are in training mode; batch norms among the others are not observed.
+        training: the names of modules that are in training mode; other batch norms are not observed.
         random: whether passes may draw random numbers.
-        split: whether mini-batches are parts of what was given.
+        split: whether mini-batches are parts of larger batches.
     """
     with network.copied(train=True) as replica:
         synchronised = [
@@ -108,36 +107,34 @@ def observing(
 
 
 class Observer:
-    """Sends one mini-batch after another through a network and returns the statistics that its batch norms saw.
+    """Sends mini-batches through a network, and returns the statistics that its batch norms saw.
 
-    The network is in training mode, so that every batch norm normalises by its mini-batch and deeper layers see
-    batch-normalised inputs (and dropout, if any, is on, as when the running averages were made). Each layer is told (by
-    a momentum of 1) to replace its running averages by the statistics of the mini-batch, and these are read from there:
-    they are what the layer itself computed, whatever the layout of its input. The variance is taken to be stored as
-    PyTorch does, with Bessel's correction for as many values as the layer normalised, which is undone. A layer whose
-    averages do not follow its momentum has the statistics of its input observed instead.
+    The network is in training mode, so every batch norm normalises by its mini-batch, deeper layers see normalised
+    inputs, and dropout is on. With a momentum of 1, each layer replaces its running statistics by those of the
+    mini-batch, which are read from there. So they are what the layer itself computed, for any layout of its input.
+    Bessel's correction, with which PyTorch stores the variance, is undone. If a layer's running statistics do not
+    follow its momentum, the statistics of its input are observed instead.
 
-    A layer that is called several times in one forward pass gives one observation per call; one that is never
-    called gives none. A layer that cannot update its running averages in training mode has no mini-batch statistics: it
-    is left out, with a warning.
+    A layer that is called several times in one forward pass gives one observation for each call, and a layer that is
+    never called gives none. A layer that cannot update its running statistics in training mode is left out, with a
+    warning.
 
-    On a CPU the weights of convolutions are brought to channels-last layout, which is faster, if the statistics of the
-    first mini-batch are the same to rounding as without; that takes one more pass over it. It is not tried where a
-    pass takes random numbers. These are from a generator of each mini-batch's own, so the same mini-batches give the
-    same statistics.
+    On a CPU the weights of convolutions are put into channels-last layout, which is faster, if the statistics of the
+    first mini-batch stay the same to rounding. This check takes one more pass over it. It is skipped if passes draw
+    random numbers. These come from a generator for each mini-batch, so the same mini-batches give the same statistics.
 
     Args:
         replica: the network to run, which is changed.
-        training: names of the modules that are in training mode; batch norms among the others are not observed.
-        random: whether passes may draw random numbers; if not, that is watched in the first one alone.
-        split: whether mini-batches are parts of what was given, so that its first axis must be that of the examples.
+        training: the names of modules that are in training mode; other batch norms are not observed.
+        random: whether passes may draw random numbers; if not, this is checked in the first pass.
+        split: whether mini-batches are parts of larger batches, so that the first axis must be that of the examples.
 
     Attributes:
-        frozen: the layers that were called and do not update their running averages in training mode.
+        frozen: the layers that were called and do not update their running statistics in training mode.
 
     Raises:
-        ValueError: from a call, for non-finite activations, or for a layer with averages of its own making and
-            channels elsewhere than on axis 1.
+        ValueError: from a call, for non-finite activations, or for a layer that computes its own statistics and does
+            not have its channels on axis 1.
     """
 
     def __init__(self, replica: Replica, training: frozenset[str], random: bool = True, split: bool = False) -> None:
@@ -148,7 +145,7 @@ class Observer:
         self._layers = {name: layer for name, layer in replica.norms.items() if layer.training}
         self._handles = []
         for name, layer in self._layers.items():
-            for statistic in running_statistics(layer):  # what is not finite would stay so: 0 times NaN is NaN
+            for statistic in running_statistics(layer):  # values that are not finite would stay: 0 times NaN is NaN
                 statistic.detach().nan_to_num_(1.0, 1.0, 1.0)
             layer.momentum = 1.0
             hook = functools.partial(self._record, name)
@@ -163,13 +160,11 @@ class Observer:
 
     @without_gradients
     def __call__(self, inputs: NetworkInput, number: int) -> dict[str, Tensor]:
-        """The statistics of one mini-batch: for every layer that was called ``[calls, 2, C]``, float64.
-
-        They are the mean and the biased variance at each call.
+        """Observe one mini-batch: return mean and biased variance at each call of every layer, ``[calls, 2, C]``.
 
         Args:
             inputs: the mini-batch.
-            number: how many came before it, which its random numbers come from.
+            number: the number of mini-batches before it, which seeds its random numbers.
         """
         self._masks.restart(number)
         if not self._first:
@@ -188,7 +183,7 @@ class Observer:
         return observation
 
     def close(self) -> None:
-        """Take the hooks away, and put the network's own weights back."""
+        """Remove the hooks, and restore the network's own weights."""
         for handle in self._handles:
             handle.remove()
         self._replica.restore()
@@ -246,7 +241,7 @@ class Observer:
 
 
 class _Counted(TorchFunctionMode):
-    """Notes how many numbers were last normalised with a running mean: a layer may normalise a part of its input."""
+    """Records how many numbers were last normalised with a running mean; a layer may normalise a part of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +259,7 @@ class _Counted(TorchFunctionMode):
 
 
 def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether statistics are the same but for rounding, beside the standard deviation of what they are of."""
+    """Whether statistics are equal up to rounding, relative to the standard deviation of the activations."""
     if first.keys() != second.keys() or any(len(first[name]) != len(second[name]) for name in first):
         return False
     for name, rows in first.items():
@@ -276,9 +271,9 @@ def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def _source(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Where a layer's statistics are to be read, found by calling it again with two settings of its averages.
+    """Find out where to read a layer's statistics, by calling it again with two settings of its running statistics.
 
-    ``averages`` if it replaces both by the same values, ``frozen`` if it leaves both as they are, otherwise ``input``.
+    ``averages`` if it replaces both by the same values, ``frozen`` if it changes neither, otherwise ``input``.
     """
 
     def copied(value: Any) -> Any:

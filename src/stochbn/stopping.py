@@ -1,8 +1,8 @@
-"""When draws are enough: the error of a mean over draws, and the examples that need more of them.
+"""When to stop sampling: the error of a mean over draws, and which examples need more draws.
 
-Draws come in pairs with opposite noise. In the mean of a pair, linear responses cancel, and how the means of pairs
-differ tells the error that is left. An example has a few pairs only, so its error is shrunk towards its variance times
-the ratio of error to variance in the whole batch.
+Draws come in pairs with opposite noise. In the mean of a pair, linear responses cancel. The error is estimated from the
+differences between the means of pairs. An example has only a few pairs, so its estimate is shrunk towards its variance
+times the ratio of error to variance in the whole batch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 __all__ = ["Spread", "Stopping"]
 
 PAIRS = 10.0
-"""How many pairs the ratio of the batch counts as, beside the example's own pairs."""
+"""The weight of the batch's ratio, as a number of pairs, against the example's own pairs."""
 DRAWS = 1.0
-"""How many pairs the variance of the batch counts as. Without it, examples whose draws agree by chance stop early."""
+"""The weight of the batch's variance, as a number of pairs. Without it, sampling stops where draws agree by chance."""
 RATIO, BEFORE = 0.5, 0.1
-"""The ratio of error to variance that is expected before any draw, and how many pairs this counts as."""
+"""The prior ratio of error to variance, and its weight, as a number of pairs."""
 EVEN = 1.15
-"""Independent pairs have a squared error that is larger than that of quasi-random pairs by this factor, at least."""
+"""The squared error of independent pairs is at least this many times that of quasi-random pairs."""
 TYPICAL, MOST = 0.4, 2.5
-"""If the ratio of error to variance is below `TYPICAL`, the factor is larger, by at most `MOST` times."""
+"""Below a ratio of error to variance of `TYPICAL` the factor `EVEN` grows, by at most `MOST` times."""
 ROUNDING = 1e-6
-"""Standard errors of probabilities below this are rounding, which more draws do not lower."""
+"""Standard errors of probabilities below this are rounding errors, which more draws do not lower."""
 
 
 @dataclass
 class Spread:
-    """How the draws of each example of a batch differ, up to its last draw.
+    """The spread of the draws of each example in a batch.
 
     Attributes:
-        count: ``[N]``: draws that have been made.
-        draws: ``[N]``: the sum over draws of squared distances from their mean, summed over classes.
-        pairs: ``[N]``: the same of the means of pairs of draws.
+        count: the number of draws so far, ``[N]``.
+        draws: the sum over draws of squared distances from their mean, summed over classes, ``[N]``.
+        pairs: the same for the means of pairs of draws, ``[N]``.
     """
 
     count: Tensor
@@ -44,21 +44,21 @@ class Spread:
     pairs: Tensor
 
     def add(self, examples: Tensor, made: int, draws: Tensor, pairs: Tensor) -> None:
-        """Add what so many more draws of some examples have added to the sums."""
+        """Add the sums of further draws of some examples."""
         self.count[examples] += made
         self.draws[examples] += draws
         self.pairs[examples] += pairs
 
     @property
     def variance(self) -> Tensor:
-        """``[N]``: the variance of one draw."""
+        """The variance of one draw, ``[N]``."""
         return self.draws / (self.count - 1)
 
     def error(self, even: bool) -> Tensor:
-        """``[N]``: the squared error of a mean over n draws, times n.
+        """The squared error of a mean over n draws, times n, ``[N]``.
 
         Args:
-            even: whether draws are quasi-random, so that pairs are spread more evenly than independent ones.
+            even: whether draws are quasi-random, so that pairs are spread more evenly than independent pairs.
         """
         freedom = self.count / 2 - 1
         variance, error = self.variance, 2 * self.pairs / freedom
@@ -75,19 +75,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Says which examples need more draws.
+    """The rule that decides which examples need more draws.
 
-    Without a `tolerance`, the squared errors of probabilities are to be, in the mean over the examples of a batch,
-    those of `draws` independent draws. The fewest draws for that are in proportion to the root of each example's error
-    (Neyman, 1934).
+    Without a `tolerance`, the mean squared error of the examples of a batch must be that of `draws` independent draws.
+    The number of draws is lowest if each example gets draws in proportion to the root of its error (Neyman, 1934).
 
     Attributes:
-        draws: how many independent draws a mean is to be worth.
-        tolerance: the standard error at which an example is done, in place of that.
+        draws: the number of independent draws whose accuracy is wanted.
+        tolerance: if given, sampling stops for an example below this standard error.
         even: whether draws are quasi-random.
         apart: whether examples may stop one by one; otherwise all stop together.
-        first: draws before the first question; even, and at least 4.
-        step: draws from one question to the next; even.
+        first: the number of draws before the first check; even, and at least 4.
+        step: the number of draws between checks; even.
     """
 
     draws: int
@@ -99,20 +98,20 @@ class Stopping:
 
     @property
     def most(self) -> int:
-        """How many draws to make at most: whole pairs."""
+        """The largest number of draws, in whole pairs."""
         return self.draws // 2 * 2
 
     def next(self, count: int, together: int) -> int:
-        """How many draws to make next, after `count`, where a pass makes `together`: whole pairs."""
+        """The number of draws to make after `count`, in whole pairs; a pass makes `together` draws."""
         block = max(together // 2 * 2, 2)
         return min(block, self.first - count) if count < self.first else block
 
     def asks(self, count: int) -> bool:
-        """Whether it is time to ask, after so many draws."""
+        """Whether to check after `count` draws."""
         return count >= self.first and (count - self.first) % self.step == 0
 
     def waiting(self, spread: Spread) -> Tensor:
-        """``[N]``: which examples need more draws than they have."""
+        """Which examples need more draws, ``[N]``."""
         error = spread.error(self.even)
         if self.tolerance is not None:
             waiting = error > self.tolerance**2 * spread.count

@@ -1,4 +1,4 @@
-"""Averages over draws, made as the draws come, of each example until it is done."""
+"""Averages over draws, updated with each draw, until sampling stops for each example."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Summary", "per_object"]
 
 
 class Summary:
-    """The average over draws of the examples of a batch, each until it is done.
+    """Averages draws for the examples of a batch, until sampling stops for each.
 
     Args:
-        task: what the draws are of.
+        task: the task of the outputs.
         keep: also keep every draw.
-        stopping: says which examples need more draws; None for all of them until the end.
+        stopping: decides which examples need more draws; None: all of them, until the end.
         temperature: what logits are divided by.
     """
 
@@ -32,7 +32,7 @@ class Summary:
         self._done: list[tuple[Tensor, ...]] = []
 
     def add(self, raw: Tensor) -> None:
-        """Add draws of the examples that are not done, ``[S, M, C, ...]``; whole pairs, where these may stop."""
+        """Add draws of the examples that need more, ``[S, M, C, ...]``; whole pairs, if sampling may stop early."""
         values, seconds = self.task.values(raw, self.temperature)
         if self._kept is not None:
             self._kept.append(self.task.keep(raw, self.temperature))
@@ -59,33 +59,33 @@ class Summary:
         self.count = total
 
     def next(self, together: int) -> int:
-        """How many draws to make next, where a pass makes `together`."""
+        """The number of draws to make next; a pass makes `together` draws."""
         return together if self.stopping is None else self.stopping.next(self.count, together)
 
     def waiting(self) -> Tensor | None:
-        """``[M]``: which examples are not done, if it is time to ask and some are."""
+        """Which examples need more draws, ``[M]``; None if it is not time to check, or if all do."""
         if self.stopping is None or not self.stopping.asks(self.count):
             return None
         waiting = self.stopping.waiting(self.spread)[self.objects]
         return None if bool(waiting.all()) else waiting
 
     def finish(self, waiting: Tensor) -> None:
-        """The examples that are not waiting get no more draws."""
+        """Stop sampling for all examples that are not waiting."""
         self._done.append(self._held(~waiting))
         self.objects, self.mean, self.second, self.squares = (
             values[waiting] for values in (self.objects, self.mean, self.second, self.squares)
         )
 
     def _held(self, which: Tensor | slice = slice(None)) -> tuple[Tensor, ...]:
-        """Place, means, and variance over draws of some of the examples that get draws."""
+        """Positions, means and variance over draws of some of the examples that still get draws."""
         variance = self.squares[which] / max(self.count - 1, 1)
         return self.objects[which], self.mean[which], self.second[which], variance
 
     def prediction(self) -> Any:
-        """What has been averaged, for all examples in their order.
+        """Make the prediction for all examples, in their original order.
 
         Raises:
-            ValueError: an output was not finite.
+            ValueError: an output is not finite.
         """
         objects, *columns = (torch.cat(column) for column in zip(*self._done, self._held(), strict=True))
         if self._done:
@@ -102,7 +102,7 @@ class Summary:
 
 
 def per_object(squares: Tensor) -> Tensor:
-    """``[N]``: squares ``[N, C, ...]`` summed over axis 1, with the mean over places of dense outputs.
+    """Sum ``[N, C, ...]`` over axis 1, and take the mean over the positions of dense outputs: ``[N]``.
 
     >>> per_object(torch.ones(2, 3)), per_object(torch.ones(2, 3, 4, 4))
     (tensor([3., 3.]), tensor([3., 3.]))

@@ -11,10 +11,10 @@ from torch import Tensor
 __all__ = ["best_temperature", "blocks", "cross_validated", "tempered"]
 
 BLOCK = 2**22
-"""Probabilities that are taken to float64 at a time: 32 MB, however many examples there are."""
+"""The number of probabilities that are converted to float64 at a time: 32 MB."""
 
 PARTS = 5
-"""Of the examples in a cross-validation: the temperature for each is chosen on the others."""
+"""The number of parts in a cross-validation. The temperature of each part is chosen on the others."""
 
 
 def blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -24,7 +24,7 @@ def blocks(rows: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def cross_validated(logs: Tensor, labels: Tensor) -> Tensor:
-    """``[N]``: the negative log-likelihood of every example at the temperature that is best for the other parts.
+    """The negative log-likelihood of every example, ``[N]``, at the best temperature for the other parts.
 
     The parts are random and always the same.
 

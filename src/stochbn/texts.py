@@ -1,4 +1,4 @@
-"""Texts from strangers, such as names of files, as tables, terminals and spreadsheets can take them."""
+"""Make untrusted texts, such as names of files, safe for tables, terminals and spreadsheets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call leaves on its thread, also where an interrupt arrives at any of its lines: nothing."""
+"""Calls that leave no modes on their thread, even if an interrupt arrives at any line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Before:
         scopes.append(self._opened)
 
     def stop_gradients(self) -> None:
-        """Have the call run without gradients and outside of inference mode."""
+        """Run the call without gradients and outside of inference mode."""
         if torch.is_inference_mode_enabled():
             self._inference = torch._C._InferenceMode(False)
             self._inference.__enter__()
@@ -74,9 +74,9 @@ def _leave(mode: Any) -> None:
 
 
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that leaves the modes of its thread as they were, and nothing open that was made with `scope`.
+    """Make a function restore the modes of its thread, and close every `scope` that it opened.
 
-    A ``with`` block does not promise that: an interrupt may arrive before its end is run.
+    A ``with`` block does not guarantee this, because an interrupt may arrive before its end runs.
     """
     return _leaving(function, gradients=True)
 

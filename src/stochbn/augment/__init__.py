@@ -1,8 +1,8 @@
-"""Random augmentations of the input, another one in every draw: `Predictive(..., augment=...)`.
+"""Augmentations that change the input at random in every draw: `Predictive(..., augment=...)`.
 
-An augmentation is any function ``fn(x, generator)`` that gives a randomly changed batch of the same shape, each example
-changed in its own way. Those here are also spread evenly over the draws of an example, so that fewer draws serve. A
-transform of torchvision, which draws from PyTorch's global generator, becomes one by::
+An augmentation is any function ``fn(x, generator)`` that returns a batch of the same shape, with each example changed
+in its own way. The augmentations of this module are also spread evenly over the draws of an example, so that fewer
+draws suffice. To use a transform of torchvision, which draws from PyTorch's global generator, write::
 
     lambda x, generator: torch.stack([transform(image) for image in x])
 """

@@ -1,4 +1,4 @@
-"""Several augmentations as one, and augmentations by their descriptions."""
+"""Combine augmentations, and make them from descriptions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["chain", "named", "turns"]
 
 
 class chain(Ready):  # noqa: N801
-    """Several of the ready augmentations, one after another.
+    """Apply several augmentations of `stochbn.augment`, one after another.
 
     Raises:
-        TypeError: one of them is not of this module. Chain others in a function of your own.
+        TypeError: one of them is another function. Chain such functions in your own function.
     """
 
     def __init__(self, *augmentations: Any) -> None:
@@ -45,13 +45,13 @@ class chain(Ready):  # noqa: N801
 
 
 class turns(Ready):  # noqa: N801
-    """Several augmentations in turn, draw by draw, and over again.
+    """Apply a different augmentation in each draw, in turn and repeatedly.
 
-    Each may be of this module, whose draws are then spread evenly among themselves, or a function. One that is given
-    twice has twice as many draws. `stochbn.choose_augmentation` finds such turns.
+    Each may be an augmentation of `stochbn.augment`, whose draws are spread evenly, or a function. An augmentation that
+    is given twice has twice as many draws. `stochbn.choose_augmentation` returns such turns.
 
     Raises:
-        TypeError: one of them is no function.
+        TypeError: one of them is not a function.
     """
 
     def __init__(self, *augmentations: Augment) -> None:
@@ -78,12 +78,12 @@ class turns(Ready):  # noqa: N801
 
 
 def named(text: str) -> Augment:
-    """The augmentation of a description, such as ``"flip,shift:4"``, or of several with bars between: `turns`.
+    """Make an augmentation from a description such as ``"flip,shift:4"``, or from several, separated by bars: `turns`.
 
-    ``str`` gives the description of those of this module.
+    ``str`` returns the description of an augmentation of this module.
 
     Raises:
-        ValueError: it names another one.
+        ValueError: it names an unknown augmentation.
 
     >>> named("flip,shift:4")
     chain(flip(), shift(4))
@@ -98,11 +98,11 @@ def named(text: str) -> Augment:
 
 
 SHARES: dict[str, Callable[[float], Ready]] = {"crop": crop, "colour": colour}
-"""Augmentations of a number between 0 and 1."""
+"""Augmentations with a number between 0 and 1 as argument."""
 
 
 def _number(text: str) -> float:
-    """The number between 0 and 1 that is written there; 0 if there is none."""
+    """The number between 0 and 1 in a text; 0 if there is none."""
     return float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
 
 

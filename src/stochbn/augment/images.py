@@ -1,4 +1,4 @@
-"""Ready augmentations of images, spread evenly over the draws of an example."""
+"""Augmentations of images, spread evenly over the draws of an example."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from stochbn.augment.views import Ready, Spread
 __all__ = ["colour", "crop", "flip", "reflected", "shift"]
 
 STEPS = (0.7548776662466927, 0.5698402909980532)
-"""Steps of a sequence that fills the square evenly, whatever its length: powers of the inverse plastic number."""
+"""Steps of a sequence that fills the square evenly at any length: powers of the inverse plastic number."""
 CROPS, COLOURS = slice(0, 4), slice(4, 7)
-"""Dimensions of one Sobol sequence, so that crops and colours of a chain do not go together."""
+"""Separate dimensions of a Sobol sequence, so that crops and colours of a chain are not correlated."""
 ASPECT = 4 / 3
-"""The largest ratio of a crop's width to its height over that of the image, and of height to width."""
+"""The largest ratio of a crop's aspect ratio to that of the image; the smallest is its inverse."""
 
 
 class flip(Ready):  # noqa: N801 - it is used as a function: flip()
-    """Horizontal flips of images ``[N, C, H, W]``: of each example, half of its draws.
+    """Flip images ``[N, C, H, W]`` horizontally, in half of the draws of each example.
 
-    Two draws in a row are alike, as the statistics of one are those of the other mirrored, and the next two are the
-    opposite. Dense outputs are flipped back.
+    The two draws of an antithetic pair have the same flip, and the next pair has the opposite one. Dense outputs are
+    flipped back.
     """
 
     def spread(self, objects: int, generator: torch.Generator) -> Spread:
@@ -42,12 +42,12 @@ class flip(Ready):  # noqa: N801 - it is used as a function: flip()
 
 
 class shift(Ready):  # noqa: N801
-    """Shifts of images ``[N, C, H, W]`` by up to some pixels along both axes, filled by reflection.
+    """Shift images ``[N, C, H, W]`` by up to some pixels along both axes, filled by reflection.
 
-    The shifts of an example's draws fill the square of all shifts evenly, whatever the number of draws.
+    The shifts of an example's draws fill the square of all shifts evenly, for any number of draws.
 
     Args:
-        pixels: how far, at least 1; as the random crops of training have it.
+        pixels: the largest shift, at least 1, such as the padding of random crops in training.
 
     Raises:
         ValueError: `pixels` is not a whole number of at least 1.
@@ -70,16 +70,16 @@ class shift(Ready):  # noqa: N801
 
 
 class crop(Ready):  # noqa: N801
-    """Crops of images ``[N, C, H, W]``, resized to the size of the image by bilinear interpolation.
+    """Crop images ``[N, C, H, W]`` at random, and resize the crops to the size of the image by bilinear interpolation.
 
-    The area of a crop is uniform from `smallest` to 1, its ratio of width to height is up to 4/3 times or down to 3/4
-    of the image's, and it lies anywhere within. The crops of an example's draws are spread evenly over all of these.
+    The area of a crop is uniform from `smallest` to 1. The ratio of width to height is 3/4 to 4/3 of the image's. The
+    position is uniform. The crops of an example's draws are spread evenly over all of these.
 
     Args:
-        smallest: the smallest share of the image's area that a crop has, between 0 and 1.
+        smallest: the smallest share of the image's area in a crop, between 0 and 1.
 
     Raises:
-        ValueError: `smallest` is no such number.
+        ValueError: `smallest` is not such a number.
 
     Source: Szegedy et al., 2015, "Going deeper with convolutions", arXiv 1409.4842.
     """
@@ -99,17 +99,17 @@ class crop(Ready):  # noqa: N801
 
 
 class colour(Ready):  # noqa: N801
-    """Changes of contrast, brightness and, with several channels, the balance of colours in images ``[N, C, H, W]``.
+    """Change contrast, brightness and, with several channels, the colour balance of images ``[N, C, H, W]``.
 
-    Contrast changes by a factor within `strength` of 1, brightness by up to `strength` and the balance by `strength`
-    standard deviations of each channel of the image. So it is the same change whether inputs are normalised or not.
-    Values are not clipped.
+    Contrast changes by a factor within `strength` of 1. Brightness and colour balance change by up to `strength`
+    standard deviations of each channel of the image. So the change is the same with normalised inputs. Values are not
+    clipped.
 
     Args:
-        strength: how much, between 0 and 1.
+        strength: the strength of the changes, between 0 and 1.
 
     Raises:
-        ValueError: `strength` is no such number.
+        ValueError: `strength` is not such a number.
     """
 
     def __init__(self, strength: float = 0.1) -> None:

@@ -1,4 +1,4 @@
-"""What the draws of a batch see, by any augmentation."""
+"""The augmented inputs of the draws of a batch."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 __all__ = ["Augment", "Ready", "Spread", "Views", "check_augment"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""A random change of a batch ``[N, ...]``, of which the generator is on the CPU."""
+"""A function that changes a batch ``[N, ...]`` at random, with a generator on the CPU."""
 
 
 def check_augment(augment: Augment | None) -> None:
-    """Refuse what is no augmentation; None is none.
+    """Check that an argument is an augmentation or None.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it is not callable.
     """
     if augment is not None and not callable(augment):
         raise TypeError(f"augment must be a function of a batch and a generator, got {augment!r:.60}")
 
 
 class Views:
-    """What the draws of a batch see: draw 0 the clean input, each other one an augmentation of its own.
+    """The inputs of the draws of a batch: the clean input for draw 0, and an augmented one for each other draw.
 
-    What a draw sees depends on the seed, its number and the examples that are left, so it can be made again.
+    The input of a draw depends on the seed, the number of the draw and the remaining examples, so it can be repeated.
 
     Args:
         augment: the augmentation.
-        objects: how many there are at first.
-        seed: where the augmentations come from.
-        clean: whether draw 0 sees the input as it is.
+        objects: the number of examples at first.
+        seed: the seed of the augmentations.
+        clean: whether draw 0 sees the input unchanged.
     """
 
     def __init__(self, augment: Augment, objects: int, seed: int, clean: bool = True) -> None:
@@ -41,10 +41,10 @@ class Views:
         self._spread = augment.spread(objects, self._generator(-1)) if isinstance(augment, Ready) else None
 
     def __call__(self, x: Tensor, draw: int) -> Tensor:
-        """The batch as a draw sees it.
+        """The augmented batch of a draw.
 
         Raises:
-            TypeError, ValueError: the augmentation gave no tensor, or one of another shape, type or device.
+            TypeError, ValueError: the augmentation did not return a tensor of the same shape, type and device.
         """
         if self._clean and not draw:
             return x
@@ -59,7 +59,7 @@ class Views:
         return changed
 
     def undo(self, values: Tensor, x: Tensor, draw: int) -> Tensor:
-        """A draw's raw outputs: dense ones ``[N, C, H, W]`` moved back, others as they are.
+        """The raw outputs of a draw: dense ones ``[N, C, H, W]`` mapped back, others unchanged.
 
         Raises:
             ValueError: they are dense, and the augmentation has no inverse.
@@ -69,7 +69,7 @@ class Views:
         return self.moved_back(values, draw)
 
     def moved_back(self, values: Tensor, draw: int) -> Tensor:
-        """A draw's dense outputs ``[N, C, H, W]`` where they are for the input as it is.
+        """The dense outputs ``[N, C, H, W]`` of a draw, mapped back to the unchanged input.
 
         Raises:
             ValueError: the augmentation has no inverse.
@@ -86,7 +86,7 @@ class Views:
         return restored
 
     def keep(self, mask: Tensor) -> None:
-        """Go on with some of the examples only."""
+        """Keep only some of the examples."""
         if self._spread is not None:
             self._spread.keep(mask)
 
@@ -95,7 +95,7 @@ class Views:
 
 
 class Spread(ABC):
-    """Changes of a batch's examples that are spread evenly over their draws."""
+    """Augmentations of a batch's examples that are spread evenly over their draws."""
 
     @abstractmethod
     def apply(self, x: Tensor, draw: int) -> Tensor:
@@ -103,19 +103,19 @@ class Spread(ABC):
 
     @abstractmethod
     def undo(self, values: Tensor, draw: int) -> Tensor:
-        """Dense outputs ``[N, C, H, W]`` moved back to the places of the input.
+        """Dense outputs ``[N, C, H, W]``, mapped back to the positions of the input.
 
         Raises:
-            ValueError: that cannot be done.
+            ValueError: there is no inverse.
         """
 
     @abstractmethod
     def keep(self, mask: Tensor) -> None:
-        """Go on with some of the examples only."""
+        """Keep only some of the examples."""
 
 
 class Ready(ABC):
-    """An augmentation that can be spread over draws; as a function it gives a single one."""
+    """An augmentation that can be spread over draws; called as a function it makes a single one."""
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The batch, each example changed at random."""
@@ -123,4 +123,4 @@ class Ready(ABC):
 
     @abstractmethod
     def spread(self, objects: int, generator: torch.Generator) -> Spread:
-        """Changes for so many examples that are spread evenly over their draws."""
+        """Augmentations for this many examples that are spread evenly over their draws."""

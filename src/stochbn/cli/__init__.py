@@ -1,4 +1,4 @@
-"""The command line: commands about a network of one's own, from fit to export; the paper's experiments."""
+"""The command line: commands for your own network, from fit to export, and the paper's experiments."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Calibrated uncertainty for trained, batch-normalised networks: Stochastic Batch Normalization (SBN).\n\n"
-    "Start with 'stochbn demo'. With a network of your own: fit a posterior over its batch-norm statistics to training "
-    "data, calibrate it on held-out data, evaluate both, predict. If the data changes, adapt.",
+    "Try 'stochbn demo' first. For your own network, run 'stochbn fit' on training data, 'stochbn calibrate' on "
+    "held-out data, and then 'stochbn evaluate' and 'stochbn predict'. If the data changes, run 'stochbn adapt'.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -60,23 +60,23 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
     ] = False,
 ) -> None:
-    """Take what options are not given from stochbn.toml, if there is such a file in the current folder."""
+    """Read defaults of options from stochbn.toml, if this file is in the current folder."""
     check_command(context.invoked_subcommand)
     context.default_map = project.defaults(context.command, Path(project.FILE))
 
 
 @paper.callback()
 def paper_options(context: typer.Context) -> None:
-    """The paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures."""
+    """Run the paper's experiments: networks and data by name, Deep Ensembles, Dropout, tables and figures."""
     check_command(context.invoked_subcommand)
 
 
 FRAMED = 100
-"""Columns of a terminal from which on the help is framed: frames cut the names of options where there are fewer."""
+"""The smallest width of a terminal for help with frames, which cut the names of options in narrower ones."""
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is told in one line and ends with exit code 1."""
+    """Run the command line; an error that the user can fix is printed in one line, with exit code 1."""
     never_fail_to_encode()
     show_warnings()
     app.rich_markup_mode = "rich" if out.width >= FRAMED else None
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _mendable(error: Exception) -> bool:
-    """Whether an error is one that a user can mend. Its classes need torch, so they are imported where there is one."""
+    """Whether the user can fix an error. The classes need torch, so they are imported only after an error."""
     from stochbn.distributed import RanksError
     from stochbn.processes import ProcessError
 

@@ -42,21 +42,20 @@ def adapt(
         Path | None,
         Override(
             "--weights-out",
-            help="Also write the network with the adapted statistics as its own: a .safetensors file for --weights, "
-            "which needs no stochbn.",
+            help="Also write the network with the adapted statistics, as a .safetensors file for --weights. It needs "
+            "no stochbn.",
         ),
     ] = None,
     examples: Annotated[
-        int, typer.Option("--examples", min=1, help="Examples to adapt to, at most. They stay in memory.")
+        int, typer.Option("--examples", min=1, help="Largest number of examples to adapt to. They stay in memory.")
     ] = 512,
     seed: Seed = 0,
 ) -> None:
-    """Adapt a posterior to unlabelled examples of new data, if their look has changed; write the new posterior.
+    """Adapt a posterior to unlabelled examples of new data, if they look different; write the new posterior.
 
-    Labels are not needed, and not used. A random sample of the examples is used; from Parquet files and loaders the
-    first examples are taken. With the reference that 'stochbn fit' keeps, a changed mix of classes is distinguished
-    from a changed look of the inputs. The command prints what it found. Under torchrun each rank takes a share of the
-    examples.
+    Labels are not used. A random sample of the examples is taken, or the first ones of Parquet files and loaders. The
+    reference of 'stochbn fit' separates a change of the look of inputs from a change of the mix of classes. The command
+    prints which it found. Under torchrun each rank takes a share of the examples.
     """
     beside = given.networks[0] if given.networks else given.weights
     if path is None and beside is None:
@@ -64,7 +63,7 @@ def adapt(
     target = path or default_posterior(beside or Path()).with_suffix("").with_suffix(f".adapted.sbn{ENDING}")
     fitted_in = posterior or (default_posterior(beside) if beside is not None else None)
     inputs = [*given.files, data, fitted_in]
-    if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
+    if path is not None or (beside is not None and beside.exists()):  # a missing network raises below
         check_file(target, inputs)
     if weights_out is not None:
         if weights_out.suffix != ENDING:

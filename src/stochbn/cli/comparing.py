@@ -1,4 +1,4 @@
-"""The scores of a network without and with SBN, as its task has them: what `evaluate` shows of tasks of their own."""
+"""The scores of a network without and with SBN, by its task, as `evaluate` shows them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,10 @@ class Compared:
         """What SBN changes, in a sentence."""
         count = len(self.scores["plain"].losses[self.loss])
         if self.change is None or self.change_se is None:
-            return f"{count:,} examples were scored. There was no posterior, so nothing is said of SBN."
+            return f"{count:,} examples were scored. There was no posterior, so SBN was not evaluated."
         error = f" ± {self.change_se:.4f}" if math.isfinite(self.change_se) else ""
         told = "lowers" if self.change < -2 * self.change_se else "raises" if self.change > 2 * self.change_se else ""
-        verb = (
-            f"{told} the mean {self.loss}" if told else f"makes no difference to the mean {self.loss} that can be told"
-        )
+        verb = f"{told} the mean {self.loss}" if told else f"does not change the mean {self.loss} measurably"
         return f"On {count:,} examples SBN {verb} ({self.change:+.4f}{error})."
 
     def description(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command that makes the thresholds of prediction sets by held-out data: conformal."""
+"""The command that computes the thresholds of prediction sets on held-out data: conformal."""
 
 from __future__ import annotations
 
@@ -34,58 +34,63 @@ def conformal(
         str | None,
         Override(
             "--held-out",
-            help="Labelled data, named like --data, that is neither training data nor that of 'stochbn calibrate'.",
+            help="Labelled data, named like --data, used neither for training nor for 'stochbn calibrate'.",
         ),
     ] = None,
     coverage: Annotated[
         float,
-        typer.Option(help="How often sets are to hold the truth; of labels and dense outputs, which share of it."),
+        typer.Option(
+            help="Share of examples whose set or interval contains the truth. For several labels and dense outputs: "
+            "share of the true labels or pixels."
+        ),
     ] = 0.9,
     by: Annotated[
         str | None,
         Override(
             "--by",
-            help="class, or a column (or array) of groups, such as hospital: a threshold for each, so that the "
-            "coverage holds in every one.",
+            help="A threshold, and so the coverage, for each class ('class') or for each group in a column (or array), "
+            "such as hospital.",
         ),
     ] = None,
     method: Annotated[
         str | None,
         Override(
             "--method",
-            help="Classes: lac (the smallest sets), aps, raps or saps (larger sets for difficult examples). Labels and "
-            "dense outputs: crc. Numbers: normalized, absolute or cqr. (default: the first)",
+            help="Classification: lac (the smallest sets), aps, raps or saps (larger sets for difficult examples). "
+            "Several labels and dense outputs: crc. Regression: normalized, absolute or cqr. (default: the first)",
         ),
     ] = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="The network gives a class for each place, and labels are [N, H, W].")
+        bool, typer.Option("--dense", help="The network predicts a class for each pixel, and labels are [N, H, W].")
     ] = False,
     mask: Annotated[
-        int | None, Override("--mask", min=0, help="With --dense: the only class whose places count, such as 1.")
+        int | None, Override("--mask", min=0, help="With --dense: the only class whose pixels count, such as 1.")
     ] = None,
     ignore: Ignored = None,
     new_mix: Annotated[
         bool,
         typer.Option(
             "--new-mix",
-            help="Weight classes by the mix that 'stochbn adapt' found, if the look of the inputs has not changed.",
+            help="Weight classes by the mix that 'stochbn adapt' found. Only if the look of the inputs has not "
+            "changed.",
         ),
     ] = False,
     posterior: PosteriorFile = None,
     draws: Draws = 50,
     augment: Augmentation = None,
     path: Annotated[
-        Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
+        Path | None, Override("--out", help="File for the new posterior. (default: replaces the old one)")
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Choose thresholds of prediction sets or intervals by held-out data; write them into the posterior's file.
+    """Compute prediction sets or intervals on held-out data; write their thresholds into the posterior's file.
 
-    'stochbn predict' then has a column 'set' with the classes or labels that an example may be of, or the columns 'low'
-    and 'high' of numbers, and 'stochbn evaluate' shows how often they hold the truth. Of several labels, and of dense
-    outputs, the share of each example's labels or places that is missed is controlled. Predict with the same --draws
-    and --augment. The thresholds hold for data like the held-out data, and for this posterior: 'stochbn calibrate'
-    drops them.
+    'stochbn predict' then adds a column 'set' of classes or labels, or the columns 'low' and 'high' of numbers.
+    'stochbn evaluate' shows how often they contain the truth. For several labels and dense outputs, the share of missed
+    labels or pixels of an example is controlled.
+
+    Predict with the same --draws and --augment. The thresholds hold for data like the held-out data, and for this
+    posterior: 'stochbn calibrate' drops them.
     """
     from stochbn.augment import named
     from stochbn.predictive import Predictive

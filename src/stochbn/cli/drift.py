@@ -1,4 +1,4 @@
-"""What commands do about data that has changed: they adapt to some of it, or compare it and warn."""
+"""Data that has changed: commands adapt to a sample of it, or compare it with the training data and warn."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["about_data", "about_sets", "adapted_to", "alarm", "compared", "group_of", "recorded"]
 
 COMPARED = 256
-"""Examples that are compared with the training data, at most."""
+"""Largest number of examples that are compared with the training data."""
 PAGE = "docs/shift.md"
 MEASURED = (
-    "On corrupted images where sets for 90 % had held the truth less than 70 % of the time, they held it 72 to 81 % of "
-    f"the time after adapting (means of six networks, {PAGE})."
+    "On corrupted images where the coverage of 90 % sets had been below 70 %, it was 72 to 81 % after adapting (means "
+    f"of six networks, {PAGE})."
 )
-"""What benchmarks/shift.py has found."""
+"""A result of benchmarks/shift.py."""
 
 
 def adapted_to(
@@ -49,7 +49,7 @@ def adapted_to(
 
     batches = sampled(stream, count, seed)
     if not batches:
-        raise ValueError(f"there is nothing to adapt to: none of {min(count, len(stream))} examples can be read")
+        raise ValueError(f"there are no examples to adapt to: none of {min(count, len(stream))} examples can be read")
     if ranks is None:
         return stochbn.adapt(subject.model, posterior, batches)
     return stochbn.adapt(subject.model, posterior, share(batches, ranks.rank, ranks.count), group=ranks.group)
@@ -58,10 +58,10 @@ def adapted_to(
 def compared(
     subject: Subject, posterior: Posterior, stream: Stream, size: int = COMPARED, seed: int = 0
 ) -> Reading | None:
-    """How unusual some of the data is, beside the training data; None where that cannot be told.
+    """How unusual a sample of the data is, compared with the training data; None if that is unknown.
 
-    It is a help and no more, so nothing that goes wrong here keeps anything from being predicted. A posterior that was
-    adapted already is of data that is unlike the training data, so nothing is compared.
+    Errors are caught, because a failed comparison must not stop a prediction. For an adapted posterior nothing is
+    compared, because its data is known to differ from the training data.
 
     Args:
         subject: the network.
@@ -86,7 +86,7 @@ def compared(
 
 
 def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | None) -> str | None:
-    """A sentence about data that is unlike the training data, and what to do; None where it is not.
+    """A warning that data is not like the training data, with advice; None if it is.
 
     Args:
         given: the options about the network.
@@ -101,28 +101,28 @@ def alarm(given: Given, reading: Reading, data: str | None, posterior: Path | No
     found = str(reading).removesuffix(".")
     adapt = command("adapt", given, data=data, split=given.split, posterior=posterior)
     if reading.look > UNUSUAL:
-        advice = f"probabilities may be off, and '{adapt}' would leave the network as it is"
+        advice = f"probabilities may be wrong, and '{adapt}' would not change the network"
     else:
         advice = f"check what it is, or adapt the network to examples like these, without labels: {adapt}"
     return f"this data is not like the training data: {found[0].lower()}{found[1:]}; {advice}"
 
 
 def about_data(posterior: Posterior | None, reading: Reading | None) -> dict[str, str]:
-    """What a report says of data that has changed, by the names of its lines."""
+    """Lines of a report about data that has changed, by their titles."""
     said = {}
     if reading is not None:
         said["Compared with the training data"] = str(reading)
     if posterior is not None and posterior.adaptation is not None:
         said["Adapted"] = str(posterior.adaptation)
         if posterior.thresholds is None:
-            said["Adapted"] += " Prediction sets with thresholds from before promise no coverage on this data."
+            said["Adapted"] += " Earlier thresholds of prediction sets guarantee no coverage on this data."
     if posterior is not None and (about := about_sets(posterior)):
         said["Prediction sets"] = about
     return said
 
 
 def about_sets(posterior: Posterior) -> str:
-    """What cannot be promised of a posterior's prediction sets, and what was measured; empty if there is nothing."""
+    """A caveat about a posterior's prediction sets, with what was measured; empty if there is none."""
     found = posterior.thresholds
     caveat = "" if found is None else found.caveat(posterior)
     if not caveat:
@@ -133,11 +133,11 @@ def about_sets(posterior: Posterior) -> str:
 
 
 def group_of(posterior: Posterior | None) -> str | None:
-    """The column of data that a posterior's prediction sets are by; None where they are not by group."""
+    """The column with the groups of a posterior's prediction sets; None if they have no groups."""
     return None if posterior is None or posterior.thresholds is None else posterior.thresholds.by
 
 
 def recorded(posterior: Posterior, reading: Reading | None) -> Mapping[str, Any]:
-    """What a table of predictions remembers about the data."""
+    """What the metadata of a table of predictions says about the data."""
     adaptation = None if posterior.adaptation is None else str(posterior.adaptation)
     return {"adaptation": adaptation, "shift": None if reading is None else reading.description()}

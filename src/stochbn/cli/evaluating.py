@@ -49,14 +49,14 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             "--posterior",
-            help="A posterior for each network, in their order. (default: those beside the weights, where they exist)",
+            help="A posterior for each network, in the same order. (default: those beside the weights, if they exist)",
             show_default=False,
         ),
     ] = None,
     draws: Draws = 50,
     augment: Augmentation = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="The network gives a class for each place, and labels are [N, H, W].")
+        bool, typer.Option("--dense", help="The network predicts a class for each pixel, and labels are [N, H, W].")
     ] = False,
     ignore: Ignored = None,
     seed: Seed = 0,
@@ -67,16 +67,19 @@ def evaluate(
     report_file: Annotated[
         Path | None,
         typer.Option(
-            "--report", help="File for a page about all of it: HTML that needs no other file.", show_default=False
+            "--report", help="HTML file for a report with all results; it needs no other file.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Error, NLL and calibration on test data, and detection of unknown classes, without and with SBN.
+    """Score test data without and with SBN: error, NLL, calibration, and detection of unknown classes.
 
-    Of networks that 'stochbn paper train' saved, those with dropout keep it on (MC Dropout), and several are also
-    evaluated as an ensemble. With --augment, draws of SBN change their inputs too; choose noise and temperature for
-    that with 'stochbn calibrate --augment'. Other tasks than those of one class, and networks with --dense, have scores
-    of their own. Labels of several numbers come from several columns, or as an array 'labels' of a .npz file.
+    Regression, survival, several labels and dense outputs have their own scores. If a label consists of several
+    numbers, use several columns, or an array 'labels' of a .npz file.
+
+    With --augment, draws of SBN change their inputs too. Calibrate for this with 'stochbn calibrate --augment'.
+
+    Several networks of 'stochbn paper train' are also evaluated as an ensemble. Networks with dropout keep it on (MC
+    Dropout).
     """
     from stochbn import augment as augmentations
     from stochbn.evaluation.methods import methods, score
@@ -90,11 +93,11 @@ def evaluate(
     from stochbn.report.results import FILES, tabulate, write
     from stochbn.report.words import made_worse
 
-    torchmetrics_classification()  # if it is missing, that is told before the work; and no rank waits for it at the end
+    torchmetrics_classification()  # if it is missing, raises before the work, and on every rank
     changes = augmentations.named(augment) if augment is not None else None
     if folder is not None:
         check_folder(folder, *FILES)
-    if report_file is not None and report_file.parent == folder:  # which may yet have to be made
+    if report_file is not None and report_file.parent == folder:  # which may not exist yet
         check_folder(folder, report_file.name)
     elif report_file is not None:
         check_file(report_file, [*given.files, data, ood, *(posteriors or ())])
@@ -106,7 +109,7 @@ def evaluate(
         subjects = Subject.all_of(given, held_by(given, named[0]))
         if dense or not all(one.task.one_class for one in subjects):
             if len(subjects) > 1 or ood is not None:
-                raise ValueError("several networks and --ood are for networks that give one class for each example")
+                raise ValueError("several networks, and --ood, need networks that predict one class for each example")
             fitted_one = subjects[0].find_posterior(named[0])
             asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
             worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
@@ -114,14 +117,13 @@ def evaluate(
             return
         if ignore is not None:
             raise ValueError(
-                "--ignore is for --dense; with one class for each example, leave the examples that do not count out of "
-                "the data"
+                "--ignore is for --dense; with one class for each example, leave the examples to ignore out of the data"
             )
         started = time.perf_counter()
         fitted = [subject.find_posterior(path) for subject, path in zip(subjects, named, strict=True)]
         data = data or subjects[0].data
         group = group_of(fitted[0]) if len(fitted) == 1 else None
-        # Each checks that it fits.
+        # Each subject checks that the data fits.
         known, *_ = [subject.load(data, "test", labelled=True, group=group) for subject in subjects]
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
@@ -157,8 +159,8 @@ def evaluate(
     if 0 < len(known.classes) < outputs and not subjects[0].classes:
         warnings.warn(
             f"{known.name} has {len(known.classes)} classes, numbered in the order of their names, and the network has "
-            f"{outputs}: if some are missing, the others have wrong numbers; name the network's classes in its module, "
-            "with classes = [...]",
+            f"{outputs}: if some classes are missing, the others are numbered wrongly; list all of them in the "
+            "network's module, as classes = [...]",
             stacklevel=2,
         )
     names = known.name, unknown.name if unknown is not None else None
@@ -193,7 +195,7 @@ def evaluate(
             title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn, head=head
         )
         write_page(report_file, made)
-        say(f"The page is {report_file}; a browser opens it.", report_file)
+        say(f"The report is {report_file}; open it in a browser.", report_file)
     if folder is not None:
         say(f"Results are in {folder}.", folder)
     if reading is not None and (warned := alarm(given, reading, data, named[0])):
@@ -331,7 +333,7 @@ def _evaluate_task(
         said = [*said, *filter(None, [caveat]), *worse, *([mend([posterior])] if worse and posterior else [])]
         title = f"{subject.name} on {known.name}"
         write_page(report_file, Page(title, said, shown, curves, "", (), (), told, head, sections))
-        say(f"The page is {report_file}; a browser opens it.", report_file)
+        say(f"The report is {report_file}; open it in a browser.", report_file)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         about = {"network": subject.name, "posterior": described, "data": known.name, "task": task.name, **asked}

@@ -28,10 +28,10 @@ def train(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     network: Annotated[str, typer.Option(help="Name of the network.")] = "lenet5",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Adam's, decaying linearly to 0.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=2, help="Examples in a mini-batch.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam, decaying linearly to 0.")] = 1e-3,
     decay: Annotated[str, typer.Option(help="Lower the learning rate each epoch or each step.")] = "step",
-    decrease_from: Annotated[int, typer.Option(help="Keep the learning rate for so many epochs first.")] = 0,
+    decrease_from: Annotated[int, typer.Option(help="Keep the learning rate for this many epochs first.")] = 0,
     uniform_scale: Annotated[
         bool, typer.Option("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
     ] = False,
@@ -42,13 +42,13 @@ def train(
     ] = 0.0,
     bias: Annotated[bool | None, Override("--bias/--no-bias", help="Biases in convolutions (vgg).")] = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips, for CIFAR.")] = False,
-    precision: Annotated[str, typer.Option(help="Of training: 32-true or bf16-mixed.")] = "32-true",
+    precision: Annotated[str, typer.Option(help="Precision of training: 32-true or bf16-mixed.")] = "32-true",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile training steps.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train a network on images as in the paper: Adam, batch size 16, learning rate decaying to 0.
 
-    Loss and accuracy of every epoch are written beside it, as NETWORK.training.csv.
+    Writes loss and accuracy of every epoch to NETWORK.training.csv.
     """
     from stochbn.paper.schedule import Schedule
     from stochbn.paper.training import train as train_network
@@ -102,7 +102,7 @@ def demo(
 ) -> None:
     """Train, fit and compare SBN, Deep Ensembles and Dropout, on known and unknown classes.
 
-    Tables, entropy figure, networks and posteriors go to a folder. A run that was stopped continues where it was.
+    Writes tables, a figure of entropies, networks and posteriors to a folder. If it was stopped, it continues.
     """
     from stochbn.paper.recipes import DEMOS
 
@@ -129,23 +129,25 @@ def reproduce(
     unknown: Annotated[str | None, Override("--unknown", help="Unknown classes, or 'none'.")] = None,
     epochs: Annotated[int | None, Override("--epochs", help="Passes over the training data.")] = None,
     members: Annotated[int | None, Override("--members", help="Networks in the Deep Ensemble.")] = None,
-    batch_size: Annotated[int | None, Override("--batch-size", help="Objects in a training mini-batch.")] = None,
-    learning_rate: Annotated[float | None, Override("--learning-rate", help="Adam's, decaying to 0.")] = None,
+    batch_size: Annotated[int | None, Override("--batch-size", help="Examples in a training mini-batch.")] = None,
+    learning_rate: Annotated[
+        float | None, Override("--learning-rate", help="Learning rate of Adam, decaying to 0.")
+    ] = None,
     decay: Annotated[str | None, Override("--decay", help="Lower the learning rate each epoch or each step.")] = None,
     decrease_from: Annotated[
-        int | None, Override("--decrease-from", help="Keep the learning rate for so many epochs first.")
+        int | None, Override("--decrease-from", help="Keep the learning rate for this many epochs first.")
     ] = None,
     uniform_scale: Annotated[
         bool | None, Override("--uniform-scale/--unit-scale", help="Start batch norm's scale from U(0, 1) or from 1.")
     ] = None,
     statistics_batch: Annotated[
-        int | None, Override("--statistics-batch", help="Objects in a mini-batch whose statistics are observed.")
+        int | None, Override("--statistics-batch", help="Examples in a mini-batch whose statistics are observed.")
     ] = None,
     draws: Annotated[int | None, Override("--draws", help="Draws, or dropout passes, of each network.")] = None,
-    seed: Annotated[int | None, Override("--seed", help="Where all randomness comes from.")] = None,
+    seed: Annotated[int | None, Override("--seed", help="Seed of all random numbers.")] = None,
     width: Annotated[float | None, Override("--width", help="Factor on the network's channels.")] = None,
     dropout: Annotated[
-        float | None, Override("--dropout", help="Dropout rate after ReLUs; 0: no such network.")
+        float | None, Override("--dropout", help="Dropout rate after ReLUs; 0: no network with dropout.")
     ] = None,
     classifier_dropout: Annotated[
         float | None, Override("--classifier-dropout", help="Dropout rate before the classifier (vgg11).")
@@ -159,11 +161,13 @@ def reproduce(
     augment_fit: Annotated[
         bool | None, Override("--augment-fit/--no-augment-fit", help="Fit posteriors on random crops and flips.")
     ] = None,
-    precision: Annotated[str | None, Override("--precision", help="Of training: 32-true or bf16-mixed.")] = None,
+    precision: Annotated[
+        str | None, Override("--precision", help="Precision of training: 32-true or bf16-mixed.")
+    ] = None,
     compile: Annotated[bool | None, Override("--compile/--no-compile", help="Compile training steps.")] = None,
     processes: Annotated[int | None, Override("--processes", help="Processes that train one network together.")] = None,
     held_out: Annotated[
-        float | None, Override("--held-out", help="Keep this part of the training data out of training, for choices.")
+        float | None, Override("--held-out", help="Share of the training data to hold out, for choices.")
     ] = None,
     evaluate_on: Annotated[str | None, Override("--evaluate-on", help="test, or held-out to choose a setting.")] = None,
     train_images: Annotated[int | None, Override("--train-images", help="Use this many training images.")] = None,
@@ -180,7 +184,7 @@ def reproduce(
 ) -> None:
     """Repeat one of the paper's experiments: SBN, Deep Ensembles and Dropout on known and unknown classes.
 
-    A preset can be changed field by field. A run that was stopped continues where it was.
+    Options change single settings of a preset. If it was stopped, it continues.
     """
     from stochbn.paper.recipes import PRESETS
 
@@ -217,9 +221,9 @@ def report(
         typer.Option("--out", help="Folder for the tables of several runs. (default: seeds)", show_default=False),
     ] = None,
 ) -> None:
-    """Make a run's tables, figures and page (report.html) again, from its stored predictions alone.
+    """Make a run's tables, figures and report.html again, from its stored predictions.
 
-    Several runs that differ in their seeds give one table, of means and standard deviations.
+    Several runs that differ only in their seeds give one table, of means and standard deviations.
     """
     from stochbn.paper.report import write_run, write_seeds
 
@@ -239,7 +243,7 @@ def redraw(
         typer.Argument(metavar="FOLDER", help="Folders with cost.json, comparison.json, ...", show_default=False),
     ],
 ) -> None:
-    """Draw the figures of stored results again, from their numbers alone: of bench, compare and augment."""
+    """Draw the figures of stored results of bench, compare and augment again."""
     from stochbn.paper.redrawing import redraw as redraw_folder
 
     for folder in folders:
@@ -251,24 +255,26 @@ def compare(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A finished run made with --held-out.", show_default=False)
     ],
-    members: Annotated[int, typer.Option(min=1, help="How many of its plain networks; each is a seed.")] = 3,
+    members: Annotated[int, typer.Option(min=1, help="Number of its plain networks to use; each is a seed.")] = 3,
     draws: Draws = 50,
-    fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
-    unknown: Annotated[int, typer.Option(min=1, help="Images of unknown classes to predict, at most.")] = 2000,
-    exact: Annotated[int, typer.Option(min=10, help="Test images for exact inference.")] = 1000,
+    fit_images: Annotated[
+        int, typer.Option(min=2, help="Largest number of training images to fit posteriors to.")
+    ] = 8192,
+    held_out: Annotated[int, typer.Option(min=1, help="Largest number of held-out images to calibrate on.")] = 2000,
+    unknown: Annotated[int, typer.Option(min=1, help="Largest number of images of unknown classes to predict.")] = 2000,
+    exact: Annotated[int, typer.Option(min=10, help="Number of test images for exact inference.")] = 1000,
     augment: Annotated[
         str,
         typer.Option(
-            help="Draw the input too: flip, shift:PIXELS, or both; without exact inference.", show_default=False
+            help="Also augment the input: flip, shift:PIXELS, or both; without exact inference.", show_default=False
         ),
     ] = "",
     jobs: Jobs = 0,
 ) -> None:
-    """Compare kinds of posteriors with each other, exact inference and ensembles, on the networks of a run.
+    """Compare kinds of posteriors, exact inference and ensembles, on the networks of a run.
 
-    Each kind is used as fitted, and with its noise calibrated on the images that the run held out. A comparison that
-    was stopped continues where it was.
+    Each kind is used as fitted, and with its noise calibrated on the images that the run held out. If it was stopped,
+    it continues.
     """
     from stochbn.paper.comparison import Settings
     from stochbn.paper.comparison import compare as compare_run
@@ -285,15 +291,16 @@ def compare(
 def ablate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished run.", show_default=False)],
     members: Annotated[
-        int | None, typer.Option(min=1, help="How many of its plain networks. (default: all)", show_default=False)
+        int | None, typer.Option(min=1, help="Number of its plain networks to use. (default: all)", show_default=False)
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=10, help="Test images of each kind, at most. (default: all)", show_default=False)
+        int | None,
+        typer.Option(min=10, help="Largest number of test images of each kind. (default: all)", show_default=False),
     ] = None,
 ) -> None:
-    """Say what of SBN does what, on the networks of a run: another centre of the statistics, or their noise.
+    """Measure the effect of each part of SBN on the networks of a run: the centre of the statistics, and their noise.
 
-    Each method is compared with the plain network on the run's test images. What was stopped continues where it was.
+    Each method is compared with the plain network on the run's test images. If it was stopped, it continues.
     """
     from stochbn.paper.ablation import ablate as ablate_run
 
@@ -310,11 +317,13 @@ def augment(
     augmentation: Annotated[
         str, typer.Option("--augment", help="flip, shift:PIXELS, crop:SMALLEST, colour:STRENGTH, or several.")
     ] = "flip,shift:4",
-    members: Annotated[int, typer.Option(min=1, help="How many of its plain networks.")] = 3,
+    members: Annotated[int, typer.Option(min=1, help="Number of its plain networks to use.")] = 3,
     count: Annotated[list[int], typer.Option(min=1, help="Numbers of draws, from few to many.")] = [4, 8, 16, 48],  # noqa: B006
-    fit_images: Annotated[int, typer.Option(min=2, help="Training images to fit posteriors to, at most.")] = 8192,
-    held_out: Annotated[int, typer.Option(min=1, help="Held-out images to calibrate on, at most.")] = 2000,
-    images: Annotated[int, typer.Option(min=10, help="Test images of each kind, at most.")] = 5000,
+    fit_images: Annotated[
+        int, typer.Option(min=2, help="Largest number of training images to fit posteriors to.")
+    ] = 8192,
+    held_out: Annotated[int, typer.Option(min=1, help="Largest number of held-out images to calibrate on.")] = 2000,
+    images: Annotated[int, typer.Option(min=10, help="Largest number of test images of each kind.")] = 5000,
     candidates: Annotated[
         str,
         typer.Option(
@@ -322,16 +331,16 @@ def augment(
             show_default=False,
         ),
     ] = "",
-    snapshots: Annotated[int, typer.Option(min=0, help="Also take so many snapshots of each network.")] = 0,
+    snapshots: Annotated[int, typer.Option(min=0, help="Also take this many snapshots of each network.")] = 0,
     cycle: Annotated[
         str, typer.Option(help="How a snapshot is taken: OPTIMIZER:RATE:EPOCHS, with adam or sgd.")
     ] = "adam:0.001:2",
 ) -> None:
-    """Say what draws over the input add to draws of the statistics, on the networks of a run, and what both cost.
+    """Measure what test-time augmentation adds to draws of the statistics, on the networks of a run, and its cost.
 
-    Each network predicts with its statistics drawn, with its input augmented anew in every pass, and with both;
-    ensembles of the run's networks are the yardstick. What was stopped continues where it was. Under torchrun, ranks
-    share the networks.
+    Each network predicts with its statistics drawn, with its input augmented in every pass, and with both. They are
+    compared with ensembles of the run's networks. If it was stopped, it continues. Under torchrun, ranks share the
+    networks.
     """
     from stochbn.paper.augmentation import Settings, draw_over_inputs
     from stochbn.paper.snapshotting import Cycles
@@ -363,8 +372,8 @@ def _run(recipe: Recipe, folder: Path, jobs: int, keep_draws: bool | None = None
         return
     show(report.write_run(folder))
     say(
-        "Lower NLL is better; unknown examples should have more entropy than known ones. "
-        f"Everything is in {folder}: report.html (for a browser), results.json, results.md, entropy-cdf.png, and a "
-        "folder for each network with its posterior.",
+        f"Lower NLL is better; unknown examples should have more entropy than known ones. Everything is in {folder}: "
+        "report.html (for a browser), results.json, results.md, entropy-cdf.png, and a folder for each network with "
+        "its posterior.",
         folder,
     )

@@ -16,22 +16,22 @@ __all__ = ["export"]
 
 ENDINGS = {".onnx": "onnx", ".pt2": "pt2"}
 EXAMPLE = 4
-"""Objects of the data that the network is followed with."""
+"""Examples of the data that the network is traced with."""
 
 
 @about_networks()
 def export(
     given: Given,
-    path: Annotated[Path, typer.Option("--out", help="File to write: its ending, .onnx or .pt2, says of which kind.")],
+    path: Annotated[Path, typer.Option("--out", help="File to write. Its ending, .onnx or .pt2, sets the format.")],
     data: Data = None,
     posterior: PosteriorFile = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the statistics that the file has.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Number of draws of the statistics in the file.")] = 16,
     seed: Seed = 0,
 ) -> None:
-    """Write a network with SBN as one file, for services: ONNX, or torch.export's .pt2.
+    """Write a network with its draws as one file, for services: ONNX, or torch.export's .pt2.
 
-    The same input always gets the same probabilities, entropy and mutual information. The file takes inputs like those
-    of the data, in any number, and is compared with Python before it is there.
+    The same input always gets the same probabilities, entropy and mutual information. The file takes any number of
+    inputs like those of the data. Its outputs are compared with Python's before it is saved.
     """
     import stochbn
 

@@ -35,12 +35,14 @@ def fit(
     given: Given,
     data: Data = None,
     batch_size: Annotated[
-        int, typer.Option(min=2, help="Objects in a mini-batch whose statistics are observed: fewer, more noise.")
+        int,
+        typer.Option(min=2, help="Examples in a mini-batch whose statistics are observed. Fewer examples, more noise."),
     ] = 16,
     kind: Annotated[
         str,
         typer.Option(
-            help="joint (of all layers), empirical (replay), or factorized or factorized-log (the paper's SBN)."
+            help="Kind of posterior: joint (all layers together), empirical (replays mini-batches), factorized or "
+            "factorized-log (the paper's)."
         ),
     ] = "joint",
     centre: Annotated[
@@ -52,33 +54,38 @@ def fit(
         Override("--batches", min=1, help="Mini-batches to observe. (default: 512, or 5,000 for factorized kinds)"),
     ] = None,
     path: Annotated[
-        Path | None, Override("--out", help="File for it. (default: beside the weights, WEIGHTS.sbn.safetensors)")
+        Path | None,
+        Override("--out", help="File for the posterior. (default: beside the weights, WEIGHTS.sbn.safetensors)"),
     ] = None,
     augment: Augmentation = None,
     reference: Annotated[
         str | None,
         Override(
             "--reference",
-            help="Examples that the network was not trained on, named like --data, which need no labels: what 'stochbn "
-            "adapt' and the alarm of predict compare new data with. (default: examples of --data, without changes)",
+            help="Unlabelled examples that the network was not trained on, named like --data. 'stochbn adapt' and the "
+            "alarm of 'stochbn predict' compare new data with them. (default: examples of --data, not augmented)",
         ),
     ] = None,
     no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="Keep no reference: there is no alarm then, and adapt knows no mix.")
+        bool,
+        typer.Option(
+            "--no-reference",
+            help="Keep no reference. There is no alarm then, and adapt cannot see a change of the mix.",
+        ),
     ] = False,
     seed: Seed = 0,
     save_options: Annotated[
         bool,
-        typer.Option("--save-options", help="Also write the options about the network into stochbn.toml, for later."),
+        typer.Option("--save-options", help="Also write the options about the network into stochbn.toml."),
     ] = False,
 ) -> None:
-    """Fit SBN's distribution over a network's batch-norm statistics to its training data.
+    """Fit a posterior over a network's batch-norm statistics to its training data.
 
-    Show the examples as training did: a module of --model may have a function train_preprocess beside preprocess, with
-    the random changes of training; or use --augment.
+    The data must look as in training. If training changed images at random, put a function train_preprocess into the
+    module of --model, or use --augment.
 
-    What --input, --label, --size, --mean, --std, --exif and --page say of the data is kept in the posterior's file, and
-    later commands hold to it. They take columns by their names, in this order.
+    The posterior's file keeps --input, --label, --size, --mean, --std, --exif and --page, and later commands use them.
+    They read the same columns, by name and in the same order.
     """
     from stochbn.augment import named
     from stochbn.evaluation.fitting import fit_posterior
@@ -92,7 +99,7 @@ def fit(
     target = path or default_posterior(beside or Path())
     if save_options:
         project.check_new(Path(project.FILE))
-    if path is not None or (beside is not None and beside.exists()):  # a network that is missing is told of below
+    if path is not None or (beside is not None and beside.exists()):  # a missing network raises below
         check_file(target, [*given.files, data, reference])
     with job() as ranks, ranks.failing_together():
         subject = Subject.one(given)
@@ -100,7 +107,7 @@ def fit(
         compared: Any = not no_reference
         if reference is not None:
             compared = subject.load(reference, "held-out", "--reference")
-        elif compared and subject.augments:  # new data has no random changes, so what it is compared with has none
+        elif compared and subject.augments:  # new data is not augmented, so its reference is not either
             compared = subject.load(data, "reference")
         with progress_bars() as bars:
             move = follow(bars, "fitting")
@@ -137,11 +144,13 @@ def calibrate(
     ] = None,
     posterior: PosteriorFile = None,
     temperature: Annotated[
-        bool, typer.Option("--temperature/--no-temperature", help="Also choose a temperature, or the noise alone.")
+        bool, typer.Option("--temperature/--no-temperature", help="Also choose a temperature, or only the noise.")
     ] = True,
-    objects: Annotated[int, typer.Option("--objects", min=1, help="Held-out examples to use, at most.")] = 4096,
+    objects: Annotated[
+        int, typer.Option("--objects", min=1, help="Largest number of held-out examples to use.")
+    ] = 4096,
     path: Annotated[
-        Path | None, Override("--out", help="File for the new posterior. (default: the old one's, which it replaces)")
+        Path | None, Override("--out", help="File for the new posterior. (default: replaces the old one)")
     ] = None,
     augment: Augmentation = None,
     choose: Annotated[
@@ -149,19 +158,21 @@ def calibrate(
         typer.Option(
             "--choose",
             min=0,
-            help="First choose so many draws' augmentations among those of --augment, with bars between.",
+            help="First choose the augmentation of each of this many draws, among those of --augment, separated by "
+            "bars.",
         ),
     ] = 0,
     ignore: Ignored = None,
-    score: Annotated[str, typer.Option(help="What is to be lowest: nll or brier.")] = "nll",
+    score: Annotated[str, typer.Option(help="Score to minimise: nll or brier.")] = "nll",
     seed: Seed = 0,
 ) -> None:
-    """Choose by held-out data between the plain network, a temperature and SBN's draws; write the new posterior.
+    """Choose between the plain network, a temperature and draws on held-out data; write the new posterior.
 
-    The simplest way is chosen that is as good as the best. The file remembers what was fitted: calibrate can be run on
-    it again. With --augment it is for predictions with the same option. With --choose 8 --augment
+    The simplest option that is about as good as the best is chosen. You can run calibrate on its own posterior again.
+
+    With --augment, the posterior is for predictions with the same --augment. With --choose 8 --augment
     'flip|shift:2|flip,shift:4' each of 8 draws gets the augmentation that lowers the calibrated NLL most, and the
-    option to predict with is shown.
+    command prints the --augment to predict with.
     """
     import stochbn
     from stochbn.augment import named, turns
@@ -170,7 +181,7 @@ def calibrate(
     changes = named(augment) if augment is not None else None
     if choose and not isinstance(changes, turns):
         raise ValueError(
-            "--choose needs several augmentations with bars between: --augment 'flip|shift:2|flip,shift:4'"
+            "--choose needs several augmentations, separated by bars: --augment 'flip|shift:2|flip,shift:4'"
         )
     beside = given.networks[0] if given.networks else given.weights
     target = path or posterior or (default_posterior(beside) if beside is not None else None)
@@ -182,8 +193,8 @@ def calibrate(
         task = subject.task
         if not task.calibrated_by:
             raise ValueError(
-                f"calibrate chooses the noise by labels, which --task {task.name} has none of: choose it with 'stochbn "
-                "fit --batch-size' (more examples, less noise)"
+                f"calibrate needs labels, and --task {task.name} has none: set the noise with 'stochbn fit "
+                "--batch-size' (more examples, less noise)"
             )
         if score not in task.calibrated_by:
             raise ValueError(f"--score must be {' or '.join(task.calibrated_by)}, got {score!r}")
@@ -194,7 +205,7 @@ def calibrate(
         data = subject.load(held_out, "held-out", "--held-out", labelled=classes).shuffled(seed).first(objects)
         if choose and isinstance(changes, turns):
             if ranks.count > 1:
-                raise ValueError("--choose looks at all data at once: run it in one process")
+                raise ValueError("--choose needs all data in one process: run it without torchrun")
             several = list(dict.fromkeys(changes.augmentations))
             with progress_bars() as bars:
                 move = follow(bars, "choosing")
@@ -203,7 +214,7 @@ def calibrate(
                     subject.model, old, held, several, draws=choose, passes=max(48, len(several) + 1),
                     progress=lambda done: move(done, len(data)), seed=seed, **subject.settings,
                 )  # fmt: skip
-            say(f"The best in turn: --augment '{changes}'")
+            say(f"Chosen for the draws, in order: --augment '{changes}'")
         data = data.shard(ranks.rank, ranks.count, CALIBRATE_BATCH) if ranks.count > 1 else data
         choices: list[Choice] = []
         with progress_bars() as bars:
@@ -228,19 +239,19 @@ def calibrate(
         new.save(target)
     show([_table(choices[0], ends=temperature and choices[0].tempered)])
     dense = choices[0].units == "places"
-    shown = ignore if dense else None  # evaluate has no such option for one class an example
+    shown = ignore if dense else None  # evaluate takes it for dense outputs alone
     augment = str(changes) if choose else augment
     again = after_calibrating(given, beside and default_posterior(beside), target, augment, dense=dense, ignore=shown)
     say(
         f"{choices[0]}\nSaved the posterior as {target}: {choices[0].chosen.name}, {_fitted(new)}. "
-        f"The held-out data was shown as at test time{f', with --augment {augment}' if augment else ''}.",
+        f"The held-out data was preprocessed as at test time{f', with --augment {augment}' if augment else ''}.",
         target,
     )
     say(again)
 
 
 def _fitted(posterior: Posterior) -> str:
-    """What was fitted beside the noise, in words."""
+    """The temperature or residual variance that was fitted, in words."""
     found = posterior.residual_variance
     if found is None:
         return f"temperature {posterior.temperature:.3f}"
@@ -251,26 +262,28 @@ def _fitted(posterior: Posterior) -> str:
 
 
 def _compared(posterior: Posterior, asked: bool) -> str:
-    """That there is nothing to compare new data with, where that was asked for."""
+    """A sentence if a reference was asked for and could not be made."""
     if not asked or posterior.reference is not None:
         return ""
     return (
-        " New data cannot be compared with it: that needs 256 examples, running statistics that were trained, and a "
-        "batch norm that is called once in a pass."
+        " It has no reference for new data: that needs 256 examples, trained running statistics, and a batch norm that "
+        "is called once in a pass."
     )
 
 
 def _shown(subject: Subject, augment: str | None) -> str:
-    """How the examples were shown to a network of the user's own, in words."""
+    """How the examples for the user's own network were preprocessed, in words."""
     if subject.data is not None and augment is None:
         return ""
     ways = ["train_preprocess of its module"] if subject.augments else []
     ways += [f"--augment {augment}"] if augment is not None else []
-    return f", shown by {' and '.join(ways)}" if ways else ", shown as at test time, without random changes"
+    return (
+        f", preprocessed by {' and '.join(ways)}" if ways else ", preprocessed as at test time, without random changes"
+    )
 
 
 def _table(choice: Choice, ends: bool) -> Table:
-    """How the options compare that there were to choose from; `ends` marks temperatures at an end of their range."""
+    """The options of the choice, a row each; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
     from stochbn.report.tables import Table
     from stochbn.tasks.draw_scores import NAMES

@@ -57,10 +57,10 @@ def after_fitting(given: Given, beside: Path | None, path: Path, augment: str | 
     if not _has_labels(given):
         return again
     chosen = _calibrate(given, None, None if path == beside else path, augment)
-    choose = "choose between the plain network, a temperature and draws by data that it was not trained on"
+    choose = "choose between the plain network, a temperature and draws on data that it was not trained on"
     if task_given(given).fits_residual:
-        choose = "fit the variance of an observation, and choose whether to draw, by data that it was not trained on"
-    return f"Next, {choose}: {chosen}\nOr as it is. {again}"
+        choose = "fit the variance of an observation, and choose whether to draw, on data that it was not trained on"
+    return f"Next, {choose}: {chosen}\nOr use it as it is. {again}"
 
 
 def after_calibrating(
@@ -102,7 +102,7 @@ def after_adapting(given: Given, data: str | None, path: Path, *, sets: bool = F
     said = f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
     if sets:
         again = command("conformal", given, held_out="LABELLED-NEW-DATA", posterior=path)
-        said += f"\nWith labels, make the thresholds of prediction sets again: {again}"
+        said += f"\nWith labels, compute the thresholds of prediction sets again: {again}"
     return said
 
 
@@ -130,7 +130,7 @@ def after_evaluating(
     networks: list[Path | None] = list(given.networks) if given.networks else [None]
     lines, data = [], None if given.networks else "TRAINING-DATA"
     if None in fitted:
-        lines.append("Networks without a posterior were evaluated without SBN only. Next:")
+        lines.append("Networks without a posterior were evaluated without SBN only. Next, fit one:")
     for network, posterior in zip(networks, fitted, strict=True):
         if posterior is None:
             out = None if network is not None or given.weights is not None else "POSTERIOR"

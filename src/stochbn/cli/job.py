@@ -19,16 +19,16 @@ __all__ = ["SHARED", "check_command", "check_gpus", "job", "own_gpu", "speaks_of
 SHARED = ("fit", "calibrate", "adapt", "evaluate", "reproduce", "augment")
 """The commands that share their work among ranks."""
 PATIENCE = timedelta(days=30)
-"""How long a rank waits for one that still works; one that has died is noticed at once."""
+"""How long a rank waits for another that still works; a rank that died is noticed at once."""
 
 
 def _count() -> int:
-    """The number of ranks that torchrun says there are."""
+    """The number of ranks, from torchrun's environment variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def check_command(name: str | None) -> None:
-    """Refuse a command that every rank would do alone.
+    """Check that a command can share its work among ranks.
 
     Raises:
         ValueError: this is a job of several ranks, and the command shares no work.
@@ -39,7 +39,7 @@ def check_command(name: str | None) -> None:
 
 
 def speaks_of(error: BaseException) -> bool:
-    """Whether this process tells of an error: of several on a machine the first does, and the one that it began in."""
+    """Whether this process prints an error: rank 0 of a machine does, and the rank that raised it."""
     from stochbn.distributed import TOLD
 
     return _count() == 1 or os.environ["LOCAL_RANK"] == "0" or getattr(error, TOLD, False)
@@ -56,10 +56,10 @@ def own_gpu(local: int, devices: str | None) -> str:
 
 
 def check_gpus(ranks: Ranks) -> None:
-    """Refuse a job in which some ranks see a GPU and some do not: these would take many times as long.
+    """Check that all ranks see a GPU, or none; ranks without one would slow down the job.
 
     Raises:
-        ValueError: it is one; on every rank.
+        ValueError: only some do; on every rank.
     """
     import torch
 

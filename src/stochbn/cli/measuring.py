@@ -23,7 +23,7 @@ __all__ = ["bench", "diagnose"]
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What `bench` was asked to measure, and where the results go."""
+    """The options of `bench`: what to measure, and where to write the results."""
 
     batch: Sequence[int]
     data: str | None
@@ -36,17 +36,19 @@ class _Measurement:
 @about_networks(several=True)
 def bench(
     given: Given,
-    batch: Annotated[list[int], typer.Option(min=1, help="Objects in a batch; give it again for more sizes.")] = [100],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Examples in a batch; repeat it for more sizes.")] = [100],  # noqa: B006
     data: Data = None,
-    reference: Annotated[int, typer.Option(min=2, help="Independent draws whose mean counts as the truth.")] = 4096,
-    repetitions: Annotated[int, typer.Option(min=3, help="Of every timing; medians are reported.")] = 9,
+    reference: Annotated[
+        int, typer.Option(min=2, help="Number of independent draws whose mean is taken as the truth.")
+    ] = 4096,
+    repetitions: Annotated[int, typer.Option(min=3, help="Repetitions of every timing; medians are reported.")] = 9,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for cost.json, cost.md and cost.png.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure what uncertainty costs with a network: time and memory, in forward passes of the plain network.
+    """Measure the time and memory of predictions with draws, in forward passes of the plain network.
 
-    Each network is measured at each batch size, with a joint posterior that is fitted for it. Leave the machine alone
-    meanwhile. Networks that 'stochbn paper train' wrote are also compared with dropout, an ensemble and MC-BN.
+    Each network is measured at each batch size, with a joint posterior that is fitted for it. Do not use the machine
+    meanwhile. Networks of 'stochbn paper train' are also compared with dropout, an ensemble and MC-BN.
     """
     if folder is not None:
         check_folder(folder, "cost.json", "cost.md", "cost.png", "cost.svg")
@@ -63,7 +65,7 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
     from stochbn.report.tables import write_tables
 
     if "probs" not in subject.task.outputs:
-        raise ValueError("bench measures how accurate probabilities are: it takes tasks with classes or labels")
+        raise ValueError("bench measures the accuracy of probabilities: it needs a task with classes or labels")
     objects = subject.load(asked.data, "train").shuffled(asked.seed)
     largest = max(16, *asked.batch)
     if len(objects) < largest:
@@ -87,7 +89,7 @@ def _bench_own(subject: Subject, asked: _Measurement) -> None:
     if asked.folder is not None:
         asked.folder.mkdir(parents=True, exist_ok=True)
         write_tables(asked.folder / "cost", {"measured": measured}, [table])
-        say(f"Everything is in {asked.folder}: cost.json and cost.md.", asked.folder)
+        say(f"Saved cost.json and cost.md in {asked.folder}.", asked.folder)
 
 
 def _bench_trained(networks: Sequence[Path], asked: _Measurement) -> None:
@@ -122,19 +124,20 @@ def _bench_trained(networks: Sequence[Path], asked: _Measurement) -> None:
                 cost.write(found, asked.folder)
     show(cost.tables(found))
     if asked.folder is not None:
-        say(f"Everything is in {asked.folder}: cost.json, cost.md and cost.png.", asked.folder)
+        say(f"Saved cost.json, cost.md and cost.png in {asked.folder}.", asked.folder)
 
 
 @about_networks()
 def diagnose(
     given: Given,
     data: Data = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Objects in a mini-batch.")] = 16,
-    images: Annotated[int, typer.Option("--images", min=1, help="Training examples to use, at most.")] = 16384,
+    batch_size: Annotated[int, typer.Option(min=2, help="Examples in a mini-batch.")] = 16,
+    images: Annotated[int, typer.Option("--images", min=1, help="Largest number of training examples to use.")] = 16384,
     rescaled: Annotated[
         list[int] | None,
         typer.Option(
-            "--rescaled", help="Also compare rescaling to mini-batches of this size with what is observed there."
+            "--rescaled",
+            help="Also compare rescaling to mini-batches of this size with statistics observed at this size.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -142,9 +145,9 @@ def diagnose(
         Path | None, typer.Option("--out", help="Folder for diagnosis.md and its figure.", show_default=False)
     ] = None,
 ) -> None:
-    """Say how well the paper's factorised distribution fits a network's batch-norm statistics, and what to use.
+    """Test how well the paper's factorised distribution fits a network's batch-norm statistics; recommend a kind.
 
-    It fits if each statistic is Normal or LogNormal, and if those of one mini-batch are independent of each other.
+    It fits if each statistic is Normal or LogNormal, and if those of a mini-batch are independent of each other.
     """
     from stochbn.measuring import drawing, goodness
 

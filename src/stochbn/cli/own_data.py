@@ -1,4 +1,4 @@
-"""Data for a network of the user's own, as options say and as the posterior's data was; each is told once, in words."""
+"""Opens data for the user's own network, by the options and the posterior's schema, and prints what it read."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PREFERRED = {
     "test": ("test", "validation", "valid", "val"),
     "held-out": ("validation", "valid", "val"),
 }
-"""Which splits of data a command looks for, by what it needs."""
+"""The splits that a command looks for, by what it needs."""
 
 
 class OwnData:
-    """How data is opened for a network, and told of.
+    """Opens data for a network, and prints its schema once.
 
     Args:
         given: the options.
         built: the network.
-        held: what the posterior was fitted with; options go before it.
+        held: the schema that the posterior was fitted with; options override it.
 
     Raises:
-        ValueError: the options make no sense.
+        ValueError: an option is invalid.
     """
 
     def __init__(self, given: Given, built: Built, held: Schema | None) -> None:
@@ -64,10 +64,10 @@ class OwnData:
     def open(
         self, source: str, need: str, labelled: bool = False, group: str | None = None
     ) -> RowObjects | LoaderObjects:
-        """Open data for what a command needs; the group is the column that prediction sets are by.
+        """Open data for what a command needs; `group` is the column with the groups of prediction sets.
 
         Raises:
-            ValueError: it cannot be opened or, where it must have labels, has some that are no classes.
+            ValueError: it cannot be opened, or has labels that are not classes where it needs them.
         """
         from stochbn.sources import RowObjects, open_objects, renumbered
 
@@ -109,19 +109,19 @@ class OwnData:
             say(told)
 
     def _check_labels(self, labels: Tensor, source: str, classes: tuple[str, ...]) -> None:
-        """Refuse labels that are no classes.
+        """Check that labels are classes.
 
         Raises:
-            ValueError: there are some.
+            ValueError: some are not.
         """
         if not self.built.classes and all(name.isdigit() for name in classes):
             by_value = sorted(classes, key=int)
             if list(classes) != by_value:
                 first = next(i for i, (name, other) in enumerate(zip(classes, by_value, strict=True)) if name != other)
                 warnings.warn(
-                    f"the classes of {source} are called by numbers, and numbered in the order of these as texts, as "
-                    f"torchvision does: {classes[first]!r} is class {first}. If the network numbers them by value, "
-                    f"name its classes in its module, with classes = [{', '.join(map(repr, by_value[:3]))}, ...]",
+                    f"the classes of {source} have numbers as names, and are numbered in alphabetical order, as in "
+                    f"torchvision: {classes[first]!r} is class {first}. If the network numbers them by value, list its "
+                    f"classes in its module, as classes = [{', '.join(map(repr, by_value[:3]))}, ...]",
                     stacklevel=2,
                 )
         if labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all()):
@@ -130,20 +130,20 @@ class OwnData:
                 "labels.argmax(1)"
             )
         if labels.is_floating_point():
-            raise ValueError(f"{source} has labels that are fractions, no classes of the network; see --label")
+            raise ValueError(f"{source} has labels that are fractions, not classes of the network; see --label")
         missing = int((labels < 0).flatten(1).any(1).sum() if labels.ndim > 1 else (labels < 0).sum())
         if not missing:
             return
         if self.built.classes and classes:
             known = f"the network's classes are {', '.join(self.built.classes)}"
         elif missing == len(labels):
-            known = "all are -1 or missing, as public test sets have them: 'stochbn predict' takes such data"
+            known = "all are -1 or missing, as in public test sets: 'stochbn predict' takes such data"
         elif self.held.classes and classes:
             known = f"the posterior was fitted to the classes {', '.join(self.held.classes)}; see --label"
         else:
             known = "these are -1 or missing; leave them out, or see --label"
         raise ValueError(
-            f"{source} has labels that are no classes of the network, in {missing:,} of {len(labels):,} rows; {known}"
+            f"{source} has labels that are not classes of the network, in {missing:,} of {len(labels):,} rows; {known}"
         )
 
 
@@ -151,7 +151,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     """Height and width.
 
     Raises:
-        ValueError: the text is none.
+        ValueError: the text is invalid.
     """
     if text is None:
         return None
@@ -165,7 +165,7 @@ def numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
     """The numbers that are given with an option.
 
     Raises:
-        ValueError: the text is none.
+        ValueError: the text is invalid.
     """
     if text is None:
         return None

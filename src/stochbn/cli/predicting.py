@@ -34,7 +34,7 @@ def predict(
         str,
         typer.Option(
             "--out",
-            help="CSV or Parquet file, by its ending: one row for each example; or a URL, as s3://bucket/p.csv.",
+            help="CSV or Parquet file (by its ending) for a row for each example, or a URL such as s3://bucket/p.csv.",
         ),
     ],
     data: Data = None,
@@ -44,8 +44,8 @@ def predict(
         float | None,
         Override(
             "--tolerance",
-            help="The standard error of probabilities at which an example needs no more draws; 0 makes all draws. "
-            "(default: each batch is as accurate as --draws independent draws)",
+            help="Sampling stops for an example when the standard error of its probabilities is below this; 0 makes "
+            "all draws. (default: each batch is as accurate as --draws independent draws)",
         ),
     ] = None,
     augment: Augmentation = None,
@@ -54,41 +54,46 @@ def predict(
         Override(
             "--adapt",
             min=1,
-            help="First adapt to at most this number of the examples, such as 512; see 'stochbn adapt'.",
+            help="First adapt to at most this many of the examples, such as 512; see 'stochbn adapt'.",
         ),
     ] = None,
     seed: Seed = 0,
-    top: Annotated[int, typer.Option("--top", min=1, help="So many of the most probable classes of each example.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Objects in a forward pass.")] = 250,
-    part: Annotated[
-        int, typer.Option("--part", min=1, help="Rows that are written at a time, in whole batches.")
-    ] = 4000,
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Number of most probable classes to write for each example.")
+    ] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples in a forward pass.")] = 250,
+    part: Annotated[int, typer.Option("--part", min=1, help="Rows to write at a time, in whole batches.")] = 4000,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at an example that cannot be read, in place of a row with an error.")
+        bool,
+        typer.Option(
+            "--strict", help="Stop at an example that cannot be read, instead of writing a row with an error."
+        ),
     ] = False,
     masks: Annotated[
         Path | None,
-        typer.Option("--masks", help="Folder for PNG masks of class and entropy, if outputs are dense."),
+        typer.Option("--masks", help="Folder for PNG images of class and entropy, for dense outputs."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="local, or ray: Parquet files on the workers of a Ray cluster, or here.")
+        str,
+        typer.Option(help="local, or ray: predict Parquet files on the workers of a Ray cluster, or of this machine."),
     ] = "local",
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers of --engine ray.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Number of workers of --engine ray.")] = 1,
     compiled: Annotated[
         bool,
         typer.Option(
             "--compile",
-            help="Compile the network first, which takes 5 to 100 seconds; for jobs of many minutes. On a CPU it needs "
-            "a C++ compiler, and is used where passes are not in bfloat16, which is as fast.",
+            help="Compile the network first, which takes 5 to 100 seconds; for jobs of many minutes. On a CPU this "
+            "needs a C++ compiler, and applies only to passes that are not in bfloat16, which is as fast.",
         ),
     ] = False,
 ) -> None:
-    """Predict data of any length with SBN: class, probability, entropy and mutual information of each example.
+    """Predict data of any length with SBN; write class, probability, entropy and mutual information of each example.
 
-    Regression gives mean and standard deviation. A posterior with thresholds of 'stochbn conformal' adds the column
-    'set', of the classes or labels that an example may be of, or 'low' and 'high' of numbers; with --masks, pictures of
-    the sets. Run it again to go on after it was stopped, killed even: rows are kept in OUT.parts until all are there.
-    Data (of Parquet) and OUT may be URLs, such as s3:// with the package s3fs; parts are then in the current folder.
+    Regression writes mean and standard deviation. If the posterior has thresholds of 'stochbn conformal', there is also
+    a column 'set' of classes or labels, or columns 'low' and 'high' of numbers, and with --masks images of the sets.
+
+    If it is stopped or killed, run it again to continue. Rows are kept in OUT.parts until all are written. Data (of
+    Parquet) and OUT may be URLs, such as s3:// with the package s3fs; OUT.parts is then in the current folder.
 
     If the posterior has a reference (the default of 'stochbn fit'), one additional pass over at most 256 examples
     checks whether the data is like the training data. A warning at the end says if it is not.
@@ -119,7 +124,7 @@ def predict(
         if masks is not None:
             check_folder(masks)
             if engine == "ray":
-                raise ValueError("--masks are written by --engine local")
+                raise ValueError("--masks needs --engine local")
         if engine == "ray":
             check_ray()
         subject = Subject.held(given, posterior)

@@ -1,8 +1,8 @@
-"""The project file ``stochbn.toml``: options that would be repeated with every command.
+"""The project file ``stochbn.toml``: options that need not be repeated with every command.
 
-A key is an option without its dashes. Keys at the top are for all commands about a network of one's own that have such
-an option; those in a table named after a command are for it alone, and go first. What is given on the command line goes
-before both::
+A key is an option without its dashes. Keys at the top are for all commands in `COMMANDS` that have such an option. Keys
+in a table named after a command are for this command, and override those at the top. Options on the command line
+override both::
 
     model = "package.module:function"
     weights = "w.safetensors"
@@ -24,7 +24,7 @@ __all__ = ["COMMANDS", "FILE", "check_new", "defaults", "write"]
 
 FILE = "stochbn.toml"
 COMMANDS = ("fit", "calibrate", "conformal", "diagnose", "evaluate", "predict", "adapt", "export", "bench")
-"""Those that keys at the top are for."""
+"""The commands that keys at the top are for."""
 
 Options = dict[str, Any]
 
@@ -37,7 +37,7 @@ def defaults(program: Any, path: Path) -> dict[str, Options]:
         path: the file; if there is none, there are no defaults.
 
     Raises:
-        ValueError: it cannot be read, or has a key that is no option or a value that none can have.
+        ValueError: it cannot be read, or has an unknown key or an invalid value.
     """
     if not path.is_file():
         return {}
@@ -51,7 +51,7 @@ def defaults(program: Any, path: Path) -> dict[str, Options]:
         }
     unknown = [key for key in shared if not any(key in _options(program.commands[name]) for name in COMMANDS)]
     if unknown:
-        raise ValueError(f"{str(path)!r}: {unknown[0]!r} is no option of {', '.join(COMMANDS)}, and no command")
+        raise ValueError(f"{str(path)!r}: {unknown[0]!r} is not an option of {', '.join(COMMANDS)}, and not a command")
     for name in content.keys() - shared.keys():
         known = _options(program.commands[name])
         if not isinstance(content[name], Mapping):
@@ -70,7 +70,7 @@ def check_new(path: Path) -> None:
         FileExistsError: there is one.
     """
     if path.exists():
-        raise FileExistsError(f"there is {str(path)!r} already; add the options to it, or remove it for --save-options")
+        raise FileExistsError(f"{str(path)!r} exists already; add the options to it, or remove it for --save-options")
 
 
 def write(path: Path, given: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _options(command: Any) -> dict[str, Any]:
 
 
 def _value(path: Path, key: str, value: Any, option: Any) -> Any:
-    """A value as the command line would have it."""
+    """A value as the command line would pass it."""
     if isinstance(value, Mapping) and option.multiple:
         return [f"{name}={entry!r}" for name, entry in value.items()]
     if isinstance(value, list) and option.multiple:

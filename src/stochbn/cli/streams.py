@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["sampled", "share", "stream_of"]
 
 BATCH = 128
-"""Examples of a sample that are in a batch, at most."""
+"""Largest number of examples in a batch of a sample."""
 
 
 def stream_of(subject: Subject, data: str | None, engine: str = "local", group: str | None = None) -> Stream:
-    """The examples, and the groups in a column of theirs; Parquet files as what other processes can share.
+    """Open data as a stream of examples, with the groups in column `group`; processes can share Parquet files.
 
     Raises:
         ValueError: the engine, or a URL, needs Parquet files and a network of the user's own.
@@ -38,10 +38,10 @@ def stream_of(subject: Subject, data: str | None, engine: str = "local", group: 
 
 
 def sampled(stream: Stream, count: int, seed: int, size: int = BATCH) -> list[Any]:
-    """Inputs of some examples that can be read, in batches.
+    """A sample of the inputs, in batches.
 
-    They are taken at random where the data can be read in any order. Of Parquet files and loaders they are the first
-    ones. Examples that cannot be read, or hold what is not finite, are left out.
+    The examples are chosen at random if the data can be read in any order. Of Parquet files and loaders they are the
+    first ones. Examples that cannot be read, or have values that are not finite, are left out.
 
     Args:
         stream: the data.
@@ -66,9 +66,10 @@ def sampled(stream: Stream, count: int, seed: int, size: int = BATCH) -> list[An
 
 
 def share(batches: list[Any], rank: int, count: int) -> list[Any]:
-    """What one of several ranks takes of batches that all have: as much of each as the others.
+    """The share of one rank in batches that all ranks have.
 
-    Batches of tensors of one shape are joined first, so of these fewer than `count` examples are left out.
+    All shares are equal. Batches of the same shape are joined first, so at most ``count - 1`` of their examples are
+    left out.
 
     Args:
         batches: tensors ``[n, ...]``, or mappings of these.
@@ -87,7 +88,9 @@ def share(batches: list[Any], rank: int, count: int) -> list[Any]:
     for batch in batches:
         parts = {"": batch} if isinstance(batch, Tensor) else batch
         if not isinstance(parts, Mapping) or not all(isinstance(one, Tensor) and one.ndim for one in parts.values()):
-            raise ValueError(f"ranks share tensors, or mappings of them, got {type(batch).__name__}; use one process")
+            raise ValueError(
+                f"ranks can share tensors, or mappings of tensors, got {type(batch).__name__}; use one process"
+            )
         key = tuple((name, tuple(one.shape[1:]), one.dtype) for name, one in parts.items())
         alike.setdefault(key, []).append(dict(parts))
     found: list[Any] = []

@@ -35,7 +35,7 @@ class Given:
     networks: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="NETWORK", help="A network that 'stochbn paper train' saved; or use --model.", show_default=False
+            metavar="NETWORK", help="A network of 'stochbn paper train'; or use --model.", show_default=False
         ),
     ] = None
     model: Annotated[
@@ -44,49 +44,54 @@ class Given:
     ] = None
     model_arg: Annotated[
         list[str] | None,
-        Override("--model-arg", help="An argument of that function: key=value; repeat it for more."),
+        Override("--model-arg", help="An argument of this function, as key=value; repeat it for more."),
     ] = None
     weights: Annotated[
-        Path | None, Override("--weights", help="Its weights: .safetensors, or a checkpoint: .pt, .pth, .ckpt, .bin.")
+        Path | None, Override("--weights", help="Its weights: .safetensors, or a checkpoint (.pt, .pth, .ckpt, .bin).")
     ] = None
     weights_key: Annotated[
         str | None,
         Override(
-            "--weights-key", help="Which weights of a checkpoint: a key, such as model_ema, or a prefix of names."
+            "--weights-key",
+            help="Which weights of a checkpoint to take: a key, such as model_ema, or a prefix of names.",
         ),
     ] = None
-    split: Annotated[str | None, Override("--split", help="Which split of the data, where there are several.")] = None
+    split: Annotated[str | None, Override("--split", help="Split of the data, if there are several.")] = None
     input: Annotated[
         list[str] | None, Override("--input", help="A column (or array) of inputs; repeat it for more columns.")
     ] = None
     label: Annotated[
         list[str] | None,
-        Override("--label", help="The column (or array) of labels; repeat it for a task with several, in their order."),
+        Override("--label", help="The column (or array) of labels; repeat it, in order, for a task with several."),
     ] = None
     key: Annotated[str | None, Override("--key", help="The column (or array) that names the rows.")] = None
     size: Annotated[str | None, Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH.")] = None
-    mean: Annotated[str | None, Override("--mean", help="Subtract this from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")] = (
-        None
-    )
-    std: Annotated[str | None, Override("--std", help="Then divide images by this: as 0.5 or 0.2,0.2,0.2.")] = None
+    mean: Annotated[
+        str | None, Override("--mean", help="Mean to subtract from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")
+    ] = None
+    std: Annotated[
+        str | None, Override("--std", help="Standard deviation to divide images by: 0.5 or 0.2,0.2,0.2.")
+    ] = None
     exif: Annotated[
         bool | None,
-        Override("--exif/--no-exif", help="Turn photos upright by their EXIF orientation. (default: they are)"),
+        Override("--exif/--no-exif", help="Turn photos upright by their EXIF orientation. (default: on)"),
     ] = None
     page: Annotated[
-        int | None, Override("--page", min=0, help="Which page of pictures with several (TIFF, GIF), from 0.")
+        int | None, Override("--page", min=0, help="Page to take of images with several (TIFF, GIF), from 0.")
     ] = None
     task: Annotated[
         str | None,
         Override(
-            "--task", help="classification (default), binary, multilabel, regression, survival, detection or embedding."
+            "--task",
+            help="What the output means: classification (default), binary, multilabel, regression, survival, "
+            "detection or embedding.",
         ),
     ] = None
     logits: Annotated[
-        str | None, Override("--logits", help="Where the logits are in the output: a key, a field or a position.")
+        str | None, Override("--logits", help="Place of the logits in the output: a key, a field or a position.")
     ] = None
-    class_axis: Annotated[int | None, Override("--class-axis", help="The axis of the classes in the output.")] = None
-    probs: Annotated[bool, typer.Option("--probs", help="The network's output has been through a softmax.")] = False
+    class_axis: Annotated[int | None, Override("--class-axis", help="Axis of the classes in the output.")] = None
+    probs: Annotated[bool, typer.Option("--probs", help="The output is probabilities, after a softmax.")] = False
 
     @property
     def files(self) -> list[Path]:
@@ -334,7 +339,7 @@ def needs(option: str) -> str:
     from stochbn.sources.opening import KINDS
 
     if option == "--out":
-        return "say with --out where the posterior is to be written: there is no file of weights to put it beside"
+        return "name a file for the posterior with --out: there is no file of weights to write it beside"
     return f"name data with {option}: {KINDS}"
 
 

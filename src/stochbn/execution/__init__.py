@@ -1,10 +1,10 @@
-"""Forward passes of one network under many draws of its statistics: the obvious way, and faster ones with its results.
+"""Forward passes of one network under many draws of its statistics: a reference execution, and faster equivalent ones.
 
     inputs -> verify (follow, and try the ways) -> plan -> run (on a replica) -> raw values of each draw
 
-`reference` is the obvious way, and `ways` has the faster ones, a module each. `follow` proves, from passes over a copy,
-what a network does to the examples of a batch; `verify` is where ways are tried, of which `run` compares the results
-with slow passes in every call; `plan` says which ways a call takes; `run` holds all state of a call.
+`reference` makes passes in the slow, obvious way. `ways` has the faster ways, one in each module. `follow` traces a
+network on a copy, and proves what it does to the examples of a batch. `verify` tries the ways. `plan` chooses the ways
+of a call. `run` holds the state of a call, and compares results with slow passes in every call.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ __all__ = [
 ]  # fmt: skip
 
 ATTEMPTS = 8
-"""How often a call begins again where its passes are found to change the network."""
+"""How often a call starts again if its passes turn out to change the network."""
 Made = TypeVar("Made")
 
 
 def planned(network: Network, inputs: NetworkInput, call: Call) -> Plan:
-    """How the passes of a call are made; what it takes to find that out is kept for later calls."""
+    """Plan the passes of a call, and keep what was learned about the network for later calls."""
     if call.whole:
         random = effects(network, inputs, call.training)
         return Plan(together=call.whole, random=random, refused=dict.fromkeys(WAYS, call.whole))
     verdict, refused = examine(network, inputs, replace(call, augment=None))
     if call.augment is not None:
         refused["prefix"] = "every draw sees the inputs in another way"
-    if network.known.stateful:  # each copy would be compiled anew
+    if network.known.stateful:  # each copy would be compiled again
         refused.setdefault("compiled", "passes change the network, or may, so each runs on a copy of its own")
     return make_plan(verdict, inputs.count, call.settings, cpu=inputs.on_cpu, refused=refused)
 
 
 @scope
 def passes(network: Network, inputs: NetworkInput, call: Call) -> Generator[Passes, None, None]:
-    """The passes of one call, on a replica of this thread's own; `Network.look` comes before it.
+    """The passes of one call, on this thread's own replica; call `Network.look` first.
 
     It is for functions that run `without_gradients`.
 
     Raises:
-        CallAgainError: the call is to be made again, see `repeated`.
+        CallAgainError: the call must be repeated, see `repeated`.
     """
     plan = planned(network, inputs, call)
     with network.replica() as replica:
@@ -59,13 +59,15 @@ def passes(network: Network, inputs: NetworkInput, call: Call) -> Generator[Pass
 
 
 def repeated(make: Callable[[str], Made]) -> Made:
-    """What is made with the passes of a call, which begins again where these turn out to be other than was known.
+    """Make a call, and repeat it if its passes show something new about the network.
 
-    Passes may change the network. That is found out once for it, unless other threads change it meanwhile. Or examples
-    may have other outputs beside others. Then this call makes passes of all of them.
+    Passes may turn out to change the network. This happens once for each network, unless other threads change it
+    meanwhile. Or outputs may turn out to depend on the other examples. Then the call makes passes of all examples
+    together.
 
     Args:
-        make: is given why examples must go through the network together, for ``Call(whole=)``; empty if they need not.
+        make: makes the call, given the reason why examples must go through the network together, for ``Call(whole=)``;
+            empty if they need not.
     """
     whole = ""
     for _ in range(ATTEMPTS):

@@ -1,9 +1,9 @@
-"""Following a network through one pass: do examples stay apart, what precedes the first batch norm, what changes.
+"""Trace a network through one pass: do examples affect each other, what precedes the first batch norm, what changes?
 
 The pass is made with a few examples on a copy that owns all of its tensors. A dispatch mode sees every tensor operation
-that really runs, and follows the axis of the examples through it (`stochbn.execution.rules`). A function mode sees
-where Python code reads numbers of a tensor, or the number of examples, for which it gets a symbol
-(`stochbn.execution.sizes`). So what is concluded rests on the operations, not on the values of some examples.
+that runs, and follows the axis of the examples through it (`stochbn.execution.rules`). A function mode sees where
+Python code reads values of a tensor, or the number of examples, which is replaced by a symbol
+(`stochbn.execution.sizes`). So conclusions depend on the operations, not on the values of some examples.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ __all__ = ["Followed", "follow", "follow_effects"]
 
 @dataclass(frozen=True)
 class Followed:
-    """What a pass has shown of a network, for inputs of one kind.
+    """What a pass shows about a network, for inputs of one kind.
 
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
-        dependent: why an example's output may depend on the others; empty if it is proven not to.
-        random: whether a pass draws random numbers, or may where its code goes by values.
-        sizes: for which numbers of examples this holds.
+        dependent: why an example's output may depend on the others; empty if it is proven that it does not.
+        random: whether a pass draws random numbers, or may, if its code depends on values.
+        sizes: the numbers of examples for which this holds.
         stateful: whether a pass changes buffers or attributes.
-        caches: whether it only keeps tensors there that later passes use, and that depend on parameters and buffers
-            alone.
-        state: names of parameters that a pass writes to, or all where another pass may write to others.
-        reads_layout: whether Python code looks at the memory layout of tensors.
+        caches: whether these changes are only caches for later passes, which depend on parameters and buffers alone.
+        state: the names of parameters that a pass writes to, or all if another pass may write to others.
+        reads_layout: whether Python code reads the memory layout of tensors.
         irregular: why draws cannot share a pass; empty if every batch norm has the examples on the first axis.
-        rows: for each batch norm, by name, how many rows of its input an example has.
-        units: what can be kept from one draw to the next.
-        activation: bytes of the largest input of a batch norm, for each example.
-        largest: bytes of the largest tensor at all, for each example.
-        last: name of the last linear layer or convolution that was called.
-        trace: the operations, and the shapes of what they made that does not depend on the examples.
+        rows: the number of rows of an example in the input of each batch norm, by name.
+        units: the module calls whose outputs can be kept from one draw to the next.
+        activation: bytes for each example of the largest input of a batch norm.
+        largest: bytes for each example of the largest tensor.
+        last: the name of the last linear layer or convolution that was called.
+        trace: the operations, and the shapes of results that do not depend on the examples.
     """
 
     in_place: str = ""
@@ -69,7 +68,7 @@ class Followed:
 
 
 def follow_effects(network: Network, inputs: NetworkInput, training: frozenset[str]) -> Followed:
-    """What must be known before any pass: whether passes change the network, and whether they can run on a copy.
+    """Find out, before any pass, whether passes change the network, and whether they can run on a copy.
 
     Args:
         network: the network.
@@ -109,13 +108,13 @@ def follow_effects(network: Network, inputs: NetworkInput, training: frozenset[s
 def follow(
     network: Network, inputs: NetworkInput, draw: Mapping[str, Tensor], task: Task, training: frozenset[str]
 ) -> Followed:
-    """Follow a network through one pass over some examples.
+    """Trace a network through one pass over some examples.
 
     Args:
         network: the network.
         inputs: the examples.
-        draw: statistics to make the pass with; whatever they are, they count as drawn.
-        task: takes from the output what the caller needs of it, with the examples on the first axis.
+        draw: statistics for the pass, which count as drawn.
+        task: reads what the caller needs from the output, with the examples on the first axis.
         training: names of the modules to put in training mode.
 
     Raises:
@@ -194,7 +193,7 @@ def _written(original: nn.Module, copy: nn.Module) -> frozenset[str]:
 
 
 def _state(original: nn.Module, copy: nn.Module, follower: Follower) -> frozenset[str]:
-    """The parameters that passes write to; all of them where what a pass does depends on values that it reads."""
+    """The parameters that passes write to; all of them if a pass depends on values that it reads."""
     if follower.branches:
         return frozenset(name for name, _ in original.named_parameters())
     return _written(original, copy)

@@ -1,4 +1,4 @@
-"""Random numbers of a pass, such as dropout masks, from a generator of the pass's own."""
+"""Random numbers of a pass, such as dropout masks, from the pass's own generator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["DispatchMode", "Masks", "arguments", "draws", "dropping_modules"]
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that sees tensor operations and does not import the compiler, which takes seconds, to keep out of it."""
+    """A mode that sees tensor operations, without importing the compiler, which takes seconds."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -31,16 +31,16 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 LARGE = 4096
-"""On a CPU, dropout masks of at least so many entries are made from 16 random bits an entry, which is much faster."""
+"""On a CPU, larger dropout masks are made from 16 random bits for each entry, which is much faster."""
 
 
 class Masks(DispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, random numbers are those that ``torch.manual_seed(seed)`` would give, and no global generator is used.
+    """A context in which random numbers are those after ``torch.manual_seed(seed)``, without using a global generator.
 
-    Large dropout masks on a CPU are the exception: they come from the same seed, but in a faster way (`LARGE`).
+    Large dropout masks on a CPU also come from this seed, but are made in a faster way (`LARGE`).
 
     Args:
-        seed: of the pass, or a function that gives it once it is needed.
+        seed: the seed of the pass, or a function that returns it when it is needed.
 
     Attributes:
         used: whether random numbers were taken.
@@ -53,7 +53,7 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def restart(self, seed: int) -> None:
-        """Have the next random numbers be the first ones of another seed."""
+        """Start again with another seed."""
         self._seed = seed
         self._generators.clear()
 
@@ -95,20 +95,20 @@ class Masks(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an operation by their names, defaults included."""
+    """The arguments of an operation by name, with defaults."""
     schema = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     return {**defaults, **dict(zip((argument.name for argument in schema), args, strict=False)), **kwargs}
 
 
 def draws(bound: dict[str, Any]) -> bool:
-    """Whether an operation that can draw random numbers does so with these arguments: dropout that is off does not."""
+    """Whether an operation draws random numbers with these arguments; dropout that is off does not."""
     return bound.get("dropout_p") != 0 and bound.get("train") is not False and bound.get("training") is not False
 
 
 @functools.cache
 def _taking_generator(func: Any) -> Any:
-    """The overload of an operation that takes a generator beside the same arguments; None where there is none."""
+    """The overload of an operation that also takes a generator; None if there is none."""
     wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
     for overload in (func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())):
         found = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
@@ -119,7 +119,7 @@ def _taking_generator(func: Any) -> Any:
 
 
 def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> Any:
-    """A call that takes its random numbers from PyTorch's global generator, which is given the state of another."""
+    """Make a call that uses PyTorch's global generator, with the state of another generator."""
     device = generator.device
     own = (
         torch.default_generator
@@ -142,7 +142,7 @@ def _in_place_of_global(generator: torch.Generator, call: Callable[[], Any]) -> 
 def _bernoulli(mask: Tensor, kept: float, generator: torch.Generator) -> Tensor:
     """Fill a mask with ones, each with the probability `kept`, and zeros.
 
-    16 bits cannot tell all probabilities apart. The threshold is rounded up or down at random, so that the probability
+    16 bits cannot represent all probabilities. The threshold is rounded up or down at random, so that the probability
     of every entry is `kept` to 48 bits.
     """
     if mask.device.type != "cpu" or mask.numel() < LARGE or not 0 <= kept <= 1:
@@ -188,9 +188,9 @@ class _Dropouts(TorchFunctionMode):
 
 @without_gradients
 def dropping_modules(network: Network, inputs: NetworkInput) -> set[str] | Exception:
-    """Names of the modules that call dropout with a positive rate when all but the batch norms are in training mode.
+    """The names of modules that call dropout with a positive rate when all but the batch norms are in training mode.
 
-    It is found out by a pass, over a copy where the network can be copied; the error if that fails.
+    A pass over a copy finds them, or over the network itself if it cannot be copied. Returns the error if it fails.
     """
     with network.copied() as replica:
         return _dropping(replica, inputs)

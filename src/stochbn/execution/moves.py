@@ -1,4 +1,4 @@
-"""Operations that only move entries: the same is done to the numbers of the examples that the entries belong to."""
+"""Rules for operations that only move entries. They are applied to a tensor with the example number of each entry."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _LAST = {
 
 
 def _look_at_positions(name: str, bound: dict[str, Any], axis: int | None, ndim: int) -> None:
-    """Refuse what takes examples by their positions: that it takes all of a few says nothing of more.
+    """Refuse operations that select examples by position, because the selection may differ for more examples.
 
     Raises:
-        MixedError: it does.
+        MixedError: the operation does.
     """
     if axis is None:
         return
@@ -54,7 +54,7 @@ def _look_at_positions(name: str, bound: dict[str, Any], axis: int | None, ndim:
 
 
 def _labels(tensor: Tensor, flow: Flow, examples: int) -> Tensor:
-    """The number of its example for every entry, in the layout of the tensor; -1 where there is none."""
+    """The example number of every entry, in the layout of the tensor; -1 if it has none."""
     shape, stride = tensor.shape, tensor.stride()
     kept = [1 if s == 0 and axis != flow.axis else n for axis, (n, s) in enumerate(zip(shape, stride, strict=True))]
     if flow.axis is not None and stride[flow.axis] == 0:  # examples that share their numbers have labels of their own
@@ -91,7 +91,7 @@ def moved(
     """Where the examples are after an operation that only moves entries.
 
     Raises:
-        MixedError: it moves entries between examples, or takes them by their place in the batch.
+        MixedError: it moves entries between examples, or selects them by their position in the batch.
     """
     name = func._schema.name.removeprefix("aten::")
     source: Any = args[0]
@@ -129,7 +129,7 @@ def moved(
 
 
 def index(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, examples: int) -> list[Place | None]:
-    """Where the examples are in what is taken by tensors of positions."""
+    """Where the examples are after indexing with tensors."""
     source, indices = bound["self"], bound["indices"]
     first, *others = indices
     if any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices):

@@ -1,4 +1,4 @@
-"""Where the examples of a batch are in a tensor, and whether a constant is the same for each of them."""
+"""Where the examples of a batch are in a tensor, and whether a constant is the same for all of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Flow:
     """Where the examples of a batch are in a tensor.
 
     Attributes:
-        axis: the axis along which they lie; None if the tensor does not depend on them.
-        per: how many consecutive entries of that axis belong to each example.
-        drawn: whether the tensor depends on statistics that are drawn.
-        own: whether its values depend on the network's parameters or buffers, which may change without a sign.
-        mixed: why an entry may depend on several examples or on its place in the batch; empty if none does.
+        axis: the axis of the examples; None if the tensor does not depend on them.
+        per: the number of consecutive entries of this axis for each example.
+        drawn: whether the tensor depends on drawn statistics.
+        own: whether its values depend on the network's parameters or buffers, which may change unnoticed.
+        mixed: why an entry may depend on several examples or on its position in the batch; empty if none does.
     """
 
     axis: int | None = None
@@ -32,12 +32,12 @@ class Flow:
 
     @property
     def constant(self) -> bool:
-        """Whether the tensor is the same whatever the examples are."""
+        """Whether the tensor does not depend on the examples."""
         return self.axis is None and not self.mixed
 
 
 class MixedError(Exception):
-    """An operation brings examples together; the message says which."""
+    """Raised if an operation combines examples; the message says which operation."""
 
 
 Lookup = Callable[[Tensor], Flow]
@@ -46,7 +46,7 @@ Place = tuple[int, int]
 
 
 def uniform(tensor: Tensor, axis: int, examples: int, flow: Lookup) -> bool:
-    """Whether the entries of a constant along an axis are the same for every example, whatever the weights are."""
+    """Whether the entries of a constant along an axis are the same for every example, for all weights."""
     if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0 or not tensor.numel():
         return True
     if tensor.shape[axis] % examples or flow(tensor).own or flow(tensor).drawn:
@@ -69,7 +69,7 @@ def only(tensor: Any, flow: Lookup) -> Place:
 
 
 def constant(flow: Lookup, *tensors: Any) -> None:
-    """Refuse tensors that depend on the examples.
+    """Check that tensors do not depend on the examples.
 
     Raises:
         MixedError: one does.

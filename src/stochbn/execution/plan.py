@@ -1,4 +1,4 @@
-"""Which ways the passes of a call take: a pure function of what is known."""
+"""Choose the ways of a call, as a pure function of what is known about the network."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from stochbn.tasks import Task
 __all__ = ["WAYS", "Call", "Draw", "Plan", "Settings", "Verdict", "make_plan"]
 
 Draw = Mapping[str, Tensor]
-"""Drawn statistics: buffers ``[C]`` by their names."""
+"""Drawn statistics: buffers ``[C]`` by name."""
 
 WAYS = ("pieces", "prefix", "stacked", "channels_last", "bfloat16", "compiled")
-"""The faster ways of making passes, by the names of their modules."""
+"""The faster ways to make passes, by the names of their modules."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What passes may do, and the sizes that their ways go by. The defaults serve all but measurements and tests.
+    """Which faster ways passes may use, and their thresholds. Change these only for measurements and tests.
 
     >>> sorted(Settings().ways)
     ['bfloat16', 'channels_last', 'compiled', 'pieces', 'prefix', 'stacked']
@@ -38,16 +38,16 @@ class Settings:
     frozenset()
 
     Attributes:
-        ways: the faster ways that may be taken, by their names.
-        piece: bytes that the largest activation of a pass on a CPU should have. Larger ones fall out of the cache, and
-            the memory allocator hands them back to the system after every use.
-        cached: bytes of the largest activation up to which a pass takes little longer for more examples.
-        rows: examples in a pass below which a pass costs about as much as one of so many.
-        weights: weights of linear layers and convolutions below which a pass takes no less time in bfloat16.
-        bfloat16: whether the processor multiplies bfloat16 numbers; None asks it.
-        first: draws of every example before it is asked which have enough, even and at least 4. With two pairs the
-            error is known, and unknown classes are detected as well as with more.
-        step: draws from one such question to the next, even.
+        ways: the names of the faster ways that may be used.
+        piece: the wanted size of the largest activation of a pass on a CPU, in bytes. Larger ones do not fit into the
+            cache, and the memory allocator returns them to the system after every use.
+        cached: up to this size of the largest activation, in bytes, more examples take little more time.
+        rows: passes with fewer examples cost about as much as passes with this many.
+        weights: with fewer weights of linear layers and convolutions, bfloat16 saves no time.
+        bfloat16: whether the processor multiplies bfloat16 numbers; None detects it.
+        first: the number of draws of every example before the first check whether more are needed; even, and at least
+            4. Two pairs give an estimate of the error, and detect unknown classes as well as more draws.
+        step: the number of draws between checks; even.
     """
 
     ways: frozenset[str] = frozenset(WAYS)
@@ -60,7 +60,7 @@ class Settings:
     step: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse numbers of draws that are no whole pairs.
+        """Check that numbers of draws are whole pairs.
 
         Raises:
             ValueError: `first` or `step` is odd or too small.
@@ -72,23 +72,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Call:
-    """What a call asks of its passes.
+    """The requirements of a call.
 
     Attributes:
-        task: what it reads from the network's output.
-        training: names of the modules in training mode.
-        settings: what passes may do.
-        whole: why the examples go through the network together, one draw a pass; empty if a plan may say otherwise.
-        posterior: what draws are from, as far as verdicts depend on it.
-        sample: gives some draws to try ways with, the same every time.
-        exact: no way may round more than float32 does.
-        compile: whether the network may be compiled, which takes some seconds to minutes.
-        averaged: how many independent draws the mean over draws is to be worth.
+        task: reads the network's output.
+        training: the names of the modules in training mode.
+        settings: the allowed ways.
+        whole: why all examples must go through the network together, one draw at a time; empty if they need not.
+        posterior: the posterior of the draws, as far as verdicts depend on it.
+        sample: returns draws to try ways with, always the same.
+        exact: whether rounding must be that of float32.
+        compile: whether the network may be compiled, which takes seconds to minutes.
+        averaged: the number of independent draws whose accuracy is wanted.
         temperature: what logits are divided by.
-        augment: a random change of the inputs, another one in every draw.
-        clean: whether the first draw sees the inputs as they are.
-        seed: where these changes come from.
-        masks: gives the seed of the random numbers that passes draw; None if the caller has masks around them.
+        augment: the augmentation of the inputs in every draw.
+        clean: whether the first draw sees the inputs unchanged.
+        seed: the seed of the augmentation.
+        masks: returns the seed of the random numbers that passes draw; None if the caller provides the masks.
     """
 
     task: Task
@@ -107,19 +107,19 @@ class Call:
     masks: Callable[[], int] | None = lambda: 0
 
     def key(self, network: Network, inputs: NetworkInput) -> Hashable:
-        """What a verdict depends on."""
-        posterior = None if self.posterior is None else weakref.ref(self.posterior)  # a key keeps nothing alive
+        """The key of a verdict: everything that it depends on."""
+        posterior = None if self.posterior is None else weakref.ref(self.posterior)  # a key must keep nothing alive
         about = inputs.kind(), self.task, self.training, posterior, self.settings
         return "verdict", about, torch.is_autocast_enabled("cpu"), network.weights(), network.state()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a network for inputs of one kind.
+    """What is known about a network for inputs of one kind.
 
     Attributes:
-        followed: what a pass has shown.
-        refused: why a way must not be taken, by its name.
+        followed: the result of tracing a pass.
+        refused: the reasons against ways, by name.
     """
 
     followed: Followed
@@ -131,18 +131,18 @@ class Plan:
     """How the passes of a call are made.
 
     Attributes:
-        ways: the faster ways that are taken.
-        together: why examples stay together; empty if they may be taken apart.
+        ways: the names of the faster ways to use.
+        together: why examples stay together; empty if they may be separated.
         random: whether passes draw random numbers, or may.
-        size: how many examples go through the network together at most; None where nothing is proven of the network,
-            so that all do and no way is taken.
-        least: the fewest examples that go through it together; fewer are padded by repeating the last one.
-        rows: how many examples may go through the network together under different draws; 0 for one draw a pass.
-        units: the calls of modules whose outputs are kept from one draw to the next.
-        norms: for each batch norm, by its name, how many rows of its input an example has.
-        head: the layer that stays in the network's own type where others are in bfloat16.
-        exact: the plan to go on with where bfloat16 rounds too much; None if it is not taken.
-        refused: why each other way is not taken.
+        size: the largest number of examples in a pass; None if nothing is proven about the network, so that all
+            examples go together and no way is used.
+        least: the smallest number of examples in a pass; fewer are padded with copies of the last.
+        rows: the largest number of examples in a pass with different draws; 0: one draw in each pass.
+        units: the module calls whose outputs are kept from one draw to the next.
+        norms: the number of rows of an example in the input of each batch norm, by name.
+        head: the layer that stays in the network's own type when others are in bfloat16.
+        exact: the plan to continue with if bfloat16 rounds too much; None without bfloat16.
+        refused: the reason against each other way.
     """
 
     ways: frozenset[str] = frozenset()
@@ -158,7 +158,7 @@ class Plan:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def draws(self, examples: int) -> int:
-        """How many draws of so many examples to make in one pass: 1, 2 or a multiple of 4.
+        """The number of draws of this many examples in one pass: 1, 2 or a multiple of 4.
 
         >>> Plan(rows=100).draws(20), Plan(rows=100).draws(40), Plan(rows=100).draws(60)
         (4, 2, 1)
@@ -172,14 +172,14 @@ def _range(least: int, most: int) -> str:
 
 
 def make_plan(verdict: Verdict, examples: int, settings: Settings, *, cpu: bool, refused: Mapping[str, str]) -> Plan:
-    """The fastest plan that a verdict allows.
+    """Make the fastest plan that a verdict allows.
 
     Args:
-        verdict: what is known of the network.
+        verdict: what is known about the network.
         examples: the number of examples.
-        settings: what passes may do.
+        settings: the allowed ways.
         cpu: whether the inputs are on a CPU.
-        refused: why ways are not for this call, by their names.
+        refused: the reasons against ways in this call, by name.
     """
     followed = verdict.followed
     given = refused
@@ -215,11 +215,11 @@ def make_plan(verdict: Verdict, examples: int, settings: Settings, *, cpu: bool,
     ways = frozenset(way for way in WAYS if way not in refused)
     exact = None
     if "bfloat16" in ways:
-        ways -= {"channels_last"}  # whose weights are those of bfloat16
+        ways -= {"channels_last"}  # uses the weights of bfloat16
         without = {**given, "bfloat16": "rounding is not small beside the noise of the draws"}
         exact = make_plan(verdict, examples, settings, cpu=cpu, refused=without)
     return Plan(
-        ways=ways | ({"stacked"} if rows else set()),  # fewer examples are left later on
+        ways=ways | ({"stacked"} if rows else set()),  # later passes have fewer examples
         size=size,
         least=least,
         rows=rows,

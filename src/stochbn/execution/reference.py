@@ -1,4 +1,4 @@
-"""The slow, obvious way to make a pass, which every faster one is checked against."""
+"""The slow, obvious way to make a pass. Every faster way is checked against it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["reference"]
 
 
 def reference(replica: Replica, draw: Mapping[str, Tensor], inputs: NetworkInput, task: Task) -> Tensor:
-    """The raw values ``[N, C, ...]`` that a task reads from the network's output under one draw.
+    """Make a pass under one draw; return the raw values ``[N, C, ...]`` that the task reads from the output.
 
     Raises:
         RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.

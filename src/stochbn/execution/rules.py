@@ -1,4 +1,4 @@
-"""What every tensor operation does to the axis of a batch's examples."""
+"""Rules for tensor operations: what each does to the axis of a batch's examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flows_of(
     """The flows of an operation's outputs, as a list in the order of its flattened outputs.
 
     Raises:
-        MixedError: the operation brings examples together, or is none of those known not to.
+        MixedError: the operation combines examples, or is not known to keep them apart.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     made = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
@@ -55,7 +55,7 @@ def flows_of(
 
 
 def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, examples: int) -> Place | None:
-    """An elementwise operation: all that depends on examples has them on the same axis, counted from the last."""
+    """An elementwise operation: examples must be on the same axis of all tensors, counted from the last."""
     places = {(t.ndim - f.axis, f.per) for t in tensors if (f := flow(t)).axis is not None}
     if len(places) != 1:
         raise MixedError("an elementwise operation on tensors with the examples on different axes")
@@ -67,7 +67,7 @@ def _broadcast(tensors: Sequence[Tensor], out: Tensor, flow: Lookup, examples: i
 
 
 def _over_axes(bound: dict[str, Any], made: Sequence[Tensor], flow: Lookup, *, keeps: bool) -> list[Place | None]:
-    """An operation along some axes, or that reduces them; not that of the examples."""
+    """An operation along some axes, or a reduction, but not along the axis of the examples."""
     source: Any = bound.get("self", bound.get("input"))
     axis, per = only(source, flow)
     others = [v for k, v in bound.items() if isinstance(v, Tensor) and v is not source]

@@ -1,4 +1,4 @@
-"""All state of one call: the examples that are not done, what is kept of them, and how their passes are made."""
+"""The state of one call: the remaining examples, what is cached for them, and how their passes are made."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from stochbn.network.replica import Network, Replica
 __all__ = ["CallAgainError", "Passes"]
 
 EARLY = 2
-"""Draws that tell whether rounding matters."""
+"""The number of draws that decide whether rounding matters."""
 PROBED = 4
-"""Examples whose first draw is made again in the slow way."""
+"""The number of examples whose first draw is repeated in the slow way."""
 
 
 class CallAgainError(Exception):
-    """A call is to be made again, as something about the network turned out to be other than was known.
+    """Raised if a call must be repeated, because its passes unexpectedly changed the network, or mix examples.
 
     Args:
         whole: why all examples must go through the network together; empty if passes changed the network.
@@ -47,11 +47,11 @@ class Passes:
     """Makes the passes of one call.
 
     Args:
-        network: what is kept of the user's network.
+        network: the user's network, with what is known about it.
         replica: the network to run.
         inputs: the examples.
-        call: what the call asks for.
-        plan: how the passes are made.
+        call: the requirements of the call.
+        plan: how to make the passes.
     """
 
     def __init__(self, network: Network, replica: Replica, inputs: NetworkInput, call: Call, plan: Plan) -> None:
@@ -65,7 +65,7 @@ class Passes:
         self._stack: Stack | None = None
         self._head: bfloat16.Head | None = None
         self._generators: dict[int, Any] = {}
-        self._made = 0  # draws so far, by which the inputs are augmented
+        self._made = 0  # draws so far, which select the augmentation
         self._views: Views | None = None
         self._view: NetworkInput | None = None  # what the first draw sees
         if call.augment is not None:
@@ -111,7 +111,7 @@ class Passes:
             self._cache.install(replica)
 
     def _warm_up(self) -> None:
-        """Have a pass fill the caches of a fresh replica, which serves this call alone: they go by its parameters."""
+        """Make a pass that fills the caches of a fresh replica, which serves only this call."""
         self._replica.usable = False
         if not self._replica.warm:
             few = self._inputs.take(slice(0, self.plan.least)) if self._inputs.divisible else self._inputs
@@ -127,10 +127,10 @@ class Passes:
         self._replica.restore()
 
     def close(self) -> None:
-        """Take the replica back to how it was.
+        """Restore the replica.
 
         Raises:
-            CallAgainError: a pass changed more of it than it may, and was not known to.
+            CallAgainError: a pass unexpectedly changed it.
         """
         self._uninstall()
         self._network.known.settle()
@@ -144,18 +144,18 @@ class Passes:
 
     @property
     def draws(self) -> int:
-        """How many draws to make in the next call, at most."""
+        """The largest number of draws in the next call."""
         if self._unchecked:
             return self._call.settings.first
         return self._together
 
     @property
     def _together(self) -> int:
-        """How many draws a pass makes."""
+        """The number of draws in a pass."""
         return self.plan.draws(self._examples) if self.plan.rows else 1
 
     def __call__(self, draws: Sequence[Draw]) -> Tensor:
-        """The raw values ``[S, M, C, ...]`` of S draws of the examples that are not done.
+        """Make S draws of the remaining examples; return their raw values ``[S, M, C, ...]``.
 
         Raises:
             RuntimeError, ValueError, TypeError: as the network, or the task that reads its output, raises them.
@@ -167,7 +167,7 @@ class Passes:
         except Exception:
             if self.plan.size is None:
                 raise
-            # What works on some examples need not on all. The slow way tells whether the error is the network's.
+            # A way that worked on some examples may fail on others. The slow way shows whose error it is.
             self._change(Plan(together=self.plan.together))
             values = torch.stack([self._one(draw, self._made + i) for i, draw in enumerate(draws)])
         if self._first:
@@ -179,15 +179,15 @@ class Passes:
         return values
 
     def again(self) -> None:
-        """Have the next draws see the inputs as the first ones did."""
+        """Repeat the augmentations of the first draws in the next ones."""
         self._made = 0
 
     def exchange(self, inputs: NetworkInput) -> None:
-        """Make the next passes of other examples; for plans without ways, which keep nothing of those before."""
+        """Make the next passes with other examples; only for plans without ways, which cache nothing."""
         self._inputs = inputs
 
     def keep(self, mask: Tensor) -> None:
-        """Make the next passes of some of the examples only."""
+        """Keep only some of the examples for the next passes."""
         self._inputs = self._inputs.take(mask)
         self._examples = len(self._inputs)
         if self._views is not None:
@@ -196,11 +196,11 @@ class Passes:
             self._cache.take(mask)
 
     def attempt(self, draws: Sequence[Draw], made: int = 0) -> Tensor:
-        """As a call, but whatever is raised by the plan's ways is raised, and nothing is checked.
+        """Make draws without checks, and raise any error of the plan's ways.
 
         Args:
-            draws: of the statistics.
-            made: how many of the same call have been made.
+            draws: the draws of the statistics.
+            made: the number of draws that this call has made before.
         """
         together, blocks = self._together, []
         for start in range(0, len(draws), together):
@@ -212,7 +212,7 @@ class Passes:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _one(self, draw: Draw, number: int) -> Tensor:
-        """A pass of the examples, whose inputs are those of the draw of this number."""
+        """Make one pass of the examples, with the inputs of the draw of this number."""
         if self._stack is not None:
             self._stack.pause()
         made, seen = [], self._seen(number)
@@ -240,11 +240,11 @@ class Passes:
         return (self._seed + number) % 2**63
 
     def _seen(self, number: int) -> NetworkInput:
-        """The inputs as the draw of this number sees them: the first tensor augmented."""
+        """The inputs of the draw of this number, with the first tensor augmented."""
         if self._views is None:
             return self._inputs
         views, first = self._views, self._first and number == self._made
-        if first and self._view is not None:  # once, as a function may change it in another way the next time
+        if first and self._view is not None:  # only once, as the function may return something else the next time
             return self._view
         seen = self._inputs.with_first(lambda tensor: views(tensor, number))
         if first:
@@ -281,7 +281,7 @@ class Passes:
         return bfloat16.rounded(inputs) if self.plan.head else inputs
 
     def _renew(self) -> None:
-        """Where passes change the replica, each gets one of its own."""
+        """Make a new replica for each pass, if passes change it."""
         if self._network.known.stateful and not self._network.known.in_place:
             fresh = self._network.fresh(generators=self._generators)
             if fresh is None:  # it can no longer be copied
@@ -290,7 +290,7 @@ class Passes:
             self._install(fresh)
 
     def _change(self, plan: Plan, failed: bool = True) -> None:
-        """Go on in another way, after a failure with a new replica, as it may have left anything in the old one."""
+        """Continue with another plan; after a failure with a new replica, because the old one may be inconsistent."""
         fresh = self._network.fresh() if failed and not self._network.known.in_place else None
         self._uninstall()
         if not failed:
@@ -301,7 +301,7 @@ class Passes:
         self._begin()
 
     def _checked(self, draws: Sequence[Draw]) -> Tensor:
-        """The first draws of a plan that rounds, or by its exact one where the rounding matters."""
+        """Make the first draws of a plan that rounds, or of its exact plan if rounding matters."""
         self._unchecked = False
         exact = self.plan.exact
         if exact is None:
@@ -313,9 +313,9 @@ class Passes:
         return self.attempt(draws)
 
     def _rounded(self, draws: Sequence[Draw]) -> Tensor | None:
-        """The first draws, with rounding; None where it matters, or cannot be told.
+        """Make the first draws with rounding; return None if it matters, or if that is unknown.
 
-        Where passes are made one by one, two draws tell, so that few are made in vain.
+        If passes have one draw each, two draws decide, so that few are wasted.
         """
         probe = bfloat16.probe_examples(self._examples, len(draws))
         if probe is None:
@@ -331,7 +331,7 @@ class Passes:
         return torch.cat([values, self.attempt(draws[early:], early)]) if early < len(draws) else values
 
     def _slowly(self, draw: Draw, examples: Tensor) -> Tensor:
-        """The raw values of some examples under a draw, in the slow way."""
+        """Make a draw of some examples in the slow way."""
         self._renew()
         self._uninstall()
         raw = reference(self._replica, draw, self._seen(self._made).take(examples), self._call.task)
@@ -340,10 +340,10 @@ class Passes:
         return raw
 
     def _compare(self, values: Tensor, draw: Draw) -> None:
-        """Compare the first draw with what some of its examples give in the slow way.
+        """Repeat the first draw of some examples in the slow way, and compare.
 
-        Without the others, and in the opposite order unless the check of rounding has made that pass, they have other
-        neighbours: a mistake in the proof that examples do not affect each other would show.
+        Without the others, and in the opposite order unless the check of rounding has made this pass, they have other
+        neighbours. So an error in the proof of their independence would show.
 
         Raises:
             CallAgainError: they differ by more than rounding.
@@ -362,9 +362,9 @@ class Passes:
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
-    """Whether raw values are the same but for rounding.
+    """Whether raw values are equal up to rounding.
 
-    Rounding grows with the values, but for those that mask a class (-1e9, minus infinity): these must be the same.
+    Rounding is relative to the size of the values. Values that mask a class (-1e9, minus infinity) must be equal.
     """
     if first.shape != second.shape:
         return False

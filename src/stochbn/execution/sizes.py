@@ -1,4 +1,4 @@
-"""The number of examples as a symbol: an integer that notes what a network's Python code concludes from it."""
+"""The number of examples as a symbol: an integer that records what Python code concludes from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["ExampleCount", "Shape", "Sizes", "is_symbol", "plain", "symbols"]
 
 
 MOST = 2**48
-"""More examples than there can be."""
+"""A number larger than any number of examples."""
 
 
 class Sizes:
-    """For which numbers of examples the same is concluded: an interval about the one that a network is followed with.
+    """The numbers of examples for which the traced conclusions hold: an interval about the traced number.
 
     Args:
-        examples: the number of examples that a network is being followed with.
+        examples: the traced number of examples.
 
     Attributes:
-        low: the least number of examples of which the same is concluded.
-        high: the largest.
+        low: the smallest number of examples for which they hold.
+        high: the largest number.
     """
 
     def __init__(self, examples: int) -> None:
@@ -32,32 +32,32 @@ class Sizes:
         self.low, self.high = min(examples, 1), MOST
 
     def pin(self) -> None:
-        """Note that only this number of examples is known to be treated so."""
+        """Record that conclusions hold only for this number of examples."""
         self.low = self.high = self.examples
 
     def same(self, conclusion: Callable[[int], Any]) -> None:
-        """Note that the network depends on a monotone function of the number of examples."""
+        """Record that the network depends on a monotone function of the number of examples."""
         outcome = conclusion(self.examples)
         self.low = self._end(self.low, lambda n: conclusion(n) == outcome)
         self.high = self._end(self.high, lambda n: conclusion(n) == outcome)
 
     def without(self, examples: int) -> None:
-        """Note that only a number of examples other than this one is treated so."""
+        """Record that conclusions do not hold for this number of examples."""
         if examples < self.examples:
             self.low = max(self.low, examples + 1)
         else:
             self.high = min(self.high, examples - 1)
 
     def meet(self, other: Sizes) -> None:
-        """Note what was concluded with another number of examples too."""
+        """Intersect with the conclusions from another number of examples."""
         self.low, self.high = max(self.low, other.low), min(self.high, other.high)
 
     def hold(self, examples: int) -> bool:
-        """Whether the same is concluded for so many examples."""
+        """Whether conclusions hold for this number of examples."""
         return self.low <= examples <= self.high
 
     def _end(self, end: int, holds: Callable[[int], bool]) -> int:
-        """The last number on the way to an end for which it holds; it does for the present one."""
+        """The last number towards an end for which a condition holds; it holds for the traced number."""
         near, far = self.examples, end
         if holds(far):
             return far
@@ -70,10 +70,9 @@ class Sizes:
 class ExampleCount(torch.SymInt):
     """The integer ``factor * examples + offset``, which stays a symbol through sums and products.
 
-    A comparison notes its outcome, so that it is known for which other numbers of examples it is the same. Everything
-    else that a program can do with an integer is taken to depend on its value. It claims to be an ``int``, but is none:
-    C code would read the digits of one unseen (``len``, ``range``, an index of a list, ``math.log``). It is one of the
-    symbols that tensor operations take as arguments.
+    A comparison records for which numbers of examples its outcome is the same. Every other use of the integer counts as
+    dependent on its value. It claims to be an ``int``, but is not a subclass, because C code would read the value
+    unseen (``len``, ``range``, an index of a list, ``math.log``). Tensor operations take it as an argument.
     """
 
     def __init__(self, sizes: Sizes, factor: int, offset: int = 0) -> None:
@@ -94,7 +93,7 @@ class ExampleCount(torch.SymInt):
         return self.factor * examples + self.offset
 
     def plain(self) -> int:
-        """The integer, for an operation that is seen to take it."""
+        """The integer, for an operation whose use of it is recorded."""
         return self.at(self.sizes.examples)
 
     def _compare(self, compare: Callable[[Any, Any], bool], other: Any) -> Any:
@@ -217,7 +216,7 @@ class ExampleCount(torch.SymInt):
         return format(self._number(), spec)
 
     def __getattr__(self, name: str) -> Any:
-        """What else integers have, such as ``bit_length``."""
+        """Other attributes of integers, such as ``bit_length``."""
         if name.startswith("_") or not hasattr(int, name):
             raise AttributeError(name)
         return getattr(self._number(), name)
@@ -239,7 +238,7 @@ for _name in ("and", "or", "xor", "lshift", "rshift"):
 
 
 class Shape(tuple[Any, ...]):
-    """The shape of a tensor, with a symbol where the examples lie."""
+    """The shape of a tensor, with a symbol for the axis of the examples."""
 
     def numel(self) -> Any:
         """The product of all lengths."""
@@ -256,7 +255,7 @@ def is_symbol(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Arguments with integers in the place of symbols, also in tuples, lists and slices."""
+    """Replace symbols by integers, also in tuples, lists and slices."""
     if is_symbol(value):
         return value.plain()
     if isinstance(value, Shape):

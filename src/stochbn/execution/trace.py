@@ -1,4 +1,4 @@
-"""Tracing one pass: every tensor operation that really runs, and what Python code reads of sizes and values."""
+"""Trace one pass: every tensor operation that runs, and every size and value that Python code reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Follower", "OfTheOriginal", "Reads"]
 
 
 class OfTheOriginal(BaseException):
-    """The copy uses a tensor of the user's network. No ``except Exception`` of a network catches it."""
+    """Raised if the copy uses a tensor of the user's network. ``except Exception`` in a network does not catch it."""
 
 
 class Follower(DispatchMode):  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.reasons: list[str] = []
         self.branches = False
         self.random = False
-        self.called: bool | None = None  # within a function of PyTorch's that Python calls, where that is seen
+        self.called: bool | None = None  # within a PyTorch function that was called from Python and seen
         snapshot = Snapshot.of(replica.model)
         self.own = set(map(memory_of, [*snapshot.parameters, *snapshot.tensors]))
         self.irregular = ""
@@ -67,14 +67,14 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def set(self, tensor: Tensor, flow: Flow) -> None:
-        """Note where the examples are in a tensor."""
+        """Record where the examples are in a tensor."""
         if id(tensor) not in self._flows:
             self._alive.append(tensor)  # so that no other tensor gets its identity
             self._sharing.setdefault(memory_of(tensor), []).append(tensor)
         self._flows[id(tensor)] = flow
 
     def read(self, tensor: Any, what: str) -> None:
-        """Python code looks at the values of a tensor."""
+        """Record that Python code reads the values of a tensor."""
         if not isinstance(tensor, Tensor):
             return
         if not self.flow(tensor).constant or self.flow(tensor).drawn:
@@ -86,7 +86,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        # What Python lists become tensors by is not seen to be called, but what is in the lists is: symbols of sizes.
+        # Functions that turn Python lists into tensors are not seen, but symbols in the lists are.
         if self.called is False and func is not torch.ops.aten.lift_fresh.default:
             self.reasons.append("operations that Python does not call hide what depends on the number of examples")
         if any(memory_of(t) in self.foreign for t in tensors):
@@ -124,7 +124,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
     def _look_at_sizes(self, name: str, bound: dict[str, Any], made: list[Tensor], flows: list[Flow]) -> None:
-        """What goes otherwise for other numbers of examples, and the course of the pass, which must not."""
+        """Record what depends on the number of examples, and the operations, which must not depend on it."""
         shapes = [
             (flow.axis, flow.per, *(n for axis, n in enumerate(t.shape) if axis != flow.axis))
             for t, flow in zip(made, flows, strict=True)
@@ -179,7 +179,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
         self.set(tensor, after)
 
     def _look_at_statistics(self, name: str, tensors: list[Tensor]) -> None:
-        """Drawn statistics, and what goes into a batch norm, must be used by that batch norm alone."""
+        """Check that drawn statistics, and the input of a batch norm, are used by this batch norm alone."""
         for t in tensors:
             norm = self._statistics.get(id(t))
             if norm is not None and all(frame.module is not norm for frame in self.frames):
@@ -196,7 +196,7 @@ class Follower(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Reads(TorchFunctionMode):
-    """Sees where Python code reads sizes and values of tensors."""
+    """Records where Python code reads sizes and values of tensors."""
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
@@ -243,9 +243,9 @@ class Reads(TorchFunctionMode):
         return result
 
     def _created(self, name: str, result: Any, given: list[Any], begun: int) -> None:
-        """A constant that is as long as there are examples is followed as one of them: its length is.
+        """Follow a constant whose length is the number of examples as if it had the axis of the examples.
 
-        So its length is left out of the course of the pass, from the operation `begun` on.
+        Its length is removed from the trace, from the operation `begun` on.
         """
         flow, examples = self.follower.flow(result), self.follower.examples
         if not flow.constant:
@@ -262,7 +262,7 @@ class Reads(TorchFunctionMode):
             self.follower.sizes.pin()
 
     def _look_at_bounds(self, tensor: Any, index: Any) -> None:
-        """A slice of examples takes all of them, or not, for as many as there are."""
+        """Record whether a slice takes all examples, which may differ for other numbers of them."""
         flow, sizes = self.follower.flow(tensor), self.follower.sizes
         if flow.axis is None:
             return
@@ -319,12 +319,12 @@ def _form(args: Any) -> tuple[Any, ...]:
 
 
 def _width(entry: Any) -> int:
-    """How many axes an entry of an index is for."""
+    """The number of axes that an entry of an index covers."""
     if entry is None or entry is Ellipsis or isinstance(entry, bool):
         return 0
     return entry.ndim if isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _counts(result: Any) -> bool:
-    """Whether a result is, or has in it, whole numbers."""
+    """Whether a result is a whole number, or contains one."""
     return not isinstance(result, Tensor) and any(type(leaf) is int for leaf in pytree.tree_leaves(result))

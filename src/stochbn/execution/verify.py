@@ -1,8 +1,8 @@
-"""The place that tries ways of predicting: what may be done with a network and inputs of one kind, and why not more.
+"""Try the faster ways: which ones work with a network and inputs of one kind, and why not the others.
 
-What is known of a network is kept for it. It depends on the kind of the input (shapes of an example, types, every
-argument that is no tensor), on the task, on which modules are in training mode, on autocast, on the posterior, and on
-the weights: if one of these is another, it is found out anew.
+The results are cached for the network. They depend on the kind of the input (shapes of an example, types, every
+argument that is not a tensor), the task, the modules in training mode, autocast, the posterior, and the weights. If one
+of these changes, the ways are tried again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stochbn.undisturbed import without_gradients
 __all__ = ["effects", "examine"]
 
 UNTRIED = ("bfloat16", "compiled")
-"""Ways that are tried in a call alone: the one is checked there, the other takes long."""
+"""Ways that are not tried here: bfloat16 is checked in every call, and compiling takes long."""
 
 
 @without_gradients
 def effects(network: Network, inputs: NetworkInput, training: frozenset[str]) -> bool:
-    """Find out, and note at the network, whether it can run on a copy and whether passes change it.
+    """Find out, and cache for the network, whether it can run on a copy, and whether passes change it.
 
     Args:
         network: the network.
@@ -63,7 +63,7 @@ def _note(known: Knowledge, followed: Followed) -> None:
 
 
 def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict, dict[str, str]]:
-    """What may be done with a network and such inputs, and why ways are not for this call, by their names."""
+    """The verdict about a network and such inputs, with the reasons against ways, by name."""
     if not inputs.divisible or not len(inputs):
         random = effects(network, inputs, call.training)
         reason = "there are no examples" if inputs.divisible else "the arguments do not share a first axis of examples"
@@ -88,7 +88,7 @@ def examine(network: Network, inputs: NetworkInput, call: Call) -> tuple[Verdict
 
 
 def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Followed | None, bool]:
-    """What passes show, and whether they were made with all examples, as it is otherwise for other numbers of them."""
+    """The result of tracing, and whether it used all examples, because it holds only for this number of them."""
     examples = len(inputs)
     try:
         followed = _twice(network, inputs, 3, call)
@@ -103,10 +103,10 @@ def _followed(network: Network, inputs: NetworkInput, call: Call) -> tuple[Follo
 
 
 def _twice(network: Network, inputs: NetworkInput, count: int, call: Call) -> Followed:
-    """What two passes show, with so many examples and with another number of them.
+    """Trace two passes, with different numbers of examples.
 
-    A length that happens to be the number of examples in one is told from it in the other. Where they differ, it holds
-    for so many examples alone.
+    A length that equals the number of examples by chance differs from it in the other pass. If the two traces differ,
+    the conclusions hold only for the first number of examples.
     """
     draw = call.sample(1)[0]
 
@@ -133,14 +133,14 @@ def _twice(network: Network, inputs: NetworkInput, count: int, call: Call) -> Fo
 
 
 def spread(inputs: NetworkInput, count: int) -> NetworkInput:
-    """So many examples, evenly spread over a batch; some several times where there are fewer."""
+    """Choose examples that are evenly spread over a batch; some repeat if there are fewer."""
     return inputs.take(torch.linspace(0, len(inputs) - 1, count, device=inputs.device).round().long())
 
 
 def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followed) -> Verdict:
-    """The ways in which passes of some examples can be made without an error, alone and together.
+    """The ways that make passes of some examples without an error, each alone and all together.
 
-    What they give is compared with slow passes in every call, by `Passes`: it depends on the call's own examples.
+    Every call compares its results with slow passes (`Passes`), because they depend on its own examples.
     """
     cpu, autocast, settings = inputs.on_cpu, torch.is_autocast_enabled("cpu"), call.settings
     some, draws = spread(inputs, min(max(3, followed.sizes.low), followed.sizes.high)), call.sample(2)
@@ -167,7 +167,7 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
                 passes.close()
             except CallAgainError:
                 raise
-            except Exception:  # whatever it is, it is not this way
+            except Exception:  # a way that raises anything is skipped
                 replica.usable = False
                 return False
         return True
@@ -184,6 +184,6 @@ def _tried(network: Network, inputs: NetworkInput, call: Call, followed: Followe
 
 
 def _strained(plan: Plan, examples: int, apart: bool) -> Plan:
-    """The plan with sizes that make every way take part in passes over so many examples, in pieces if `apart`."""
+    """The plan with sizes such that every way takes part in passes over this many examples, in pieces if `apart`."""
     size = (examples + 1) // 2 if apart else examples
     return replace(plan, size=size, rows=4 * examples if plan.rows else 0)

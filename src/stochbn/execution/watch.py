@@ -1,4 +1,4 @@
-"""Watching the modules of a network while it is followed: which is running, and what it is given and gives."""
+"""Watch the modules of a network while it is traced: which one runs, with which inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from stochbn.network.snapshot import Snapshot
 __all__ = ["MULTIPLYING", "Frame", "Trace", "Unit", "Watch", "memory_of"]
 
 MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""The layers whose arithmetic is worth saving."""
+"""The layers that take most of the time, and so are worth skipping."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A call of a module that gives the same under every draw.
+    """A call of a module whose output is the same under every draw.
 
     Attributes:
-        name: the module's.
-        call: which of its calls in a pass, from 0.
-        per: for every tensor in its output how many rows an example has; 0 for one that does not depend on examples.
+        name: the module's name.
+        call: the number of the call in a pass, from 0.
+        per: the number of rows of an example in every tensor of the output; 0 if it does not depend on examples.
         size: bytes of the output for each example.
     """
 
@@ -53,7 +53,7 @@ class Frame:
 
 
 class Trace(Protocol):
-    """What is known of the tensors so far."""
+    """What is known about the tensors so far."""
 
     examples: int
     frames: list[Frame]
@@ -66,7 +66,7 @@ class Trace(Protocol):
 
 
 class Watch:
-    """Hooks on a copy that tell which module is running, and what batch norms and modules are given and give."""
+    """Hooks on a copy that record which module is running, and the inputs and outputs of modules."""
 
     def __init__(self, replica: Replica, follower: Trace) -> None:
         self.follower = follower
@@ -93,7 +93,7 @@ class Watch:
         ]
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -105,7 +105,7 @@ class Watch:
         self.follower.frames.append(Frame(name, module, call, inputs=frozenset(map(id, tensors))))
         if module not in self._norms:
             return
-        # The number of elements is a symbol here, and this is not the network's conclusion.
+        # The number of elements is a symbol here, and must not count as a conclusion of the network.
         self.activation = max([self.activation, *(plain(t.numel()) * t.element_size() for t in tensors)])
         for frame in self.follower.frames:
             frame.drawn = True
@@ -116,7 +116,7 @@ class Watch:
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         frame = self.follower.frames.pop()
-        while frame.module is not module:  # of a module that has raised, and its caller went on
+        while frame.module is not module:  # of a module that raised, whose caller continued
             frame = self.follower.frames.pop()
         parent = self.follower.frames[-1] if self.follower.frames else None
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
@@ -137,7 +137,7 @@ class Watch:
         return changed
 
     def caches(self, changed: Iterable[nn.Module]) -> bool:
-        """Whether all that a pass has changed is that it kept tensors, which depend on parameters and buffers alone."""
+        """Whether a pass changed nothing but caches of tensors, which depend on parameters and buffers alone."""
         for module in changed:
             before, versions = self._before[module]
             after, now = _own_state(module)
@@ -152,7 +152,7 @@ class Watch:
         return bool(changed)
 
     def units(self, changed: Iterable[nn.Module]) -> tuple[Unit, ...]:
-        """The outermost calls whose outputs do not depend on the draw and that do nothing else."""
+        """The outermost calls without side effects whose outputs do not depend on the draw."""
         changed = set(changed)
         usable: dict[int, Unit] = {}
         for frame, _, clock, tensors, output in self._ended:
@@ -176,7 +176,7 @@ class Watch:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """What tells whether two tensors share their memory."""
+    """A value that two tensors have in common if they share their memory."""
     try:
         return tensor.untyped_storage().data_ptr() or -id(tensor)
     except (RuntimeError, NotImplementedError):
@@ -184,16 +184,16 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def _idle(hook: Any) -> bool:
-    """Whether a hook does nothing beyond its module.
+    """Whether a hook has no side effect beyond its module.
 
-    These are the hooks of PyTorch's norms, and those by which Transformers collects hidden states where it is asked to.
+    These are hooks of PyTorch's norms, and those of Transformers that collect hidden states on request.
     """
     library = str(getattr(hook, "__module__", "")).startswith("transformers.")
     return library or isinstance(getattr(hook, "__self__", hook), (WeightNorm, SpectralNorm))
 
 
 def _own_state(module: nn.Module) -> tuple[Snapshot, dict[int, int]]:
-    """What a module holds itself, and how often each tensor of that has been written to, by its identity."""
+    """The attributes of a module itself, and the number of writes to each of its tensors, by identity."""
     snapshot = Snapshot.of(module, inside=False)
     tensors = [*snapshot.tensors, *snapshot.parameters]
     return snapshot, {id(t): t._version for t in tensors if not t.is_inference()}

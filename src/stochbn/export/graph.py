@@ -199,7 +199,7 @@ def _object_axis(value: Any) -> int | None:
         raise OutOfReachError("the number of examples is in several axes of a tensor")
     (symbol,) = expression.free_symbols
     if not (expression / symbol).is_Integer:
-        raise OutOfReachError(f"an axis has the length {expression}, which is no multiple of the number of examples")
+        raise OutOfReachError(f"an axis has the length {expression}, which is not a multiple of the number of examples")
     return symbolic[0]
 
 

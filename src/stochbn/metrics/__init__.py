@@ -1,4 +1,4 @@
-"""Scores of predictions: of class probabilities (`classification`), and of other tasks' (`others`)."""
+"""Scores of predictions: for class probabilities (`classification`), and for other tasks (`others`)."""
 
 from stochbn.metrics.classification import (
     BINS,

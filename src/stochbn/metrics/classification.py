@@ -1,4 +1,4 @@
-"""Errors, calibration and out-of-distribution scores of class probabilities, from these, labels and entropies alone."""
+"""Scores of class probabilities: error, calibration, and detection of unknown classes."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ __all__ = [
 ]
 
 BINS = 15
-"""Of equal width, in all calibration errors."""
+"""The number of bins of equal width in calibration errors."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def evaluate(probs: Any, labels: Any, *, ignore_index: int | None = None) -> dict[str, float]:
-    """Error, negative log-likelihood, Brier score and calibration error of predicted probabilities.
+    """Compute error, negative log-likelihood, Brier score and calibration error of predicted probabilities.
 
-    All sums are in float64, whatever type the probabilities have.
+    All sums are in float64.
 
     Args:
         probs: ``[N, K]``, or ``[N, K, H, W]`` for dense predictions: a tensor, an array or nested lists (float64).
         labels: ``[N]`` or ``[N, H, W]``: whole numbers from 0 to K - 1.
-        ignore_index: a label of what is not to be counted, such as 255 for the margins of segmentations.
+        ignore_index: a label to ignore, such as 255 for the edges of segmentations.
 
     Returns:
         ``error``: percent of examples (or pixels) whose most probable class is wrong.
         ``nll``: mean negative log-likelihood in nats; a probability of 0 counts as the smallest normal number
-        of its type, so that an underflow does not read as infinity.
+        of its type, so that an underflow does not make it infinite.
         ``brier``: mean squared distance between the probabilities and the one-hot label, summed over classes (0 to 2).
-        ``ece``: expected calibration error of the most probable class, a fraction, in 15 bins of
-        equal width (Guo et al., 2017), the last of which holds a confidence of exactly 1.
+        ``ece``: expected calibration error of the most probable class, a fraction, in 15 bins of equal width
+        (Guo et al., 2017). The last bin includes a confidence of exactly 1.
 
     Raises:
         ImportError: torchmetrics is not installed.
-        TypeError: arguments that are no numbers, or labels that are not whole numbers.
+        TypeError: arguments that are not numbers, or labels that are not whole numbers.
         ValueError: empty or mismatched arguments, probabilities that are negative, not finite or do not sum to 1, or
             labels out of range; the message says which.
 
@@ -76,7 +76,7 @@ def evaluate(probs: Any, labels: Any, *, ignore_index: int | None = None) -> dic
 
 
 def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Tensor:
-    """The negative log-likelihood of each example (nats), of which `evaluate` gives the mean: ``[N]`` in float64.
+    """Compute the negative log-likelihood of each example, whose mean `evaluate` returns, ``[N]`` in nats (float64).
 
     Args:
         probs: as `evaluate`.
@@ -94,11 +94,11 @@ def nll_of_each(probs: Any, labels: Any, temperature: float | None = None) -> Te
 
 
 def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
-    """How well a score, such as the entropy, tells unknown examples (which should have more of it) from known ones.
+    """Compute how well a score, such as the entropy, separates unknown examples (higher scores) from known ones.
 
     Args:
-        entropy_known: ``[N]``, scores of examples from the training distribution.
-        entropy_unknown: ``[M]``, scores of examples from another.
+        entropy_known: scores of examples from the training distribution, ``[N]``.
+        entropy_unknown: scores of examples from another distribution, ``[M]``.
 
     Returns:
         ``auroc``: the probability that an unknown example has the higher score, ties counting half.
@@ -107,7 +107,7 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
         All are fractions.
 
     Raises:
-        TypeError: an argument that is no numbers.
+        TypeError: an argument is not numeric.
         ValueError: an argument is empty, not finite or not a vector.
     """
     known, unknown = _scores(entropy_known, "entropy_known"), _scores(entropy_unknown, "entropy_unknown")
@@ -121,7 +121,7 @@ def ood(entropy_known: Any, entropy_unknown: Any) -> dict[str, float]:
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:
-    """The probability that an unknown example has the higher score, ties counting half, in float64.
+    """Compute the probability that an unknown example has the higher score, ties counting half, in float64.
 
     Source: Mann and Whitney, 1947.
     """
@@ -131,7 +131,7 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
 
 
 def _counted(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """``[2, V]``, float64: how many known and unknown examples have each score, and at least it."""
+    """Count the known and unknown examples at each score, and at or above it, ``[2, V]`` in float64."""
     _, group = torch.unique(torch.cat([known, unknown]), return_inverse=True)
     parts = group.split([len(known), len(unknown)])
     counts = torch.stack([part.bincount(minlength=int(group.max()) + 1) for part in parts]).double()
@@ -139,16 +139,16 @@ def _counted(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = None) -> dict[str, float]:
-    """The negative log-likelihood after the best temperature, by which methods can be compared.
+    """Compute the negative log-likelihood after the best temperature, for a fair comparison of methods.
 
-    Without it, methods that are merely better calibrated look better than those that know more (Ashukha et al., 2020,
-    section 3). Probabilities are raised to the power 1 / T and normalised again; T above 1 makes them less sure.
+    Without a temperature, better calibrated methods look better than more accurate ones (Ashukha et al., 2020, section
+    3). Probabilities are raised to the power 1 / T and normalised again. T above 1 makes them less certain.
 
     Args:
         probs: ``[N, K]`` (or dense), as for `evaluate`.
         labels: their labels.
-        held_out: other probabilities and labels to choose T on. None chooses T by cross-validation: for each of five
-            random parts on the other four, always the same parts.
+        held_out: other probabilities and labels to choose T on. None chooses T by cross-validation, for each of five
+            random parts on the other four. The parts are always the same.
 
     Returns:
         ``nll``: mean negative log-likelihood in nats, tempered.
@@ -174,7 +174,7 @@ def calibrated_nll(probs: Any, labels: Any, held_out: tuple[Any, Any] | None = N
 
 
 def calibrated_nll_of_each(probs: Any, labels: Any) -> Tensor:
-    """What `calibrated_nll` is the mean of: ``[N]``, nats, each example's at the temperature that others chose.
+    """Compute the NLL of each example at the cross-validated temperature, as `calibrated_nll`, ``[N]`` in nats.
 
     Raises:
         TypeError, ValueError: as `calibrated_nll`.
@@ -183,17 +183,17 @@ def calibrated_nll_of_each(probs: Any, labels: Any) -> Tensor:
 
 
 def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
-    """How many independently trained networks an ensemble needs to reach a method's calibrated NLL.
+    """Compute the size of the deep ensemble with the same calibrated NLL as a method (DEE).
 
-    Between whole numbers it is interpolated linearly. A method no better than a single network scores 1, the least
-    there is, and one that no ensemble at hand reaches scores infinity. What counts is the first size that reaches it.
+    Sizes are interpolated linearly. The smallest value is 1, for a method that is no better than a single network. If
+    no given ensemble reaches the method, the value is infinite. The first size that reaches it counts.
 
     Args:
-        nll: of the method, in nats: `calibrated_nll`.
-        ensembles: likewise of ensembles of 1, 2, 3, ... networks.
+        nll: the method's `calibrated_nll`, in nats.
+        ensembles: the `calibrated_nll` of ensembles of 1, 2, 3, ... networks, in nats.
 
     Raises:
-        TypeError: arguments that are no numbers.
+        TypeError: arguments that are not numbers.
         ValueError: no ensembles, or a number that is not finite.
 
     Source: Ashukha et al., 2020, section 4.
@@ -217,28 +217,28 @@ def deep_ensemble_equivalent(nll: float, ensembles: Sequence[float]) -> float:
 
 
 def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
-    """Selective prediction: the mean loss of the examples that a method is most certain of, at every coverage.
+    """Compute the mean loss of the most certain examples, for every share of them (selective prediction).
 
     Args:
-        uncertainty: ``[N]``, such as the entropy: examples with the least are answered first. Examples with the
-            same uncertainty are answered in random order, of which this is the expectation.
-        losses: ``[N]``: 0 or 1 for a right or wrong answer, or any other loss.
+        uncertainty: an uncertainty such as the entropy, ``[N]``. Examples are taken in order of it. The risk is the
+            expectation over random orders of examples with the same uncertainty.
+        losses: 0 or 1 for a correct or wrong prediction, or any other loss, ``[N]``.
 
     Returns:
-        ``coverage``: ``[N]``, the fraction of examples answered: 1/N to 1.
-        ``risk``: ``[N]``, the mean loss of these.
+        ``coverage``: the share of examples, 1/N to 1, ``[N]``.
+        ``risk``: the mean loss of these examples, ``[N]``.
         ``aurc``: the mean of the risk over all coverages, the area under the curve (Geifman and El-Yaniv, 2017);
         lower is better.
 
     Raises:
-        TypeError: an argument that is no numbers.
+        TypeError: an argument is not numeric.
         ValueError: an argument is empty, not finite or not a vector, or their lengths differ.
     """
     scores, losses = _scores(uncertainty, "uncertainty"), _scores(losses, "losses")
     if len(scores) != len(losses):
         raise ValueError(f"expected as many losses as uncertainties, got {len(losses)} and {len(scores)}")
     _, group, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    # In each group of equals, every example's expected loss is the group's mean.
+    # Among examples with equal uncertainty, the expected loss is the mean.
     means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, losses) / counts
     answered = torch.arange(1, len(losses) + 1, dtype=torch.float64)
     risk = means.repeat_interleave(counts).cumsum(0) / answered
@@ -246,16 +246,16 @@ def risk_coverage(uncertainty: Any, losses: Any) -> dict[str, Any]:
 
 
 def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
-    """The empirical distribution function of entropies, as in the paper's figures.
+    """Compute the empirical distribution function of entropies, as in the paper's figures.
 
     Args:
-        entropy: ``[N]``, nats.
+        entropy: entropies, ``[N]`` in nats.
 
     Returns:
         The sorted distinct entropies and the fraction of examples at or below each, both ``[M]`` in float64.
 
     Raises:
-        TypeError: the argument is no numbers.
+        TypeError: the argument is not numeric.
         ValueError: the argument is empty, not finite or not a vector.
     """
     values, counts = torch.unique(_scores(entropy, "entropy"), return_counts=True)
@@ -263,7 +263,7 @@ def entropy_cdf(entropy: Any) -> tuple[Tensor, Tensor]:
 
 
 def checked_predictions(probs: Any, labels: Any, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
-    """Probabilities as ``[N, K]`` and labels as ``[N]``, int64 on the same device, of what `evaluate` takes.
+    """Convert arguments of `evaluate` to probabilities ``[N, K]`` and labels ``[N]``, int64 on the same device.
 
     Raises:
         TypeError, ValueError: as `evaluate`.
@@ -303,7 +303,7 @@ def checked_predictions(probs: Any, labels: Any, ignore_index: int | None = None
 
 
 def checked_probabilities(probs: Tensor) -> None:
-    """Refuse rows ``[N, K]`` that are no probabilities."""
+    """Check that rows ``[N, K]`` are probabilities."""
     if not probs.isfinite().all():
         raise ValueError("the probabilities contain NaN or infinity")
     if (probs < 0).any():
@@ -356,7 +356,7 @@ def _scores(values: Any, name: str) -> Tensor:
 
 
 def _tensor(values: Any, name: str) -> Tensor:
-    """What was given, as a tensor without gradients."""
+    """Convert an argument to a tensor without gradients."""
     try:
         found = as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -373,7 +373,7 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 
 def as_numbers(values: Any, name: str) -> Tensor:
-    """The same, but Python's own numbers, which have the digits of float64, keep them."""
+    """Do the same, and keep Python's numbers in float64."""
     found = _tensor(values, name)
     python = not isinstance(values, (Tensor, np.ndarray, np.generic)) and not hasattr(values, "to_numpy")
     if found.is_floating_point() and python:
@@ -382,7 +382,7 @@ def as_numbers(values: Any, name: str) -> Tensor:
 
 
 def _given(value: Any) -> str:
-    """What to call an argument in an error: short, whatever it is."""
+    """A short description of an argument, for errors."""
     text = type(value).__name__ if isinstance(value, (Tensor, np.ndarray)) else reprlib.repr(value)
     return f"{text} of shape {list(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else text
 

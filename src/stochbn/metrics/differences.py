@@ -1,4 +1,4 @@
-"""Standard errors: of scores, and of what drawing the statistics changes in them, paired over the test examples."""
+"""Standard errors of scores, and of differences between two predictions, paired over the test examples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stochbn.metrics.entropies import entropy
 __all__ = ["paired", "standard_errors"]
 
 RESAMPLED = 200
-"""Bootstrap samples for the standard error of a calibration error."""
+"""The number of bootstrap samples for the standard error of a calibration error."""
 MOST_RESAMPLED = 10_000
-"""Objects up to which there is one: it is small for more, and takes memory."""
+"""The largest number of examples with a standard error of the ECE; for more it is small, and takes memory."""
 
 
 def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None) -> dict[str, float]:
-    """The standard errors of a method's scores, for other examples of the same kind.
+    """Compute the standard errors of a method's scores, over examples.
 
     Args:
         known: probabilities ``[N, K]`` for examples of known classes.
@@ -27,9 +27,9 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
         unknown: likewise ``[M, K]``, for examples of other classes.
 
     Returns:
-        ``error_se`` (percentage points), which is not 0 where no example was classified wrongly, ``nll_se`` (nats),
-        ``ece_se`` (by the bootstrap, of up to 10,000 examples), and with unknown examples ``auroc_se``; nothing for a
-        single example, or for dense predictions, whose places are not independent.
+        ``error_se`` (percentage points), which is above 0 even without a wrong prediction; ``nll_se`` (nats);
+        ``ece_se`` (by the bootstrap, for up to 10,000 examples); and with unknown examples ``auroc_se``. Empty for a
+        single example, and for dense predictions, whose pixels are not independent.
 
     Source: of a share, Agresti and Coull, The American Statistician 52 (1998), 119-126: two more right and two more
     wrong; for the AUROC, DeLong et al., Biometrics 44 (1988), 837-845.
@@ -51,10 +51,10 @@ def standard_errors(known: Tensor, labels: Tensor, unknown: Tensor | None = None
 
 
 def _spread_of_ece(confidence: Tensor, right: Tensor) -> float:
-    """The standard deviation of the calibration error over bootstrap samples, whatever the order of the examples.
+    """The standard deviation of the calibration error over bootstrap samples, independent of the order of examples.
 
-    They are sorted first, so that samples have the same examples; wrong ones apart from right ones, so that confidences
-    that differ by rounding alone may change places without an effect.
+    Examples are sorted first, wrong and correct ones separately, so that samples are the same even if confidences
+    differ by rounding.
     """
     order = confidence.argsort(stable=True)
     order = order[right[order].argsort(stable=True)]
@@ -73,23 +73,23 @@ def paired(
     unknown: tuple[Tensor, Tensor] | None = None,
     calibrated: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Differences between two predictions of the same examples, the second minus the first, and their standard errors.
+    """Compute differences between two predictions of the same examples, second minus first, with standard errors.
 
-    Both predictions see the same examples, so their scores rise and fall together: the standard error is that of the
-    mean of the differences example by example, and much smaller than those of the scores.
+    The standard error is that of the mean difference over examples. It is much smaller than those of the scores,
+    because both predictions see the same examples.
 
     Args:
         known: probabilities ``[N, K]`` of the two, for examples of known classes.
         labels: their labels ``[N]``.
         unknown: likewise ``[M, K]``, for examples of other classes.
-        calibrated: what `stochbn.metrics.calibrated_nll_of_each` returns for either, where there are enough known
-            examples. That each temperature was chosen on other examples is not in the standard error.
+        calibrated: what `stochbn.metrics.calibrated_nll_of_each` returns for both, if there are enough known examples.
+            The standard error does not include the choice of the temperatures.
 
     Returns:
         ``error_change`` (percentage points), ``nll_change`` (nats), with `calibrated` the ``calibrated_nll_change``
-        (nats), and with unknown examples ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies);
-        each also with ``_se`` behind it. That of the error is not 0 where no example becomes right or wrong. A single
-        example has no standard error, so nothing is said of it.
+        (nats), and with unknown examples ``entropy_unknown_change`` (nats) and ``auroc_change`` (of the entropies).
+        Each has a standard error, with the suffix ``_se``. That of the error is above 0 even if no example changes. The
+        result is empty for a single example.
 
     Source: of the error, Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488: one
     more example that becomes right, and one more that becomes wrong; for the AUROC, DeLong et al., Biometrics 44
@@ -124,9 +124,9 @@ def _variance_of_mean(values: Tensor) -> float:
 
 
 def _placements(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """For every known example the share of unknown ones above it, and for every unknown one that of known ones below.
+    """For each known example the share of unknown ones above it, and for each unknown one that of known ones below.
 
-    Those that are level count half; the mean of either is the AUROC.
+    Ties count half. The mean of either is the AUROC.
     """
     return 1 - _share_below(known, unknown), _share_below(unknown, known)
 

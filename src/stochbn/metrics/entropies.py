@@ -9,7 +9,7 @@ __all__ = ["entropy"]
 
 
 def entropy(probs: Tensor, axis: int = 1) -> Tensor:
-    """The entropy in nats over an axis of probabilities: that of the classes, ``[N, K, ...]`` to ``[N, ...]``.
+    """Compute the entropy in nats over the axis of the classes, from ``[N, K, ...]`` to ``[N, ...]``.
 
     >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor([0.6931, 0.0000])

@@ -1,4 +1,4 @@
-"""Scores of regressions, of labels that each are there or not, and the calibration of single classes."""
+"""Scores of regression and of multi-label classification, and the calibration of single classes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = [
 
 
 def regression(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> dict[str, float]:
-    """Errors, likelihood and coverage of predicted means with their standard deviations, taken as of Normal ones.
+    """Compute errors, likelihood and coverage of Normal distributions with predicted means and standard deviations.
 
     Args:
         mean: ``[N]``, ``[N, D]`` or dense.
         std: standard deviations of the same shape, positive, such as ``prediction.total_std``.
         targets: the true values.
-        coverage: of the central intervals that are looked at.
+        coverage: the level of the central intervals to score.
 
     Returns:
         ``rmse`` and ``mae``: root mean squared and mean absolute error, in the targets' units.
@@ -44,8 +44,8 @@ def regression(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> dict
         ``width``: the mean width of these intervals, in the targets' units.
 
     Raises:
-        TypeError, ValueError: no finite numbers of one shape, a standard deviation that is not positive, or a coverage
-            that is not between 0 and 1.
+        TypeError, ValueError: arguments that are not finite numbers of one shape, a standard deviation that is not
+            positive, or a coverage that is not between 0 and 1.
 
     >>> {name: round(value, 3) for name, value in regression([0.0, 1.0], [1.0, 1.0], [0.0, 3.0]).items()}
     {'rmse': 1.414, 'mae': 1.0, 'nll': 1.919, 'crps': 0.843, 'coverage': 0.5, 'width': 3.29}
@@ -68,7 +68,7 @@ def regression(mean: Any, std: Any, targets: Any, coverage: float = 0.9) -> dict
 
 
 def crps_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
-    """The continuous ranked probability score of each target under a Normal distribution, of the targets' shape.
+    """Compute the continuous ranked probability score of each target under a Normal distribution, in targets' shape.
 
     Raises:
         TypeError, ValueError: as `regression`.
@@ -94,7 +94,7 @@ def gaussian_nll_of_each(mean: Any, std: Any, targets: Any) -> Tensor:
 
 
 def _checked(mean: Any, std: Any, targets: Any) -> list[Tensor]:
-    """Finite numbers of one shape in float64, of which the standard deviations are positive."""
+    """Convert to finite numbers of one shape in float64, with positive standard deviations."""
     if std is None:
         raise TypeError(
             "the standard deviations are None: nothing is known of single observations until stochbn.calibrate has "
@@ -114,15 +114,16 @@ def _checked(mean: Any, std: Any, targets: Any) -> list[Tensor]:
 
 
 def pinball(quantiles: Any, targets: Any, level: float) -> float:
-    """The mean pinball loss of predicted quantiles, in the targets' units: lowest for the true ones.
+    """Compute the mean pinball loss of predicted quantiles, in the targets' units. It is lowest for the true quantiles.
 
     Args:
-        quantiles: predicted, ``[N, ...]``.
+        quantiles: the predicted quantiles, ``[N, ...]``.
         targets: the true values.
-        level: of the quantiles, between 0 and 1.
+        level: the level of the quantiles, between 0 and 1.
 
     Raises:
-        TypeError, ValueError: no finite numbers of one shape, or a level that is not between 0 and 1.
+        TypeError, ValueError: arguments that are not finite numbers of one shape, or a level that is not between 0 and
+        1.
 
     >>> pinball([1.0, 1.0], [2.0, 0.0], 0.9)
     0.5
@@ -141,29 +142,29 @@ def pinball(quantiles: Any, targets: Any, level: float) -> float:
 
 
 def pinball_of_each(quantiles: Tensor, targets: Tensor, level: float) -> Tensor:
-    """The pinball loss of each predicted quantile at a level, of their shape."""
+    """Compute the pinball loss of each predicted quantile at a level, of their shape."""
     error = targets - quantiles
     return torch.maximum(level * error, (level - 1) * error)
 
 
 def multilabel(probs: Any, labels: Any) -> dict[str, float]:
-    """Scores of labels that each are there or not.
+    """Compute scores of multi-label predictions.
 
     Args:
         probs: ``[N, K]``, the probability of each label.
         labels: ``[N, K]``, 0 or 1.
 
     Returns:
-        ``error``: percent of labels on whose wrong side of one half the probability is.
+        ``error``: percent of labels whose probability is on the wrong side of one half.
         ``nll``: mean negative log-likelihood of a label, in nats.
         ``brier``: mean squared difference of probability and label.
         ``ece``: expected calibration error of a label's probability, a fraction, in 15 bins of equal width.
-        ``auroc``: the mean over labels of the probability that an example with the label has a higher one than an
-        example without; labels that all or no examples have are left out.
+        ``auroc``: the mean over labels of the probability that an example with the label has a higher score than one
+        without it. Labels that all or no examples have are left out.
 
     Raises:
         ImportError: torchmetrics is not installed.
-        TypeError, ValueError: no probabilities and labels of one shape ``[N, K]``, or a value out of range.
+        TypeError, ValueError: arguments that are not of one shape ``[N, K]``, or a value out of range.
     """
     probs, labels = as_numbers(probs, "probabilities"), as_numbers(labels, "labels")
     if probs.ndim != 2 or probs.shape != labels.shape or not probs.numel() or not probs.is_floating_point():
@@ -199,9 +200,9 @@ def multilabel(probs: Any, labels: Any) -> dict[str, float]:
 
 
 def class_ece(probs: Any, labels: Any) -> Tensor:
-    """The expected calibration error of each class's probability, ``[K]``, fractions, in 15 bins of equal width.
+    """Compute the expected calibration error of each class's probability, ``[K]`` as fractions, in 15 equal bins.
 
-    A network may be calibrated in its most probable class, which `evaluate` looks at, and not in single classes.
+    `evaluate` scores the most probable class. A network may be calibrated in that, and not in single classes.
 
     Args:
         probs: ``[N, K]`` (or dense), as for `evaluate`.

@@ -1,1 +1,1 @@
-"""What a network of a user is: its batch norms, how it is called, and the copy of it that passes run on."""
+"""The user's network: its batch norms, how it is called, and the copy that passes run on."""

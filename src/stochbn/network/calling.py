@@ -1,4 +1,4 @@
-"""How a network is called: its input taken from a batch, and what a task reads taken from its output."""
+"""Call a network: take its input from a batch, and read a task's values from its output."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ Batch = Any
 """A tensor, an ``(input, ...)`` tuple or list, or a mapping of the network's argument names to tensors."""
 
 NESTED = 8
-"""How deep arguments are looked into."""
+"""How deep nested arguments are searched."""
 
 InputsOf = int | Callable[[Any], Any] | None
-"""What of a batch the network takes: the number of leading entries of a tuple, which become positional arguments, or a
-function from a batch to a tensor, a tuple of positional arguments or a mapping of named ones. None: see `Batch`."""
+"""Selects the network's input from a batch: a number of leading entries of a tuple, which become positional arguments,
+or a function from a batch to a tensor, a tuple of positional arguments or a mapping of named ones. None: see
+`Batch`."""
 
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """The arguments of a network for N examples, of which all tensors have the examples on their first axis.
+    """The arguments of a network for N examples. All tensors have the examples on their first axis.
 
-    Tensors without any axis, such as a scale, are for all examples.
+    Tensors without an axis, such as a scale, are for all examples.
 
     Attributes:
-        args: positional arguments.
-        kwargs: named ones.
+        args: the positional arguments.
+        kwargs: the named arguments.
     """
 
     args: tuple[Any, ...] = ()
@@ -59,12 +60,12 @@ class NetworkInput:
 
     @property
     def shares_axis(self) -> bool:
-        """Whether its length is that of the first axis of all tensors that have one."""
+        """Whether all tensors that have axes agree in the length of the first."""
         return len({t.shape[0] for t in self.tensors() if t.ndim}) == 1
 
     @functools.cached_property
     def divisible(self) -> bool:
-        """Whether the examples can be predicted apart: all tensors are arguments, and have a first axis in common."""
+        """Whether the examples can be separated: all tensors are arguments, and have a common first axis."""
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
         tensors = self.tensors()
         shared = self.shares_axis and all(t.ndim for t in tensors)
@@ -72,16 +73,16 @@ class NetworkInput:
 
     @property
     def count(self) -> int:
-        """How many examples can be predicted apart: N, or 1 where they cannot."""
+        """The number of examples that can be separated: N, or 1 if they cannot."""
         return len(self) if self.divisible else 1
 
     @property
     def first(self) -> Tensor:
-        """The first tensor that has an axis, or the first of all: what augmentations change."""
+        """The first tensor with an axis, or else the first tensor. Augmentations change it."""
         return next((t for t in self.tensors() if t.ndim), self.tensors()[0])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
-        """The same with every tensor changed; what is no tensor stays."""
+        """Apply a function to every tensor; other arguments stay."""
 
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
@@ -89,7 +90,7 @@ class NetworkInput:
         return NetworkInput(tuple(map(changed, self.args)), {k: changed(v) for k, v in self.kwargs.items()})
 
     def with_first(self, change: Callable[[Tensor], Tensor]) -> NetworkInput:
-        """The same with the first tensor changed."""
+        """Replace the first tensor."""
         first = self.first
         return self.map(lambda tensor: change(tensor) if tensor is first else tensor)
 
@@ -104,16 +105,16 @@ class NetworkInput:
         return all(tensor.device.type == "cpu" for tensor in self.tensors())
 
     def take(self, examples: slice | Tensor) -> NetworkInput:
-        """Some of the examples."""
+        """Select some of the examples."""
         return self.map(lambda tensor: tensor[examples] if tensor.ndim else tensor)
 
     def split(self, size: int) -> Iterator[NetworkInput]:
-        """The consecutive pieces of `size` examples; a smaller remainder is dropped."""
+        """Yield consecutive pieces of `size` examples; a smaller remainder is dropped."""
         for start in range(0, len(self) - size + 1, size):
             yield self.take(slice(start, start + size))
 
     def join(self, other: NetworkInput) -> NetworkInput:
-        """The examples of both; what is no tensor, or has no axis, is taken from `other`.
+        """Join the examples of both; other arguments, and tensors without an axis, are taken from `other`.
 
         Raises:
             ValueError: their examples differ in shape, or the two in their arguments.
@@ -131,14 +132,14 @@ class NetworkInput:
             raise ValueError(f"these examples do not fit into a mini-batch of the others: {error}") from error
 
     def call(self, model: nn.Module, through: Callable[..., Any] | None = None) -> Any:
-        """The network's output for copies of the arguments, as it may write to them.
+        """Call the network with copies of the arguments, because it may write to them.
 
         Args:
             model: the network.
-            through: what to call in its place, such as its compiled code.
+            through: what to call instead, such as its compiled code.
 
         Raises:
-            RuntimeError, ValueError: as the network raised it, with the shapes of the input put in front.
+            RuntimeError, ValueError: the network's error, with the shapes of the input added.
         """
         copies = self.map(Tensor.clone)
         try:
@@ -152,16 +153,15 @@ class NetworkInput:
             raise type(error)(f"{type(model).__name__} failed on an input of shape {shown}: {error}") from error
 
     def kind(self) -> Any:
-        """What inputs have in common that differ in their examples only: shapes, types, and all that is no tensor.
+        """The kind of the input, without its examples: shapes, types, and all arguments that are not tensors.
 
-        Something that is no tensor counts by what it is equal to, if it is a simple value, or a list or mapping of
-        such; otherwise by its identity, and by its attributes.
+        Simple values, and lists or mappings of them, are compared by value; other arguments by identity and attributes.
         """
         return tuple(map(_described, self.args)), tuple((k, _described(v)) for k, v in sorted(self.kwargs.items()))
 
 
 def _described(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """What tells whether a value was changed since; `within` has the identities of what it is in."""
+    """A description that changes if the value changes; `within` has the identities of its containers."""
     if isinstance(value, Tensor):
         return value.shape[1:], value.dtype, value.device
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
@@ -181,7 +181,7 @@ def _described(value: Any, within: tuple[int, ...] = ()) -> Any:
 
 
 class _Identity:
-    """Equal to itself alone, and keeps what it is of alive."""
+    """Compares by identity, and keeps the object alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -194,20 +194,20 @@ class _Identity:
 
 
 def network_input(model: nn.Module, batch: Batch, inputs: InputsOf = None) -> NetworkInput:
-    """The part of a batch that the network takes, on the network's device.
+    """Take the network's input from a batch, and move it to the network's device.
 
-    A tensor is taken as it is, a tuple or list by its first entry, a mapping by the entries that the network's
-    ``forward`` has arguments for (so a mapping may carry labels and identifiers too); of a wrapped network
-    (``torch.compile``, ``DataParallel``), by those of the network inside.
+    A tensor is taken as it is. Of a tuple or list the first entry is taken, and of a mapping the entries that are
+    arguments of the network's ``forward``, so it may contain labels and identifiers too. For a wrapped network
+    (``torch.compile``, ``DataParallel``) the arguments are those of the network inside.
 
     Args:
         model: the network.
         batch: the batch.
-        inputs: another way to take the input from a batch: a number of leading entries, or a function.
+        inputs: another selection of the input: a number of leading entries, or a function.
 
     Raises:
-        TypeError: the batch is none of these, or a mapping without any argument of the network.
-        ValueError: the batch is an empty tuple, or has fewer entries than `inputs` asks for.
+        TypeError: the batch is of another type, or a mapping without any argument of the network.
+        ValueError: the batch is an empty tuple, or has fewer entries than `inputs` selects.
     """
     device = next((p.device for p in model.parameters()), None)
 
@@ -277,10 +277,10 @@ def _chosen(batch: Batch, inputs: int | Callable[[Any], Any]) -> NetworkInput:
 
 
 def refuse_other_axis(output: Any, inputs: NetworkInput) -> None:
-    """Refuse a network whose outputs are of other examples than those along the first axis of its input.
+    """Refuse a network whose examples are not on the first axis of its input.
 
     Raises:
-        ValueError: they are as many as the second axis is long, as with time on the first.
+        ValueError: the outputs have as many rows as the second axis of the input, for example with time first.
     """
     first = inputs.first
     if first.ndim < 2 or not inputs.shares_axis:
@@ -297,15 +297,15 @@ def refuse_other_axis(output: Any, inputs: NetworkInput) -> None:
 
 
 def read_output(output: Any, place: str | int | None = None) -> Any:
-    """What a network's output has at a place.
+    """Read an entry of a network's output.
 
     Args:
-        output: a tensor, a tuple or list, a mapping, or an object with fields (a dataclass, say).
-        place: a key, field or position. None takes a tensor as it is, the entry or field ``logits`` (or ``out``, as
-            torchvision's segmentation networks call it) where there is one, and otherwise the first entry of a tuple.
+        output: a tensor, a tuple or list, a mapping, or an object with fields, such as a dataclass.
+        place: a key, field or position. None takes a tensor as it is, the entry or field ``logits`` (or ``out``, as in
+            torchvision's segmentation networks) if there is one, and otherwise the first entry of a tuple.
 
     Raises:
-        ValueError: there is nothing at that place.
+        ValueError: there is no such entry.
     """
     if isinstance(output, Tensor) and place is None:
         return output

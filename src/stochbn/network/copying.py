@@ -1,4 +1,4 @@
-"""Copying a network so that its parameters are shared, and everything else is the copy's own."""
+"""Copy a network, sharing its parameters and nothing else."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def put_in_training(model: nn.Module) -> bool:
 def copied_with(
     model: nn.Module, own: Iterable[str], generators: dict[int, Any]
 ) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A deep copy whose parameters share the storage of the network's, but for those to `own`.
+    """Make a deep copy whose parameters share the storage of the network's, except those in `own`.
 
     Args:
         model: the network.
-        own: names of the parameters that the copy has copies of.
-        generators: copies of the network's own generators of random numbers, by the identities of these, which are
-            taken where there are some and added where not: copies that share them draw one sequence.
+        own: the names of parameters that are copied.
+        generators: copies of the network's own random generators, by the identity of the originals. They are used, and
+            missing ones are added, so that copies with the same mapping draw one sequence.
 
     Returns:
-        The copy, and every tensor of it that is no parameter with the one that it is of; so for parameters that are
-        not registered, as in plain lists of modules.
+        The copy, and pairs of each of its tensors with the original. Registered parameters have no pairs; parameters
+        that are not registered, as in plain lists of modules, have.
 
     Raises:
-        Exception: it cannot be copied, or a part of it is not.
+        Exception: the network, or a part of it, cannot be copied.
     """
     own = set(own)
     memo: dict[int, Any] = {}

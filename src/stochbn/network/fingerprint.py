@@ -1,4 +1,4 @@
-"""A few numbers that tell a network's weights from others, however they are stored."""
+"""Fingerprints: a few numbers that identify a network's weights, in any precision."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from stochbn.network.layers import unwrap
 __all__ = ["Fingerprint", "Part", "Sums", "totals"]
 
 WHOLE = 2048
-"""Entries of a parameter of which each is looked at, at most: batch norms have no more."""
+"""Parameters with at most this many entries are used as a whole; batch norms have no more."""
 SAMPLED = 512
-"""About how many entries of larger parameters are looked at: training changes all of them."""
+"""About this many entries of larger parameters are used, because training changes all of them."""
 HALF = torch.finfo(torch.float16).max
-"""What infinity counts as, which larger numbers become in half precision."""
+"""Infinity, which larger numbers become in half precision, counts as this."""
 TOLERANCE = 1e-10
-"""What sums in float64 may differ by, beside the sum of absolute values: their rounding is a thousandth of it."""
+"""The tolerance of sums in float64, relative to the sum of absolute values; rounding is a thousandth of it."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of one parameter.
+    """The fingerprint of one parameter.
 
     Attributes:
-        entries: how many numbers it has, looked at or not.
-        size: the sum of the absolute values of those that were looked at, each with a weight of its own.
-        rounded: sums of them with these weights: as they are, and as float32, float16, bfloat16, and bfloat16 after
-            float16 would round them.
+        entries: its number of entries, used or not.
+        size: the weighted sum of the absolute values of the used entries.
+        rounded: weighted sums of these entries: exact, and rounded to float32, float16, bfloat16, and to bfloat16 after
+            float16.
     """
 
     entries: int
@@ -41,7 +41,7 @@ class Sums:
     rounded: tuple[float, ...]
 
     def same(self, other: Sums) -> bool:
-        """Whether these are of the other's parameter, or of a rounded form of it."""
+        """Whether both are of the same parameter, up to rounding."""
         if self.entries != other.entries:
             return False
         allowed = TOLERANCE * max(self.size, other.size)
@@ -56,7 +56,7 @@ class Part:
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor]) -> Part:
-        """The part that consists of these parameters; those that are no real numbers are left out."""
+        """Make the part from parameters; those that are not real numbers are left out."""
         real = [p.detach() for p in parameters if p.is_floating_point() and not p.is_meta and p.numel()]
         if not real:
             return cls(())
@@ -75,7 +75,7 @@ class Part:
         return cls(tuple(Sums(p.numel(), size, tuple(rest)) for p, (size, *rest) in zip(real, sums, strict=True)))
 
     def same(self, other: Part) -> bool:
-        """Whether these are the other's parameters, each as it is or rounded."""
+        """Whether both are of the same parameters, up to rounding."""
         return len(self.parameters) == len(other.parameters) and all(
             one.same(two) for one, two in zip(self.parameters, other.parameters, strict=True)
         )
@@ -83,12 +83,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells the weights of a network from others, in a few numbers.
+    """A few numbers that identify the weights of a network.
 
-    It stays the same when the network is moved to another device, wrapped, compiled, or rounded to half precision or
-    bfloat16 and back, whole or in part. Running statistics are no weights, so they do not count. All entries of small
-    parameters and some of large ones are looked at, which takes some milliseconds for a ResNet-50; a change to other
-    entries alone is not noticed.
+    A fingerprint stays the same if the network is moved to another device, wrapped, compiled, or rounded to half
+    precision or bfloat16 and back, as a whole or in part. Running statistics do not count. It uses all entries of small
+    parameters and some of large ones, which takes some milliseconds for a ResNet-50. A change of other entries alone is
+    not detected.
 
     Attributes:
         norms: the weights and biases of the batch norms.
@@ -100,7 +100,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        """The fingerprint of a network."""
+        """Compute the fingerprint of a network."""
         model = unwrap(model)
         norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
         parameters = list(model.parameters())
@@ -110,7 +110,7 @@ class Fingerprint:
         )
 
     def difference(self, other: Fingerprint) -> str | None:
-        """Which weights differ, in words; None if none do."""
+        """Describe which weights differ; None if none do."""
         norms, others = not self.norms.same(other.norms), not self.others.same(other.others)
         if norms and others:
             return "those of the batch norms and those of other layers"
@@ -119,7 +119,7 @@ class Fingerprint:
         return "those of layers other than the batch norms" if others else None
 
     def description(self) -> dict[str, list[list[float]]]:
-        """What `from_description` reads: numbers alone, for a file."""
+        """The numbers for a file, which `from_description` reads."""
         return {
             name: [[sums.entries, sums.size, *sums.rounded] for sums in part.parameters]
             for name, part in vars(self).items()
@@ -127,10 +127,10 @@ class Fingerprint:
 
     @classmethod
     def from_description(cls, description: Any) -> Fingerprint:
-        """The fingerprint that was described.
+        """Read a fingerprint from its description.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a fingerprint.
         """
         if not isinstance(description, dict) or description.keys() != {"norms", "others"}:
             raise ValueError(f"fingerprint must have norms and others, got {description!r:.100}")
@@ -145,7 +145,7 @@ class Fingerprint:
 
 
 def totals(parameters: Iterable[Tensor]) -> tuple[float, ...]:
-    """The sums of parameters, of all of their entries: a quick sign of writes by ``.data``, which leave no other."""
+    """The sums of all entries of parameters, which quickly show writes through ``.data``."""
     real = [p.detach() for p in parameters if p.is_floating_point() and not p.is_meta and p.layout == torch.strided]
     if not real:
         return ()
@@ -163,7 +163,7 @@ def _describes_sums(numbers: Any) -> bool:
 
 
 def _sampled(parameter: Tensor) -> Tensor:
-    """``[n]``: evenly spread entries of a parameter, in the order of its indices, whatever its memory layout."""
+    """Evenly spread entries of a parameter, ``[n]``, in index order for any memory layout."""
     count = parameter.numel()
     step = 1 if count <= WHOLE else math.ceil(count / SAMPLED)
     if parameter.is_contiguous():

@@ -1,4 +1,4 @@
-"""What has been found out about a network since it was last changed."""
+"""Cached results about a network, which hold until it changes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["Knowledge"]
 
 
 KEPT = 64
-"""Entries that are kept of one network at most."""
+"""The largest number of cached entries for a network."""
 
 
 class Knowledge:
-    """What has been found out about a network since it was last changed.
+    """Cached results about a network, which hold until it changes.
 
     Attributes:
         in_place: why passes must run on the user's own object; empty if they need not.
-        stateful: passes change the replica, so each gets one of its own.
-        caches: the first pass on a replica keeps what depends on parameters and buffers alone, so each call gets a
-            replica of its own.
-        state: names of parameters that passes write to, or may: replicas have copies of them.
-        parameters: the network's.
-        buffers: the network's, but those of batch norms.
+        stateful: whether passes change the replica, so that each needs its own.
+        caches: whether the first pass on a replica fills caches that depend on parameters and buffers alone, so that
+            each call needs its own replica.
+        state: the names of parameters that passes write to, or may; replicas have copies of them.
+        parameters: the network's parameters.
+        buffers: the network's buffers, except those of batch norms.
     """
 
     def __init__(self, snapshot: Snapshot, model: nn.Module | None = None) -> None:
         self.in_place = ""
-        self.stateful = bool(snapshot.opaque)  # whether passes change it could not be told
+        self.stateful = bool(snapshot.opaque)  # it is unknown whether passes change it
         self.caches = False
         self.state: frozenset[str] = frozenset()
         self.parameters = snapshot.parameters
@@ -45,21 +45,21 @@ class Knowledge:
         self._kept: dict[Hashable, Any] = {}
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether it is of a network in this state, with code that reads the same outside of it."""
+        """Whether the results still hold for this state of the network and of its surroundings."""
         known = self._snapshot
         same = known.of_this(model) and known.versions(without=self._buffers) == self._versions
         return same and self._surroundings.same()
 
     def settle(self) -> None:
-        """Note that passes have been made, which may write outside of the network too."""
+        """Record that passes were made, which may also write outside of the network."""
         self._surroundings.settle()
 
     def get(self, key: Hashable) -> Any:
-        """What is kept under a key; None if nothing is."""
+        """The value for a key; None if there is none."""
         return self._kept.get(key)
 
     def keep(self, key: Hashable, value: Any) -> None:
-        """Keep something, and forget the oldest of too many."""
+        """Store a value, and drop the oldest if there are too many."""
         self._kept[key] = value
         for old in list(self._kept)[:-KEPT]:
             self._kept.pop(old, None)

@@ -1,4 +1,4 @@
-"""Which modules of a network are batch norms, and what they are called, whatever the network is wrapped in."""
+"""Find the batch norms of a network, and their names without wrappers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ WRAPPED = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "_FabricModule": "_original_module",
 }
-"""Classes of modules that stand for another, by name, so that nothing is imported for it; and what they keep it as."""
+"""Wrapper classes by name, so that nothing is imported, and the attribute that holds the wrapped module."""
 
 OF_TRAINING = {"data", "dataset", "loader", "dataloader", "train_loader", "epochs", "trainer", "config", "cfg"}
-"""What the first argument of a training is called."""
+"""Names of the first argument of methods that train."""
 
 AVERAGES = re.compile("EMA|Ema")
-"""Names of classes that keep an average of a network as their `module`, such as timm's ModelEmaV3."""
+"""Names of classes with a moving average of a network as their `module`, such as timm's ModelEmaV3."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, without what it is wrapped in.
+    """Remove all wrappers from a network.
 
-    ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and other moving averages,
-    ``FullyShardedDataParallel``, checkpointing and Lightning Fabric are taken off, one after another.
+    These are ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and other moving
+    averages, ``FullyShardedDataParallel``, checkpointing and Lightning Fabric.
 
     Raises:
         TypeError: `model` is not a module, or one whose ``train()`` trains it.
@@ -58,11 +58,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: object) -> str:
-    """Where in a Python object there is a network, as advice."""
+    """Advice on which attribute of a Python object is a network."""
     for name in ("model", "module_", "module", "net", "network"):
         try:
             found = getattr(model, name, None)
-        except Exception:  # a property of a stranger's may raise anything
+        except Exception:  # a property may raise anything
             continue
         if isinstance(found, nn.Module) and found is not model:
             return f", {type(model).__name__}(...).{name}" if isinstance(model, nn.Module) else f"; pass its .{name}"
@@ -71,7 +71,7 @@ def _inside(model: object) -> str:
 
 @functools.cache
 def _trains(train: Callable[..., Any]) -> bool:
-    """Whether the ``train`` of a class is a training, as of ultralytics' YOLO, and not what sets a mode."""
+    """Whether the ``train`` of a class trains, as in ultralytics' YOLO, instead of setting a mode."""
     if train is nn.Module.train:
         return False
     try:
@@ -86,12 +86,11 @@ def _trains(train: Callable[..., Any]) -> bool:
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch-norm layers of a network, by their names, in registration order.
+    """The batch-norm layers of a network by name, in registration order.
 
-    ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and every subclass of them count. A layer
-    that is registered under several names is listed once, under the first. Names are those in the network without
-    wrappers, also where a part of it is wrapped: see `qualified_names`. Layers that cannot be drawn are left out: see
-    `undrawable`.
+    ``BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` and all their subclasses count. A layer that is registered under
+    several names is listed once, under the first. Names are those without wrappers, also for wrapped parts, see
+    `qualified_names`. Layers that cannot be drawn are left out, see `undrawable`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -120,7 +119,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _what_to_do(model: nn.Module) -> str:
-    """How a network without batch norm may come to have some: of frozen, and of fused ones."""
+    """Advice for a network without batch norm, which may be frozen or fused."""
     modules = list(model.modules())
     if any("FrozenBatchNorm" in type(module).__name__ for module in modules):
         return (
@@ -136,18 +135,18 @@ def _what_to_do(model: nn.Module) -> str:
 
 
 def qualified_names(model: nn.Module) -> dict[str, str]:
-    """What the layers of `batch_norms` are called in a network: the prefixes of their buffers, wrappers included.
+    """The names of the layers of `batch_norms` with wrappers, as in the names of their buffers.
 
-    In a network without wrapped parts, and without a wrapper itself, these are the names themselves.
+    Without wrappers, they are the same names.
     """
     return {name: place for name, place, m in _walk(model) if isinstance(m, _BatchNorm)}
 
 
 def undrawable(model: nn.Module) -> dict[str, str]:
-    """Layers that normalise as batch norms do but cannot be drawn, by their names, with the reason.
+    """The layers that normalise like batch norms but cannot be drawn, by name, with the reason.
 
-    ``FrozenBatchNorm``: a layer that never sees mini-batch statistics, such as torchvision's ``FrozenBatchNorm2d``.
-    ``scripted``: it is part of a scripted or traced module, whose buffers cannot be exchanged.
+    ``FrozenBatchNorm``: the layer never sees mini-batch statistics, such as torchvision's ``FrozenBatchNorm2d``.
+    ``scripted``: the layer is part of a scripted or traced module, whose buffers cannot be replaced.
     """
     found = {}
     for name, _, module in _walk(unwrap(model)):
@@ -168,11 +167,11 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a network, without wrappers, with other running statistics.
+    """Make a copy of a network, without wrappers, with other running statistics.
 
     Args:
         model: the network.
-        statistics: of each layer, by its name: ``[2, C]``, its mean and its variance.
+        statistics: the mean and variance of each layer, ``[2, C]``, by name.
 
     Raises:
         ValueError: the network's type cannot hold them.
@@ -197,13 +196,13 @@ def buffer_names(layer: str) -> tuple[str, str]:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: the first ones, and how many more there are."""
+    """List names for a message: the first ones, and the number of the others."""
     names = [repr(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """The name under which a wrapper keeps what it wraps; None for other modules."""
+    """The attribute with the module that a wrapper wraps; None for other modules."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     for cls in type(module).__mro__:
@@ -214,7 +213,7 @@ def _wrapped(module: nn.Module) -> str | None:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Every module once: its name without wrappers, its name in `model`, and itself."""
+    """Yield every module once: its name without wrappers, its name in `model`, and the module."""
     seen: set[int] = set()
 
     def below(module: nn.Module, name: str, place: str) -> Iterator[tuple[str, str, nn.Module]]:

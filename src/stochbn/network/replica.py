@@ -1,16 +1,16 @@
-"""The network that passes run on: a copy of the user's that shares its parameters and owns everything else.
+"""Replicas: the copies that passes run on. They share the parameters of the user's network, and nothing else.
 
-A replica is a deep copy of the network in which every parameter is a new object on the storage of the user's own. So
-weights take no memory twice, training them further is seen, and whatever else a pass changes (buffers, training flags,
-hooks, attributes, a parameter that is assigned anew) is changed in the copy. These rules go beyond a deep copy:
+A replica is a deep copy of the network in which every parameter is a new object with the storage of the original. So
+weights do not take more memory, and further training takes effect. Whatever else a pass changes (buffers, training
+flags, hooks, attributes, a parameter that is assigned) changes in the copy. These rules go beyond a deep copy:
 
-* Parameters that a pass itself writes to are state, not weights: a replica has copies of them.
+* Parameters that a pass writes to are state, not weights. Replicas have copies of them.
 * Tensors that are plain attributes, such as the weight that old-style weight norm computes, are copied.
-* Hooks and a patched ``forward`` are copied with the network: a bound method is bound to the copy, a function is the
-  same function and runs in every pass.
-* Wrappers (``torch.compile``, ``DataParallel``) are taken off.
-* A network that cannot be copied, or whose copy calls the original's layers (a closure over it, say), runs in place:
-  one call at a time, with its buffers exchanged and its flags set until the call ends.
+* Hooks and a patched ``forward`` are copied with the network. A bound method is bound to the copy. A function stays the
+  same function, and runs in every pass.
+* Wrappers (``torch.compile``, ``DataParallel``) are removed.
+* A network that cannot be copied, or whose copy calls the original's layers (for example in a closure), runs in place:
+  one call at a time, with its buffers replaced and its flags set until the call ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Network", "Replica", "named_modules"]
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a network by their names, which are the same in its replicas: compiled ones are their insides."""
+    """All modules of a network by name, without ``torch.compile``, so that names are the same in replicas."""
     return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
 
 
@@ -45,10 +45,10 @@ class Replica:
     """A network to make passes with.
 
     Args:
-        model: the copy, or the user's own network where it runs in place.
-        original: the user's.
-        own: names of the parameters that the copy has copies of.
-        tensors: all other tensors of the copy, each with the original's.
+        model: the copy, or the user's network if it runs in place.
+        original: the user's network.
+        own: the names of parameters that are copied.
+        tensors: all other tensors of the copy, each with the original.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class Replica:
         mine = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
         self._owned = [(mine[name.replace("_orig_mod.", "")], theirs[name]) for name in own if name in theirs]
         self.usable = True  # until a pass has failed on it
-        self.warm = False  # whether a pass has filled its caches
-        self.through: Callable[..., Any] | None = None  # what passes call in place of the model
-        self.compiled: Any = None  # the model's compiled code, once some call has asked for it
+        self.warm = False  # whether a pass has filled the caches
+        self.through: Callable[..., Any] | None = None  # what passes call instead of the model
+        self.compiled: Any = None  # the model's compiled code, once a call has asked for it
         self._parameters: list[tuple[dict[str, Any], str, Any]] = []
         self._training: frozenset[str] | None = None
         self._state: Snapshot | None = None
         self._versions: list[int] = []
 
     def fits(self) -> bool:
-        """Whether its tensors still have the shapes of the original's."""
+        """Whether its tensors still have the shapes of the originals."""
         return all(copy.shape == original.shape for copy, original in zip(self._copies, self._originals, strict=True))
 
     def refresh(self) -> None:
-        """Bring all tensors that it has copies of up to date with the user's network."""
+        """Update all copied tensors from the user's network."""
         self.statistics({})
         with torch.no_grad():
             if self._copies:
@@ -101,7 +101,7 @@ class Replica:
     def modes(self, training: frozenset[str]) -> None:
         """Put the modules of these names in training mode and all others in evaluation mode.
 
-        Flags are set one by one: ``train()`` may be overridden.
+        Flags are set one by one, because ``train()`` may be overridden.
         """
         for name, module in self.modules.items():
             flag = name in training
@@ -113,7 +113,7 @@ class Replica:
             self._training, self._state = training, None
 
     def statistics(self, draw: Mapping[str, Tensor]) -> None:
-        """Put drawn statistics in the place of the layers' own; layers that are not in `draw` have their own."""
+        """Replace the statistics of layers by drawn ones; layers that are not in `draw` get their own."""
         for name, (buffers, key) in self._statistics.items():
             value = draw.get(name)
             if value is None:
@@ -123,7 +123,7 @@ class Replica:
             buffers[key] = value if value.dtype == dtype and value.device == device else value.to(device, dtype)
 
     def exchange(self, parameters: Mapping[str, Tensor]) -> None:
-        """Put other tensors in the place of the parameters of these names, until `restore`."""
+        """Replace the parameters of these names by other tensors, until `restore`."""
         for name, value in parameters.items():
             prefix, _, key = name.rpartition(".")
             own = self.modules[prefix]._parameters
@@ -131,14 +131,14 @@ class Replica:
             own[key] = value  # type: ignore[assignment]
 
     def restore(self) -> None:
-        """Put the network's own statistics and parameters back."""
+        """Restore the network's own statistics and parameters."""
         self.statistics({})
         while self._parameters:
             own, key, value = self._parameters.pop()
             own[key] = value
 
     def mark(self) -> None:
-        """Remember the present state, for `changed`, if it is not known already."""
+        """Record the current state, for `changed`, if it is not recorded."""
         if self._state is None:
             self._state = Snapshot.of(self.model)
         self._versions = self._state.versions(without=self._observing())
@@ -146,8 +146,8 @@ class Replica:
     def changed(self) -> bool:
         """Whether anything has been assigned or written to since `mark`.
 
-        What `restore` puts back does not count, nor do buffers of batch norms in training mode, which do not use them.
-        Parameters count where it has copies of them.
+        Tensors that `restore` restores do not count, nor do buffers of batch norms in training mode, which do not use
+        them. Copied parameters count.
         """
         if any(p.shape != original.shape or not torch.equal(p, original) for p, original in self._owned):
             return True
@@ -161,33 +161,33 @@ class Replica:
 
 
 class Network:
-    """A user's network, and what is kept of it between calls: one object for all that predict with it.
+    """A user's network, and cached results about it: one object for all predictives of the network.
 
-    Nothing here waits for a lock while a network can be copied, as an interrupted thread may never let one go.
+    If a network can be copied, nothing here waits for a lock, because an interrupted thread may never release it.
 
     Attributes:
         model: the user's network, without wrappers.
-        known: what has been found out about it.
+        known: cached results about it.
     """
 
     ABOUT_A_NETWORK: ClassVar[bool] = True
-    """It is no part of a network that holds it."""
+    """Skipped when taking a snapshot of a module that refers to it."""
     _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known = Knowledge(Snapshot.of(nn.Module()))
         self._in_use = threading.RLock()
-        self._borrower: int | None = None  # the thread that runs the network itself, which is changed meanwhile
-        self._borrows = 0  # how often that began
+        self._borrower: int | None = None  # the thread that runs the network in place, which changes it
+        self._borrows = 0  # how often this thread entered
         self._local = threading.local()
 
     @classmethod
     def of(cls, model: nn.Module) -> Network:
-        """The one of this network, made where there is none.
+        """Return the object of a network, and make it if there is none.
 
         Raises:
-            ValueError: parameters wait for a first input to have a shape.
+            ValueError: parameters have no shape before a first input.
         """
         inner = unwrap(model)
         lazy = next((name for name, p in inner.named_parameters() if isinstance(p, UninitializedParameter)), None)
@@ -201,27 +201,27 @@ class Network:
             first = cls._all.setdefault(inner, weakref.ref(made))()
             if first is not None:
                 return first
-            cls._all.pop(inner, None)  # nobody held the one before
+            cls._all.pop(inner, None)  # the previous one was not referenced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
-        return Network(copy.deepcopy(self.model, memo))  # a model that holds a predictive may be half made by now
+        return Network(copy.deepcopy(self.model, memo))  # a model that holds a predictive may be half built here
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Network.of, (self.model,)
 
     def weights(self) -> tuple[Any, ...]:
-        """What tells of most writes to parameters since the last `look`, not of those by ``.data``."""
+        """A value that changes with most writes to parameters since the last `look`, except those through ``.data``."""
         return tuple((*_form(p), None if p.is_inference() else p._version) for p in self.known.parameters)
 
     def state(self) -> tuple[Any, ...]:
-        """What tells whether buffers have been replaced or written to, but those of batch norms."""
+        """A value that changes when buffers, except those of batch norms, are replaced or written to."""
         return tuple((id(b), -1 if b.is_inference() else b._version) for b in self.known.buffers)
 
     @undisturbed
     def look(self) -> None:
-        """Forget what is known of the network if more of it than parameters and buffers was changed.
+        """Drop the cached results if more of the network than parameters and buffers has changed.
 
-        Where another thread runs the network itself, that is waited for, as it is changed until then.
+        If another thread runs the network in place, this waits, because the network is changed until then.
         """
         if not self.known.in_place and self._borrower is None:
             before, known = self._borrows, self._looked()
@@ -237,7 +237,7 @@ class Network:
 
     @scope
     def replica(self) -> Generator[Replica, None, None]:
-        """A replica for one call in this thread; after an exception it is dropped."""
+        """Lend a replica for one call in this thread; after an exception it is dropped."""
         if not self.known.in_place:
             replica = self._take()
             if replica is not None:
@@ -282,10 +282,11 @@ class Network:
                 self._borrower = before
 
     def trained(self) -> frozenset[str]:
-        """Names of the modules that are in training mode when the network is trained.
+        """The names of modules that are in training mode during training.
 
-        Modules whose own ``train()`` leaves them in evaluation mode, as in backbones with frozen batch norms, are not;
-        it is called on a copy, as it may change more than flags. Nor are scripted modules, which cannot be drawn.
+        Modules whose own ``train()`` leaves them in evaluation mode, such as backbones with frozen batch norms, are
+        left out. ``train()`` is called on a copy, because it may change more than flags. Scripted modules, which cannot
+        be drawn, are left out too.
         """
         names = {n for n, m in named_modules(self.model).items() if not isinstance(m, torch.jit.ScriptModule)}
         replica = self.fresh(own_parameters=True)
@@ -295,7 +296,7 @@ class Network:
 
     @scope
     def copied(self, *, train: bool = False) -> Generator[Replica, None, None]:
-        """A replica with parameters of its own, for passes that may write to anything.
+        """Lend a replica with its own parameters, for passes that may write to anything.
 
         Args:
             train: call its ``train()``.

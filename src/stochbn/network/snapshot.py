@@ -1,4 +1,4 @@
-"""What a network consists of, and what its code reads besides, to tell whether either has been changed."""
+"""Snapshots of a network and of what its code reads elsewhere, to detect changes."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _ATOMS = {
 
 
 _UNCHANGING = {"typing", "inspect", "re", "pathlib", "datetime", "decimal", "fractions", "uuid"}
-"""Modules of the standard library whose objects do not change: annotations and signatures, say."""
+"""Modules of the standard library whose objects do not change, such as annotations and signatures."""
 
 
 class Snapshot(NamedTuple):
-    """All that a network consists of, down to numbers, tensors and functions, in a fixed order.
+    """All parts of a network, down to numbers, tensors and functions, in a fixed order.
 
-    Two snapshots of one network with the same objects in the same places mean that nothing was assigned in between.
+    If two snapshots of a network have the same objects in the same places, nothing was assigned in between.
 
     Attributes:
-        leaves: everything.
-        parameters: the parameters among it.
+        leaves: all parts.
+        parameters: the parameters.
         tensors: all other tensors.
-        opaque: what cannot be looked into, such as arrays of NumPy and objects with slots.
-        contents: every mapping, list and the like among it, with the keys or entries, and the values, in it.
-        empty: those of them that were empty.
-        owners: every object that was looked into, with its attributes.
+        opaque: objects that cannot be searched, such as NumPy arrays and objects with slots.
+        contents: every mapping, list and similar container, with its keys or entries, and its values.
+        empty: the empty containers.
+        owners: every object that was searched, with its attributes.
     """
 
     leaves: list[Any]
@@ -52,11 +52,11 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, root: nn.Module, *, inside: bool = True) -> Snapshot:
-        """The snapshot of a network.
+        """Take the snapshot of a network.
 
         Args:
             root: the network.
-            inside: also what the modules in it consist of.
+            inside: whether to search the modules in it too.
         """
         leaves, parameters, tensors, opaque, contents, empty, owners = snapshot = cls([], [], [], [], [], [], [])
         seen = {id(root)}
@@ -108,7 +108,7 @@ class Snapshot(NamedTuple):
         return self._intact(root) or Snapshot.of(root).same(self)
 
     def _intact(self, root: nn.Module) -> bool:
-        """Whether everything is in its place still: quicker to tell, and false where a list was made anew."""
+        """Whether everything is still in its place. This is quicker, but False if a list was only made again."""
         return (
             self.owners[0][0] is root
             and not any(self.empty)
@@ -126,19 +126,19 @@ class Snapshot(NamedTuple):
         return len(self.leaves) == len(other.leaves) and all(map(operator.is_, self.leaves, other.leaves))
 
     def versions(self, without: Collection[int] = ()) -> list[int]:
-        """How often each tensor that is no parameter has been written to, but those of some identities."""
+        """The number of writes to each tensor that is not a parameter, except those of some identities."""
         return [t._version for t in self.tensors if id(t) not in without and not t.is_inference()]
 
 
 class Surroundings:
-    """What the code of a network's classes reads that is no part of the network: class attributes, globals, closures.
+    """What the code of a network's classes reads outside of the network: class attributes, globals, closures.
 
-    PyTorch's own classes and functions are taken to be as they are. Functions are looked into as far as they are named
-    by the classes' methods, or by functions of these.
+    PyTorch's own classes and functions are assumed not to change. Functions are searched if the classes' methods, or
+    functions of these, name them.
 
     Args:
         root: the network.
-        snapshot: of it.
+        snapshot: its snapshot.
     """
 
     def __init__(self, root: nn.Module | None, snapshot: Snapshot) -> None:
@@ -167,19 +167,19 @@ class Surroundings:
         self._lengths = [len(vars(cls)) for cls in self._classes]
 
     def same(self) -> bool:
-        """Whether everything is as it was, but what passes write to."""
+        """Whether nothing has changed, except what passes write to."""
         return [len(vars(cls)) for cls in self._classes] == self._lengths and self._changed(
             *self._read()
         ) <= self._written
 
     def settle(self) -> None:
-        """Note what a call has changed: logs, counters and caches outside of the network do not count from now on."""
+        """Record what a call has changed. From now on these logs, counters and caches do not count."""
         values, entries = self._read()
         self._written |= self._changed(values, entries)
         self._values, self._entries = values, entries
 
     def _read(self) -> tuple[list[Any], dict[int, list[Any]]]:
-        """Everything that is named, and what is in each mapping, list or set among it, by its place."""
+        """Everything that is named, and the contents of each mapping, list or set, by its place."""
         values = [value for space, names in self._spaces for value in map(space.get, names)]
         values += map(_content, self._cells)
         places: Collection[int] = self._entries
@@ -188,7 +188,7 @@ class Surroundings:
         return values, {place: _entries(values[place]) for place in places}
 
     def _changed(self, values: list[Any], entries: dict[int, list[Any]]) -> set[int]:
-        """The places of what differs; the entries of a mapping count as at its own place."""
+        """The places of differences; entries of a mapping count as the place of the mapping."""
         changed = {place for place in entries if not _identical(entries[place], self._entries.get(place, []))}
         if not _identical(values, self._values):
             changed |= {place for place, value in enumerate(values) if value is not self._values[place]}
@@ -209,7 +209,7 @@ def _entries(container: Any) -> list[Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _sort(kind: type) -> str:
-    """How a snapshot looks at values of a type."""
+    """How a snapshot treats values of a type."""
     if kind in _ATOMS or getattr(kind, "ABOUT_A_NETWORK", False) or issubclass(kind, np.generic):
         return "atom"
     if kind.__module__ in _UNCHANGING:
@@ -220,11 +220,11 @@ def _sort(kind: type) -> str:
 
 
 LISTED = 64
-"""Entries of a mapping, list or set outside of a network up to which these are looked at one by one."""
+"""The largest mapping, list or set outside of a network whose entries are compared one by one."""
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The function of Python that a value is, or that a method, property or static method has."""
+    """The Python function of a function, method, property or static method."""
     for attribute in ("__func__", "fget", "func", "__wrapped__"):
         value = getattr(value, attribute, value) if not isinstance(value, types.FunctionType) else value
     return value if isinstance(value, types.FunctionType) else None
@@ -237,7 +237,7 @@ def _is_library(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names of globals that a function's code reads, also that of functions in it."""
+    """The names of globals that a function's code, and that of functions in it, reads."""
     own = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
     return tuple(dict.fromkeys((*own, *inner)))

@@ -1,7 +1,7 @@
-"""Distributions over the statistics of all batch-norm layers of a network: a module a kind.
+"""Distributions over the statistics of all batch-norm layers of a network, one kind in each module.
 
-`stochbn.fit` makes one in this process. Where several processes observe mini-batches, each adds its own to an
-accumulator; these are merged in any order, and what comes out is the posterior of all::
+`stochbn.fit` adds mini-batches to an accumulator, which makes the posterior. If several processes observe mini-batches,
+each has its own accumulator. Merged in any order, they make the posterior of all::
 
     accumulator = KINDS["joint"].accumulator(max_batches=512)
     accumulator.update({"bn1": statistics})           # [calls, 2, C], for every mini-batch

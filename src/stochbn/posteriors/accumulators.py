@@ -1,4 +1,4 @@
-"""Statistics of mini-batches as they come, here or in several processes, from which a posterior is made."""
+"""Accumulators: collect the statistics of mini-batches, in one process or several, and make a posterior from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Accumulator", "Observation", "Sample"]
 
 Observation = Mapping[str, Tensor]
-"""For every layer, in the network's order, ``[calls, 2, C]``: mean and biased variance at each call, in float64.
+"""Mean and biased variance at each call of every layer, in the network's order, ``[calls, 2, C]`` in float64.
 
-A layer that was not called has 0 calls, or is left out.
+A layer that was not called has 0 calls, or is missing.
 """
 
 P = TypeVar("P", bound="Posterior")
@@ -34,7 +34,7 @@ KEPT = 512
 
 
 class Accumulator(ABC, Generic[P]):
-    """What a kind of posterior remembers of mini-batches. Memory does not grow with their number beyond some.
+    """Collects what a kind of posterior needs of mini-batches, in limited memory.
 
     Attributes:
         seen: how many mini-batches were added.
@@ -62,35 +62,33 @@ class Accumulator(ABC, Generic[P]):
         """Add a mini-batch.
 
         Raises:
-            ValueError: its layers do not fit those before.
+            ValueError: its layers differ from those before.
         """
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
-        """A new accumulator that has seen the mini-batches of both, as another process would hand over its own.
-
-        In whatever order accumulators are merged, the posterior is the same.
+        """Return a new accumulator with the mini-batches of both. The order of merging does not change the posterior.
 
         Raises:
-            ValueError: their layers or settings do not fit.
+            ValueError: their layers or settings differ.
         """
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it remembers, for another process: tensors, and what JSON holds."""
+        """The contents, for another process: tensors, and values for JSON."""
 
     @abstractmethod
     def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
-        """A new accumulator with the settings of this one that remembers what `state` gave."""
+        """Return a new accumulator with the settings of this one and the contents of a `state`."""
 
     def posterior(self, **about: Any) -> P:
-        """The posterior of the mini-batches that were added.
+        """Make the posterior of the mini-batches that were added.
 
         Args:
-            about: the attributes of `Posterior` but `layers` and `mini_batches`.
+            about: the attributes of `Posterior`, except `layers` and `mini_batches`.
 
         Raises:
-            ValueError: there were none, or no layer was called.
+            ValueError: there are none, or no layer was called.
         """
         if not self.layers:
             raise ValueError("no mini-batch was added in which a layer was called; add some with update")
@@ -104,13 +102,12 @@ class Accumulator(ABC, Generic[P]):
 class Sample(Accumulator[P]):
     """The statistics of mini-batches themselves: of all, or of a random sample of at most `max_batches`.
 
-    Those with the smallest hashes of their statistics are kept. That is a uniformly random sample, which depends
-    neither on the order in which mini-batches come nor on the process that they come to; equal mini-batches are kept
-    or dropped together, but for the last place. Rows are in order of arrival while all are kept, and those of several
-    processes by turns: as one process sees them, of which these take every other. As soon as one was dropped, they are
-    in order of their hashes.
+    The mini-batches with the smallest hashes of their statistics are kept. This is a uniformly random sample, which
+    does not depend on the order of mini-batches, nor on the process that observes them. Equal mini-batches are kept or
+    dropped together, except for the last place. While all are kept, rows are in order of arrival, with the processes in
+    turn, as if one process had seen them. Once one was dropped, they are in the order of their hashes.
 
-    A layer that is called several times in a forward pass has one of its calls taken, which the hash chooses.
+    Of a layer that is called several times in a forward pass, the hash chooses one call.
 
     Args:
         max_batches: how many mini-batches to keep, at least 2.
@@ -137,7 +134,7 @@ class Sample(Accumulator[P]):
         """Add a mini-batch.
 
         Raises:
-            ValueError: layers were called that were not called before, or the other way round.
+            ValueError: other layers were called than before.
         """
         called = {name: calls.float() for name, calls in observation.items() if len(calls)}
         layers = {name: calls.shape[2] for name, calls in called.items()}
@@ -158,7 +155,7 @@ class Sample(Accumulator[P]):
         self._drop()
 
     def merge(self, other: Self) -> Self:
-        """A new accumulator that has seen the mini-batches of both.
+        """Return a new accumulator with the mini-batches of both.
 
         Raises:
             ValueError: different layers were called in the two, or they keep different numbers of mini-batches.
@@ -177,7 +174,7 @@ class Sample(Accumulator[P]):
         return merged
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The mini-batches that are kept with their places and hashes, and the layers."""
+        """The mini-batches that are kept, with their positions and hashes, and the layers."""
         hashes = b"".join(row.hash.to_bytes(HASH_BYTES, "big") for row in self._rows)
         tensors = {
             "places": torch.tensor([row.place for row in self._rows], dtype=torch.int64).view(-1, 2),
@@ -187,12 +184,12 @@ class Sample(Accumulator[P]):
         return tensors, {"seen": self.seen, "layers": list(self._layers.items()), "by_hash": self._by_hash}
 
     def with_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Self:
-        """A new accumulator with the settings of this one that remembers what `state` gave."""
+        """Return a new accumulator with the settings of this one and the contents of a `state`."""
         found = self._empty()
         found.seen, found._by_hash = about["seen"], about["by_hash"]
         found._layers = dict(about["layers"])
         hashes = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
-        # Each row has memory of its own: one that is kept would else keep those that are dropped.
+        # A clone for each row: a view would keep the memory of dropped rows.
         found._rows = [
             _Row((index, rank), number, row.clone())
             for (index, rank), number, row in zip(tensors["places"].tolist(), hashes, tensors["rows"], strict=True)
@@ -200,7 +197,7 @@ class Sample(Accumulator[P]):
         return found
 
     def statistics(self) -> Tensor:
-        """``[M, 2, D]``, float32: means and biased variances of the layers' channels, one layer's after another's."""
+        """Means and biased variances of all layers' channels, concatenated, ``[M, 2, D]`` in float32."""
         rows = sorted(self._rows, key=BY_HASH if self._by_hash else BY_PLACE)
         return torch.stack([row.statistics for row in rows])
 
@@ -231,7 +228,7 @@ class Sample(Accumulator[P]):
 
 
 class _Row(NamedTuple):
-    """A mini-batch that is kept: how many came before it and in which process, its hash, and its statistics."""
+    """A mini-batch that is kept: its position, its process, its hash and its statistics."""
 
     place: tuple[int, int]
     hash: int

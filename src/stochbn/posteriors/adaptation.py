@@ -1,4 +1,4 @@
-"""What an adapted posterior was adapted to."""
+"""What `stochbn.adapt` concluded about new data, kept in an adapted posterior."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stochbn.network.layers import listed
 __all__ = ["UNUSUAL", "Adaptation"]
 
 UNUSUAL = 0.01
-"""The p-value up to which a change is said to be one."""
+"""The largest p-value that counts as a change."""
 LISTED = 3
 
 
@@ -20,16 +20,16 @@ class Adaptation:
     """What `stochbn.adapt` concluded from unlabelled examples.
 
     Attributes:
-        examples: how many there were.
+        examples: their number.
         guarded: whether the effect of a changed mix was subtracted. False if the posterior has no reference.
         look: the p-value of the inputs' look, as `stochbn.shift.Monitor` gives it; 1 without a guard.
         mixed: the p-value of the mix of classes, likewise.
-        mix: the mix that the adapted network finds, such as the share of each class; empty without a guard.
+        mix: the mix of the new examples by the adapted network, such as the share of each class; empty without a guard.
         usual: the mix of the reference.
-        evidence: the squared distance of each layer's statistics over what chance gives; 1 is usual.
+        evidence: the squared distance of each layer's statistics, divided by its expected value without a change.
         parts: the word for one component of the mix, singular and plural, such as ``("class", "classes")``.
         moved: for each layer, the root mean square over channels of the shift of the means, in standard deviations.
-            Empty where nothing was moved.
+            Empty if nothing was moved.
     """
 
     examples: int
@@ -62,7 +62,7 @@ class Adaptation:
 
     @property
     def distance(self) -> float:
-        """Half the sum of absolute differences between the two mixes, as a share of the usual one: from 0 to 1."""
+        """The distance between the two mixes, from 0 to 1: half the sum of absolute differences, over the usual sum."""
         apart = sum(abs(a - b) for a, b in zip(self.mix, self.usual, strict=True)) / 2
         return min(1.0, apart / max(sum(self.usual), 1e-12))
 
@@ -79,15 +79,15 @@ class Adaptation:
         )
 
     def description(self) -> dict[str, Any]:
-        """Its attributes, for a file."""
+        """The attributes, for a file."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_description(cls, about: Any) -> Adaptation:
-        """The one of a file.
+        """Read the description from a file.
 
         Raises:
-            ValueError: something is missing, or cannot be.
+            ValueError: a field is missing or invalid.
         """
         names = {f.name for f in fields(cls)}
         if not isinstance(about, dict) or about.keys() != names:

@@ -1,4 +1,4 @@
-"""What all kinds of posteriors have in common: their layers, draws, noise of another size, and files."""
+"""The base class of all kinds of posteriors: layers, draws, rescaling and files."""
 
 from __future__ import annotations
 
@@ -35,37 +35,39 @@ __all__ = ["BEGUN", "BROKEN", "TINY", "Posterior"]
 
 TINY = torch.finfo(torch.float32).tiny
 BROKEN, BEGUN = "not finite, or have negative variances", "still the 0 and 1 that they began as"
-"""What running statistics are that no draw can have as its centre."""
+"""Why running statistics cannot be the centre of draws."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Posterior(ABC):
-    """A distribution over the mean and the variance of every channel of every batch-norm layer of a network.
+    """Distribution over the mean and the variance of every channel of every batch-norm layer of a network.
 
-    It knows nothing of the network but the names and sizes of these layers: it draws named buffers.
+    A posterior does not hold the network. It knows the names and sizes of the layers, and draws their named buffers.
 
     Attributes:
-        layers: the number of channels of every layer, by its qualified name. Tensors of the subclasses hold all
-            layers' channels one after another: D of them.
-        batch_size: the size of the mini-batches whose noise this is: of the observed ones or, after `rescale`, of
-            others. ``math.inf`` is no noise; None if mini-batches were taken as they came.
-        mini_batches: how many were observed.
-        dtype: what `draw` returns, the type of the network's own running statistics.
-        skipped: layers of the network that are not drawn, by their names, and why, such as "not called",
-            "deterministic" or "stays in evaluation mode". Predictions use their running averages.
-        temperature: what the logits are divided by in every draw; 1 unless `stochbn.calibrate` chose another.
-        fingerprint: of the weights that it was fitted with; None if they are not known.
-        centre: what draws have as their mean and expected variance: ``"running"``, the network's own running
-            statistics; ``"observed"``, the averages over the observed mini-batches; or ``"adapted"``, what
-            `stochbn.adapt` made of the network's own.
-        observed: ``[2, D]``, float64: these averages, means and variances, where the centre is another one; else None.
-        fitted_size: the size of the mini-batches that were observed, to which `fitted` goes back.
+        layers: the number of channels of every layer, by its qualified name. Tensors of the subclasses concatenate the
+            channels of all layers, D in total.
+        batch_size: the size of the mini-batches whose noise the draws have: that of the observed ones or, after
+            `rescale`, another. ``math.inf`` is no noise; None if mini-batches were taken as they came.
+        mini_batches: the number of observed mini-batches.
+        dtype: the type of draws, that of the network's own running statistics.
+        skipped: layers of the network that are not drawn, by name, and the reasons, such as "not called",
+            "deterministic" or "stays in evaluation mode". Predictions use their running statistics.
+        temperature: what the logits of every draw are divided by; 1 unless `stochbn.calibrate` chose another.
+        fingerprint: a fingerprint of the weights that it was fitted with; None if they are not known.
+        centre: the mean and expected variance of draws: ``"running"``, the network's own running statistics;
+            ``"observed"``, the averages over the observed mini-batches; or ``"adapted"``, the running statistics after
+            `stochbn.adapt`.
+        observed: the averages over the observed mini-batches, means and variances, ``[2, D]`` in float64; None if they
+            are the centre.
+        fitted_size: the size of the observed mini-batches, which `fitted` restores.
         choice: why `stochbn.calibrate` chose this noise, centre and temperature, in a sentence.
-        reference: what new data is compared with; None if it was left out.
+        reference: the reference that new data is compared with; None if there is none.
         adaptation: what `stochbn.adapt` concluded, if it moved the centre; it prints as sentences.
-        thresholds: of prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
-        residual_variance: of observed numbers, see `stochbn.tasks.residual.Residual`; None until it is calibrated.
-        schema: what the data of the command ``stochbn fit`` was, which later commands hold to; None if it is not known.
+        thresholds: prediction sets that hold with this noise, centre and temperature, see `with_sets`; or None.
+        residual_variance: the variance of observed numbers, see `stochbn.tasks.residual.Residual`; None until it is
+            calibrated.
+        schema: the data of the command ``stochbn fit``, for later commands; None if it is not known.
     """
 
     kind: ClassVar[str]
@@ -112,51 +114,50 @@ class Posterior(ABC):
 
     @property
     def noiseless(self) -> bool:
-        """Whether all draws are equal, as after ``rescale(math.inf)``: one pass is enough then."""
+        """Whether all draws are equal, as after ``rescale(math.inf)``. One pass is then enough."""
         return self.batch_size == math.inf
 
     @property
     def channels(self) -> int:
-        """D: the number of channels of all layers together."""
+        """The number of channels of all layers together, D."""
         return sum(self.layers.values())
 
     @property
     @abstractmethod
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
 
     @property
     @abstractmethod
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
 
     @abstractmethod
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
-        """Draws without end, as many at a time as are made together, ``[B, 2, D]`` in float64: means and variances."""
+        """Yield blocks of draws without end: means and variances, ``[B, 2, D]`` in float64."""
 
     @abstractmethod
     def _scaled(self, factor: float) -> Self:
-        """The same with the variance of means and log-variances times `factor`, about the same `expected`."""
+        """Return the same with the variance of means and log-variances times `factor`, about the same `expected`."""
 
     @abstractmethod
     def _moved(self, mean: Tensor, variance: Tensor) -> Self:
-        """The same noise about other expected means and variances, each ``[D]`` in float64."""
+        """Return the same noise about other expected means and variances, each ``[D]`` in float64."""
 
     def iter_draws(
         self, n: int, generator: torch.Generator | None = None, *, quasi: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Draw one at a time: `n` mappings of buffer names to ``[C]``, the same that `draw` stacks.
+        """Draw one at a time: yield `n` mappings of buffer names to ``[C]``, the same as `draw` returns stacked.
 
         Memory does not grow with `n`. With equal generators, the first ``n`` of ``n + m`` draws are those of ``n``.
 
         Args:
             n: the number of draws, at least 1.
-            generator: where the noise comes from; None is PyTorch's global generator.
-            quasi: spread the draws evenly over the distribution, so that averages over them need fewer. Each still
-                has the posterior's distribution, but they are not independent. Every second draw has the noise of the
-                one before with its sign changed (antithetic pairs) and, for the kind joint, what draws have along the
-                leading directions comes from scrambled Sobol points (Owen, 1998). The kind empirical has no other
-                draws than its own, without replacement.
+            generator: the source of the noise; None is PyTorch's global generator.
+            quasi: spread the draws evenly over the distribution, so that averages need fewer of them. They come in
+                antithetic pairs, whose noise has opposite signs. For the kind joint, the noise along the leading
+                directions comes from scrambled Sobol points (Owen, 1998). The kind empirical always draws its
+                mini-batches without replacement.
 
         Raises:
             TypeError, ValueError: `n` is not a whole number of at least 1.
@@ -186,11 +187,11 @@ class Posterior(ABC):
                 return
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`n` draws of all statistics, as ``{"<layer>.running_mean": [n, C], "<layer>.running_var": [n, C], ...}``.
+        """Draw all statistics `n` times: ``{"<layer>.running_mean": [n, C], "<layer>.running_var": [n, C], ...}``.
 
         Args:
             n: the number of draws, at least 1.
-            generator: where the noise comes from; None is PyTorch's global generator.
+            generator: the source of the noise; None is PyTorch's global generator.
 
         Raises:
             TypeError, ValueError: `n` is not a whole number of at least 1.
@@ -199,16 +200,14 @@ class Posterior(ABC):
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def rescale(self, batch_size: float) -> Self:
-        """The noise that mini-batches of another size have: more for a smaller one, none for ``math.inf``.
+        """Return a posterior with the noise of another mini-batch size: more for smaller sizes, none for ``math.inf``.
 
-        The variances of the means and of the log-variances are in proportion to 1 / `batch_size`; what is expected of
-        means and variances stays. That is exact for means of independent examples. It is an approximation for
-        variances, and for layers behind others, whose input depends on the noise too; and the expected variance of
-        small mini-batches is a little smaller in truth (by the variance of their means). How far it holds on real
-        networks is measured in docs/posteriors.md.
+        The variances of the means and of the log-variances are multiplied by the old size over the new one. This is
+        exact for means of independent examples, and an approximation for variances and for later layers. See
+        docs/posteriors.md for measurements. The expected means and variances stay.
 
         Args:
-            batch_size: the size to have the noise of; it need not be a whole number.
+            batch_size: the new size; it need not be a whole number.
 
         Raises:
             TypeError: it is not a number.
@@ -227,13 +226,13 @@ class Posterior(ABC):
                 f"this posterior {why}, and the size of mini-batches whose noise it had is not known, so it cannot be "
                 "rescaled; fit it with a batch_size"
             )
-        if math.isinf(batch_size):  # the noise is kept at the size that it was fitted at, and not drawn
+        if math.isinf(batch_size):  # keep the noise of the fitted size, but do not draw it
             fitted = size if self.fitted_size is None else self.fitted_size
             return replace(self._scaled(size / fitted), batch_size=math.inf, fitted_size=fitted, choice="")
         return replace(self._scaled(size / batch_size), batch_size=batch_size, choice="")
 
     def fitted(self) -> Self:
-        """The posterior as `stochbn.fit` made it: without what `stochbn.calibrate` chose; its centre stays."""
+        """Return the posterior with the noise that `stochbn.fit` fitted, at temperature 1; its centre stays."""
         unscaled = replace(self, residual_variance=None)
         if self.fitted_size is not None and self.batch_size != self.fitted_size:
             unscaled = unscaled.rescale(self.fitted_size)
@@ -242,13 +241,13 @@ class Posterior(ABC):
         return replace(unscaled, temperature=1.0, choice="")
 
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
-        """The same noise about the network's own running statistics, as ``fit(centre="running")`` has it.
+        """Return the same noise about the network's own running statistics, as with ``fit(centre="running")``.
 
-        Without noise (``rescale(math.inf)``) predictions then are the plain network's, to the rounding of its type.
+        Without noise (``rescale(math.inf)``) predictions are then those of the plain network, to rounding.
 
         Args:
             model: the network.
-            weights: refuse a network with other weights, as `check` does.
+            weights: also check the network's weights, as `check` does.
 
         Raises:
             ValueError: the network has other layers or weights, or its running statistics are not finite or negative.
@@ -262,13 +261,13 @@ class Posterior(ABC):
         return centred
 
     def centred(self, model: nn.Module, *, begun: bool = True) -> tuple[Self, dict[str, str]]:
-        """The same noise about the running statistics, where a layer has usable ones, and what those of others are.
+        """Return the same noise about usable running statistics, and why those of other layers are not usable.
 
         A layer whose running statistics are not finite, or whose variances are negative, stays where it is.
 
         Args:
             model: the network.
-            begun: whether the 0 and 1 that running statistics begin as are usable.
+            begun: whether initial running statistics, 0 and 1, are usable.
         """
         layers = batch_norms(model)
         parts: list[Tensor] = []
@@ -287,7 +286,7 @@ class Posterior(ABC):
         return replace(moved, centre="running", observed=observed, choice="", adaptation=None), unusable
 
     def adapted(self, mean: Tensor, variance: Tensor, about: Adaptation) -> Self:
-        """The same noise about statistics ``[D]`` each, in float64, which `stochbn.adapt` has found."""
+        """Return the same noise about the statistics of `stochbn.adapt`, each ``[D]`` in float64."""
         observed = self.expected if self.observed is None else self.observed
         return replace(self._moved(mean, variance), centre="adapted", observed=observed, choice="", adaptation=about)
 
@@ -300,14 +299,15 @@ class Posterior(ABC):
         augment: str | None = None,
         by: str | None = None,
     ) -> Self:
-        """The same with prediction sets, which go into its file; another noise, centre or temperature drops them.
+        """Return a posterior with prediction sets, also in its file. Another noise, centre or temperature drops them.
 
         Args:
-            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with it.
-            examples: how many held-out examples there were.
-            draws: of these predictions.
-            augment: what draws did to the input, as text.
-            by: of sets by group, the column of data that has the groups, which ``stochbn predict`` then reads.
+            sets: sets or intervals of `stochbn.conformal`, without a generator, from held-out predictions with this
+                posterior.
+            examples: the number of held-out examples.
+            draws: the number of draws of these predictions.
+            augment: the augmentation of these draws, as text.
+            by: for sets by group, the column with the groups, which ``stochbn predict`` reads.
 
         Raises:
             TypeError, ValueError: the sets cannot be stored.
@@ -315,9 +315,9 @@ class Posterior(ABC):
         return replace(self, thresholds=Thresholds.of(self, sets, examples, draws, augment, by))
 
     def write_to(self, model: nn.Module) -> nn.Module:
-        """A copy of the network whose running statistics are the centre of this posterior.
+        """Return a copy of the network whose running statistics are the centre of this posterior.
 
-        It needs no stochbn to run, and any exporter takes it. Wrappers are taken off.
+        It runs without stochbn, and any exporter takes it. Wrappers are removed.
 
         Raises:
             ValueError: a posterior of another network, or statistics that the network's type cannot hold.
@@ -329,7 +329,7 @@ class Posterior(ABC):
         return with_statistics(model, dict(zip(self.layers, parts, strict=True)))
 
     def recentre_observed(self) -> Self:
-        """The same noise about the averages of the observed mini-batches' statistics, the paper's centre."""
+        """Return the same noise about the averages over the observed mini-batches, the paper's centre."""
         if self.observed is None:
             return self
         return replace(self._moved(*self.observed), centre="observed", observed=None, choice="", adaptation=None)

@@ -1,4 +1,4 @@
-"""What the fields of every posterior must be."""
+"""Checks of the fields of posteriors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["check_draws", "check_fields", "check_network", "check_posterior", "check_tensor", "check_whole", "positive"]
 
 CENTRES = ("running", "observed", "adapted")
-"""What draws can be centred on."""
+"""The possible centres of draws."""
 LARGEST = 2**31 - 1
-"""What numbers of channels, mini-batches and draws may be at most; anything near it is a mistake."""
+"""The largest number of channels, mini-batches and draws; anything near it is a mistake."""
 
 
 def check_fields(posterior: Posterior) -> None:
-    """Refuse fields that no posterior can have, but for tensors.
+    """Check all fields of a posterior, except tensors.
 
     Raises:
         ValueError: the message names the first one.
@@ -78,7 +78,7 @@ def check_fields(posterior: Posterior) -> None:
 def check_tensor(
     posterior: Posterior, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, negative: bool
 ) -> None:
-    """Refuse a tensor of another shape (None fits every length) or type, or with impossible values.
+    """Check the shape (None is any length), type and values of a tensor.
 
     Raises:
         ValueError: the message names the tensor.
@@ -135,10 +135,10 @@ def check_network(posterior: Posterior, model: nn.Module, weights: bool = True) 
 
 
 def check_draws(n: int) -> None:
-    """Refuse a number of draws that is not a whole number of at least 1, or is out of all bounds.
+    """Check that a number of draws is a whole number from 1 to `LARGEST`.
 
     Raises:
-        TypeError, ValueError: it is.
+        TypeError, ValueError: it is not.
     """
     check_whole("the number of draws", n, 1)
     if n > LARGEST:
@@ -163,7 +163,7 @@ def whole(value: Any) -> bool:
 
 
 def positive(value: Any) -> bool:
-    """Whether it is a number above 0 that calculations can go on with."""
+    """Whether it is a finite number above 0, large enough for calculations."""
     return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < value < 1e300)  # type: ignore[operator]
 
 

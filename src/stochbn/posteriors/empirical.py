@@ -1,4 +1,4 @@
-"""Replay: the statistics of mini-batches themselves."""
+"""The empirical posterior, which replays the statistics of mini-batches."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Replayed(Sample["Empirical"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Empirical(Posterior):
-    """Replay: the statistics of observed mini-batches themselves, as MC-BN draws them (Teye et al., 2018).
+    """Posterior that replays the statistics of observed mini-batches, as MC-BN does (Teye et al., 2018).
 
-    Draws are without replacement; once all mini-batches have been drawn, they are drawn again in another order.
+    Draws are without replacement. Once all mini-batches have been drawn, they are drawn again in another order.
 
     Attributes:
         statistics: ``[M, 2, D]``, float32: means and variances in each of M mini-batches.
@@ -53,17 +53,17 @@ class Empirical(Posterior):
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, **about: Any) -> Empirical:
-        """The mini-batches' own statistics, ``[M, 2, D]``, and all attributes of `Posterior`."""
+        """Make the posterior from the statistics of mini-batches, ``[M, 2, D]``, and all attributes of `Posterior`."""
         return cls(statistics=statistics.float(), **about)
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         return self.statistics.mean(0, dtype=torch.float64)
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         return self.statistics[:, 0].double().var(0, correction=0)
 
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ class Empirical(Posterior):
     def _scaled(self, factor: float) -> Self:
         (mean, variance), root = self.expected, math.sqrt(factor)
         means = mean + root * (self.statistics[:, 0] - mean)
-        # In the logarithm of the variances, without taking it of a dead channel's 0; then to the old expected value.
+        # Scales the logarithm of the variances, without that of a dead channel's 0; then restores the expected value.
         ratios = torch.where(variance > 0, self.statistics[:, 1] / variance.where(variance > 0, 1), 1).pow(root)
         return replace(self, statistics=torch.stack([means, ratios * (variance / ratios.mean(0))], 1).float())
 

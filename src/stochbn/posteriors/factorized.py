@@ -1,4 +1,4 @@
-"""The paper's distribution: every statistic on its own."""
+"""The paper's distribution, independent for every statistic."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ class VarianceMomentsOfLayers(MomentsOfLayers["Factorized"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Factorized(Posterior):
-    r"""The paper's SBN distribution: independent for every channel of every layer.
+    r"""The paper's posterior, independent for every channel of every layer.
 
     .. math:: \mu_c \sim \mathrm{Normal}(m_c, s_c^2), \qquad \sigma_c^2 \sim \mathrm{LogNormal}(m'_c, s'^2_c)
 
-    Normal and LogNormal have the mean and the variance that the statistics of the observed mini-batches have
-    (Atanov et al., 2018, section 3). A dead channel (variance 0 in every mini-batch) is drawn as
-    exactly 0, and a statistic that never varied as exactly its value.
+    Normal and LogNormal have the mean and the variance of the observed mini-batches' statistics (Atanov et al., 2018,
+    section 3). The variance of a dead channel (0 in every mini-batch) is always drawn as 0, and a statistic that never
+    varied as its value.
 
     Attributes:
         mean_mean: ``[D]``, float64, like all below: mean of the mini-batch means.
@@ -123,7 +123,7 @@ class Factorized(Posterior):
 
     @classmethod
     def from_moments(cls, moments: Mapping[str, Moments], **about: Any) -> Factorized:
-        """The distribution with the given moments of the means and variances, ``[2, C]`` for every layer.
+        """Make the posterior from moments of the means and variances, ``[2, C]`` for every layer.
 
         Args:
             moments: of every layer.
@@ -148,12 +148,12 @@ class Factorized(Posterior):
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         return torch.stack([self.mean_mean, self.variance_mean])
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         return self.mean_variance
 
     def _noise(self, generator: torch.Generator | None, device: torch.device, quasi: bool) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""The paper's distribution as its published experiments fitted it: by moments of the logarithm of the variance."""
+"""The paper's distribution, fitted as in its published experiments: by moments of the logarithm of the variance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FLOOR", "FactorizedLog", "LogMomentsOfLayers"]
 
 FLOOR = 1e-6
-"""What is added to a mini-batch's variance before its logarithm is taken, as published."""
+"""Added to a mini-batch's variance before taking its logarithm, as published."""
 
 
 class LogMomentsOfLayers(MomentsOfLayers["FactorizedLog"]):
@@ -52,13 +52,13 @@ class LogMomentsOfLayers(MomentsOfLayers["FactorizedLog"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FactorizedLog(Posterior):
-    r"""The paper's SBN distribution, fitted by moments of ln sigma^2 as in the published experiments.
+    r"""The paper's posterior, fitted by moments of ln sigma^2 as in the published experiments.
 
     .. math:: \mu_c \sim \mathrm{Normal}(m_c, s_c^2), \qquad \ln \sigma_c^2 \sim \mathrm{Normal}(m'_c, s'^2_c)
 
-    independent for every channel of every layer. `Factorized` is the same family, fitted by moments of sigma^2 itself;
-    the two differ where the variances of mini-batches are not log-normal. To each variance 1e-6 is added first, so
-    a dead channel is drawn as 1e-6.
+    independent for every channel of every layer. `Factorized` is the same family, fitted by moments of sigma^2 itself.
+    The two differ if the variances of mini-batches are not log-normal. 1e-6 is added to each variance first, so the
+    variance of a dead channel is drawn as 1e-6.
 
     Attributes:
         mean_mean: ``[D]``, float64, like all below: mean of the mini-batch means.
@@ -83,20 +83,20 @@ class FactorizedLog(Posterior):
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         return torch.stack([self.mean_mean, (self.log_mean + self.log_variance / 2).exp()])
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         return self.mean_variance
 
     def median(self) -> Self:
-        r"""No noise, and every statistic at its median: m_c and exp(m'_c).
+        r"""Return a posterior without noise, with every statistic at its median: m_c and exp(m'_c).
 
-        The published experiments call predictions with these statistics "no SBN". They are neither the network's
-        running variances, which are arithmetic means of unbiased variances, nor what ``rescale(math.inf)`` has, which
-        is the expectation.
+        The published experiments call predictions with these statistics "no SBN". They differ from the network's
+        running variances, which are arithmetic means of unbiased variances, and from ``rescale(math.inf)``, which has
+        the expected values.
         """
         none = torch.zeros_like(self.mean_mean)
         return replace(self, mean_variance=none, log_variance=none, batch_size=math.inf, fitted_size=None)

@@ -1,4 +1,4 @@
-"""One Gaussian over all statistics of a network."""
+"""The joint posterior: one Gaussian over all statistics of a network."""
 
 from __future__ import annotations
 
@@ -48,26 +48,27 @@ class Directions(Sample["Joint"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Joint(Posterior):
-    r"""One Gaussian over all layers' means and log-variances, with what channels and layers have in common.
+    r"""Posterior that is one Gaussian over the means and log-variances of all layers, with their correlations.
 
     .. math:: (\mu, \ln \sigma^2) = m + \sum_k z_k f_k + \sqrt{r} \, \varepsilon
 
-    with one normal z_k for each direction f_k and one epsilon for each entry. The directions are the principal ones of
-    the observed mini-batches' covariance, which is shrunk towards its diagonal by the amount of Ledoit and Wolf, in the
-    form of Schaefer and Strimmer (2005); what shrinkage and left-out directions take from the variance of an entry, r
-    gives back. So every mean and log-variance has exactly the observed variance, every mean and variance the observed
-    expectation, and the covariance is never formed: memory is K + 2 vectors of length 2 D, which are read once for
-    each draw, and for every 8 quasi-random ones.
+    with a standard normal z_k for each direction f_k, and an epsilon for each entry. The directions are the principal
+    directions of the observed covariance. It is shrunk towards its diagonal by the amount of Ledoit and Wolf, in the
+    form of Schaefer and Strimmer (2005). The residual r restores the variance that shrinkage and omitted directions
+    remove. So every mean and log-variance has exactly the observed variance, and every mean and variance the observed
+    expectation. The covariance matrix is never computed. Memory is K + 2 vectors of length 2 D, which are read once for
+    each draw, or once for 8 quasi-random draws.
 
-    A channel that was dead in some mini-batches has the LogNormal spread of its variances' moments. One that was dead
-    (variance 0) in all of them is drawn with the smallest float32 number as its variance.
+    A channel that was dead (variance 0) in some mini-batches has the LogNormal spread of its variances' moments. One
+    that was dead in all of them is drawn with the smallest float32 number as its variance.
 
     Attributes:
-        location: ``[2 D]``, float64: m, the expected means and what makes the expected variances those observed.
-        directions: ``[K, 2 D]``, float32: the principal directions f_k, largest first, with the length of their
-            standard deviation.
-        residual: ``[2 D]``, float64: the variance of each entry that is its own.
-        shrinkage: from 0 (the observed correlations) to 1 (none).
+        location: m, ``[2 D]`` in float64: the expected means, and the log-variances that give the observed expected
+            variances.
+        directions: f_k, ``[K, 2 D]`` in float32: the principal directions, largest first, each as long as its standard
+            deviation.
+        residual: r, ``[2 D]`` in float64: the independent variance of each entry.
+        shrinkage: from 0 (the observed correlations) to 1 (no correlations).
     """
 
     kind: ClassVar[str] = "joint"
@@ -89,27 +90,27 @@ class Joint(Posterior):
 
     @classmethod
     def from_statistics(cls, statistics: Tensor, most: int | None = None, **about: Any) -> Joint:
-        """The distribution of the means and log-variances of mini-batches.
+        """Make the posterior from the statistics of mini-batches.
 
         Args:
-            statistics: ``[M, 2, D]``: means and variances.
-            most: how many directions to keep at most; None keeps all, the smaller of M - 1 and 2 D.
+            statistics: means and variances, ``[M, 2, D]``.
+            most: the largest number of directions; None keeps all, the smaller of M - 1 and 2 D.
             about: all attributes of `Posterior`.
         """
         m = len(statistics)
         rows = statistics.double()
         expected = rows[:, 1].mean(0)
-        # A channel that was dead in some mini-batch must not have it count as an infinitely small variance.
+        # Without a floor, a channel that was dead in a mini-batch would have the logarithm minus infinity.
         floor = (1e-3 * expected).clamp(min=TINY)
-        # Nor must one that is constant in every mini-batch and differs between them outweigh all others.
+        # Nor may a channel outweigh all others because it is constant in every mini-batch and differs between them.
         scale = expected.maximum(rows[:, 0].var(0, correction=0)).clamp(min=TINY).sqrt()
         rows = torch.cat([rows[:, 0], rows[:, 1].maximum(floor)], 1)
         varies = (rows != rows[0]).any(0)
         rows[:, len(scale) :].log_()
         location = rows.mean(0)
         rows -= location
-        rows *= varies  # the rounding of what never varied would be perfectly correlated, and shrinkage none
-        # Where the floor was needed, the logarithm's spread is the floor's doing: no more than moments ask for, then.
+        rows *= varies  # rounding errors of constant statistics would be perfectly correlated, and shrinkage 0
+        # The floor inflates the spread of the logarithm, so it is limited to that of the moments.
         part = slice(len(scale), None)
         wanted = (
             statistics[:, 1].double().var(0, correction=min(m - 1, 1)) / expected.clamp(min=TINY).square()
@@ -119,7 +120,7 @@ class Joint(Posterior):
         rows[:, part] *= torch.where(excessive, wanted / spread.clamp(min=TINY), 1).sqrt()
         total = rows.square().sum(0) / max(m - 1, 1)
         shrinkage = _shrinkage(rows, total)
-        # Directions are ordered by what they do to the normalised activations: a shift, in their standard deviations,
+        # Directions are ordered by their effect on the normalised activations: a shift, in their standard deviations,
         # or a factor, the root of that of the variance.
         products = _products(rows, torch.cat([1 / scale, torch.full_like(scale, 0.5)]))
         vectors = torch.linalg.eigh(products).eigenvectors.flip(1)
@@ -137,13 +138,13 @@ class Joint(Posterior):
 
     @property
     def expected(self) -> Tensor:
-        """``[2, D]``, float64: the expected means and the expected variances."""
+        """The expected means and the expected variances, ``[2, D]`` in float64."""
         mean, log_variance = self.location.view(2, -1)
         return torch.stack([mean, (log_variance + self._log_variance_variance / 2).exp()])
 
     @property
     def variance_of_means(self) -> Tensor:
-        """``[D]``, float64: the variance of the means."""
+        """The variance of the means, ``[D]`` in float64."""
         head = slice(self.channels)
         return self.directions[:, head].double().square().sum(0) + self.residual[head]
 
@@ -175,10 +176,10 @@ class Joint(Posterior):
 
 
 def _shrinkage(rows: Tensor, variance: Tensor) -> float:
-    """How far to shrink the correlations of `rows` ``[M, P]``, of mean 0, for the least expected squared error.
+    """The shrinkage of the correlations of `rows` ``[M, P]``, of mean 0, with the lowest expected squared error.
 
-    The formula sums the squared errors of all correlations and the correlations' squares (Schaefer and Strimmer, 2005);
-    both are found from the rows' products with each other, without the P^2 correlations.
+    The formula needs the sum of the squared errors of all correlations, and that of their squares (Schaefer and
+    Strimmer, 2005). Both are computed from products between rows, without the P^2 correlations.
     """
     m = len(rows)
     if m < 3:

@@ -1,4 +1,4 @@
-"""The moments of what was observed: running sums that merge."""
+"""Moments of observations, as running sums that can be merged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Moments:
 
     @classmethod
     def of(cls, observations: Tensor) -> Moments:
-        """The moments over the first axis of ``[n, ...]``."""
+        """Compute the moments over the first axis of ``[n, ...]``."""
         observations = observations.double()
         mean = observations.sum(0) / max(len(observations), 1)
         return cls(len(observations), mean, (observations - mean).square().sum(0))
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of observations together.
+        """Return the moments of both sets of observations together.
 
-        The parallel update of Chan, Golub and LeVeque (1983): it serves to add a mini-batch and to join processes.
+        Source: Chan, Golub and LeVeque, 1983, the parallel update.
         """
         count = self.count + other.count
         if not count:

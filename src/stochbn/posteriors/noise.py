@@ -1,4 +1,4 @@
-"""Standard normal numbers: independent ones, antithetic pairs, and points that are spread evenly."""
+"""Standard normal numbers: independent, in antithetic pairs, or from Sobol points."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 __all__ = ["SOBOL", "TOGETHER", "normals", "sobol"]
 
 SOBOL = 64
-"""Leading directions that quasi-random draws are spread along; pairs of opposite noise serve the others well enough."""
+"""The number of leading directions with Sobol points; for the others antithetic pairs suffice."""
 TOGETHER = 8
-"""Quasi-random draws that are made at a time: reading the directions once for all of them saves most of the time."""
+"""The number of quasi-random draws made at a time. Reading the directions only once saves most of the time."""
 
 
 def normals(size: int, generator: torch.Generator | None, device: torch.device, antithetic: bool) -> Iterator[Tensor]:
-    """Standard normal ``[1, size]`` in float64, without end, or `TOGETHER` rows of which odd ones negate those before.
+    """Yield standard normal ``[1, size]`` in float64, without end, or `TOGETHER` rows in antithetic pairs.
 
-    Independent draws take from the generator what they need and no more, so that the next call continues them.
+    Independent draws take no more from the generator than they need, so that the next call continues them.
     """
     while True:
         rows = TOGETHER // 2 if antithetic else 1
@@ -28,19 +28,19 @@ def normals(size: int, generator: torch.Generator | None, device: torch.device, 
 
 
 def sobol(dimensions: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Tensor]:
-    """Standard normal points ``[TOGETHER, dimensions]`` in float64, without end, from a scrambled Sobol sequence."""
+    """Yield standard normal points of a scrambled Sobol sequence without end, ``[TOGETHER, dimensions]`` in float64."""
     seed = int(torch.randint(2**31, (), generator=generator, device=device).item())
     engine = _Scrambled(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     while True:
-        # Multiples of 2^-30, of which 0 would be infinitely far out: the middle of each interval instead.
+        # Multiples of 2^-30 include 0, whose normal quantile is infinite, so the middle of each interval is taken.
         yield torch.special.ndtri(engine.draw(TOGETHER, dtype=torch.float64) + 2.0**-31).to(device)
 
 
 class _Scrambled(torch.quasirandom.SobolEngine):
-    """PyTorch's scrambled Sobol sequence, of which the scrambling takes a fifth of the time.
+    """PyTorch's scrambled Sobol sequence, with a scrambling that takes a fifth of the time.
 
-    It multiplies the directions' bits by random lower triangular matrices, modulo 2, and is an eighth of a prediction
-    with a small network. Bits are written from the most significant one.
+    Scrambling multiplies the bits of the direction numbers by random lower triangular matrices, modulo 2. PyTorch's own
+    would take much of a prediction with a small network. Bits are written from the most significant one.
     """
 
     def _scramble(self) -> None:
@@ -56,6 +56,6 @@ class _Scrambled(torch.quasirandom.SobolEngine):
 
 @functools.cache
 def _bits(dimensions: int) -> Tensor:
-    """``[dimensions, 30, 30]``: the bits of the direction numbers of the sequence without scrambling."""
+    """The bits of the direction numbers without scrambling, ``[dimensions, 30, 30]``."""
     engine = torch.quasirandom.SobolEngine(dimensions)  # type: ignore[no-untyped-call]
     return (engine.sobolstate[:, :, None] >> torch.arange(engine.MAXBIT - 1, -1, -1) & 1).float()

@@ -1,4 +1,4 @@
-"""What examples of the training data look like to a network: what new data is compared with."""
+"""The reference: what training examples look like in every batch norm, for comparison with new data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 __all__ = ["SIZES", "Layer", "Reference"]
 
 LARGEST, LEAST = 1e12, 1e-6
-"""What numbers of a reference may be; own standard deviations are at least the second."""
+"""The largest absolute value in a reference, and the smallest of its own standard deviations."""
 SIZES = tuple(2**power for power in range(9))
-"""Sizes of mini-batches whose usual distances are kept."""
+"""The sizes of mini-batches with stored distances."""
 
 
 class Layer(NamedTuple):
     """The part of a `Reference` that is about one batch norm with C channels.
 
     Attributes:
-        centre: ``[2C]``, the means of the rows.
-        own: ``[2C]``, the standard deviations that the channels have of their own.
-        mixing: ``[M, 2C]``, how rows change with the mix.
-        directions: ``[R, 2C]``, orthonormal.
-        strengths: ``[R]``.
+        centre: the means of the rows, ``[2C]``.
+        own: the channels' own standard deviations, ``[2C]``.
+        mixing: how rows change with the mix, ``[M, 2C]``.
+        directions: orthonormal directions, ``[R, 2C]``.
+        strengths: the variances along them, beyond 1, ``[R]``.
     """
 
     centre: Tensor
@@ -38,33 +38,33 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Reference:
-    """How examples of the training data look in every batch norm of a network in evaluation mode, without their labels.
+    """Describes training examples in every batch norm of a network in evaluation mode, without their labels.
 
-    Each example has a row of 2C numbers in a batch norm with C channels: the means over its places of the standardised
-    activations, and of their squares. Standardised means by the running statistics of the layer. Rows depend linearly
-    on the *mix*, which is what the network predicts for the example, such as its probabilities of the classes. What is
-    left of them has the covariance ``own (I + directions' strengths directions) own`` (a factor analysis). All tensors
-    are float32; D is the number of channels of all `layers`.
+    In a batch norm with C channels, each example has a row of 2C numbers: the means over its positions of the
+    standardised activations, and of their squares. Activations are standardised by the layer's running statistics. Rows
+    depend linearly on the *mix*, the network's prediction for the example, such as its class probabilities. The rest
+    has the covariance ``own (I + directions' strengths directions) own`` (a factor analysis). All tensors are float32;
+    D is the number of channels of all `layers`.
 
     Attributes:
-        layers: the number of channels of every layer that is compared, by its name.
-        examples: how many examples it was made from.
-        task: what the network's outputs were taken to mean, the arguments of `stochbn.tasks.make_task`.
-        usual: ``[K]``: the mean mix. K is 0 where the network's task has none.
-        basis: ``[K, M]``: what the mix is reduced to, ``(mix - usual) @ basis``.
-        spread: ``[M, M]``: what makes the reduced mix white.
-        edges: ``[numbers, 9]``: between the bins of the numbers that a regression predicts, else ``[0, 9]``.
-        running: ``[2, D]``: the running statistics that rows are standardised by.
-        centre: ``[2, D]``, the mean rows.
-        own: ``[2, D]``, the standard deviations that channels have of their own.
-        mixing: ``[M, 2, D]``, how rows change with the reduced mix.
-        directions: ``[R, 2, D]``, orthonormal in each layer.
-        strengths: ``[R, L]``, the variances along them, beside 1.
-        levels: ``[S, 2, 2, L]``, for each of the `SIZES` that there are: the mean and the standard deviation, over
-            mini-batches, of the logarithm of two distances in each layer: of the look, and of what of it no mix
-            explains.
-        quantiles: ``[S, 3, Q]``: the usual distances of mini-batches: in look, in look where they are of one or two
-            classes alone, and in mix.
+        layers: the number of channels of every layer that is compared, by name.
+        examples: the number of training examples.
+        task: the meaning of the network's output, as arguments of `stochbn.tasks.make_task`.
+        usual: the mean mix, ``[K]``. K is 0 if the task has no mix.
+        basis: reduces the mix, as ``(mix - usual) @ basis``, ``[K, M]``.
+        spread: makes the reduced mix white, ``[M, M]``.
+        edges: the edges of the bins of numbers that a regression predicts, ``[numbers, 9]``; ``[0, 9]`` for other
+            tasks.
+        running: the running statistics that standardise rows, ``[2, D]``.
+        centre: the mean rows, ``[2, D]``.
+        own: the channels' own standard deviations, ``[2, D]``.
+        mixing: how rows change with the reduced mix, ``[M, 2, D]``.
+        directions: directions, orthonormal in each layer, ``[R, 2, D]``.
+        strengths: the variances along them, beyond 1, ``[R, L]``.
+        levels: for each size of mini-batches, the mean and the standard deviation of the logarithm of two distances in
+            each layer: of the look, and of its part that no mix explains, ``[S, 2, 2, L]``.
+        quantiles: quantiles of the distances of mini-batches: of the look, of the look of mini-batches with one or two
+            classes, and of the mix, ``[S, 3, Q]``.
     """
 
     layers: Mapping[str, int]
@@ -126,15 +126,15 @@ class Reference:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its tensors take."""
+        """The size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All its tensors by their names."""
+        """All its tensors, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor"}
 
     def of_layers(self) -> Iterator[tuple[str, Layer]]:
-        """The parts that are about one layer each, in order."""
+        """The part for each layer, in order."""
         sizes = list(self.layers.values())
         parts = [torch.split(tensor, sizes, dim=-1) for tensor in (self.centre, self.own, self.mixing, self.directions)]
         for number, (name, centre, own, mixing, directions) in enumerate(zip(self.layers, *parts, strict=True)):
@@ -143,19 +143,19 @@ class Reference:
             yield name, Layer(*rows, strengths)
 
     def reduced(self, mix: Tensor) -> Tensor:
-        """``[..., M]`` for a mix ``[..., K]``: what it differs by from the usual one, reduced."""
+        """The reduced difference ``[..., M]`` of a mix ``[..., K]`` from the usual one."""
         return (mix - self.usual) @ self.basis
 
     def description(self) -> dict[str, Any]:
-        """What is no tensor, for a file."""
+        """All fields that are not tensors, for a file."""
         return {"layers": list(self.layers.items()), "examples": self.examples, "task": dict(self.task)}
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Reference:
-        """The one of a file.
+        """Read a reference from a file.
 
         Raises:
-            ValueError: something is missing, or cannot be.
+            ValueError: a field is missing or invalid.
         """
         from stochbn.tasks import make_task
 
@@ -179,7 +179,7 @@ class Reference:
         return cls(layers=dict(pairs), examples=about["examples"], task=about["task"], **held)
 
     def between(self, size: int) -> tuple[Tensor, Tensor]:
-        """`levels` and `quantiles` for mini-batches of any size: interpolated, and the larger of the two next to it."""
+        """`levels`, interpolated, and `quantiles`, the larger of the two neighbours, for mini-batches of any size."""
         place = min(max(math.log2(size), 0), len(self.quantiles) - 1)
         low = int(place)
         high = min(low + 1, len(self.quantiles) - 1) if place > low else low
@@ -189,10 +189,10 @@ class Reference:
         )
 
     def check_running(self, found: Mapping[str, Tensor]) -> None:
-        """Refuse a network with other running statistics than those that rows were standardised by.
+        """Check that a network has the running statistics that standardise the rows.
 
         Args:
-            found: ``[2, C]`` for every layer.
+            found: the network's, ``[2, C]`` for every layer.
 
         Raises:
             ValueError: the message names the first layer.

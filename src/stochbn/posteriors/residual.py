@@ -1,4 +1,4 @@
-"""When a residual variance holds: with the noise and the centre of the posterior that it was fitted with."""
+"""Residual variances of posteriors, which hold for the noise and the centre that they were fitted with."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["residual_still_valid", "with_residual"]
 
 
 def with_residual(posterior: Posterior, parts: Tensor, examples: int) -> Posterior:
-    """The same posterior with a residual variance, see `stochbn.tasks.residual.Residual`."""
+    """Return the posterior with a residual variance, see `stochbn.tasks.residual.Residual`."""
     found = Residual(parts, examples, posterior.batch_size, sums_of_centre(posterior))
     return replace(posterior, residual_variance=found)
 
 
 def residual_still_valid(posterior: Posterior) -> Residual | None:
-    """The residual variance of a posterior; None, and a warning, if its noise or centre are others by now.
+    """The residual variance of a posterior; None, with a warning, if its noise or centre has changed.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a residual variance.
     """
     found = posterior.residual_variance
     if found is not None and not isinstance(found, Residual):

@@ -1,4 +1,4 @@
-"""Posteriors in files: the present format, and the ones before."""
+"""Save and load posteriors, in the current file format and earlier ones."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["FORMAT", "from_pretrained", "load", "save"]
 
 FORMAT = "stochbn.posterior/3"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""What a network's running statistics may be of in a file."""
+"""The types of running statistics that a file can have."""
 SECOND = "stochbn.posterior/2"
-"""The format before: the centre is the observed one, and a posterior without noise does not know what it had."""
+"""The second format: the centre is the observed one, and a posterior without noise has lost its noise."""
 FIRST = "stochbn.posterior/1"
 """The format before that: `skipped` is a list without reasons, and there is no fingerprint."""
 PARTS: Mapping[str, Any] = {"reference": Reference, "thresholds": Thresholds, "residual_variance": Residual}
@@ -47,7 +47,7 @@ OPTIONAL = {
 
 
 def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
-    """Save a posterior as safetensors, whole or not at all, with the format's version and the settings of the fit.
+    """Save a posterior as safetensors, as a whole or not at all, with the format's version and all settings.
 
     Raises:
         OSError: the file cannot be written.
@@ -67,11 +67,11 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Posterior:
-    """Load a posterior that was saved with its ``save``; nothing in the file is executed.
+    """Load a posterior that was saved with its ``save``. Nothing in the file is executed.
 
-    Names, shapes and weights are checked against a network where the two first meet, in `Predictive`. A file of the
-    first format has no fingerprint of the weights, of which a warning tells. Files of the first two formats have their
-    draws centred on the observed statistics, see ``Posterior.recentre``.
+    `Predictive` checks names, shapes and weights against the network. Files of the first format have no fingerprint of
+    the weights, and loading them warns. Files of the first two formats have draws about the observed statistics, see
+    ``Posterior.recentre``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,11 +94,11 @@ def load(path: str | os.PathLike[str]) -> Posterior:
 def from_pretrained(
     repository: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> Posterior:
-    """Load a posterior from the Hugging Face Hub or a local folder; nothing in it is executed.
+    """Load a posterior from the Hugging Face Hub or a local folder. Nothing in it is executed.
 
     Args:
-        repository: ``owner/name`` on the Hub, or a folder with a posterior named ``posterior.sbn.safetensors``. A
-            folder that exists comes first.
+        repository: ``owner/name`` on the Hub, or a folder with a file ``posterior.sbn.safetensors``. A folder that
+            exists takes precedence.
         revision: a branch, tag or commit of the repository.
         token: for private repositories; None takes the one that ``hf auth login`` has stored.
 
@@ -111,7 +111,7 @@ def from_pretrained(
 
 
 def _posterior(tensors: Mapping[str, Tensor], about: Any, format: str) -> Posterior:
-    """The posterior that a file holds; ValueError names the first field that cannot be."""
+    """The posterior in a file; a ValueError names the first invalid field."""
     if not isinstance(about, dict):
         raise ValueError(f"its description is no mapping, but {about!r:.60}")
     if not isinstance(about.get("kind"), str):
@@ -170,7 +170,7 @@ def _without_reasons(names: Any) -> dict[str, str]:
 
 
 def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
-    """Without the prefix of a wrapper that all names have: posteriors of wrapped networks used to keep it."""
+    """Remove the prefix of a wrapper from all names, as old posteriors of wrapped networks have it."""
     for prefix in ("module.", "_orig_mod."):
         if named and all(name.startswith(prefix) for name in named):
             return {name.removeprefix(prefix): value for name, value in named.items()}

@@ -1,4 +1,4 @@
-"""Thresholds of prediction sets, and the posterior that they hold with."""
+"""Thresholds of prediction sets, and the posterior that they belong to."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 __all__ = ["AGAIN", "Thresholds", "compare_draws", "dropped", "is_centre", "still_valid", "sums_of_centre"]
 
 AGAIN = "'stochbn conformal --held-out DATA', or stochbn.conformal and posterior.with_sets"
-"""How thresholds are made."""
+"""How to compute thresholds again, for messages."""
 KINDS: Mapping[str, type[Rule]] = {one.kind: one for one in (Sets, LabelSets, Intervals, QuantileIntervals)}
-"""The rules that a file can hold, by what they are called there."""
+"""The rules that a file can contain, by their names in it."""
 LATER: Mapping[str, Any] = {"kind": Sets.kind, "by": None, "groups": []}
-"""What files have not always had, and what it then is."""
+"""Fields that old files lack, and their defaults."""
 
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """Prediction sets that go with a posterior, as ``posterior.thresholds``.
+    """Prediction sets of a posterior, as ``posterior.thresholds``.
 
     Attributes:
-        sets: makes sets or intervals of predictions; see `stochbn.conformal`.
-        examples: how many held-out examples they are from; None if that is not known.
-        draws: of the predictions for these, at most; None if that is not known.
-        augment: what draws did to the input, as text such as ``"flip"``; None for nothing.
-        temperature: of the posterior that predicted.
-        batch_size: of that posterior's noise.
-        centre: weighted sums of that posterior's expected means and variances.
-        by: the column or array of the groups, of sets by group; None for others.
-        adapted: whether the posterior was adapted to other data after they were made. No coverage is promised then.
+        sets: turns predictions into sets or intervals, see `stochbn.conformal`.
+        examples: the number of held-out examples; None if it is not known.
+        draws: the number of draws of their predictions; None if it is not known.
+        augment: the augmentation of these draws, as text such as ``"flip"``; None for none.
+        temperature: the temperature of the posterior.
+        batch_size: the mini-batch size of the posterior's noise.
+        centre: weighted sums of the posterior's expected means and variances, which identify its centre.
+        by: for sets by group, the column or array of the groups; None for others.
+        adapted: whether the posterior was adapted to other data afterwards. Then no coverage is guaranteed.
 
     Raises:
-        TypeError, ValueError: something cannot be; the message names it.
+        TypeError, ValueError: a field is invalid; the message names it.
     """
 
     sets: Rule
@@ -68,7 +68,7 @@ class Thresholds:
         for name in ("examples", "draws"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the {name} of thresholds must be a whole number of at least 1, got {value!r:.40}")
-        sized = self.batch_size in (None, math.inf) or is_number(self.batch_size)  # infinite where there is no noise
+        sized = self.batch_size in (None, math.inf) or is_number(self.batch_size)  # infinite without noise
         if not sized or not all(map(is_number, (self.temperature, *self.centre))) or len(self.centre) != 2:
             raise ValueError(
                 "thresholds must have the temperature, batch size and centre of their posterior as numbers"
@@ -86,7 +86,7 @@ class Thresholds:
         augment: str | None,
         by: str | None = None,
     ) -> Thresholds:
-        """The thresholds that hold with a posterior as it is.
+        """Make the thresholds for a posterior in its current state.
 
         Raises:
             TypeError, ValueError: as the class.
@@ -95,17 +95,17 @@ class Thresholds:
         return cls(sets, examples, draws, augment, *at, by=by)
 
     def fit(self, posterior: Posterior) -> bool:
-        """Whether they are of a posterior with this noise, centre (to the rounding of its file) and temperature."""
+        """Whether they belong to a posterior with this noise, centre (to the rounding of its file) and temperature."""
         if (self.temperature, self.batch_size) != (posterior.temperature, posterior.batch_size):
             return False
         return is_centre(self.centre, posterior)
 
     def after_adapting(self, posterior: Posterior) -> Thresholds:
-        """The same for the adapted posterior, with a mark that no coverage is promised."""
+        """Return the same for the adapted posterior, marked as without guaranteed coverage."""
         return replace(self, centre=sums_of_centre(posterior), adapted=True)
 
     def unlike(self, draws: int, augment: str | None) -> str:
-        """What to do where predictions are made with other draws than those of the held-out data; empty if not."""
+        """A warning if predictions use other draws than those of the held-out data; empty if not."""
         if self.draws in (None, draws) and self.augment == augment:
             return ""
         options = f"--draws {self.draws}" + (f" --augment {self.augment}" if self.augment else " and no --augment")
@@ -115,7 +115,7 @@ class Thresholds:
         )
 
     def caveat(self, posterior: Posterior) -> str:
-        """What cannot be promised of them, in one sentence; empty if they are of data that is held to be the same."""
+        """A sentence about coverage that is not guaranteed; empty if the data has not changed."""
         about = posterior.adaptation
         if not self.adapted or about is None:
             return ""
@@ -136,21 +136,21 @@ class Thresholds:
         return {"threshold": torch.as_tensor(self.sets.threshold, dtype=torch.float64).cpu()}
 
     def description(self) -> dict[str, Any]:
-        """Everything else, for a file."""
+        """All other fields, for a file."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sets"}
         return own | {name: getattr(self.sets, name) for name in self.sets.settings()} | {"kind": self.sets.kind}
 
     def told(self) -> dict[str, Any]:
-        """All of it for programs in other languages, as JSON: an infinite threshold is a text."""
+        """All fields as JSON, for programs in other languages; an infinite threshold is a string."""
         threshold = torch.as_tensor(self.sets.threshold).tolist()
         return {name: _finite(value) for name, value in {**self.description(), "threshold": threshold}.items()}
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Thresholds:
-        """Those of a file.
+        """Read thresholds from a file.
 
         Raises:
-            TypeError, ValueError: something is missing, or cannot be.
+            TypeError, ValueError: a field is missing or invalid.
         """
         kind = about.get("kind", Sets.kind) if isinstance(about, dict) else Sets.kind
         if not isinstance(kind, str) or kind not in KINDS:
@@ -182,7 +182,7 @@ def _finite(value: Any) -> Any:
 
 
 def sums_of_centre(posterior: Posterior) -> tuple[float, float]:
-    """Sums of the expected means and variances, each with a weight of its own."""
+    """Weighted sums of the expected means and variances, which identify a centre."""
     expected = posterior.expected.double().cpu()
     weights = 1 + (torch.arange(expected.shape[1], dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
     mean, variance = (expected * weights).sum(1).tolist()
@@ -190,16 +190,16 @@ def sums_of_centre(posterior: Posterior) -> tuple[float, float]:
 
 
 def is_centre(sums: tuple[float, float], posterior: Posterior) -> bool:
-    """Whether these are the sums of a posterior's centre, to the rounding of its file."""
+    """Whether sums belong to a posterior's centre, to the rounding of its file."""
     pairs = zip(sums, sums_of_centre(posterior), strict=True)
     return all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) for one, other in pairs)
 
 
 def still_valid(posterior: Posterior) -> Thresholds | None:
-    """The thresholds of a posterior; None, and a warning, if its noise, centre or temperature are others by now.
+    """The thresholds of a posterior; None, with a warning, if its noise, centre or temperature has changed.
 
     Raises:
-        TypeError: they are no thresholds.
+        TypeError: they are not thresholds.
     """
     found = posterior.thresholds
     if found is not None and not isinstance(found, Thresholds):
@@ -211,7 +211,7 @@ def still_valid(posterior: Posterior) -> Thresholds | None:
 
 
 def compare_draws(posterior: Posterior | None, draws: int, augment: str | None) -> None:
-    """Warn where predictions with a posterior's sets are made with other draws than those for its thresholds."""
+    """Warn if predictions with a posterior's sets use other draws than its thresholds."""
     found = None if posterior is None else posterior.thresholds
     if posterior is None or found is None:
         return
@@ -221,7 +221,7 @@ def compare_draws(posterior: Posterior | None, draws: int, augment: str | None) 
 
 
 def dropped(posterior: Posterior) -> Posterior:
-    """The same posterior without thresholds; a warning tells of it, if there were any."""
+    """Return the posterior without thresholds, with a warning if it had any."""
     if posterior.thresholds is None:
         return posterior
     _warn()

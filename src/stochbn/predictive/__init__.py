@@ -1,4 +1,4 @@
-"""Predictive distributions: a network under draws of its statistics, with dropout left on, exactly, and ensembles."""
+"""Predictive distributions: with drawn statistics, with dropout left on, by exact inference, and of ensembles."""
 
 from stochbn.predictive.dropout import MCDropout
 from stochbn.predictive.ensemble import Ensemble

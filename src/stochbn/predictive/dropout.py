@@ -29,16 +29,15 @@ __all__ = ["MCDropout"]
 
 
 class MCDropout(Predictive):
-    """The predictive distribution of a network with its dropout left on (Gal and Ghahramani, 2016).
+    """Predictive distribution of a network with its dropout left on (Gal and Ghahramani, 2016).
 
-    With a posterior every pass also draws the batch-norm statistics: the paper's "Dropout + SBN". In training mode are
-    the dropout layers, and the modules that draw random numbers themselves in training mode, as those that call
-    ``F.dropout`` or attention with dropout; all others are in evaluation mode. Arguments are those of `Predictive`, but
-    every example gets all draws: masks are independent, so there are fewer to save. Masks come from a generator of each
-    pass's own, which the given generator (or PyTorch's global one) seeds.
+    With a posterior, every pass also draws the batch-norm statistics: the paper's "Dropout + SBN". Dropout layers are
+    in training mode, and so are modules that draw random numbers themselves, such as those that call ``F.dropout``. All
+    other modules are in evaluation mode. The arguments are those of `Predictive`. Every example gets all draws, because
+    masks are independent. The given generator, or PyTorch's global one, seeds the masks of each pass.
 
     Raises:
-        ValueError: also, at the first call, for a network in which no random numbers are drawn in training mode.
+        ValueError: at the first call, if the network draws no random numbers in training mode.
     """
 
     @shows_options(Interface.of)
@@ -93,7 +92,7 @@ class MCDropout(Predictive):
                     "else in training mode, so their dropout stays off; use torch.nn.Dropout layers there",
                 )
             dropping = frozenset(layers | others) if alike else frozenset(layers)
-            if not failed and alike is not None:  # what fails may work for other examples
+            if not failed and alike is not None:  # it may work for other examples
                 network.known.keep(key, dropping)
         if not dropping:
             raise ValueError(
@@ -104,12 +103,12 @@ class MCDropout(Predictive):
 
     @property
     def _read_as(self) -> Task:
-        """The task itself: what was fitted for it was so without dropout."""
+        """The task without fitted parts, which were fitted without dropout."""
         return self.task
 
     @property
     def _once(self) -> bool:
-        """Never: draws differ in their masks."""
+        """False: draws differ in their masks."""
         return False
 
     def _drawn(self, count: int, generator: torch.Generator | None) -> Generator[Draw, None, None]:
@@ -138,7 +137,7 @@ class _Masked(dict[str, Tensor]):
 
 @without_gradients
 def _reads_alike(network: Network, inputs: NetworkInput, task: Task, training: frozenset[str]) -> bool | None:
-    """Whether a task reads values of one shape from the network with modules in training and in evaluation mode.
+    """Whether the task's values have the same shape with these modules in training and in evaluation mode.
 
     None if a pass fails.
     """

@@ -15,14 +15,14 @@ __all__ = ["Ensemble"]
 
 
 class Ensemble:
-    """The equally weighted mixture of several predictives: Deep Ensembles (Lakshminarayanan et al., 2017).
+    """Equally weighted mixture of several predictives, such as a Deep Ensemble (Lakshminarayanan et al., 2017).
 
-    Members can be any predictives of one task: ``Predictive(model)`` for a plain network, with a posterior for the
-    paper's "Deep Ensembles + SBN". Entropy, mutual information and variance are those of the mixture over all members'
-    draws.
+    Members can be any predictives of the same task: ``Predictive(model)`` for plain networks, or with a posterior for
+    the paper's "Deep Ensembles + SBN". Entropy, mutual information and variance are those of the mixture over the draws
+    of all members.
 
     Args:
-        members: at least one predictive; all predict the same classes.
+        members: one predictive or more, with the same classes.
 
     Raises:
         ValueError: there are no members.
@@ -41,9 +41,9 @@ class Ensemble:
                 )
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
-        """Predict a batch with every member, one after another; arguments as for `Predictive`.
+        """Predict a batch with every member; arguments as for `Predictive`.
 
-        Draws that are kept are those of all members, one member's after another's.
+        With `keep_draws`, the draws of the members follow each other.
 
         Raises:
             ValueError: the members predict different numbers of classes, or are of different tasks.

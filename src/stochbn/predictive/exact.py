@@ -1,4 +1,4 @@
-"""The exact procedure, which posteriors approximate."""
+"""Exact inference, which posteriors approximate."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ __all__ = ["Exact"]
 
 
 class Exact:
-    """The exact procedure: each example takes part in random training mini-batches, whose statistics are used.
+    """Exact inference: each example is predicted as a part of random training mini-batches.
 
-    For every draw and every example, B - 1 examples of one training mini-batch and the example itself go through the
-    network together, with batch norm in training mode and all else in evaluation mode, and probabilities are averaged
-    over draws. It is the yardstick that the posteriors approximate, and B times as expensive: `draws` forward passes
-    of B examples **for each example**. The example changes the statistics of its mini-batch from the first batch norm
-    on, and with them all activations of the others behind it, so only what lies before that layer could be shared
-    between examples; that is too little to be worth it. Passes run on a copy of the network, as those of `Predictive`.
+    For every draw and example, the example and B - 1 training examples go through the network together. Batch norm is
+    in training mode, all else in evaluation mode. Probabilities are averaged over draws. Posteriors approximate this,
+    and can be compared with it. It costs `draws` forward passes of B examples **for each example**: the example changes
+    the statistics of its mini-batch, so nothing after the first batch norm can be shared. Passes run on a copy of the
+    network, as those of `Predictive`.
 
     Args:
         model: the network.
@@ -73,7 +72,7 @@ class Exact:
         self._network = Network.of(model)
         modules = named_modules(self._network.model)
         norms = {name for name, module in modules.items() if isinstance(module, _BatchNorm)}
-        self._norms = self._network.trained() & norms  # others work with their running statistics in training too
+        self._norms = self._network.trained() & norms  # others use their running statistics in training too
         try:
             self.others = list(itertools.islice(mini_batches(model, batches, batch_size - 1, self.inputs), draws))
         except ValueError as error:
@@ -85,7 +84,7 @@ class Exact:
             )
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
-        """Predict a batch, example by example; arguments as for `Predictive`, but a generator has no effect.
+        """Predict a batch, one example at a time; arguments as for `Predictive`, but a generator has no effect.
 
         Raises:
             RuntimeError, ValueError: the network cannot process this input, or its output is not finite.

@@ -1,4 +1,4 @@
-"""The predictive distribution of a network whose batch-norm statistics are drawn from a posterior."""
+"""Predictive distribution of a network whose batch-norm statistics are drawn from a posterior."""
 
 from __future__ import annotations
 
@@ -42,23 +42,21 @@ class Predictor(Protocol):
 
 
 class Predictive:
-    """The predictive distribution of a network whose batch-norm statistics are drawn from a posterior.
+    """Average the predictions of a network over draws of its batch-norm statistics from a posterior.
 
-    `draws` says how accurate probabilities should be: in the mean over a batch, about as accurate as a mean over so
-    many independent draws. Fewer passes suffice, as draws are quasi-random (``Posterior.iter_draws(quasi=True)``) and
-    come in opposite pairs, whose means tell the error that is left. Every example gets at least 4 draws, and examples
-    whose draws differ most get most of the others. What it comes to on many networks is measured in
-    benchmarks/suite.md. Where the response to noise is even, opposite draws tell nothing new. Then nearly all are made,
-    and the squared error can be twice that of independent draws.
+    **Draws.** `draws` sets the accuracy: in the mean over a batch, probabilities are about as accurate as means over
+    this many independent draws. Fewer passes suffice, because draws are quasi-random
+    (``Posterior.iter_draws(quasi=True)``) and come in opposite pairs. The means of the pairs give an estimate of the
+    error. Every example gets at least 4 draws, and examples whose draws differ most get most of the others.
+    benchmarks/suite.md has the numbers of passes on many networks. If the output is symmetric in the noise, opposite
+    draws add nothing. Nearly all draws are then made, and the squared error can be twice that of independent draws.
 
-    Passes run in evaluation mode, without gradients, on a copy of the network that shares its parameters and has
-    buffers, flags, hooks and Python state of its own, one for each thread that calls. So the network itself is never
-    changed, training it further is seen, plain calls beside a prediction are right, and one predictive serves many
-    threads. The network's hooks are copied with it and see all passes. A network that cannot be copied so runs in
-    place, one call at a time. Examples that may affect each other go through the network together, and stop together.
-
-    The passes are made in the way that is fastest with the same results, see `explain`. Averages are made as draws
-    come, so memory does not grow with their number.
+    **Passes** run in evaluation mode, without gradients, on a copy of the network for each calling thread. The copy
+    shares the parameters, and has its own buffers, flags, hooks and Python state. So the network itself does not
+    change, further training takes effect, and one predictive serves many threads. Hooks are copied too, and see all
+    passes. A network that cannot be copied runs in place, one call at a time. Examples that may affect each other go
+    through the network together, and sampling stops for all of them at once. The fastest equivalent execution is used,
+    see `explain`. Memory does not grow with the number of draws.
 
     Args:
         model: the network.
@@ -161,7 +159,7 @@ class Predictive:
 
     @property
     def model(self) -> nn.Module:
-        """The network. It cannot be exchanged, as much of it is known: make a predictive for another one."""
+        """The network. It cannot be replaced: make another predictive for another network."""
         return self._model
 
     def __call__(self, x: Batch, *, generator: torch.Generator | None = None, keep_draws: bool | None = None) -> Any:
@@ -169,11 +167,11 @@ class Predictive:
 
         Args:
             x: the batch, moved to the network's device.
-            generator: in place of the one given at construction.
-            keep_draws: in place of what was given at construction.
+            generator: overrides the one given at construction.
+            keep_draws: overrides the value given at construction.
 
         Returns:
-            What the task predicts: a `stochbn.Prediction` of classes, a `stochbn.Estimate` of numbers, or another.
+            The task's prediction: a `stochbn.Prediction` for classes, a `stochbn.Estimate` for numbers, or another.
 
         Raises:
             RuntimeError, ValueError: the network cannot process this input, or its output is not finite.
@@ -187,7 +185,7 @@ class Predictive:
 
         def make(whole: str) -> Any:
             source = generator
-            if next(attempts):  # again, from the same random numbers; the global generator is never set back
+            if next(attempts):  # again, with the same random numbers; the global generator is not reset
                 source = torch.Generator() if generator is None else generator
                 source.set_state(state)
             return self._predict(inputs, source, keep, whole)
@@ -202,7 +200,7 @@ class Predictive:
         keep_draws: bool | None = None,
         progress: Callable[[int, int | None], object] | None = None,
     ) -> Any:
-        """Predict all batches of a loader, and join the predictions, on the CPU.
+        """Predict all batches of a loader, and join the predictions on the CPU.
 
         Args:
             loader: batches, each as for a call; such as a DataLoader.
@@ -211,10 +209,10 @@ class Predictive:
             progress: called after each batch with the number of batches done, and of all if the loader has a length.
 
         Returns:
-            What a call would return for all examples together; only predictions stay in memory.
+            The same as one call with all examples. Only predictions stay in memory.
 
         Raises:
-            TypeError: the loader is a tensor, or cannot be gone through.
+            TypeError: the loader is a tensor, or not iterable.
             ValueError: there are no batches. For the rest, see a call.
         """
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
@@ -234,7 +232,7 @@ class Predictive:
         return predictions[0].cat(predictions)
 
     def explain(self, x: Batch) -> str:
-        """How the passes over a batch are made: which faster ways are taken, and why not the others.
+        """Describe how the passes over a batch are made: which faster executions are used, and why not the others.
 
         Args:
             x: a batch, as for a prediction.
@@ -266,9 +264,9 @@ class Predictive:
         return "\n".join(lines)
 
     def mixed(self, x: Batch) -> str:
-        """Why an example's prediction may depend on the others of its batch; empty if it is proven not to.
+        """Why an example's prediction may depend on the others of its batch; empty if it is proven that it does not.
 
-        Draws are shared out among the examples of a batch all the same, unless ``tolerance=0`` gives each all of them.
+        This is about the network. Without ``tolerance=0``, the number of draws of an example depends on the others too.
 
         Args:
             x: a batch of two examples or more, as for a prediction.
@@ -318,16 +316,16 @@ class Predictive:
 
     @property
     def _read_as(self) -> Task:
-        """The task with what was fitted for it."""
+        """The task with its fitted parts, such as a residual variance."""
         return self.task.calibrated(self.posterior)
 
     @property
     def _once(self) -> bool:
-        """Whether all draws would be equal, so that one pass is made."""
+        """Whether all draws are equal, so that one pass suffices."""
         return self.augment is None and (self.posterior is None or self.posterior.noiseless)
 
     def _compare_weights(self) -> None:
-        """Warn, once for a change, where the posterior is no longer one of the network's weights."""
+        """Warn, once for each change, if the posterior no longer belongs to the network's weights."""
         weights = self._seen_weights()
         if weights == self._weights:
             return
@@ -339,7 +337,7 @@ class Predictive:
             warn(f"the network has changed since this predictive was made: {error}")
 
     def _seen_weights(self) -> tuple[Any, ...]:
-        """What tells of other weights than before, where that is asked."""
+        """What identifies the current weights; empty if they are not checked."""
         if self.posterior is None or self.check == "shape":
             return ()
         return self._network.weights(), totals(self._network.known.parameters)
@@ -348,7 +346,7 @@ class Predictive:
         return made(block)
 
     def _stopping(self, keep: bool, apart: bool = True) -> Stopping | None:
-        """When examples have enough draws; None if they get all."""
+        """The rule for when examples have enough draws; None if they get all."""
         first, tolerance = self.settings.first, self.tolerance
         if keep or self._once or tolerance == 0 or self.draws < first or (tolerance is None and not self.task.early):
             return None
@@ -390,7 +388,7 @@ class Predictive:
 
 
 def checked_generator(generator: Any) -> torch.Generator | None:
-    """Refuse what is no generator."""
+    """Check that an argument is a generator."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected a torch.Generator or None as the generator, got {type(generator).__name__}")
     return generator

@@ -1,4 +1,4 @@
-"""Several networks from one trained one, for a little more training: snapshots along a cyclic learning rate."""
+"""Make an ensemble from one trained network: snapshots along a cyclic learning rate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["snapshots"]
 
 FORMAT = "stochbn.snapshot/1"
 LOWEST = 0.01
-"""The learning rate at the end of a cycle, beside that at its beginning."""
+"""The learning rate at the end of a cycle, as a fraction of that at its beginning."""
 
 
 def snapshots(
@@ -50,35 +50,36 @@ def snapshots(
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Ensemble:
-    """An ensemble of networks that a trained one becomes on the way of a cyclic learning rate.
+    """Train a network further along a cyclic learning rate, and make an ensemble of its snapshots.
 
-    A copy of the network is trained on for `count` cycles. In each, the learning rate falls from that of the optimizer
-    to a hundredth of it along a cosine, and at its end the network is kept, with a posterior of its own. So each member
-    costs `epochs` passes of training, where a network of a Deep Ensemble costs a whole training. The network itself is
-    not changed; it can be a member too: ``Ensemble([Predictive(model, posterior), *ensemble.members])``.
+    A copy of the network is trained for `count` cycles. In each cycle, the learning rate falls along a cosine from that
+    of the optimizer to a hundredth of it. At the end of a cycle the network is kept, with its own posterior. So each
+    member costs `epochs` passes over the data, where a network of a Deep Ensemble costs a whole training. The network
+    itself does not change. It can be a member too:
+    ``Ensemble([Predictive(model, posterior), *ensemble.members])``.
 
     Args:
         model: a trained network.
-        batches: its training data, gone through once for each epoch, such as a DataLoader that shuffles: batches of
+        batches: its training data, read once for each epoch, such as a DataLoader that shuffles: batches of
             ``(input, labels, ...)`` or mappings with ``labels``. If they, or their sampler, have ``set_epoch``, as a
-            `torch.utils.data.DistributedSampler` has, it is called with the number of each pass, so that a call that
-            goes on behind stored snapshots goes through the data as one that was not stopped.
+            `torch.utils.data.DistributedSampler` has, it is called with the number of each pass. So a call that
+            continues after stored snapshots sees the same order as one that was not stopped.
         loss: what training minimises, as a function of the network's output and the labels, such as
             ``torch.nn.functional.cross_entropy``.
-        count: how many snapshots.
+        count: the number of snapshots.
         epochs: passes over `batches` in a cycle.
-        optimizer: makes the optimizer of a cycle from the parameters; its learning rate is the highest one. The default
-            is Adam with 1e-3; for a network that was trained in another way, that with the rate at which training was
-            fast, such as ``lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)``.
+        optimizer: makes the optimizer of a cycle from the parameters. Its learning rate is the highest one. The default
+            is Adam with 1e-3. For other networks, use the optimizer of training with a high learning rate, such as
+            ``lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)``.
         member: makes a predictive from a snapshot and its posterior, such as
             ``functools.partial(stochbn.Predictive, augment=images)``.
         batch_size: of the mini-batches that posteriors are fitted to, as for `stochbn.fit`.
         kind: the kind of posterior, as for `stochbn.fit`.
         inputs: what the network takes of a batch, as for `stochbn.fit`.
-        augment: how mini-batches are changed at random, in training and in fitting; where the loader does so, None.
-        folder: where each snapshot and its posterior are written as soon as they are there. A call with the same
-            network and settings goes on behind those that it holds.
-        seed: where augmentations and dropout masks come from.
+        augment: the augmentation of mini-batches, in training and in fitting; None if the loader augments.
+        folder: where each snapshot and its posterior are written as soon as they are made. A call with the same
+            network and settings continues after the snapshots in it.
+        seed: the seed of augmentations and dropout masks.
         progress: called after each step with the number of steps done and of all.
 
     Returns:
@@ -158,7 +159,7 @@ class _Cycle:
         for number in passes:
             _set_pass(batches, number)
             for batch in batches:
-                # A loader may give fewer batches than its length says, or more: the rate stays between its ends.
+                # A loader may yield fewer or more batches than its length; the rate stays in its range.
                 share = LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * min(step / self._steps, 1))) / 2
                 for group, rate in zip(optimiser.param_groups, highest, strict=True):
                     group["lr"] = rate * share
@@ -187,11 +188,11 @@ class _Cycle:
             optimiser.zero_grad()
             torch.autograd.backward(value)
             optimiser.step()
-            torch.clear_autocast_cache()  # within autocast, else the next step would go by the weights before this one
+            torch.clear_autocast_cache()  # or the next step, within autocast, would use weights from before this one
 
 
 def _set_pass(batches: Iterable[Batch], number: int) -> None:
-    """Tell batches, or their sampler, which pass over them comes next, if they take that."""
+    """Call ``set_epoch`` of the batches, or of their sampler, if they have it."""
     for one in (batches, getattr(batches, "sampler", None)):
         if callable(set_epoch := getattr(one, "set_epoch", None)):
             set_epoch(number)

@@ -1,7 +1,7 @@
 """What to do when the data changes: sound the alarm, and adapt to unlabelled examples.
 
 `stochbn.fit` keeps a `stochbn.posteriors.reference.Reference` of training examples in the posterior. `Monitor` compares
-mini-batches with it, and `adapt` moves the posterior's centre by what differs in their look::
+mini-batches with it, and `adapt` moves the posterior's centre by the difference in their look::
 
     monitor = stochbn.shift.Monitor(posterior)
     if monitor.update(model, batch).alarm:

@@ -1,4 +1,4 @@
-"""Adapting a posterior to unlabelled examples of data that has changed."""
+"""Adapt a posterior to unlabelled examples of data that has changed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ ERRORS = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 """The standard errors of the mix, round by round."""
 MOST_ROUNDS = 24
 SETTLED = 0.005
-"""The share of examples whose class changes from one round to the next below which the mix stays."""
+"""The mix has converged if the share of examples whose class changes from one round to the next is below this."""
 PRIOR = 64
-"""What the source counts for without a guard, in examples."""
+"""The weight of the training statistics without a guard, as a number of examples."""
 LEAST_VARIANCE = 0.3
-"""An adapted variance is at least this share of the smaller one of the source's and of what is seen."""
+"""An adapted variance is at least this share of the smaller of the training variance and the new one."""
 EVIDENCE, FEW = 0.1, 8
-"""The p-value of the look up to which statistics move; of fewer examples than the second, `UNUSUAL` is."""
+"""Statistics move if the p-value of the look is at most `EVIDENCE`; with fewer than `FEW` examples, `UNUSUAL`."""
 CHANGED = 0.2
-"""The share of examples of another class from which on a changed mix is worth a warning."""
+"""A changed mix causes a warning if at least this share of examples changed class."""
 
 
 def adapt(
@@ -51,7 +51,7 @@ def adapt(
     inputs: InputsOf = None,
     group: ProcessGroup | None = None,
 ) -> Posterior:
-    """Move a posterior's centre to unlabelled examples of data that has changed, if their look has changed.
+    """Adapt a posterior to unlabelled examples of new data, if their look has changed.
 
     Two things can change: the look, which is how the inputs of a class look, and the mix, which is how often each class
     occurs. For each batch norm, the difference between the new examples and the reference is computed. The part that a
@@ -64,24 +64,24 @@ def adapt(
     repeated until the estimated mix no longer changes. Otherwise it takes 2. The examples stay in memory. Eight can be
     enough, and about a hundred are better, as the statistics of few are noisy.
 
-    What was concluded is in the posterior's ``adaptation``, which prints as sentences.
+    The posterior's ``adaptation`` says what was concluded, and prints as sentences.
 
     Args:
         model: the network.
-        posterior: one fitted to it. With a reference, which `stochbn.fit` makes, the mix of classes is taken care of;
-            without one all that differs counts as another look, of which a warning tells.
-        batches: unlabelled examples of the new data: an iterable of what the network takes, as for `stochbn.fit`. Up to
-            512 examples, or 64 MiB of them, go through the network together; more go one group after another.
+        posterior: a posterior fitted to it. With a reference, which `stochbn.fit` makes, a change of the mix is
+            subtracted. Without one, every difference counts as a change of the look, with a warning.
+        batches: unlabelled examples of the new data: an iterable of batches, as for `stochbn.fit`. Up to 512 examples,
+            or 64 MiB of them, go through the network together; more go in several groups.
         prior: strength of the pull towards the training statistics, as a number of examples: the shift is multiplied by
             ``n / (n + prior)``. None means 0 with a reference, and 64 without one.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
-        group: in a job of several processes (ranks), the process group whose ranks adapt together: each passes its own
-            examples, in as many groups as the others, and every one gets the posterior that one process
-            would adapt to all of them in one group. None is this process's examples alone.
+        group: in a job of several processes (ranks), the process group whose ranks adapt together. Each rank passes its
+            own examples, in as many groups as the others. Every rank gets the posterior that one process would adapt to
+            all of them in one group. None: this process alone.
 
     Returns:
         A copy of the posterior that is centred on the adapted statistics. Its ``centre`` is ``"adapted"``. Thresholds
-        of prediction sets are kept, with a mark: they promise no coverage on this data.
+        of prediction sets are kept and marked: they guarantee no coverage on this data.
 
     Raises:
         TypeError, ValueError: a wrong argument, a posterior of another network, no examples, examples that the network
@@ -106,7 +106,7 @@ def adapt(
         adapter._ranks = ranks
         try:
             adapter._all_of(groups)
-        finally:  # a process group that closures keep until the interpreter ends can abort the process then
+        finally:  # closures that keep a process group until the interpreter ends can abort the process
             adapter._ranks = Ranks(None)
     adapted = adapter.posterior
     if ranks.rank == 0:
@@ -119,7 +119,7 @@ class Adapter:
 
     Args:
         model: the network.
-        posterior: one fitted to it.
+        posterior: a posterior fitted to it.
         half_life: after this many further examples, an earlier example has half its weight. None gives all examples the
             same weight.
         prior: as for `adapt`.
@@ -157,7 +157,7 @@ class Adapter:
             )
         self._fixed = set(unusable)
         self._thresholds = posterior.thresholds
-        if self._thresholds and not self._thresholds.adapted:  # dropped if they are not of the running statistics
+        if self._thresholds and not self._thresholds.adapted:  # dropped if they do not belong to the running statistics
             self._thresholds = replace(self._source, thresholds=self._thresholds).thresholds
         self._residual = posterior.residual_variance
         if self._residual and not self._residual.adapted:
@@ -166,7 +166,7 @@ class Adapter:
         self._comparison = None if reference is None else Comparison(reference)
         self._prior = float(prior if prior is not None else 0 if reference is not None else PRIOR)
         self._mix = torch.empty(0, dtype=torch.float32) if reference is None else reference.usual
-        self._plain: Part | None = None  # what the network as it is sees of all examples
+        self._plain: Part | None = None  # all examples, as seen by the network before adaptation
         self._seen: Part | None = None
         self._begun = False  # whether statistics were moved by the last batch of a stream
         self._reading: Reading | None = None
@@ -175,7 +175,7 @@ class Adapter:
         self._evidence: dict[str, float] = {}
 
     def update(self, batch: Batch) -> Posterior:
-        """Fold in a batch of unlabelled examples, and return the posterior that is adapted to all so far.
+        """Update with a batch of unlabelled examples, and return the posterior that is adapted to all so far.
 
         Raises:
             TypeError, ValueError: as `adapt`; the batch then does not count.
@@ -211,7 +211,7 @@ class Adapter:
 
     @property
     def posterior(self) -> Posterior:
-        """The posterior that is adapted to all examples so far; the source, without thresholds, if there were none."""
+        """The posterior that is adapted to all examples so far, or the original one, without thresholds."""
         if self._seen is None:
             return self._source
         sizes = list(self._source.layers.values())
@@ -249,7 +249,7 @@ class Adapter:
 
     @property
     def _moves(self) -> bool:
-        """Whether there is evidence for another look; without a reference there always is."""
+        """Whether there is evidence for a changed look; always True without a reference."""
         if self._reading is None:
             return True
         return self._reading.look <= (EVIDENCE if self._reading.examples >= FEW else UNUSUAL)
@@ -271,10 +271,10 @@ class Adapter:
                 raise ValueError(f"no batch norm of the network can be adapted: {why}")
 
     def _read(self, look: Looker, batches: list[NetworkInput], before: Part | None) -> None:
-        """How unusual the examples are to the network as it is, together with those before."""
+        """How unusual the examples are to the network before adaptation, together with earlier ones."""
         for inputs in batches:
             if self._comparison is None:
-                look(inputs)  # which finds out the layers that are usable
+                look(inputs)  # this pass determines which layers are usable
                 continue
             rows, mixes = self._comparison.seen(look, inputs)
             sums = {name: self._ranks.total(values.sum(0)) for name, values in rows.items()}
@@ -287,7 +287,7 @@ class Adapter:
         self._reading = self._comparison.reading(means, before.mixes / count, max(1, round(count)))
 
     def _pass(self, look: Looker, inputs: NetworkInput, others: Part | None, error: float) -> Part:
-        """Send a batch through the network while its layers are adapted to it and to what was seen of others."""
+        """Send a batch through the network while its layers adapt to it and to the other examples."""
         sums: dict[str, Tensor] = {}
         count = float(self._ranks.total(torch.tensor(float(len(inputs)), dtype=torch.float64)))
         examples = count + (0.0 if others is None else others.examples)
@@ -316,7 +316,7 @@ class Adapter:
             seen = mean[len(source) :] - mean[: len(source)].square()
             variance = source + second - first.square()
             variance = torch.maximum(variance, LEAST_VARIANCE * torch.minimum(seen.clamp(min=0), source))
-            if not self._moves or not bool(shift.any()):  # to the last bit what the network has
+            if not self._moves or not bool(shift.any()):  # exactly the network's own
                 self._moved.pop(name, None)
                 self._statistics.pop(name, None)
                 return None
@@ -331,7 +331,7 @@ class Adapter:
         return Part(count, sums, self._ranks.total(mixes.sum(0)))
 
     def _rounds(self, errors: Sequence[float]) -> Iterator[float]:
-        """The standard error of the mix in each round; after the last one, rounds go on until the mix stays."""
+        """The standard error of the mix in each round; the last one repeats until the mix has converged."""
         for number in range(MOST_ROUNDS):
             yield errors[min(number, len(errors) - 1)]
             if self._seen is None or not len(self._seen.mixes):
@@ -342,7 +342,7 @@ class Adapter:
                 return
 
     def _warn(self, adapted: Posterior) -> None:
-        """Warn of what the evidence does not tell."""
+        """Warn if the conclusions are uncertain."""
         about = adapted.adaptation
         if about is None:
             return

@@ -1,4 +1,4 @@
-"""How unusual mini-batches are: p-values of their look and of their mix, beside mini-batches of training data."""
+"""Compare mini-batches with training data: p-values of their look and of their mix."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Reading:
     """How unusual a mini-batch is.
 
     Attributes:
-        examples: how many it has.
-        p: the joint p-value: twice the smaller one of `look` and `mixed`, at most 1. Without a mix it is `look`.
-        look: the p-value of the inputs' look, with another mix of classes taken out.
-        mixed: the p-value of the mix of classes. It is unreliable if the look has changed. The mix itself is `mix`.
-        layers: the squared distance of each layer, divided by its usual value; 1 is usual.
+        examples: the number of examples.
+        p: the joint p-value: twice the smaller of `look` and `mixed`, at most 1. Without a mix it is `look`.
+        look: the p-value of the inputs' look, after subtracting the effect of a changed mix.
+        mixed: the p-value of the mix of classes. It is unreliable if the look has changed.
+        layers: the squared distance of each layer, divided by its usual value.
         mix: the mean of the network's predictions, such as the share of each class.
-        each: ``[N]``: for each example, the p-value of its look alone.
-        parts: what the mix is of, such as ``"classes"``.
+        each: the p-value of the look of each example, ``[N]``.
+        parts: the components of the mix, such as ``"classes"``.
         alarm: whether a monitor sounds the alarm, see `stochbn.shift.Monitor`.
     """
 
@@ -63,7 +63,7 @@ class Reading:
         return f"{'Alarm: in' if self.alarm else 'In'} {size} {what}."
 
     def description(self) -> dict[str, Any]:
-        """The numbers that are about all examples together, for JSON, which has no infinity."""
+        """The numbers about all examples together, for JSON, which has no infinity."""
         found = {name: getattr(self, name) for name in ("examples", "p", "look", "mixed")}
         return {**found, "layers": {name: min(value, sys.float_info.max) for name, value in self.layers.items()}}
 
@@ -72,7 +72,7 @@ class Comparison:
     """Compares rows and mixes of mini-batches with a reference.
 
     Args:
-        reference: what is usual.
+        reference: the reference.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -82,15 +82,15 @@ class Comparison:
         self._largest = SIZES[len(reference.quantiles) - 1]
 
     def seen(self, look: Looker, inputs: NetworkInput) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows ``[N, 2C]`` of examples in every layer that is compared, and their mixes ``[N, K]``.
+        """The rows of examples in every compared layer, ``[N, 2C]``, and their mixes, ``[N, K]``.
 
         Args:
-            look: sends them through the network as it is.
+            look: sends them through the network.
             inputs: the examples.
 
         Raises:
-            ValueError: other running statistics than those of the fit, a layer that was not called, or activations that
-                are not finite.
+            ValueError: the running statistics changed since the fit, a layer was not called, or activations are not
+                finite.
         """
         self.reference.check_running({name: look.running(name) for name in self.guards})
         rows, output = look(inputs)
@@ -105,23 +105,23 @@ class Comparison:
         return {name: rows[name] for name in self.guards}, mixes
 
     def mixes(self, output: Any, examples: int) -> Tensor:
-        """``[N, K]``: what each example adds to the mix; K is 0 where the reference has none."""
+        """The contribution of each example to the mix, ``[N, K]``; K is 0 if the reference has no mix."""
         if not len(self.reference.usual):
             return torch.empty(examples, 0, dtype=torch.float32)
         values = mixes_of(self.task, output)
         return binned(values, self.reference.edges) if self.task.binned else values
 
     def distances(self, means: Mapping[str, Tensor], mixes: Tensor, examples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """How unusual mini-batches of one size are: p-values of look and mix, each ``[B]``, and layers ``[B, L]``.
+        """How unusual mini-batches of one size are: p-values of look and mix, each ``[B]``, and of layers, ``[B, L]``.
 
-        Where the mix is unusual, the look is compared with that of mini-batches of one or two classes, as rows depend
-        on the mix not quite linearly. Mini-batches of more examples than there are usual distances for are compared
-        with the largest of those.
+        If the mix is unusual, the look is compared with that of mini-batches of one or two classes, because rows do not
+        depend on the mix quite linearly. Mini-batches that are larger than those of the reference are compared with its
+        largest ones.
 
         Args:
-            means: ``[B, 2C]`` for every layer.
-            mixes: ``[B, K]``.
-            examples: in a mini-batch.
+            means: the mean rows of every layer, ``[B, 2C]``.
+            mixes: the mixes, ``[B, K]``.
+            examples: the number of examples in a mini-batch.
         """
         size = min(examples, self._largest)
         levels, (usual, of_few_classes, mixed) = self.reference.between(size)
@@ -167,6 +167,6 @@ class Comparison:
 
 
 def _p_value(values: Tensor, quantiles: Tensor) -> Tensor:
-    """How often what has these quantiles is at least as large; never 0."""
+    """The share of a distribution with these quantiles that is at least as large; never 0."""
     below = torch.searchsorted(quantiles.contiguous(), values.contiguous()) / len(quantiles)
     return (1 - below).clamp(min=1 / (2 * GROUPS + 1))

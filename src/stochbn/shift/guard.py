@@ -1,16 +1,16 @@
-"""Estimate by how much the look changes the statistics of a layer: take out what the mix explains, shrink the rest.
+"""Estimate the effect of a changed look on a layer's statistics: subtract what the mix explains, and shrink the rest.
 
 The rows of an example, see `stochbn.posteriors.reference.Reference`, depend linearly on the mix, such as the
 probabilities of the classes. If the mean rows of new examples differ from the usual ones, the mix may have changed, or
-the look of the inputs, or both. So the part that another mix explains is subtracted first. What is left is made white,
-and divided in two:
+the look of the inputs, or both. So the part that a changed mix explains is subtracted first. The rest is made white,
+and split into two parts:
 
-* Directions that no mix can explain. How far the rows are along them, relative to what
-  chance gives n examples, is the evidence for a changed look. The shift along them is shrunk towards 0 by that evidence
-  (James and Stein, 1961), in blocks of directions of like strength.
-* Directions that a changed mix could explain, too. The shift along them is shrunk by the ratio of two variances: how
-  much the look has changed along the other directions, and the uncertainty of the estimated mix, whose standard error
-  is `sigma` in each component.
+* Directions that no mix can explain. The distance of the rows along them, relative to that expected by chance for n
+  examples, is the evidence for a changed look. The shift along them is shrunk towards 0 by this evidence (James and
+  Stein, 1961), in blocks of directions of similar strength.
+* Directions that a changed mix could explain too. The shift along them is shrunk by the ratio of two variances: the
+  change of the look along the other directions, and the uncertainty of the estimated mix, whose standard error is
+  `sigma` in each component.
 
 Without evidence the shift is exactly 0. The mix is not known at first, so an adaptation begins with a large `sigma` and
 ends with a small one.
@@ -29,22 +29,22 @@ from stochbn.posteriors.reference import Layer
 __all__ = ["Guard", "Shifted"]
 
 THRESHOLD = 1.5
-"""What the evidence of a block of directions has to exceed; chance gives 1."""
+"""The evidence of a block of directions must exceed this; by chance it is 1."""
 BLOCKS = (2, 2, 4, 8, 16, 32)
-"""How many directions are shrunk together; all that have no strength of their own are one more block."""
+"""The numbers of directions that are shrunk together; those without their own strength are one more block."""
 MOST = 3
-"""One in so many directions of a layer may be explained by the mix."""
+"""The mix may explain at most one in this many directions of a layer."""
 LEAST_DOF = 0.5
 NEGLIGIBLE = 1e-3
 """Directions of the mix that are weaker than this share of the strongest are left out."""
 
 
 class Shifted(NamedTuple):
-    """What was found in a layer.
+    """The shift of a layer.
 
     Attributes:
-        shift: ``[2C]``: by how much the look changes the rows, shrunk.
-        evidence: the squared distance along directions that no mix explains, over what chance gives; 1 is usual.
+        shift: the change of the rows by the look, shrunk, ``[2C]``.
+        evidence: the squared distance along directions that no mix explains, divided by its expected value by chance.
     """
 
     shift: Tensor
@@ -55,7 +55,7 @@ class Guard:
     """The guard of one layer.
 
     Args:
-        layer: what is usual there.
+        layer: the reference of the layer.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -73,7 +73,7 @@ class Guard:
         self.explained = whole
 
     def white(self, rows: Tensor) -> Tensor:
-        """``[..., 2C]`` rows, less what they are about, divided by the root of their covariance."""
+        """Subtract the centre from rows ``[..., 2C]``, and divide by the root of their covariance."""
         scaled = rows / self._layer.own
         along = scaled @ self._layer.directions.T
         return scaled - (self._shrink * along) @ self._layer.directions
@@ -84,15 +84,15 @@ class Guard:
         return self._layer.own * (white + (self._stretch * along) @ self._layer.directions)
 
     def apart(self, white: Tensor) -> Tensor:
-        """What of white rows no mix explains."""
+        """The part of white rows that no mix explains."""
         return white - (white @ self.explained.T) @ self.explained
 
     def left(self, mean: Tensor, change: Tensor) -> Tensor:
-        """White rows ``[..., 2C]``: what mean rows differ by from the usual ones, without what the mix explains.
+        """The difference of mean rows from the usual ones, without what the mix explains, as white rows ``[..., 2C]``.
 
         Args:
-            mean: ``[..., 2C]``.
-            change: ``[..., M]``: the reduced mix.
+            mean: the mean rows, ``[..., 2C]``.
+            change: the reduced mix, ``[..., M]``.
         """
         return self.white(mean - self._layer.centre - change @ self._layer.mixing)
 
@@ -116,12 +116,12 @@ class Guard:
         return found
 
     def shifted(self, mean: Tensor, change: Tensor, examples: float, sigma: float) -> Shifted:
-        """By how much the look has changed.
+        """Estimate the change of the look.
 
         Args:
-            mean: ``[2C]``, the mean rows of new examples.
-            change: ``[M]``, the reduced mix of the new examples.
-            examples: how many there are.
+            mean: the mean rows of new examples, ``[2C]``.
+            change: the reduced mix of the new examples, ``[M]``.
+            examples: their number.
             sigma: the standard error of each component of the mix.
         """
         white = self.left(mean, change)

@@ -1,4 +1,4 @@
-"""The alarm: whether the data at work is still like the training data."""
+"""The alarm for data that is no longer like the training data."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from stochbn.shift.looking import looking
 __all__ = ["Monitor"]
 
 MOST = 1e300
-"""The most evidence that is added up, so that it stays finite in a service that runs on after the alarm."""
+"""The largest evidence, so that it stays finite in a service that runs on after the alarm."""
 _COUNTING = threading.Lock()
 """Held while a mini-batch is counted, as threads may share a monitor."""
 
 
 class Monitor:
-    """Watches a stream of mini-batches, and sounds the alarm when they are no longer like the training data.
+    """Monitors a stream of mini-batches, and sounds the alarm when they are no longer like the training data.
 
-    Each mini-batch takes one pass in evaluation mode. Its batch-norm statistics are compared with those of
-    equally large mini-batches of training examples, which the reference of `stochbn.fit` holds. This gives two
-    p-values: one for the look of the inputs and one for the mix of classes. The alarm adds up evidence over
-    mini-batches. While the data stays as in training and mini-batches are independent, false alarms are at least
-    `every` mini-batches apart on average (the Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023). That
-    holds as far as the reference represents the data: one of 2,048 examples does for mini-batches of up to 64, and
-    larger ones are compared as if they had 64. One monitor serves many threads.
+    Each mini-batch takes one pass in evaluation mode. Its batch-norm statistics are compared with those of mini-batches
+    of training examples of the same size, from the reference of `stochbn.fit`. This gives two p-values: one for the
+    look of the inputs, and one for the mix of classes. The evidence of mini-batches is added up. If the data stays as
+    in training and mini-batches are independent, false alarms are at least `every` mini-batches apart on average (the
+    Shiryaev-Roberts rule on e-values: Shin, Ramdas and Rinaldo, 2023). This holds as far as the reference represents
+    the data. A reference of 2,048 examples suffices for mini-batches of up to 64; larger ones are compared as if they
+    had 64 examples. One monitor serves many threads.
 
     Args:
-        posterior: what `stochbn.fit` returned, with its reference.
-        every: the least average number of mini-batches between two false alarms. A larger value gives fewer false
+        posterior: a posterior of `stochbn.fit`, with its reference.
+        every: the smallest average number of mini-batches between two false alarms. A larger value gives fewer false
             alarms, and later true ones.
         inputs: what the network takes of a batch, as for `stochbn.Predictive`.
 
     Attributes:
-        evidence: what has been added up; the alarm sounds from `every` on.
-        seen: how many mini-batches have been seen since the start, or `reset`.
+        evidence: the evidence so far; the alarm sounds when it reaches `every`.
+        seen: the number of mini-batches since the start, or since `reset`.
 
     Raises:
         TypeError, ValueError: a wrong argument, or a posterior without a reference.
@@ -68,11 +68,11 @@ class Monitor:
         self.evidence, self.seen = 0.0, 0
 
     def look(self, model: nn.Module, batch: Batch) -> Reading:
-        """How unusual a mini-batch is on its own; the stream does not count it.
+        """Measure how unusual a mini-batch is on its own, without adding to the evidence.
 
         Args:
             model: the network.
-            batch: the mini-batch, without labels or with them behind the inputs.
+            batch: the mini-batch; labels after the inputs are ignored.
 
         Raises:
             ValueError: a posterior of another network, a mini-batch without examples, or one that the network cannot
@@ -89,7 +89,7 @@ class Monitor:
         return self._comparison.of_rows(rows, mixes)
 
     def update(self, model: nn.Module, batch: Batch) -> Reading:
-        """How unusual the next mini-batch of the stream is, and whether the alarm sounds.
+        """Add the next mini-batch of the stream; return how unusual it is, and whether the alarm sounds.
 
         Args:
             model: the network.
@@ -108,15 +108,15 @@ class Monitor:
             return replace(reading, alarm=self.evidence >= self._every)
 
     def reset(self) -> None:
-        """Set the evidence and the count to 0. The alarm sounds again as long as data is unlike the training data."""
+        """Set the evidence and the count to 0. The alarm sounds again if the data still differs."""
         with _COUNTING:
             self.evidence, self.seen = 0.0, 0
 
 
 def _e_value(p: float) -> float:
-    """What a p-value is worth as evidence: ``kappa p^(kappa - 1)``, averaged over kappa from 0 to 1.
+    """The evidence (e-value) of a p-value: ``kappa p^(kappa - 1)``, averaged over kappa from 0 to 1.
 
-    Its mean is at most 1 where p is uniform (Vovk and Wang, 2021, section 2).
+    Its mean is at most 1 if p is uniform (Vovk and Wang, 2021, section 2).
     """
     if p > 1 - 1e-6:
         return 0.5

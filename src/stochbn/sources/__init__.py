@@ -1,6 +1,6 @@
-"""What a user has: a network named by where it is built, weights in a file, and data in one of many layouts.
+"""Open what users have: networks from modules or libraries, weights from files, and data in many layouts.
 
-The paper's experiments have networks and data of their own; nothing here knows of them.
+The networks and data of the paper's experiments are here too, by name: `architectures`, `checkpoints` and `named`.
 """
 
 from stochbn.sources.hub import DataError

@@ -1,4 +1,4 @@
-"""Trained networks of the paper's experiments as files."""
+"""Save and load trained networks of the paper's experiments."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SCALE = "scale of "
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained network, and what it takes to build and use it again.
+    """A trained network, with the settings that rebuild it.
 
     Attributes:
         model: the network, in evaluation mode.
         network: its name in `stochbn.sources.architectures`.
-        arguments: what it was built with.
-        data: what it was trained on, as `stochbn.sources.named.load` takes it.
+        arguments: the arguments of its function.
+        data: its training data, by the name for `stochbn.sources.named.load`.
         classes: the names of its classes.
     """
 
@@ -97,7 +97,7 @@ def _unrounded(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Load a checkpoint that `save` wrote; nothing in the file is executed.
+    """Load a checkpoint that `save` wrote. Nothing in the file is executed.
 
     Raises:
         FileNotFoundError: there is no such file.

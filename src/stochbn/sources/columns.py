@@ -1,4 +1,4 @@
-"""Which columns of a table, or arrays of a file, are what: chosen once, by name, and held to."""
+"""Choose the columns of a table, or the arrays of a file: inputs, labels, key and groups, by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Columns", "Roles", "choose", "is_numeric", "is_text"]
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table, or arrays of a file, are what, as it was asked for; None and nothing: see `choose`.
+    """The columns of a table, or arrays of a file, that the user named; for those not named, see `choose`.
 
     Attributes:
         inputs: the columns of inputs.
-        label: the columns of labels, in the order that the task has them.
+        label: the columns of labels, in the order of the task.
         key: the column that names the rows.
         group: the column of groups, for prediction sets by group.
-        held: what the posterior was fitted with: its columns are taken by their names where none are asked for.
+        held: the schema that the posterior was fitted with, whose columns are taken if none are named.
     """
 
     inputs: tuple[str, ...] = ()
@@ -55,16 +55,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class Roles:
-    """What the columns of a table are.
+    """The roles of the columns of a table.
 
     Attributes:
         inputs: the columns of inputs, in the network's order.
         types: their types.
         label: the columns of labels, if there are any.
         key: the column that names the rows; None numbers them.
-        pictures: whether the input is a column of pictures.
-        left_out: the other columns, and why they are left out.
-        group: the column of groups, if one was asked for.
+        pictures: whether the input is a column of images.
+        left_out: the other columns, and the reasons why they are left out.
+        group: the column of groups, if one was named.
     """
 
     inputs: tuple[str, ...]
@@ -85,14 +85,14 @@ def choose(
 ) -> Roles:
     """Choose the columns of a table.
 
-    Inputs are those asked for; otherwise the first column of images or, where there is none, all columns of numbers but
-    key and label, among them texts of which most are numbers; where there are none either, the first column of lists.
-    The label is the one asked for, the first of type ClassLabel, or one that is called as labels usually are.
+    Inputs are the columns that the user named. Otherwise they are the first column of images; or all numeric columns,
+    and columns of texts that are mostly numbers, except key and label; or the first column of lists. The label is the
+    column that the user named, the first of type ClassLabel, or one with a usual name of labels.
 
     Args:
-        features: the columns' types, as `datasets` has them.
-        name: what the table is called in messages.
-        asked: what was asked for.
+        features: the columns' types, in the form of `datasets`.
+        name: the name of the table in messages.
+        asked: the columns that the user named.
         written: whether most of the texts in a column are numbers.
         index: columns that hold the index of a pandas table, and how that is known.
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are the data, which are left out and why, and which split they are of."""
+"""Find the files of a folder that are data, those to leave out, with the reasons, and the splits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CIRCLES = "to a folder around them"
 
 
 def reason_to_leave(parts: Iterable[str]) -> str | None:
-    """Why a file is no data, by the names on its way; None where it may be some.
+    """Why a file is not data, by the names in its path; None if it may be data.
 
     >>> reason_to_leave(["cat", "._0.png"]), reason_to_leave(["cat", "0.png"])
     ('hidden', None)

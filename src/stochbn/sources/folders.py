@@ -1,4 +1,4 @@
-"""Folders of pictures: a folder for each class, or labels in a file of metadata, as the Hub's image folders have."""
+"""Folders of images, with a subfolder for each class, or with labels in a metadata file as on the Hub."""
 
 from __future__ import annotations
 

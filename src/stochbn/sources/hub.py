@@ -28,11 +28,11 @@ PATIENCE = 2.0
 
 
 class DataError(ValueError):
-    """A data set that cannot be had or used; the message says what to do."""
+    """Raised if a data set cannot be fetched or used; the message says what to do."""
 
 
 def load_splits(name: str) -> tuple[Any, str]:
-    """The splits of a data set of images or other things, by their names, and where it was found.
+    """Load the splits of a data set by name; also return where it was found.
 
     Args:
         name: a short name in `HUB`, ``owner/name`` on the Hub, or a local folder that ``datasets.load_dataset`` reads.

@@ -1,4 +1,4 @@
-"""Files that data names: they are read where they are regular files in the folder of the data, and nowhere else."""
+"""Open files that data names, only if they are regular files in the folder of the data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) 
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it, but no pipe and no device, which could keep a process waiting for ever.
+    """Open a regular file for reading. Pipes and devices could keep a process waiting for ever.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a regular file.
         OSError: it cannot be opened.
     """
     if stat.S_ISREG(path.stat().st_mode):  # opening a device may already do something

@@ -1,4 +1,4 @@
-"""Labels as people store them, as numbers: text, numbers as text, truth values, unsigned, in a column of their own."""
+"""Convert labels to numbers: names, numbers as text, truth values, unsigned integers, in one column or several."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def usual_label(names: Collection[str]) -> str | None:
 
 
 def as_labels(values: Any, where: str, order: Sequence[str] | None = None) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels ``[N, ...]``, and the names of the classes where labels are names.
+    """Convert labels to numbers ``[N, ...]``; also return the names of the classes if labels are names.
 
-    Names are numbered in alphabetical order. Texts that are all numbers count by their values, truth values as 0 and
-    1. A label that is missing is -1, or NaN among fractions.
+    Names are numbered in alphabetical order. Texts that are all numbers are converted, and truth values become 0 and 1.
+    A missing label is -1, or NaN among fractions.
 
     Args:
-        values: an array, a tensor, or a list of what a column holds.
-        where: what they are called in messages.
-        order: the names in another order, as ordered categories have.
+        values: an array, a tensor, or a list of the cells of a column.
+        where: the name of the labels in messages.
+        order: the names in another order, as in ordered categories.
 
     Raises:
         ValueError: they are neither numbers nor names.

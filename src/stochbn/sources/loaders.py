@@ -20,14 +20,14 @@ __all__ = ["LoaderObjects"]
 
 
 class LoaderObjects:
-    """The batches of a loader, in its own order and of its own sizes.
+    """The batches of a loader, in its own order and sizes.
 
     Args:
-        name: what it is called in messages.
-        loader: an iterable that begins again every time, such as a DataLoader: of tensors, ``(input, label)`` tuples,
+        name: its name in messages.
+        loader: an iterable that can be read several times, such as a DataLoader: of tensors, ``(input, label)`` tuples,
             or mappings with ``labels``.
-        limit: at most so many examples.
-        rank, ranks: every `ranks`-th of its batches alone, from number `rank` on.
+        limit: the largest number of examples.
+        rank, ranks: take only every `ranks`-th batch, from number `rank` on.
     """
 
     key_name = "row"

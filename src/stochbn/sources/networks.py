@@ -1,4 +1,4 @@
-"""Networks by name: from a module of the user's, from timm or from Transformers."""
+"""Build networks by name: from a module of the user, from timm or from Transformers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A network, and what its origin says of its use.
+    """A network, with the preprocessing and classes of its source.
 
     Attributes:
         model: the network, in evaluation mode.
-        preprocess: from a decoded image (or the tensor of an example) to the network's input, if there is such.
+        preprocess: turns a decoded image (or the tensor of an example) into the network's input; None if there is none.
         classes: the names of its classes, if they are known.
-        train_preprocess: as `preprocess`, with the random changes of training, if there is such.
-        prepared_by: where `preprocess` comes from, in words.
+        train_preprocess: the same with the augmentation of training; None if there is none.
+        prepared_by: the source of `preprocess`, in words.
     """
 
     model: nn.Module
@@ -42,10 +42,10 @@ class Built:
 
 
 def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
-    """Arguments of a function from texts ``key=value``; values are Python literals where they can be read as such.
+    """Parse arguments of a function from texts ``key=value``, with Python literals or texts as values.
 
     Raises:
-        ValueError: a text is not of that form, or a key is given twice.
+        ValueError: a text is not of this form, or a key is given twice.
 
     >>> parse_arguments(["width=0.5", "kind=wide", "sizes=(1, 2)"])
     {'width': 0.5, 'kind': 'wide', 'sizes': (1, 2)}

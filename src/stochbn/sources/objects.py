@@ -1,4 +1,4 @@
-"""Data as commands use it: in any order for fitting and evaluating, or as a stream with keys for predicting."""
+"""Data for commands: in any order for fitting and evaluating, or as a stream with keys for predicting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Objects(Protocol):
-    """Objects that can be gone through in batches, and in a random order."""
+    """Examples that can be read in batches, and in a random order."""
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Chunk:
 
 
 class Stream(Protocol):
-    """Objects with keys, one chunk after another."""
+    """Examples with keys, one chunk after another."""
 
     @property
     def key_name(self) -> str:
@@ -99,7 +99,7 @@ class Stream(Protocol):
 
 
 class Rows(Protocol):
-    """Objects of which each can be read by its position."""
+    """Examples that can be read by position."""
 
     key_name: str
 
@@ -132,14 +132,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RowObjects:
-    """Rows, what makes a network's input of one, and in which order they come.
+    """Rows with their preprocessing and order.
 
     Attributes:
-        name: what was opened.
+        name: the name of the data.
         rows: the rows.
-        preprocess: from what a row holds to the network's input, if something is to be done.
-        order: positions; None is all of them as they are.
-        schema: what the data is, as it was opened.
+        preprocess: turns a row into the network's input; None if rows are inputs.
+        order: positions; None: all rows in their order.
+        schema: the schema of the data.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Data by name: a folder, a file, a data set on the Hub, or a loader of the user's."""
+"""Open data by name: a folder, a file, a data set on the Hub, or a loader of the user."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What a network's output means, a module each task: how it is read, averaged, calibrated, scored and shown.
+"""Tasks: how a network's output is read, averaged, calibrated, scored and shown, one task in each module.
 
-Everything else asks the task. A task of your own is a subclass of `Task`, and an instance of it is what ``task=`` takes
-beside a name.
+To write your own task, make a subclass of `Task`, and pass an instance as ``task=``.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ __all__ = [
 TASKS: Mapping[str, type[Task]] = {
     task.name: task for task in (Classification, Binary, Multilabel, Regression, Survival, Detection, Embedding)
 }
-"""Every task by its name."""
+"""Every task, by name."""
 
 
 def named(task: Task) -> bool:
-    """Whether a file can name a task: whether it is one of `TASKS`."""
+    """Whether a task is one of `TASKS`, so that a file can name it."""
     return type(task) is TASKS.get(task.name)
 
 
 def make_task(name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:
-    """The task of a name, or a task itself with other places or axes.
+    """Make the task of a name, or a task with other places or axes.
 
     >>> import torch
     >>> make_task("binary", "score").raw({"score": torch.tensor([1.5, -2.0])})
@@ -53,7 +52,7 @@ def make_task(name: Task | str, place: Any = None, class_axis: int | None = None
             [ 0.0000, -2.0000]])
 
     Raises:
-        ValueError: there is no such task, or it has no classes for `class_axis` or `output` to be about.
+        ValueError: there is no such task, or `class_axis` or `output` is given for a task without classes.
         TypeError: an argument is of the wrong type.
     """
     given = {"place": place, "class_axis": class_axis, "output": output}

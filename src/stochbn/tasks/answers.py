@@ -1,4 +1,4 @@
-"""What all predictions have in common: how they are joined, mixed, shown in a line and turned into a table."""
+"""The base class of predictions: how they are joined, mixed, shown in a line and turned into a table."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ __all__ = ["Answer", "frame", "table_columns"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Answer(ABC):
-    """What a predictive says of N examples: averages over draws, with the examples on their first axis.
+    """Prediction for N examples: averages over draws, with the examples on the first axis.
 
-    A task has a subclass of its own, whose fields are these averages, the draws that were kept, and `note`.
+    Each task has its own subclass, whose fields are the averages, the draws that were kept, and `note`.
     """
 
     @property
     @abstractmethod
     def averages(self) -> tuple[Tensor, ...]:
-        """The tensors that are averages over draws; the first is what is predicted."""
+        """The tensors that are averages over draws; the first is the prediction."""
 
     @property
     @abstractmethod
     def draws_kept(self) -> Tensor | None:
-        """What was kept of every draw, ``[S, N, ...]``."""
+        """The values that were kept of every draw, ``[S, N, ...]``."""
 
     @abstractmethod
     def of(self, averages: Sequence[Tensor], kept: Tensor | None) -> Self:
-        """A prediction like this one, of other averages and draws."""
+        """Return a prediction like this one, with other averages and draws."""
 
     @abstractmethod
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+        """Return the prediction as columns of a table, with a row for each example, as ``stochbn predict`` writes them.
 
         Args:
-            classes: the names of the classes or labels, if there are any; none are their numbers.
-            top: how many of the most probable classes to name.
+            classes: the names of the classes or labels, if there are any; without them, their numbers are used.
+            top: the number of most probable classes to name.
 
         Raises:
-            ValueError: the output is dense, with more than one row an example, or the names do not fit.
+            ValueError: the output is dense, or the number of names is wrong.
         """
 
     @property
     def measures(self) -> Mapping[str, Tensor]:
-        """What `repr` shows the mean over examples of, by its name."""
+        """The measures whose means over examples `repr` shows, by name."""
         return {}
 
     def mixed(self, other: Self, share: float) -> Self:
-        """The mixture of this prediction and another one of the same examples, which has a share of it."""
+        """Return the mixture of this prediction and another one of the same examples, which has the weight `share`."""
         averages = [a.lerp(b.to(a), share) for a, b in zip(self.averages, other.averages, strict=True)]
         return replace(self.of(averages, None), note="")  # type: ignore[call-arg]  # every subclass has one
 
     def to_pandas(self, classes: Sequence[str] = ()) -> DataFrame:
-        """A data frame with a row for each example: `columns`.
+        """Return `columns` as a data frame, with a row for each example.
 
         Args:
-            classes: the names of the classes or labels, if there are any; none are their numbers.
+            classes: the names of the classes or labels, if there are any; without them, their numbers are used.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -73,7 +73,7 @@ class Answer(ABC):
         return frame(self.columns(classes))
 
     def __repr__(self) -> str:
-        """The shape of what is predicted, and measures in the mean over examples, in one line."""
+        """The shape of the prediction, and means of the measures over examples, in one line."""
         name = next(name for name, value in vars(self).items() if value is self.averages[0])
         shape = f"{name} {list(self.averages[0].shape)}"
         means = [f"mean {key.replace('_', ' ')} {float(values.mean()):.3g}" for key, values in self.measures.items()]
@@ -83,7 +83,7 @@ class Answer(ABC):
 
     @staticmethod
     def cat(predictions: Sequence[Any]) -> Any:
-        """One prediction for the examples of several of one type, in their order.
+        """Join predictions of one type, in order.
 
         Raises:
             ValueError: there are none, or they differ in their classes, draws or types.
@@ -104,10 +104,10 @@ class Answer(ABC):
 
 
 def table_columns(values: Mapping[str, Tensor], what: str = "numbers [N] or [N, D]") -> dict[str, list[Any]]:
-    """Tensors ``[N]`` or ``[N, D]`` as columns of a table: ``name``, or ``name_0``, ``name_1``, ... of several.
+    """Turn tensors ``[N]`` or ``[N, D]`` into columns of a table: ``name``, or ``name_0``, ``name_1``, ... for several.
 
     Raises:
-        ValueError: they are dense, with more than one row an example.
+        ValueError: they are dense.
 
     >>> table_columns({"mean": torch.tensor([[1.0, 2.0]])})
     {'mean_0': [1.0], 'mean_1': [2.0]}

@@ -1,4 +1,4 @@
-"""What every task says of a network's output: how it is read, averaged, calibrated, scored and shown."""
+"""The base class of tasks: how a network's output is read, averaged, calibrated, scored and shown."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Join", "Panel", "Predictions", "Scores", "Task", "floating", "joined", "ratio_error", "standard_error"]
 
 Predictions = Iterable[tuple[Any, Tensor]]
-"""Predictions of batches, and their labels."""
+"""Predictions and labels, batch by batch."""
 Join = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Gives tensors ``[n, ...]`` of all processes that share the data, behind each other."""
+"""Concatenates tensors ``[n, ...]`` of all processes that share the data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,12 @@ class Scores:
     """The scores of one method on labelled data.
 
     Attributes:
-        values: the scores, by their names.
-        errors: the standard error of each score of which one is known.
-        losses: ``[N]``, float64: losses of each example, by what they are called. Methods are compared by the first
-            that both have.
-        weights: ``[N]``: how much each example counts, such as the places of a dense output; None is alike.
-        evidence: what the figures of a report are drawn from.
+        values: the scores, by name.
+        errors: the standard errors of the scores, as far as they are known.
+        losses: the losses of each example, ``[N]`` in float64, by name. Methods are compared by the first that both
+            have.
+        weights: the weight of each example, such as its number of pixels, ``[N]``; None: equal weights.
+        evidence: the data of the report's figures.
     """
 
     values: Mapping[str, float]
@@ -53,9 +53,9 @@ class Panel:
     """A figure of a report.
 
     Attributes:
-        title: its heading, a question.
-        caption: what is seen in it, in sentences.
-        draw: draws it, given the axes and the colour of each method.
+        title: the heading, a question.
+        caption: sentences that explain the figure.
+        draw: draws the figure, given the axes and the colour of each method.
     """
 
     title: str
@@ -65,49 +65,49 @@ class Panel:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a network's output means.
+    """Base class of tasks: what a network's output means.
 
-    Every task turns an output into a tensor ``[N, C, ...]`` of float32 or finer, its raw values, on which draws are
-    averaged, and an average into what a predictive returns. A subclass defines `raw`, `values` and `prediction`, and
-    so is enough for predictions; the other methods make it usable in `stochbn.calibrate` and at the command line.
+    A task turns an output into raw values, a tensor ``[N, C, ...]`` of float32 or finer. Draws of these are averaged,
+    and the task turns the averages into a prediction. A subclass must define `raw`, `values` and `prediction`. The
+    other methods make it usable in `stochbn.calibrate` and at the command line.
 
     Attributes:
-        place: where in the output to look, see `stochbn.network.calling.read_output`; for regression also a pair of
-            places, of the mean and of the log-variance.
+        place: the place in the output, see `stochbn.network.calling.read_output`; for regression also a pair of places,
+            of the mean and of the log-variance.
         class_axis: the axis of the classes in the output; None is axis 1.
         output: ``"logits"`` or ``"probs"``; None is logits, unless they look like something else.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type, or the task has no classes for it to be about.
+        TypeError, ValueError: a field is of the wrong type, or applies only to tasks with classes.
     """
 
     name: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]]
-    """Attributes of a prediction that an exported network gives."""
+    """The attributes of a prediction that an exported network outputs."""
     has_classes: ClassVar[bool] = True
     """Whether `class_axis` and `output` apply."""
     takes_pair: ClassVar[bool] = False
     """Whether `place` may be a pair."""
     one_class: ClassVar[bool] = False
-    """Whether each example, or place, has one class. Then there are prediction sets, ensembles and unknown classes."""
+    """Whether each example, or pixel, has one class. This allows prediction sets, ensembles and unknown classes."""
     sets_hold: ClassVar[str] = ""
-    """What prediction sets hold: ``classes``, ``labels`` or ``numbers``; empty where there are none."""
+    """What prediction sets contain: ``classes``, ``labels`` or ``numbers``; empty if there are none."""
     early: ClassVar[bool] = True
-    """Whether sampling may stop early by default: where the scale of an error is known."""
+    """Whether sampling may stop early by default, because the scale of errors is known."""
     spread: ClassVar[bool] = False
     """Whether the variance over draws is part of the prediction."""
     binned: ClassVar[bool] = False
-    """Whether `mix` gives numbers, of which the mix is the shares in bins, and not shares themselves."""
+    """Whether `mix` returns numbers, whose shares in bins are the mix, instead of shares."""
     part: ClassVar[tuple[str, str]] = ("class", "classes")
-    """What the mix is of, one and several."""
+    """The word for one component of the mix, singular and plural."""
     uncertainty: ClassVar[tuple[str, ...]] = ("entropy",)
-    """Columns of a table whose largest values are the least certain predictions; the first that is there counts."""
+    """Columns of a table that measure uncertainty; the first that exists is used."""
     calibrated_by: ClassVar[tuple[str, ...]] = ()
-    """The scores that `stochbn.calibrate` can choose by; none where labels do not tell how much noise is right."""
+    """The scores that `stochbn.calibrate` can minimise; none if the task cannot be calibrated."""
     fits_residual: ClassVar[bool] = False
     """Whether `stochbn.calibrate` fits a residual variance, and no temperature."""
     score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {}
-    """The columns of a table of scores: the name of the score, its digits, and a factor; none where there are none."""
+    """The columns of a table of scores: the name of the score, its digits, and a factor; empty without scores."""
 
     place: Any = None
     class_axis: int | None = None
@@ -136,62 +136,62 @@ class Task(ABC):
 
     @abstractmethod
     def raw(self, output: Any) -> Tensor:
-        """The raw values ``[N, C, ...]`` in a network's output.
+        """Read the raw values ``[N, C, ...]`` from a network's output.
 
         Raises:
-            TypeError, ValueError: they are not of a type or shape that the task can read.
+            TypeError, ValueError: the task cannot read this type or shape.
         """
 
     def check(self, raw: Tensor) -> None:  # noqa: B027 - numbers can be anything
-        """Refuse, or warn of, raw values that do not look like what the task expects.
+        """Warn of raw values that do not look as the task expects.
 
         Raises:
-            ValueError: they cannot be what the task expects.
+            ValueError: the values cannot belong to the task.
         """
 
     @abstractmethod
     def values(self, raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """What is averaged over draws, from raw values ``[S, N, C, ...]``: two tensors ``[S, N, ...]``.
+        """Turn raw values ``[S, N, C, ...]`` into two tensors ``[S, N, ...]`` to average over draws.
 
-        The first gives the prediction, and its variance over draws says when sampling stops.
+        The first makes the prediction, and its variance over draws decides when sampling stops.
         """
 
     @abstractmethod
     def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Answer:
-        """What a predictive returns, from the means of both values, the first's variance over draws and kept draws."""
+        """Make the prediction from the means of both values, the variance of the first over draws, and kept draws."""
 
     def calibrated(self, posterior: Any) -> Task:
-        """The task with what `stochbn.calibrate` has fitted for it and keeps in a posterior, beside a temperature."""
+        """Return the task with the parts that `stochbn.calibrate` fitted, other than a temperature."""
         return self
 
     def caveat(self, posterior: Any, known: Collection[str]) -> str:
-        """What to know of predictions, in sentences; empty for nothing.
+        """Sentences about the limits of predictions; empty for none.
 
         Args:
-            posterior: that was drawn from, or None.
-            known: the columns, or scores, that there are.
+            posterior: the posterior of the draws, or None.
+            known: the columns, or scores, that exist.
         """
         return ""
 
     def keep(self, raw: Tensor, temperature: float) -> Tensor:
-        """What of raw values ``[S, N, C, ...]`` is kept of every draw."""
+        """Select what to keep of every draw from raw values ``[S, N, C, ...]``."""
         return self.values(raw, temperature)[0]
 
     def mix(self, raw: Tensor) -> Tensor:
-        """What raw values ``[N, C, ...]`` say of the mix of a group of examples: shares ``[N, K, ...]``, or numbers."""
+        """The contribution of raw values ``[N, C, ...]`` to the mix of a group: shares ``[N, K, ...]``, or numbers."""
         return self.values(raw[None], 1.0)[0][0]
 
     def description(self) -> dict[str, Any]:
-        """What a file keeps of the task: the arguments of `stochbn.tasks.make_task`."""
+        """The task for a file: the arguments of `stochbn.tasks.make_task`."""
         return {"name": self.name, "place": self.place, "class_axis": self.class_axis, "output": self.output}
 
-    # Labels, and what calibrate makes of them
+    # Labels, and how calibrate uses them
 
     def labels(self, batch: Any) -> Tensor:
-        """The labels in a labelled batch: its second entry or, of a mapping, that of ``labels``.
+        """The labels of a batch: its second entry or, in a mapping, the entry ``labels``.
 
         Raises:
-            TypeError: there are none, or none of a type that the task takes.
+            TypeError: there are none, or they are of another type.
         """
         found = labels_in(batch)
         if found is None or found.is_complex():
@@ -205,23 +205,23 @@ class Task(ABC):
     """What labels are, in words."""
 
     def paired(self, raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw values ``[N, C, ...]`` and labels (or a mask of them) as `draw_score` takes them."""
+        """Bring raw values ``[N, C, ...]`` and labels (or a mask of them) into the layout of `draw_score`."""
         return raw, labels
 
     def counted(self, labels: Tensor, ignore: int | None) -> Tensor:
-        """Which of the labels count, of their shape.
+        """A mask of the labels that count, of their shape.
 
         Raises:
-            ValueError: a label is to be ignored, and this task has none.
+            ValueError: a label is to be ignored, and this task does not support it.
         """
         return torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
 
     def units(self, labels: Tensor) -> str:
-        """What is counted: ``"examples"``, or parts of them."""
+        """The name of what is counted: ``"examples"``, or parts of them."""
         return "places" if labels.numel() > len(labels) else "examples"
 
     def draw_score(self, name: str, temperatures: Tensor) -> DrawScore:
-        """What scores the mean over draws at several temperatures, for `stochbn.calibrate`.
+        """The score of the mean over draws at several temperatures, for `stochbn.calibrate`.
 
         Raises:
             ValueError: `name` is not among `calibrated_by`.
@@ -231,12 +231,12 @@ class Task(ABC):
     # Scores
 
     def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:
-        """The scores of predictions, the same in all processes that share them.
+        """Score predictions, with the same result in all processes that share them.
 
         Args:
-            predictions: of this process's batches, with their labels.
-            join: gives the tensors of all processes that share the data behind each other.
-            ignore: a label of what does not count.
+            predictions: the predictions of this process's batches, with their labels.
+            join: concatenates tensors of all processes that share the data.
+            ignore: a label to ignore.
 
         Raises:
             ValueError: labels that do not fit the predictions, or a task without scores.
@@ -244,15 +244,15 @@ class Task(ABC):
         raise ValueError(f"the task {self.name!r} has no scores")
 
     def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
-        """The figures of a report about the scores of each method, by its name."""
+        """The figures of a report, from the scores of each method by name."""
         return []
 
 
 def floating(values: Any, what: str) -> Tensor:
-    """Floating-point values, of float32 or finer: half precision is too coarse to average in.
+    """Convert floating-point values to float32 or finer, because half precision is too coarse to average in.
 
     Raises:
-        TypeError: they are something else.
+        TypeError: they are not floating-point.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
@@ -261,7 +261,7 @@ def floating(values: Any, what: str) -> Tensor:
 
 
 def labels_in(batch: Any) -> Tensor | None:
-    """The labels in a batch as a tensor; None where there are none of numbers."""
+    """The labels of a batch as a tensor; None if there are no numeric labels."""
     labels: Any = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         labels = batch[1]
@@ -274,15 +274,15 @@ def labels_in(batch: Any) -> Tensor | None:
 
 
 def whole_labels(task: Task, batch: Any, *, fractions: bool) -> Tensor:
-    """The labels in a batch as whole numbers.
+    """The labels of a batch as whole numbers.
 
     Args:
-        task: what they are for.
+        task: the name of the task, for messages.
         batch: the batch.
-        fractions: whether floating-point numbers and truth values may be whole numbers, as losses of 0 and 1 take them.
+        fractions: whether to accept whole numbers as floating-point numbers or truth values, as losses for 0 and 1 do.
 
     Raises:
-        TypeError: there are none, or they are no whole numbers.
+        TypeError: there are none, or they are not whole numbers.
     """
     labels = labels_in(batch)
     if labels is not None and not labels.is_complex():
@@ -301,7 +301,7 @@ def _described(labels: Tensor | None, batch: Any) -> str:
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]], join: Join) -> dict[str, Tensor]:
-    """The tensors of all batches of all processes behind each other.
+    """Concatenate the tensors of all batches of all processes.
 
     Raises:
         ValueError: there are none.
@@ -312,7 +312,7 @@ def joined(batches: Sequence[Mapping[str, Tensor]], join: Join) -> dict[str, Ten
 
 
 def standard_error(values: Tensor) -> float:
-    """That of the mean of ``[N]`` values; NaN for a single one."""
+    """The standard error of the mean of ``[N]`` values; NaN for a single one."""
     return (values.double().var() / len(values)).sqrt().item() if len(values) > 1 else math.nan
 
 

@@ -18,7 +18,7 @@ __all__ = ["Binary", "check_sigmoid", "logit"]
 
 @dataclass(frozen=True)
 class Binary(Classification):
-    """One logit (or probability) for the second of two classes: ``[N]``, ``[N, 1]`` or ``[N, 1, ...]``.
+    """Task of networks with one logit (or probability) for the second of two classes, ``[N]`` or ``[N, 1, ...]``.
 
     Probabilities are those of both classes, ``[N, 2, ...]``.
     """
@@ -44,7 +44,7 @@ class Binary(Classification):
         return torch.cat([torch.zeros_like(found), found], 1)
 
     def check(self, raw: Tensor) -> None:
-        """Warn of probabilities that are taken for logits."""
+        """Warn of probabilities in place of logits."""
         check_sigmoid(self, raw[:, 1])
 
     def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Prediction:
@@ -58,23 +58,23 @@ class Binary(Classification):
         return whole_labels(self, batch, fractions=True)
 
     def paired(self, raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels that have the axis of the logit lose it."""
+        """Remove the axis of the logit from labels that have it."""
         if labels.ndim == raw.ndim:
             labels = labels.squeeze(1 if self.class_axis is None else self.class_axis)
         return raw, labels
 
 
 def logit(probs: Tensor) -> Tensor:
-    """The logits of probabilities, finite for 0 and 1; NaN for what is no probability."""
+    """The logits of probabilities, finite for 0 and 1; NaN for values that are not probabilities."""
     possible = (probs >= 0) & (probs <= 1)
     return probs.logit(eps=torch.finfo(probs.dtype).eps).where(possible, float("nan"))
 
 
 def check_sigmoid(task: Task, raw: Tensor) -> None:
-    """Refuse logits that are said to be probabilities; warn of probabilities that are taken for logits.
+    """Warn of probabilities in place of logits, and raise for the reverse.
 
     Raises:
-        ValueError: they are no probabilities.
+        ValueError: they should be probabilities and are not.
     """
     if task.output == "probs":
         if raw.isnan().any():

@@ -1,4 +1,4 @@
-"""Classification: one of K classes for each example, or for each place of a dense output."""
+"""Classification: one of K classes for each example, or for each pixel of a dense output."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Classification", "Prediction"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction(Answer):
-    """What a predictive says of N examples; for dense outputs every tensor has their places too.
+    """Prediction of classes for N examples; for dense outputs every tensor has their spatial axes too.
 
     Attributes:
-        probs: probabilities ``[N, K]``, the mean over draws, in the layout of the network's output.
-        expected_entropy: ``[N]``, nats: the mean over draws of each draw's entropy, the uncertainty that
-            remains when the statistics are known (aleatoric).
-        log_probs: ``[S, N, K]``, the log-probabilities of each draw, if ``keep_draws=True`` asked for them.
+        probs: probabilities, the mean over draws, ``[N, K]`` in the layout of the network's output.
+        expected_entropy: the mean over draws of each draw's entropy, ``[N]`` in nats: the uncertainty that remains when
+            the statistics are known (aleatoric).
+        log_probs: the log-probabilities of each draw, ``[S, N, K]``, with ``keep_draws=True``.
         class_axis: the axis of the classes in `probs`.
-        note: why there is no mutual information, where one pass without draws was made.
+        note: why there is no mutual information, if one pass without draws was made.
     """
 
     probs: Tensor
@@ -43,15 +43,16 @@ class Prediction(Answer):
 
     @property
     def entropy(self) -> Tensor:
-        """``[N]``, nats: the entropy of `probs`, the total uncertainty."""
+        """The entropy of `probs`, ``[N]`` in nats: the total uncertainty."""
         return entropy(self.probs, self.class_axis)
 
     @property
     def mutual_information(self) -> Tensor:
-        """``[N]``, nats: entropy of the mean minus mean of the entropies, the part due to the draws (epistemic).
+        """The part of the entropy that is due to the draws (epistemic), ``[N]`` in nats.
 
-        From S independent draws it comes out too small by about a share 1 / S. Examples that are done after few draws
-        have it smaller still, for single ones by half or more; `tolerance=0` gives all examples all draws.
+        It is the entropy of the mean minus the mean of the entropies. From S independent draws it is too small by a
+        share of about 1 / S. Where sampling stops early it is smaller still, for single examples by half or more. With
+        ``tolerance=0`` all examples get all draws.
         """
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
@@ -61,17 +62,17 @@ class Prediction(Answer):
         return {"entropy": self.entropy, "mutual_information": self.mutual_information}
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+        """Return the prediction as columns of a table, with a row for each example, as ``stochbn predict`` writes them.
 
         Args:
-            classes: the names of the classes; none are their numbers.
-            top: how many of the most probable classes to name.
+            classes: the names of the classes; without them, their numbers are used.
+            top: the number of most probable classes to name.
 
         Returns:
             ``class`` and ``probability`` (and ``class_2``, ... up to `top`), ``entropy`` and ``mutual_information``.
 
         Raises:
-            ValueError: there are other numbers of names, or the output is dense, with more than one row an example.
+            ValueError: the number of names is wrong, or the output is dense.
         """
         names, found = self._names(classes), dict[str, list[Any]]()
         best, index = self.probs.topk(min(top, len(names)))
@@ -96,10 +97,10 @@ class Prediction(Answer):
         return {name: values.tolist() for name, values in self.measures.items()}
 
     def to_pandas(self, classes: Sequence[str] = ()) -> DataFrame:
-        """A data frame with a row for each example: `columns`, and ``probability_<class>`` of each class.
+        """Return a data frame with a row for each example: `columns`, and ``probability_<class>`` for each class.
 
         Args:
-            classes: the names of the classes; none are their numbers.
+            classes: the names of the classes; without them, their numbers are used.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -115,11 +116,11 @@ class Prediction(Answer):
 
     @property
     def draws_kept(self) -> Tensor | None:
-        """What was kept of every draw."""
+        """The values that were kept of every draw."""
         return self.log_probs
 
     def of(self, averages: Sequence[Tensor], kept: Tensor | None) -> Prediction:
-        """A prediction like this one, of other averages and draws."""
+        """Return a prediction like this one, with other averages and draws."""
         return replace(self, probs=averages[0], expected_entropy=averages[1], log_probs=kept)
 
 
@@ -154,7 +155,7 @@ class Classification(Task):
         return found.log() if self.output == "probs" else found
 
     def check(self, raw: Tensor) -> None:
-        """Refuse probabilities that are taken for logits, or the reverse; warn of classes that may be elsewhere."""
+        """Raise for probabilities in place of logits, or the reverse; warn if classes may be on another axis."""
         if self.output == "probs":
             total = raw.exp().sum(1)
             if raw.isnan().any() or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
@@ -213,15 +214,15 @@ class Classification(Task):
         return CLASS_SCORES[name](temperatures)
 
     def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:
-        """Scores of all places together; the loss of an example is the mean NLL of its places.
+        """Score all pixels together; the loss of an example is the mean NLL of its pixels.
 
-        Memory does not grow with the places: of each example its number of places, mean scores and calibration bins
-        are kept.
+        Memory does not grow with the pixels: only their number, mean scores and calibration bins are kept for each
+        example.
         """
         from stochbn.metrics import BINS, evaluate
 
         keys = ("error", "nll", "brier")
-        rows, bins = [], []  # of each example its places, and their mean scores; and counts by confidence
+        rows, bins = [], []  # for each example its pixels and their mean scores, and counts by confidence
         for prediction, labels in predictions:
             probs = prediction.probs.movedim(prediction.class_axis, 1).cpu()
             for one, truth, mask in zip(probs, labels, self.counted(labels, ignore), strict=True):
@@ -244,7 +245,7 @@ class Classification(Task):
 
 
 def _rounding(probs: Tensor) -> float:
-    """How far from 1 the sums of probabilities may be that were rounded to the type that these numbers fit into."""
+    """The tolerance for sums of probabilities that were rounded to the coarsest type that holds these numbers."""
     for dtype in (torch.float16, torch.bfloat16):
         if probs.to(dtype).to(probs.dtype).equal(probs):
             return 4 * torch.finfo(dtype).eps
@@ -252,7 +253,7 @@ def _rounding(probs: Tensor) -> float:
 
 
 def confidence_bins(confidence: Tensor, right: Tensor) -> Tensor:
-    """``[3, BINS]``, float64: in each bin of equal width the sums of confidences and of what was right, and a count."""
+    """The sum of confidences, the correct predictions, and the count in each bin of equal width, ``[3, BINS]``."""
     from stochbn.metrics import BINS
 
     bins = (confidence.clamp(max=1 - 2**-53) * BINS).long()
@@ -266,8 +267,8 @@ def calibration_error(bins: Tensor, places: Tensor) -> tuple[float, float]:
     """The expected calibration error and its standard error, by the jackknife over examples.
 
     Args:
-        bins: ``[N, 3, BINS]``: `confidence_bins` of each example.
-        places: ``[N]``: how many places each has.
+        bins: the `confidence_bins` of each example, ``[N, 3, BINS]``.
+        places: the number of pixels of each example, ``[N]``.
     """
     total, n = bins.sum(0), len(bins)
     gaps = total[0] - total[1]

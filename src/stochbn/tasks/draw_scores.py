@@ -1,4 +1,4 @@
-"""Scores of a mean over draws that is made draw by draw, at several temperatures at once: for `stochbn.calibrate`."""
+"""Scores of a mean over draws at several temperatures, updated draw by draw, for `stochbn.calibrate`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 __all__ = ["CLASS_SCORES", "NAMES", "DrawScore", "check_labels"]
 
 NAMES = {"nll": ("NLL", "nats"), "brier": ("Brier score", "")}
-"""What scores are called, and their units."""
+"""The names of scores, and their units."""
 
 
 class DrawScore(ABC):
-    """The score of a mean over draws, which are added one by one, at several temperatures.
+    """Scores a mean over draws, which are added one by one, at several temperatures.
 
     Args:
-        temperatures: ``[T]``: what raw values are divided by.
+        temperatures: what raw values are divided by, ``[T]``.
     """
 
     def __init__(self, temperatures: Tensor) -> None:
@@ -32,7 +32,7 @@ class DrawScore(ABC):
 
     @abstractmethod
     def of_each(self, labels: Tensor) -> Tensor:
-        """``[T, N, ...]``, float64: of each example (and place), under each temperature."""
+        """The score of each example (and pixel) at each temperature, ``[T, N, ...]`` in float64."""
 
 
 class NLL(DrawScore):
@@ -44,7 +44,7 @@ class NLL(DrawScore):
         self.draws += 1
 
     def log_likelihoods(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``[T, N, ...]``, float64: the log-probability of each label under each temperature, in one draw."""
+        """The log-probability of each label at each temperature, in one draw, ``[T, N, ...]`` in float64."""
         check_labels(logits, labels)
         labels = labels.to(logits.device)[:, None].long()
         if logits.dtype.itemsize < 4:
@@ -54,7 +54,7 @@ class NLL(DrawScore):
 
     def of_each(self, labels: Tensor) -> Tensor:
         assert self.total is not None
-        # The likelihood of 0 that probabilities may have is that of the smallest float32 number, as for the metrics.
+        # A probability of 0 counts as the smallest float32 number, as in the metrics.
         return (math.log(self.draws) - self.total).clamp(max=-math.log(torch.finfo(torch.float32).tiny))
 
 
@@ -82,10 +82,10 @@ CLASS_SCORES: dict[str, type[DrawScore]] = {"nll": NLL, "brier": Brier}
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Refuse labels that do not fit logits ``[N, K, ...]``.
+    """Check that labels fit logits ``[N, K, ...]``.
 
     Raises:
-        ValueError: they have another shape than ``[N, ...]``, or are no classes.
+        ValueError: they do not have the shape ``[N, ...]``, or are not classes.
     """
     if labels.shape != logits[:, 0].shape:
         raise ValueError(

@@ -16,7 +16,7 @@ __all__ = ["Embedding"]
 
 @dataclass(frozen=True)
 class Embedding(Regression):
-    """A vector (or map) ``[N, D, ...]`` for each example, such as the features that a search compares.
+    """Task of networks with a vector (or map) ``[N, D, ...]`` for each example, such as features for a search.
 
     There are no labels, so nothing is calibrated or scored, and ``total_std`` is None.
     """
@@ -39,7 +39,7 @@ class Embedding(Regression):
         return self
 
     def caveat(self, posterior: Any, known: Collection[str]) -> str:
-        """Nothing: a vector is not observed."""
+        """Empty: a vector is not observed."""
         return ""
 
     def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:

@@ -32,21 +32,21 @@ __all__ = ["Multilabel", "MultilabelPrediction"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MultilabelPrediction(Prediction):
-    """What a predictive says of the labels of N examples: each has a probability of its own.
+    """Prediction of labels for N examples, each label with its own probability.
 
     Attributes are those of `Prediction`; `entropy` and `expected_entropy` are sums over labels.
     """
 
     @property
     def entropy(self) -> Tensor:
-        """``[N]``, nats: the sum over labels of their entropies."""
+        """The sum over labels of their entropies, ``[N]`` in nats."""
         return entropy(self.probs, self.class_axis) + entropy(1 - self.probs, self.class_axis)
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table: ``probability_<label>`` of each label, and the measures.
+        """Return the prediction as columns of a table: ``probability_<label>`` of each label, and the measures.
 
         Args:
-            classes: the names of the labels; none are their numbers.
+            classes: the names of the labels; without them, their numbers are used.
             top: has no effect, as every label has a column.
 
         Raises:
@@ -58,7 +58,7 @@ class MultilabelPrediction(Prediction):
 
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Any number of K labels, each with a logit (or probability) of its own: ``[N, K, ...]``."""
+    """Task of networks with a logit (or probability) for each of K labels, ``[N, K, ...]``."""
 
     name: ClassVar[str] = "multilabel"
     sets_hold: ClassVar[str] = "labels"
@@ -84,7 +84,7 @@ class Multilabel(Task):
         return logit(found) if self.output == "probs" else found
 
     def check(self, raw: Tensor) -> None:
-        """Warn of probabilities that are taken for logits."""
+        """Warn of probabilities in place of logits."""
         check_sigmoid(self, raw)
 
     def values(self, raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

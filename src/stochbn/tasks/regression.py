@@ -1,4 +1,4 @@
-"""Regression: numbers, or numbers with a variance that the network gives them."""
+"""Regression: numbers, with or without a variance from the network."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ UNKNOWN = (
 ADAPTED = "the posterior was adapted after its residual variance was fitted, so total_std is that of other data"
 REMEDY = "fit it to labelled data that the network was not trained on, with 'stochbn calibrate' or stochbn.calibrate"
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-"""The central intervals whose coverage is scored."""
+"""The levels of the central intervals whose coverage is scored."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(Answer):
-    """What a predictive says of N examples where the network gives numbers: a mean and its uncertainty.
+    """Prediction of numbers for N examples: a mean and its uncertainty.
 
     Attributes:
-        mean: ``[N]``, ``[N, D]`` or dense, in the layout of the network's output: the mean over draws.
-        variance: of the same shape: the variance over draws (epistemic).
-        noise_variance: of the same shape: the mean over draws of the variance that the network itself gives
-            (aleatoric); 0 for a network that gives none.
-        total_variance: of the same shape: the variance of an observation; None where it is not known, see `total_std`.
-        draws: ``[S, N, ...]``: every draw, if ``keep_draws=True`` asked for them.
-        note: what else there is to know, such as why there is no variance where one pass without draws was made.
+        mean: the mean over draws, ``[N]``, ``[N, D]`` or dense, in the layout of the network's output.
+        variance: the variance over draws (epistemic), of the same shape.
+        noise_variance: the mean over draws of the network's own variance (aleatoric), of the same shape; 0 for a
+            network without variances.
+        total_variance: the variance of an observation, of the same shape; None if it is not known, see `total_std`.
+        draws: every draw, ``[S, N, ...]``, with ``keep_draws=True``.
+        note: a remark, such as why there is no variance if one pass without draws was made.
     """
 
     mean: Tensor
@@ -51,35 +51,35 @@ class Estimate(Answer):
 
     @property
     def std(self) -> Tensor:
-        """The standard deviation over draws: how far the mean is uncertain. It says nothing of a single observation."""
+        """The standard deviation over draws: the uncertainty of the mean, not that of a single observation."""
         return self.variance.sqrt()
 
     @property
     def total_std(self) -> Tensor | None:
-        """The standard deviation of an observation, or None where it is not known.
+        """The standard deviation of an observation, or None if it is not known.
 
-        It is known where `stochbn.calibrate` has fitted a residual variance by held-out data, or else as far as the
-        network gives variances itself. What draws differ by is far too small for it.
+        It is known after `stochbn.calibrate` has fitted a residual variance on held-out data, or from the network's own
+        variances. The standard deviation over draws is far too small for it.
         """
         return None if self.total_variance is None else self.total_variance.sqrt()
 
     @property
     def measures(self) -> dict[str, Tensor]:
-        """The standard deviations, as far as they are known."""
+        """The standard deviations that are known."""
         return {"std": self.std} if self.total_std is None else {"std": self.std, "total_std": self.total_std}
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The estimate as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+        """Return the estimate as columns of a table, with a row for each example, as ``stochbn predict`` writes them.
 
         Args:
             classes: has no effect.
             top: has no effect.
 
         Returns:
-            ``mean``, ``std`` and, if it is known, ``total_std``, of several numbers ``mean_0``, ``mean_1``, ...
+            ``mean``, ``std`` and, if it is known, ``total_std``; for several numbers ``mean_0``, ``mean_1``, ...
 
         Raises:
-            ValueError: the output is dense, with more than one row an example.
+            ValueError: the output is dense.
         """
         return table_columns({"mean": self.mean, **self.measures})
 
@@ -95,15 +95,15 @@ class Estimate(Answer):
         return self.draws
 
     def of(self, averages: Sequence[Tensor], kept: Tensor | None) -> Estimate:
-        """An estimate like this one, of other averages and draws."""
+        """Return an estimate like this one, with other averages and draws."""
         mean, variance, noise, *total = averages
         found = total[0] if total else None
         return replace(self, mean=mean, variance=variance, noise_variance=noise, total_variance=found, draws=kept)
 
     def mixed(self, other: Estimate, share: float) -> Estimate:
-        """The mixture of this estimate and another one of the same examples, which has a share of it.
+        """Return the mixture of this estimate and another one of the same examples, which has the weight `share`.
 
-        What the two means differ by is variance over draws too. The total is known where both know it.
+        The difference of the two means adds to the variance over draws. The total is known if both know it.
         """
         mean, variance, noise, *total = (b.to(self.mean) for b in other.averages)
         between = share * (1 - share) * (mean - self.mean).square()
@@ -121,9 +121,9 @@ class Estimate(Answer):
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Numbers ``[N]``, ``[N, D]`` or ``[N, D, ...]``, or a pair of them: mean and log-variance of each.
+    """Task of networks that predict numbers ``[N]``, ``[N, D]`` or ``[N, D, ...]``, or means and log-variances.
 
-    A tuple of exactly two tensors of one shape is such a pair, and so is what two places name.
+    A tuple of exactly two tensors of one shape is a pair of mean and log-variance. Two places name such a pair too.
 
     Attributes:
         residual: the variance of an observation, as `stochbn.calibrate` has fitted it; predictives set it.
@@ -159,7 +159,7 @@ class Regression(Task):
         return numbers if numbers.ndim > 1 else numbers[:, None]
 
     def raw(self, output: Any) -> Tensor:
-        """``[N, 1, ...]``, the numbers, or ``[N, 2, ...]``, the means and log-variances."""
+        """The numbers ``[N, 1, ...]``, or the means and log-variances ``[N, 2, ...]``."""
         found = self._pair(output)
         if found is None:
             return floating(read_output(output, self.place), "numbers").unsqueeze(1)
@@ -180,11 +180,11 @@ class Regression(Task):
         return None
 
     def values(self, raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The numbers ``[S, N, ...]``, and the variances that the network gives, ``[S, N, 1, ...]``, or 0 of them."""
+        """The numbers ``[S, N, ...]``, and the network's variances ``[S, N, 1, ...]``; none if it has none."""
         return raw[:, :, 0], raw[:, :, 1:].exp()
 
     def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Estimate:
-        """Mean, variance over draws, and that of an observation where it is known."""
+        """Mean, variance over draws, and the variance of an observation if it is known."""
         draws = torch.zeros_like(mean) if variance is None else variance
         noise = second[:, 0] if second.shape[1] else None
         total = None if noise is None else draws + noise
@@ -199,7 +199,7 @@ class Regression(Task):
         return self if found is None else replace(self, residual=found)
 
     def caveat(self, posterior: Any, known: Collection[str]) -> str:
-        """That the variance of an observation is not known, or is that of other data."""
+        """A sentence if the variance of an observation is not known, or was fitted on other data."""
         if not any(name == "nll" or name.startswith("total_std") for name in known):
             return f"{UNKNOWN}. To know it, {REMEDY}."
         adapted = posterior is not None and posterior.residual_variance and posterior.residual_variance.adapted
@@ -212,18 +212,18 @@ class Regression(Task):
         return torch.ones_like(labels, dtype=torch.bool)
 
     def units(self, labels: Tensor) -> str:
-        """Numbers, where an example has several."""
+        """``"numbers"`` if an example has several."""
         return "numbers" if labels.numel() > len(labels) else "examples"
 
     def draw_score(self, name: str, temperatures: Tensor) -> DrawScore:
-        """What a residual variance is fitted to."""
+        """The moments that a residual variance is fitted to."""
         return Moments(temperatures) if name == "nll" else super().draw_score(name, temperatures)
 
     def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:
-        """Errors of the mean and, where the variance of an observation is known, scores of a Normal distribution of it.
+        """Errors of the mean and, if the variance of an observation is known, scores of its Normal distribution.
 
-        ``coverage_90`` is the share of targets in the central intervals of 90 %, and so are others. ``pinball`` is the
-        mean pinball loss of the quantiles at their ends.
+        ``coverage_90`` is the share of targets in the central intervals of 90 %; other levels are named alike.
+        ``pinball`` is the mean pinball loss of the quantiles at their ends.
         """
         batches: list[dict[str, Tensor]] = []
         for prediction, labels in predictions:

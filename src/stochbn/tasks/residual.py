@@ -1,4 +1,4 @@
-"""What the noise of an observed number is beyond what draws and network say: fitted by held-out data, kept in files."""
+"""The residual variance of observed numbers, beyond that of draws and network, fitted on held-out data."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from stochbn.tasks.draw_scores import DrawScore
 __all__ = ["LEAST", "PLACES", "Moments", "Residual", "fit_residual"]
 
 LEAST = 20
-"""Held-out examples that a residual variance needs."""
+"""The smallest number of held-out examples for a residual variance."""
 PLACES = 32
-"""Places of a dense output that are looked at, of each example; chosen at random, the same for all."""
+"""The number of pixels of a dense output that are used; chosen at random, the same for all examples."""
 SMALLEST = 1e-10
-"""Of the mean squared error: no variance is below it."""
+"""The smallest variance, as a share of the mean squared error."""
 
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """The variance of an observation about the mean over draws, as ``posterior.residual_variance``.
+    """Variance of an observation about the mean over draws, as ``posterior.residual_variance``.
 
-    It is ``a v + c n + b`` with the variance v over draws and the mean n of the variances that the network gives.
+    It is ``a v + c n + b``, with the variance v over draws, and n, the mean of the network's own variances.
 
     Attributes:
-        parts: ``[3, D]``, float64, not negative: a, c and b of each of D numbers that the network predicts; they are on
-            axis 1 of its output.
-        examples: how many held-out examples they are from.
-        batch_size: of the posterior that predicted these: the noise that its draws had.
-        centre: sums that tell the centre of that posterior.
-        adapted: whether the posterior was adapted to other data since.
+        parts: a, c and b for each of the D numbers on axis 1 of the network's output, not negative, ``[3, D]`` in
+            float64.
+        examples: the number of held-out examples that they were fitted to.
+        batch_size: the mini-batch size of the posterior's noise at that time.
+        centre: sums that identify the posterior's centre at that time.
+        adapted: whether the posterior was adapted to other data afterwards.
 
     Raises:
-        ValueError: something cannot be; the message names it.
+        ValueError: a field is invalid; the message names it.
     """
 
     parts: Tensor
@@ -61,14 +61,14 @@ class Residual:
             raise ValueError(f"the batch size of a residual variance must be positive or None, got {size!r:.40}")
 
     def total(self, draws: Tensor, noise: Tensor | None) -> Tensor:
-        """The variance of an observation, of the shape of `draws`.
+        """Compute the variance of an observation, of the shape of `draws`.
 
         Args:
-            draws: ``[N]`` or ``[N, D, ...]``: the variance over draws.
-            noise: the variance that the network gives, of the same shape; None if it gives none.
+            draws: the variance over draws, ``[N]`` or ``[N, D, ...]``.
+            noise: the network's own variance, of the same shape; None if there is none.
 
         Raises:
-            ValueError: there are other numbers of predictions than the D that it was fitted to.
+            ValueError: the number of predictions differs from the D that it was fitted to.
         """
         count = self.parts.shape[1]
         if (draws.shape[1] if draws.ndim > 1 else 1) != count:
@@ -81,7 +81,7 @@ class Residual:
         return found if noise is None else found + c * noise
 
     def after_adapting(self, centre: tuple[float, float]) -> Residual:
-        """The same for the adapted posterior with these sums, marked as being of other data."""
+        """Return the same for the adapted posterior with these sums, marked as fitted on other data."""
         return replace(self, centre=centre, adapted=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -89,15 +89,15 @@ class Residual:
         return {"parts": self.parts.cpu().contiguous()}
 
     def description(self) -> dict[str, Any]:
-        """Everything else, for a file."""
+        """All other fields, for a file."""
         return {name: getattr(self, name) for name in ("examples", "batch_size", "centre", "adapted")}
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], about: Any) -> Residual:
-        """That of a file.
+        """Read it from a file.
 
         Raises:
-            ValueError: something is missing, or cannot be.
+            ValueError: a field is missing or invalid.
         """
         wanted = {"examples", "batch_size", "centre", "adapted"}
         if not isinstance(about, dict) or about.keys() != wanted or tensors.keys() != {"parts"}:
@@ -108,9 +108,9 @@ class Residual:
 
 
 class Moments(DrawScore):
-    """Mean and variance over draws, and the mean variance of the network's own, beside the true numbers.
+    """Mean and variance over draws, the mean of the network's own variances, and the true numbers.
 
-    It is no score yet: what a residual variance is fitted to by `fit_residual`.
+    `fit_residual` fits a residual variance to these.
     """
 
     def __init__(self, temperatures: Tensor) -> None:
@@ -131,10 +131,10 @@ class Moments(DrawScore):
         self._squares = self._squares + change[:, 0] * (values[:, 0] - self.total[:, 0])
 
     def of_each(self, labels: Tensor) -> Tensor:
-        """``[4, N, D, P]``, float64: means, variances over draws and of the network, and true numbers, of P places.
+        """Means, variances over draws and of the network, and true numbers of P pixels, ``[4, N, D, P]`` in float64.
 
         Raises:
-            ValueError: there are not as many true numbers as predictions, or some are not finite.
+            ValueError: the numbers of true values and predictions differ, or some are not finite.
         """
         assert self.total is not None
         assert self._squares is not None
@@ -156,14 +156,14 @@ class Moments(DrawScore):
 
 
 def fit_residual(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual variance of the highest likelihood, of a Normal distribution about the mean.
+    """Fit the residual variance by maximum likelihood, for Normal distributions about the means.
 
     Args:
-        moments: ``[4, N, D, P]``, see `Moments`.
+        moments: see `Moments`, ``[4, N, D, P]``.
 
     Returns:
-        ``[3, D]``, the parts a, c and b of `Residual`; and ``[N]``, the negative log-likelihood of each example, summed
-        over its numbers, in nats.
+        The parts a, c and b of `Residual`, ``[3, D]``; and the negative log-likelihood of each example, summed over its
+        numbers, ``[N]`` in nats.
 
     Raises:
         ValueError: there are too few examples.

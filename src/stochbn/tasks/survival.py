@@ -1,4 +1,4 @@
-"""Survival: when an event happens, in discrete time, with examples that were lost sight of before it did."""
+"""Survival: when an event happens, in discrete time, with censored examples."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = ["Survival", "SurvivalPrediction"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SurvivalPrediction(Answer):
-    """What a predictive says of when an event happens to N examples, in T intervals of time numbered from 0.
+    """Prediction of the time of an event for N examples, in T intervals of time numbered from 0.
 
     Attributes:
-        survival: ``[N, T]``: the probability that the event has not happened by the end of each interval, the mean over
-            draws.
-        variance: ``[N, T]``: its variance over draws.
-        expected_entropy: ``[N]``, nats: the mean over draws of the entropy of the interval of the event.
-        draws: ``[S, N, T]``: the survival curve of each draw, if ``keep_draws=True`` asked for them.
-        note: why nothing is due to draws, where one pass without draws was made.
+        survival: the probability that the event has not happened by the end of each interval, the mean over draws,
+            ``[N, T]``.
+        variance: its variance over draws, ``[N, T]``.
+        expected_entropy: the mean over draws of the entropy of the event's interval, ``[N]`` in nats.
+        draws: the survival curve of each draw, ``[S, N, T]``, with ``keep_draws=True``.
+        note: why there is no variance over draws, if one pass without draws was made.
     """
 
     survival: Tensor
@@ -52,43 +52,43 @@ class SurvivalPrediction(Answer):
 
     @property
     def std(self) -> Tensor:
-        """``[N, T]``: the standard deviation of the survival curve over draws."""
+        """The standard deviation of the survival curve over draws, ``[N, T]``."""
         return self.variance.sqrt()
 
     @property
     def probs(self) -> Tensor:
-        """``[N, T + 1]``: the probability that the event happens in each interval, and at last that in none."""
+        """The probability of the event in each interval, and in none of them, ``[N, T + 1]``."""
         return _event_probs(self.survival)
 
     @property
     def hazard(self) -> Tensor:
-        """``[N, T]``: the probability that the event happens in an interval if it has not before.
+        """The probability of the event in each interval, given that it has not happened before, ``[N, T]``.
 
-        It is 1 where the event is certain to have happened before.
+        It is 1 if the event is certain to have happened before.
         """
         start = torch.nn.functional.pad(self.survival, (1, 0), value=1.0)[:, :-1]
         return 1 - torch.where(start > 0, self.survival / start, 0.0)
 
     @property
     def median_time(self) -> Tensor:
-        """``[N]``: the first interval by whose end the event is as probable as not; infinite if there is none."""
+        """The first interval at whose end survival is at most one half, ``[N]``; infinite if there is none."""
         reached = self.survival <= 0.5
         times = reached.int().argmax(1).to(self.survival)
         return times.where(reached.any(1), torch.inf)
 
     @property
     def expected_time(self) -> Tensor:
-        """``[N]``: the expected number of the event's interval, where T stands for all later times."""
+        """The expected number of the event's interval, with T for all later times, ``[N]``."""
         return self.survival.sum(1)
 
     @property
     def entropy(self) -> Tensor:
-        """``[N]``, nats: the entropy of `probs`, the total uncertainty about the interval of the event."""
+        """The entropy of `probs`, the total uncertainty about the interval of the event, ``[N]`` in nats."""
         return entropy(self.probs)
 
     @property
     def mutual_information(self) -> Tensor:
-        """``[N]``, nats: the part of the entropy that is due to the draws (epistemic)."""
+        """The part of the entropy that is due to the draws (epistemic), ``[N]`` in nats."""
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
     @property
@@ -98,7 +98,7 @@ class SurvivalPrediction(Answer):
         return {name: getattr(self, name) for name in names}
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table, a row for each example: as ``stochbn predict`` writes them.
+        """Return the prediction as columns of a table, with a row for each example, as ``stochbn predict`` writes them.
 
         Args:
             classes: has no effect.
@@ -122,12 +122,12 @@ class SurvivalPrediction(Answer):
         return self.draws
 
     def of(self, averages: Sequence[Tensor], kept: Tensor | None) -> SurvivalPrediction:
-        """A prediction like this one, of other averages and draws."""
+        """Return a prediction like this one, with other averages and draws."""
         survival, variance, expected = averages
         return replace(self, survival=survival, variance=variance, expected_entropy=expected, draws=kept)
 
     def mixed(self, other: SurvivalPrediction, share: float) -> SurvivalPrediction:
-        """The mixture of this prediction and another one; what their curves differ by is variance over draws too."""
+        """Return the mixture with another prediction. The difference of the curves adds to the variance over draws."""
         found = super().mixed(other, share)
         between = share * (1 - share) * (other.survival.to(self.survival) - self.survival).square()
         return replace(found, variance=found.variance + between)
@@ -135,11 +135,11 @@ class SurvivalPrediction(Answer):
 
 @dataclass(frozen=True)
 class Survival(Task):
-    """Logits ``[N, T]`` of the hazard of each of T intervals: of the event there, if it has not happened before.
+    """Task of networks with logits ``[N, T]`` of the hazard: the probability of an event that has not happened before.
 
-    A label has two numbers: the interval, from 0 to T - 1, and 1 if the event happened there, or 0 if the example was
-    last seen there, at the end of that interval, without it (censored). ``torch.bucketize(times, ends)`` gives the
-    intervals of times.
+    A label has two numbers. The first is an interval, from 0 to T - 1. The second is 1 if the event happened in this
+    interval, or 0 if the example was last seen at its end, without the event (censored). ``torch.bucketize(times,
+    ends)`` turns times into intervals.
 
     Source: Brown, 1975, "On the use of indicator variables for studying the time-dependence of parameters in a
     response-time model"; for networks, Gensheimer and Narasimhan, 2019.

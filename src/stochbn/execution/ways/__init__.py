@@ -1,1 +1,1 @@
-"""The faster ways of making passes: what each applies to, what it does, and what error it may make."""
+"""The faster ways to make passes. Each module says what it does, which networks it applies to, and its error."""

@@ -1,8 +1,8 @@
-"""All but the layer that makes the logits in bfloat16, where the processor has instructions for it.
+"""Run all layers except the last in bfloat16, if the processor has instructions for it.
 
 Applies to: networks in float32 with enough weights, whose examples are proven not to affect each other. Error: rounding
-to 8 bits, which is not small. So every call that is made so makes a draw of some of its own examples again in the
-network's own type, and goes on in bfloat16 only if the squared errors are small beside the noise of what is averaged.
+to 8 bits, which is not small. So every call repeats a draw of some of its examples in the network's own type. It
+continues in bfloat16 only if the squared errors are small compared with the variance of the mean.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from stochbn.network.replica import Replica
 __all__ = ["Head", "applies", "low_weights", "matters", "probe_examples", "rounded"]
 
 SHARE = 20
-"""The check may take one part in so many of the passes it is about."""
+"""The check may take at most one in this many passes."""
 FEW, ENOUGH = 16, 64
-"""Beyond so few, the check takes a sixth of the examples: each costs it as much as up to four draws do. And these are
-enough."""
+"""The check takes a sixth of the examples, but at least `FEW` and at most `ENOUGH`. Each costs up to four draws."""
 
 
 def applies(
     replica: Replica, followed: Followed, *, cpu: bool, autocast: bool, weights: int, supported: bool | None
 ) -> str:
-    """Why the way must not be tried; empty if it may.
+    """The reason not to try this way; empty if there is none.
 
     Args:
         replica: the network.
-        followed: what a pass has shown of it.
+        followed: the result of tracing a pass.
         cpu: whether the inputs are on a CPU.
         autocast: whether the call is within autocast.
-        weights: the least number of weights that are worth it.
-        supported: whether the processor has the instructions; None asks it.
+        weights: the smallest number of weights for which it saves time.
+        supported: whether the processor has the instructions; None detects it.
     """
     if not cpu:
         return "it is for CPUs"
@@ -53,9 +52,9 @@ def applies(
 
 
 def low_weights(replica: Replica, head: str) -> dict[str, Tensor]:
-    """The weights in bfloat16, those of convolutions in channels-last layout, of all layers but `head`.
+    """The weights of all layers except `head` in bfloat16, those of convolutions in channels-last layout.
 
-    Each call makes them anew, as those in channels-last layout.
+    Each call makes them again, like those in channels-last layout.
     """
     weights = {}
     for prefix, module in replica.modules.items():
@@ -76,18 +75,18 @@ def rounded(inputs: NetworkInput) -> NetworkInput:
 
 
 class Head:
-    """The layer that makes the logits, given its input in float32."""
+    """A hook that gives the layer of the logits its input in float32."""
 
     def __init__(self, replica: Replica, name: str) -> None:
         self._handle = replica.modules[name].register_forward_pre_hook(lambda _, args: tuple(map(_full, args)))
 
     def remove(self) -> None:
-        """Take the hook away."""
+        """Remove the hook."""
         self._handle.remove()
 
 
 def probe_examples(examples: int, draws: int) -> Tensor | None:
-    """Which examples to make one of so many draws of again: at most a twentieth of the passes; None if too few."""
+    """The examples whose draw is repeated: at most a twentieth of the passes; None if there are too few."""
     count = min(examples * draws // SHARE, max(examples // 6, FEW), ENOUGH)
     return torch.linspace(0, examples - 1, count).round().long() if count >= 4 else None
 
@@ -96,10 +95,10 @@ def matters(low: Tensor, full: Tensor, probe: Tensor, averaged: int) -> bool:
     """Whether rounding changes averages by more than a quarter of the variance of a mean over draws.
 
     Args:
-        low: ``[S, N, ...]``: what is averaged, of S draws of N examples, with rounding.
-        full: ``[n, ...]``: that of the first draw of some of the examples, without.
-        probe: ``[n]``: which examples these are.
-        averaged: how many independent draws the mean is over.
+        low: the values to average, of S draws of N examples, with rounding, ``[S, N, ...]``.
+        full: the values of the first draw of some of the examples, without rounding, ``[n, ...]``.
+        probe: the positions of these examples, ``[n]``.
+        averaged: the number of independent draws whose accuracy is wanted.
     """
     error = (low[0, probe] - full).square().sum() / len(full)
     variance = low.var(0).sum() / low.shape[1]

@@ -1,7 +1,7 @@
-"""Convolutions with their weights in channels-last layout, in which a CPU is faster.
+"""Run convolutions with their weights in channels-last layout, which is faster on a CPU.
 
-Applies to: networks with two-dimensional convolutions whose Python code does not look at the layout of tensors. Error:
-rounding, as sums may be taken in another order.
+Applies to: networks with two-dimensional convolutions whose Python code does not read the layout of tensors. Error:
+rounding, because sums may be taken in another order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["applies", "channels_last_weights"]
 
 
 def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
-    """Why the way must not be tried; empty if it may."""
+    """The reason not to try this way; empty if there is none."""
     if not cpu:
         return "it is for CPUs"
     if not _convolutions(replica):
@@ -25,16 +25,16 @@ def applies(replica: Replica, followed: Followed, *, cpu: bool) -> str:
 
 
 def channels_last_weights(replica: Replica) -> dict[str, Tensor]:
-    """Copies in channels-last layout, by their names, of the weights of convolutions that are not in it.
+    """Copies in channels-last layout of the weights of convolutions in other layouts, by name.
 
-    Each call makes them anew: nothing tells of every write to a weight, such as by ``.data``.
+    Each call makes them again, because writes to a weight through ``.data`` cannot be detected.
     """
     own = _convolutions(replica)
     return {name: weight.detach().clone(memory_format=torch.channels_last) for name, weight in own.items()}
 
 
 def _convolutions(replica: Replica) -> dict[str, Tensor]:
-    """The weights, by their names, of two-dimensional convolutions that are in another layout."""
+    """The weights of two-dimensional convolutions in other layouts, by name."""
     weights: dict[str, Tensor] = {}
     for name, module in replica.modules.items():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -1,9 +1,9 @@
-"""The network compiled by ``torch.compile``, with drawn statistics and the number of examples as inputs of the code.
+"""Compile the network with ``torch.compile``, with drawn statistics and the number of examples as inputs of the code.
 
-Applies to: calls that ask for it, of networks whose examples are proven not to affect each other. Error: rounding, as
-sums may be taken in another order. Compiling takes 5 to 100 seconds for each kind of input, before the first pass. What
-is compiled goes by the network as it is: ``torch.compile`` checks its Python state before every pass, and compiles
-again where it has changed.
+Applies to: calls with ``compile=True``, of networks whose examples are proven not to affect each other. Error:
+rounding, because sums may be taken in another order. Compiling takes 5 to 100 seconds for each kind of input, before
+the first pass. ``torch.compile`` checks the network's Python state before every pass, and compiles again if it has
+changed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stochbn.caller import warn
 __all__ = ["LEAST", "Compiled", "applies"]
 
 LEAST = 2
-"""Fewer examples are padded to so many: code for a single one would have to be compiled anew."""
+"""Smaller batches are padded to this size: a single example would need code of its own."""
 
 
 def applies(asked: bool, cpu: bool) -> str:
-    """Why the way must not be taken; empty if it may."""
+    """The reason not to use this way; empty if there is none."""
     if not asked:
         return "it is for long jobs, with compile=True"
     # On a CPU, torch.compile needs a C++ compiler, and says so when it is called.
@@ -31,7 +31,7 @@ def applies(asked: bool, cpu: bool) -> str:
 
 
 class Compiled:
-    """Calls a network by its compiled code, or as it is from the first failure of that on.
+    """Calls a network by its compiled code, or without it once it has failed.
 
     Args:
         model: the network.

@@ -1,6 +1,6 @@
-"""Large batches in pieces whose activations stay in the processor's cache.
+"""Run large batches in pieces whose activations stay in the processor's cache.
 
-Applies to: networks whose examples are proven not to affect each other. Error: rounding, as products of matrices of
+Applies to: networks whose examples are proven not to affect each other. Error: rounding, because matrix products with
 another number of rows may be summed in another order.
 """
 
@@ -12,7 +12,7 @@ __all__ = ["pieces"]
 
 
 def pieces(examples: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where each piece of at most `size` examples begins and ends; no examples are one piece.
+    """The begin and end of each piece of at most `size` examples; an empty batch is one piece.
 
     >>> list(pieces(5, 2)), list(pieces(0, 2))
     ([(0, 2), (2, 4), (4, 5)], [(0, 0)])

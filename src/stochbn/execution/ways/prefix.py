@@ -1,7 +1,7 @@
-"""What comes before the first batch norm on every path, run once for all draws.
+"""Run the layers before the first batch norm of every path only once for all draws.
 
-Applies to: calls of modules whose outputs are proven not to depend on the draw, that have no side effects and no hooks
-of the user, and whose outputs nothing writes to afterwards. Error: none.
+Applies to: calls of modules whose outputs are proven not to depend on the draw, without side effects and user hooks,
+and whose outputs are not written to afterwards. Error: none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PrefixCache", "applies"]
 
 
 def applies(followed: Followed) -> str:
-    """Why the way must not be tried; empty if it may."""
+    """The reason not to try this way; empty if there is none."""
     if not followed.units:
         return "nothing that is worth keeping comes before the first batch norm, without side effects"
     if sum(unit.size for unit in followed.units) > 2 * followed.largest:
@@ -68,7 +68,7 @@ class _Kept:
 
 
 class PrefixCache:
-    """Keeps the outputs of modules in the first pass over the examples, and gives them in later ones.
+    """Keeps the outputs of modules in the first pass over the examples, and returns them in later passes.
 
     Args:
         units: the calls whose outputs are kept.
@@ -85,14 +85,14 @@ class PrefixCache:
         self._replaced: list[tuple[nn.Module, Any]] = []
 
     def install(self, replica: Replica) -> None:
-        """Serve a network, until `remove`."""
+        """Replace the calls of a network, until `remove`."""
         for name in {name for name, _ in self._units}:
             module = replica.modules[name]
             self._replaced.append((module, vars(module).get("forward")))
             vars(module)["forward"] = self._serving(name, module.forward)
 
     def remove(self) -> None:
-        """Take the network back to its own modules' outputs."""
+        """Restore the network."""
         for module, own in self._replaced:
             if own is None:
                 del vars(module)["forward"]
@@ -101,12 +101,12 @@ class PrefixCache:
         self._replaced.clear()
 
     def begin(self, start: int, stop: int, times: int, least: int = 1) -> None:
-        """The next pass is of the examples from `start` to `stop`, each `times`, or of `least`, the last repeated."""
+        """Begin a pass of the examples `start` to `stop`, each `times`, padded to `least` with copies of the last."""
         self._now = start, stop, times, least
         self._calls = dict.fromkeys(self._calls, 0)
 
     def done(self) -> None:
-        """All examples have gone through the network; what has not seen each of them once is run every time."""
+        """End the first pass over all examples; calls that have not seen each example once will run every time."""
         if not self._complete:
             self._kept = {key: kept for key, kept in self._kept.items() if kept.examples == self._examples}
             self._complete = True

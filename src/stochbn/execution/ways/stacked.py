@@ -1,7 +1,7 @@
-"""Several draws of few examples in one pass, each example normalised by the statistics of its draw.
+"""Run several draws of few examples in one pass, each example normalised by the statistics of its draw.
 
-A batch norm whose statistics are 0 and 1 divides by sqrt(1 + eps). What comes into it is shifted and scaled before, row
-by row, so that it leaves as if normalised by the statistics of its draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
+The batch norm gets the statistics 0 and 1, with which it divides by sqrt(1 + eps). Its input is shifted and scaled
+before, row by row, for the statistics of draw s: (x - m_s) sqrt((1 + eps) / (v_s + eps)).
 
 Applies to: networks whose examples are proven not to affect each other. Every batch norm has the examples on the first
 axis, and does nothing with its input but normalise it. Error: rounding.
@@ -23,7 +23,7 @@ __all__ = ["Stack", "applies"]
 
 
 def applies(replica: Replica, followed: Followed, *, cpu: bool, autocast: bool) -> str:
-    """Why the way must not be tried; empty if it may."""
+    """The reason not to try this way; empty if there is none."""
     if not cpu:
         return "it is for CPUs"
     if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in replica.model.parameters()):
@@ -38,7 +38,7 @@ class Stack:
 
     Args:
         replica: the network.
-        norms: for each batch norm, by its name, how many rows of its input an example has.
+        norms: the number of rows of an example in the input of each batch norm, by name.
     """
 
     def __init__(self, replica: Replica, norms: Mapping[str, int]) -> None:
@@ -49,7 +49,7 @@ class Stack:
         self._handles: list[Any] = []
 
     def __call__(self, draws: Sequence[Mapping[str, Tensor]], examples: int) -> None:
-        """Make the next pass one of these draws, with so many examples in each."""
+        """Prepare the next pass for these draws, with this many examples each."""
         self._scales.clear()
         for name, per in self._norms.items():
             layer = self._replica.norms[name]
@@ -77,10 +77,10 @@ class Stack:
         return torch.addcmul(shift.view(shape), drawn, scale.view(shape)).flatten(0, 1).to(x.dtype), *others
 
     def pause(self) -> None:
-        """Make the next passes as if there were no hooks."""
+        """Disable the hooks for the next passes."""
         self._scales.clear()
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
