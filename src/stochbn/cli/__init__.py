@@ -90,7 +90,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:
-            again = " Run it again to go on." if {"predict", "demo", "reproduce", "claims"} & set(sys.argv[1:3]) else ""
+            resumable = {"predict", "demo", "reproduce", "claims"} & set(sys.argv[1:3])
+            again = " Run it again to continue." if resumable else ""
             err.print(f"Stopped.{again}")
         raise
 
