@@ -173,7 +173,7 @@ def test_after_adapting_no_coverage_is_promised(held: tuple[str, ...]) -> None:
     run("conformal", *held, "--held-out", "held.npz", "--coverage", 0.8)
     with pytest.warns(UserWarning, match="no coverage can be promised without labels"):
         said = run("adapt", *held, "--data", "dim.npy")
-    assert "make the thresholds of prediction sets again: stochbn conformal" in said
+    assert "compute the thresholds of prediction sets again: stochbn conformal" in said
     adapted = "w.adapted.sbn.safetensors"
     said = run("predict", *held, "--data", "dim.npy", "--out", "p.csv", "--posterior", adapted)
     assert "no coverage can be promised without labels. On corrupted images" in said
@@ -224,5 +224,5 @@ def test_what_is_said_of_shifted_data_was_measured() -> None:
     page = (ROOT / drift.PAGE).read_text()
     (row,) = re.findall(r"^\| all severities: coverage at least 85 %.*", page, re.MULTILINE)
     after = [float(one) for one in re.findall(r"to (\d+\.\d) %", row)]
-    low, high = map(int, re.findall(r"held it (\d+) to (\d+) %", drift.MEASURED)[0])
+    low, high = map(int, re.findall(r"was (\d+) to (\d+) %", drift.MEASURED)[0])
     assert (low, high) == (round(min(after)), round(max(after)))

@@ -145,7 +145,7 @@ def test_the_options_are_kept_in_a_project_file_where_that_is_asked_for(module: 
         f'model = "{module}:Lit"', 'model-arg = ["width=8"]', 'weights = "last.ckpt"', 'size = "12"',
     ]  # fmt: skip
     assert "stochbn evaluate --data TEST-DATA" in said
-    assert "there is 'stochbn.toml' already" in told("fit", *own, "--data", "photos", "--save-options")
+    assert "'stochbn.toml' exists already" in told("fit", *own, "--data", "photos", "--save-options")
     assert "prepared by --size 12x12" in run("predict", "--data", "photos", "--out", "p.csv")
     assert len(rows("p.csv")) == 40
 

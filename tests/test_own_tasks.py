@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_told(module: str, told: Any) -> None:  # noqa: F81
     np.savez("test.npz", inputs=X, labels=X[:, :2])
     regression = *given, "--task", "regression", "--data", "test.npz"
     assert "expected targets [60, 1], as the network predicts, got [60, 2]" in told("evaluate", *regression)
-    assert "are for networks that give one class" in told("evaluate", *regression, "--ood", "test.npz")
+    assert "need networks that predict one class" in told("evaluate", *regression, "--ood", "test.npz")
     assert "--task embedding has no scores" in told("evaluate", *given, "--task", "embedding", "--data", "test.npz")
 
 

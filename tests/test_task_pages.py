@@ -81,7 +81,7 @@ def test_evaluate_writes_a_page_about_labels_and_places(task: str, module: str) 
     np.savez("test.npz", inputs=x, labels=truth)
     asked = ("--task", "multilabel") if task == "labels" else ("--dense",)
     said = run("evaluate", *given, *asked, "--data", "test.npz", "--draws", 8, "--report", "page.html")
-    assert "The page is page.html" in said
+    assert "The report is page.html" in said
     page = Path("page.html").read_text()
     assert "When to answer" in page
     assert ("By label" if task == "labels" else "IoU") in page
