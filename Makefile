@@ -95,7 +95,7 @@ $(VENV)/.scale: $(VENV)/.installed
 scale: $(VENV)/.scale  ## install Ray, FastAPI and a local object store, for the tests of many machines (400 MB)
 
 lint: $(VENV)/.installed  ## style, spelling and types
-	$(BIN)/codespell src tests docs benchmarks examples *.md results/README.md
+	$(BIN)/codespell src tests docs benchmarks examples *.md results/*.md
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -41,6 +41,8 @@ PLAIN, CENTRE, SBN = "plain", "centre alone", "SBN"
 """The network as it is; the paper's posterior with every statistic at its median, "no SBN" as published; its draws."""
 JOINT, INPUT, BOTH = "joint", "input", "joint and input"
 """What is drawn beside that: statistics from the joint posterior, the input, or both."""
+EXACTLY, OBSERVED = "exact", "joint, observed centre"
+"""Exact inference on a few images, and the joint posterior about the centre that it has: that of mini-batches."""
 RUN = {PLAIN: "plain", CENTRE: "median", SBN: "sbn"}
 """What a run itself predicts, and the names in its files."""
 ONE, ENSEMBLE, DROPOUT = "one network", "ensemble of", "Dropout"
@@ -72,7 +74,8 @@ def predict(folder: Path, *, jobs: int = 1, progress: Callable[[int, int], None]
     """
     study = _study(folder)
     first = study.members[0]
-    methods = {member: (JOINT, INPUT, BOTH, *(("exact",) if member == first else ())) for member in study.members}
+    few = EXACTLY, OBSERVED
+    methods = {member: (JOINT, INPUT, BOTH, *(few if member == first else ())) for member in study.members}
     methods |= {member: (JOINT,) for member in study.recipe.all_members() if member.kind == "dropout"}
     study.make(methods, _predict, jobs=jobs, progress=progress)
 
@@ -92,21 +95,24 @@ def _predict(study: Study, member: Member, methods: Sequence[str], parts: Mappin
     shown = augmented(parts["train"], seed) if recipe.augment_fit else parts["train"]
     changes = augment.named(settings["augment"])
     batch = recipe.statistics_batch
-    joint = fit_posterior(model, shown, batch, seed, kind="joint", centre="running", batches=None)
+    joint = functools.partial(fit_posterior, model, shown, batch, seed, kind="joint", batches=None)
+    running = joint(centre="running")
     draws: Callable[..., Predictor] = functools.partial(Predictive, model, tolerance=0)
     if member.kind == "dropout":
         draws = functools.partial(MCDropout, model)
     for method in methods:
         images = {part: parts[part] for part in ("known", "unknown") if part in parts}
         predictor: Predictor
-        if method == "exact":
+        if method in (EXACTLY, OBSERVED):
+            images = {"known": parts["known"].first(settings["exact"])}
+        if method == EXACTLY:
             others = (inputs for inputs, _ in shown.shuffled(seed).batches(64 * (batch - 1)))
             predictor = Exact(model, others, batch, recipe.draws)
-            images = {"known": parts["known"].first(settings["exact"])}
-        elif method == JOINT:
-            predictor = draws(posterior=joint, draws=recipe.draws)
+        elif method in (JOINT, OBSERVED):
+            posterior = running if method == JOINT else joint(centre="observed")
+            predictor = draws(posterior=posterior, draws=recipe.draws)
         else:
-            posterior = joint if method == BOTH else joint.rescale(math.inf)
+            posterior = running if method == BOTH else running.rescale(math.inf)
             predictor = draws(posterior=posterior, draws=settings["inputs"], augment=changes)
         generator = torch.Generator().manual_seed(seed)
         yield method, {k: predict_all(predictor, i, generator).probs.log().cpu() for k, i in images.items()}, {}
@@ -141,11 +147,10 @@ def tabulate(folder: Path) -> dict[str, Any]:
     dropout = [member for member in recipe.all_members() if member.kind == "dropout"]
     if dropout:
         groups[DROPOUT] = _read(study, dropout)[0]
-    exact = study.read(study.members[0], "exact")["known"]
-    divergences = {
-        method: divergence_of_each(exact, methods[method][0]["known"][: len(exact)]) for method in (PLAIN, SBN, JOINT)
-    }
-    farther = divergences[SBN] - divergences[JOINT]
+    exact, observed = (study.read(study.members[0], method)["known"] for method in (EXACTLY, OBSERVED))
+    few = {PLAIN: methods[PLAIN][0]["known"], SBN: methods[SBN][0]["known"], OBSERVED: observed}
+    divergences = {method: divergence_of_each(exact, probs[: len(exact)]) for method, probs in few.items()}
+    farther = divergences[SBN] - divergences[OBSERVED]
     about = {
         "recipe": recipe.as_dict(), "settings": dict(study.settings), "images": len(labels), **surroundings(),
         "scores": {name: {m: _mean([score(p, labels) for p in each]) for m, each in group.items()}
