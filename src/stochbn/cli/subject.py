@@ -185,7 +185,9 @@ class Subject:
     @property
     def task(self) -> Task:
         """What the network's output means."""
-        return _task_of(self.settings)
+        from stochbn.tasks import task_in
+
+        return task_in(self.model, self.settings)
 
     @classmethod
     def of(cls, given: Given, network: Path | None = None, held: Path | None = None) -> Subject:
@@ -244,7 +246,7 @@ class Subject:
     def _own(cls, given: Given, held_by: Path | None) -> Subject:
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
-        from stochbn.tasks import Classification, task_of
+        from stochbn.tasks import Classification, Detection, task_in
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
@@ -253,11 +255,13 @@ class Subject:
             if told:
                 say(f"{given.weights}: {told}.", given.weights)
         settings = settings_of(given)
-        if given.task is None and (task := task_of(built.model).name) != Classification.name:
-            settings["task"] = task
-            say(f"{given.model}: --task {task}, as its config says.")
+        task = task_in(built.model, settings)
+        if given.task is None and task.name != Classification.name:
+            settings["task"] = task.name
+            say(f"{given.model}: --task {task.name}, as the network says.")
         fitted = None if held_by is None else (held_by, load(held_by))
-        data = OwnData(given, built, None if fitted is None else fitted[1].schema)
+        held = None if fitted is None else fitted[1].schema
+        data = OwnData(given, built, held, whole=isinstance(task, Detection))
         return cls(
             model=built.model,
             name=given.model,

@@ -34,6 +34,7 @@ __all__ = [
     "Task",
     "make_task",
     "named",
+    "task_in",
     "task_of",
 ]
 
@@ -59,11 +60,14 @@ def task_of(
     class_axis: int | None = None,
     output: str | None = None,
 ) -> Task:
-    """The task that is given or, if it is None, the one that the network's own config names.
+    """The task that is given or, if it is None, the one that the network or its config names.
+
+    A network names its task by an attribute ``task`` that is one, such as `stochbn.tasks.heads.DenseHead`. It is also
+    taken where a task of that name is asked for.
 
     Args:
         model: the network.
-        task: a task, or its name; None is what ``config.problem_type`` says, or classification.
+        task: a task, or its name; None is the network's own, what ``config.problem_type`` says, or classification.
         place: as for `Task`, and so are the others; they take the place of what a task says.
         class_axis: the axis of the classes in the output.
         output: ``"logits"`` or ``"probs"``.
@@ -71,14 +75,29 @@ def task_of(
     Raises:
         TypeError, ValueError: as `make_task`.
     """
+    own = getattr(unwrap(model), "task", None)
+    if isinstance(own, Task) and (task is None or task == own.name):
+        task = own
     if task is None:
         problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
         task = (PROBLEMS.get(problem, Classification) if isinstance(problem, str) else Classification).name
     return make_task(task, place, class_axis, output)
 
 
-def make_task(name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:
-    """The task of a name, or a task itself with other places or axes.
+def task_in(model: nn.Module, settings: Mapping[str, Any]) -> Task:
+    """The task that arguments of a predictive mean for a network: ``task``, ``logits``, ``class_axis`` and ``output``.
+
+    Raises:
+        TypeError, ValueError: as `make_task`.
+    """
+    task, place, axis, output = (settings.get(name) for name in ("task", "logits", "class_axis", "output"))
+    return task_of(model, task, place, axis, output)
+
+
+def make_task(
+    name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None, **fields: Any
+) -> Task:
+    """The task of a name, or a task itself with other places or axes; `fields` are those that the task has alone.
 
     >>> import torch
     >>> make_task("binary", "score").raw({"score": torch.tensor([1.5, -2.0])})
@@ -89,7 +108,7 @@ def make_task(name: Task | str, place: Any = None, class_axis: int | None = None
         ValueError: there is no such task, or it has no classes for `class_axis` or `output` to be about.
         TypeError: an argument is of the wrong type.
     """
-    given = {"place": place, "class_axis": class_axis, "output": output}
+    given = {"place": place, "class_axis": class_axis, "output": output, **fields}
     if isinstance(name, Task):
         return replace(name, **{key: value for key, value in given.items() if value is not None})
     if not isinstance(name, str) or name not in TASKS:
