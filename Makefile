@@ -55,11 +55,11 @@ OTHER := .venv-interop
 $(OTHER)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm \
-		segmentation-models-pytorch pytest pytest-timeout hypothesis
+		segmentation-models-pytorch ultralytics-opencv-headless pytest pytest-timeout hypothesis
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check -e '.[cli]'
 	@touch $@
 
-interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, timm and segmentation-models-pytorch
+interop: $(OTHER)/.installed $(VENV)/.installed  ## networks of torchvision, timm, Ultralytics and segmentation-models-pytorch
 	HF_HUB_OFFLINE=1 STOCHBN_NETWORKS_OUT=results/networks/torchvision.json $(OTHER)/bin/pytest -m networks tests/interop
 	$(BIN)/python benchmarks/networks.py
 

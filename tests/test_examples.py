@@ -12,8 +12,8 @@ from conftest import script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHANCE = {
-    "conformal": 2.303, "regression": 3.0, "multilabel": 0.693, "segmentation": 1.0986, "survival": 1.9,
-    "tabular": 0.693, "time_series": 1.0986,
+    "conformal": 2.303, "detection": 0.693, "regression": 3.0, "multilabel": 0.693, "segmentation": 1.0986,
+    "survival": 1.9, "tabular": 0.693, "time_series": 1.0986,
 }  # fmt: skip
 """The NLL (nats) of one who guesses, or for the regression of a network that is far too sure."""
 

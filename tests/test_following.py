@@ -12,11 +12,12 @@ import pytest
 import torch
 import typer.main
 
-from stochbn import cli
+from stochbn import cli, conformal
 from stochbn.cli.drift import alarm
 from stochbn.cli.following import after_adapting, after_calibrating, after_evaluating, after_fitting, command
 from stochbn.cli.subject import Given
 from stochbn.posteriors import Posterior
+from stochbn.posteriors.thresholds import Thresholds
 from stochbn.report.words import made_worse
 from stochbn.shift import Reading
 
@@ -77,6 +78,40 @@ def test_what_follows_an_adaptation_can_be_typed(given: Given) -> None:
     assert [predict["posterior"]] == [str(path) for path in evaluate["posteriors"]] == ["p q.safetensors"]
     assert (predict["data"], predict["split"]) == ("new photos", given.split)
     assert (evaluate["data"], evaluate["split"]) == ("LABELLED-NEW-DATA", None)
+
+
+def test_sets_are_made_again_after_an_adaptation_as_they_were_made() -> None:
+    probs, labels = torch.full((60, 3), 1 / 3), torch.arange(60) % 3
+
+    def again(rule: Any, given: Given = OWN, **about: Any) -> Any:
+        made = {"draws": 50, "augment": None, "by": None, **about}
+        sets = Thresholds(rule, 60, made["draws"], made["augment"], 1.0, None, (0.0, 0.0), by=made["by"])
+        return parsed(commands(after_adapting(given, "new", Path("p.safetensors"), sets))[2])
+
+    plain = again(conformal.lac(probs, labels))
+    assert (plain["coverage"], plain["by"], plain["method"], plain["dense"]) == (0.9, None, None, False)
+    other = again(conformal.raps(probs, labels, 0.8, by_class=True), draws=8, augment="flip")
+    assert (other["coverage"], other["by"], other["method"]) == (0.8, "class", "raps")
+    assert (other["draws"], other["augment"]) == (8, "flip")
+    grouped = conformal.lac(probs, labels, groups=["a", "b"] * 30)
+    assert again(grouped, by="hospital")["by"] == "hospital"
+    tally = conformal.Tally(3, 1)
+    tally.add(torch.rand(60, 3, 2, 2).softmax(1), torch.ones(60, 2, 2, dtype=torch.long))
+    dense = again(tally.sets(0.9))
+    assert (dense["dense"], dense["mask"], dense["method"]) == (True, 1, None)
+    numbers = dataclasses.replace(OWN, task="regression", class_axis=None, probs=False)
+    for rule, method in (
+        (conformal.intervals(probs, None, probs), "absolute"),
+        (conformal.intervals(probs, probs, probs), None),
+        (conformal.cqr(probs - 1, probs + 1, probs), "cqr"),
+    ):
+        assert again(rule, numbers)["method"] == method
+
+
+def test_a_file_of_boxes_is_about_its_own_pictures_alone() -> None:
+    given = dataclasses.replace(OWN, task="detection", label=["val.json"], class_axis=None, probs=False)
+    assert "--label" not in command("predict", given, data="NEW")
+    assert "--label BOXES.json" in command("evaluate", given, data="TEST")
 
 
 def test_the_alarm_names_a_command_that_can_be_typed() -> None:

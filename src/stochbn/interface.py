@@ -52,15 +52,30 @@ class Interface(NamedTuple):
         output: Literal["logits", "probs"] | None = None,
         inputs: InputsOf = None,
     ) -> Interface:
-        """The interface that arguments describe; without a `task`, it is the one that the network's config names.
+        """The interface that arguments describe; without a `task`, it is the one that the network or its config names.
+
+        A network names its task by an attribute ``task`` that is one, such as `stochbn.tasks.heads.DenseHead`. It is
+        also taken where a task of that name is asked for.
 
         Raises:
             TypeError, ValueError: an unknown argument, a wrong one, or one that does not fit the task.
         """
+        own = getattr(unwrap(model), "task", None)
+        if isinstance(own, Task) and (task is None or task == own.name):
+            task = own
         if task is None:
             problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
             task = (PROBLEMS.get(problem, Classification) if isinstance(problem, str) else Classification).name
         return cls(make_task(task, logits, class_axis, output), inputs)
+
+    @classmethod
+    def among(cls, model: nn.Module, settings: Mapping[str, Any]) -> Interface:
+        """The interface that the arguments of a predictive describe, among others.
+
+        Raises:
+            TypeError, ValueError: as `of`.
+        """
+        return cls.of(model, **{name: settings[name] for name in InterfaceOptions.__annotations__ if name in settings})
 
 
 def shows_options(*takers: Callable[..., Any]) -> Callable[[F], F]:

@@ -119,7 +119,7 @@ def counted(count: int, what: str) -> str:
     >>> counted(2000, "pictures"), counted(1, "classes"), counted(1, "files")
     ('2,000 pictures', '1 class', '1 file')
     """
-    one = {"classes": "class", "batches": "batch"}.get(what, what.removesuffix("s"))
+    one = {"classes": "class", "batches": "batch", "boxes": "box"}.get(what, what.removesuffix("s"))
     return f"{count:,} {one if count == 1 else what}"
 
 

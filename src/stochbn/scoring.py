@@ -50,11 +50,13 @@ class Scored:
         rows: the number of rows.
         failed: the number of rows with an error.
         least: the least certain of the other rows, the least certain first.
+        ranked_by: the column that ranks them, if there is one.
     """
 
     rows: int = 0
     failed: int = 0
     least: list[dict[str, Any]] = field(default_factory=list)
+    ranked_by: str | None = None
 
     def add(self, table: pyarrow.Table, uncertainty: Sequence[str], shown: int) -> None:
         """Count rows, and update the least certain ones by the first of some columns that exists."""
@@ -65,6 +67,7 @@ class Scored:
         self.failed += len(table) - len(fine)
         name = next((name for name in uncertainty if name in table.column_names), None)
         if name is not None:
+            self.ranked_by = name
             order = pyarrow.compute.sort_indices(fine, [(name, "descending")])  # stable
             self.least += fine.take(order[:shown]).to_pylist()
             self.least = sorted(self.least, key=lambda row: -row[name])[:shown]

@@ -88,7 +88,7 @@ def adapt(
     if weights_out is not None:
         what = "network" if given.networks else "weights"
         say(f"Saved the network with these statistics as {weights_out}; use it in place of the {what}.", weights_out)
-    say(after_adapting(given, data, target, sets=adapted.thresholds is not None))
+    say(after_adapting(given, data, target, adapted.thresholds))
 
 
 def _write_network(given: Given, model: nn.Module, path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
     from stochbn.report.tables import Table
     from stochbn.tasks import Task
-    from stochbn.tasks.base import Scores
+    from stochbn.tasks.base import Change, Scores
 
 __all__ = ["Compared", "compare", "tabulate"]
 
@@ -30,31 +30,28 @@ class Compared:
     Attributes:
         task: what is scored.
         scores: of each method, by its name.
-        change: what SBN changes in the mean loss of an example; None without a posterior.
-        change_se: its standard error, paired over examples.
-        loss: what the loss is.
+        changed: what SBN changes; None without a posterior.
     """
 
     task: Task
     scores: Mapping[str, Scores]
-    change: float | None
-    change_se: float | None
-    loss: str
+    changed: Change | None
 
     def summary(self) -> str:
         """What SBN changes, in a sentence."""
-        count = len(self.scores["plain"].losses[self.loss])
-        if self.change is None or self.change_se is None:
+        one, count = self.changed, self.scores["plain"].examples
+        if one is None:
             return f"{count:,} examples were scored. There was no posterior, so SBN was not evaluated."
-        error = f" ± {self.change_se:.4f}" if math.isfinite(self.change_se) else ""
-        told = "lowers" if self.change < -2 * self.change_se else "raises" if self.change > 2 * self.change_se else ""
-        verb = f"{told} the mean {self.loss}" if told else f"does not change the mean {self.loss} measurably"
-        return f"On {count:,} examples SBN {verb} ({self.change:+.4f}{error})."
+        error = f" ± {one.error:.4f}" if math.isfinite(one.error) else ""
+        told = "lowers" if one.change < -2 * one.error else "raises" if one.change > 2 * one.error else ""
+        verb = f"{told} the {one.what}" if told else f"does not change the {one.what} measurably"
+        return f"On {count:,} examples SBN {verb} ({one.change:+.4f}{error})."
 
     def description(self) -> dict[str, Any]:
         """The numbers, for JSON."""
         values, errors = ({name: dict(getattr(one, key)) for name, one in self.scores.items()} for key in PARTS)
-        changed = {"change": self.change, "change_se": self.change_se, "loss": self.loss}
+        one = self.changed
+        changed = {"change": one and one.change, "change_se": one and one.error, "loss": one and one.name}
         return {"sort": self.task.name, "scores": values, "errors": errors, **changed}
 
 
@@ -72,12 +69,12 @@ def compare(
     augment: Augment | None,
     ignore: int | None,
     progress: Callable[[int, int], object],
-    watch: Callable[[str, Any, Tensor], None],
+    watch: Callable[[str, Any, Any, Tensor], None],
 ) -> Compared:
     """Score a network without and, where there is a posterior, with SBN.
 
     `data` is the share of this rank; the scores are those of all ranks' data, the same on every rank. `watch` sees the
-    name of the method, the prediction and the labels of every batch.
+    name of the method, the inputs, the prediction and the labels of every batch.
 
     Raises:
         ValueError: labels that do not fit the network's output.
@@ -85,7 +82,6 @@ def compare(
     import torch
 
     from stochbn import Predictive
-    from stochbn.tasks.base import ratio_error
 
     methods: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
     if posterior is not None:
@@ -100,20 +96,14 @@ def compare(
             nonlocal done
             for inputs, labels in data.batches(BATCH):
                 prediction = predictive(inputs, generator=generator)
-                watch(name, prediction, labels)
+                watch(name, inputs, prediction, labels)
                 yield prediction, labels
                 done += len(labels)
                 progress(done, len(methods) * len(data))
 
         found[name] = subject.task.scores(predictions(), ranks.joined, ignore)
-    plain = found["plain"]
-    loss = next(name for name in found[list(found)[-1]].losses if name in plain.losses)
-    if posterior is None:
-        return Compared(subject.task, found, None, None, loss)
-    change = found["SBN"].losses[loss] - plain.losses[loss]
-    weights = torch.ones_like(change) if plain.weights is None else plain.weights
-    mean = ((weights * change).sum() / weights.sum()).item()
-    return Compared(subject.task, found, mean, ratio_error(change, weights), loss)
+    changed = None if posterior is None else found["plain"].change(found["SBN"])
+    return Compared(subject.task, found, changed)
 
 
 def tabulate(compared: Compared, name: str) -> list[Table]:
@@ -134,10 +124,12 @@ def tabulate(compared: Compared, name: str) -> list[Table]:
     ]
     title = f"{name}; ± standard error" if any(one.errors for one in compared.scores.values()) else name
     tables = [Table(title, ["method", *columns], rows)]
-    if compared.change is not None and compared.change_se is not None:
-        known_error = math.isfinite(compared.change_se)
-        title = f"What SBN changes in the mean {compared.loss}"
-        title += ", with its standard error paired over examples" if known_error else ""
-        difference = f"{compared.change:+.4f}" + (f" ± {compared.change_se:.4f}" if known_error else "")
+    one = compared.changed
+    if one is not None:
+        known = math.isfinite(one.error)
+        title = f"What SBN changes in the {one.what}" + (
+            ", with its standard error paired over examples" if known else ""
+        )
+        difference = f"{one.change:+.4f}" + (f" ± {one.error:.4f}" if known else "")
         tables.append(Table(title, ["method", "difference"], [["SBN", difference]]))
     return tables

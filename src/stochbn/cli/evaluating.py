@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import shlex
 import sys
 import time
@@ -16,6 +14,8 @@ import typer
 
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.drift import about_data, about_sets, alarm, compared, group_of
+from stochbn.cli.evaluated import Share, cost, described
+from stochbn.cli.evaluating_tasks import evaluate_task
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
@@ -24,18 +24,11 @@ from stochbn.cli.subject import Given, Subject, about_networks, held_by
 from stochbn.files import check_file, check_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stochbn.distributed import Ranks
     from stochbn.evaluation.methods import Method
-    from stochbn.posteriors import Posterior
     from stochbn.posteriors.thresholds import Thresholds
     from stochbn.report.tables import Table
 
 __all__ = ["evaluate"]
-
-COSTED = 64
-"""Examples in a prediction whose time is measured."""
 
 
 @about_networks(several=True)
@@ -112,7 +105,7 @@ def evaluate(
                 raise ValueError("several networks, and --ood, need networks that predict one class for each example")
             fitted_one = subjects[0].find_posterior(named[0])
             asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
-            worse = _evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
+            worse = evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:
@@ -127,8 +120,8 @@ def evaluate(
         known, *_ = [subject.load(data, "test", labelled=True, group=group) for subject in subjects]
         unknown, *_ = [subject.load(ood, "test", "--ood") if ood else None for subject in subjects]
         shown_objects = source_of(known)
-        known_share = _Share(known, ranks)
-        unknown_share = None if unknown is None else _Share(unknown, ranks)
+        known_share = Share(known, ranks)
+        unknown_share = None if unknown is None else Share(unknown, ranks)
         predictions: dict[bool, list[Any]] = {False: [], True: []}
         with progress_bars() as bars:
             for subject, path, posterior in zip(subjects, paths, fitted, strict=True):
@@ -166,7 +159,7 @@ def evaluate(
     names = known.name, unknown.name if unknown is not None else None
     seconds = time.perf_counter() - started
     networks = list(map(str, given.networks)) if given.networks else [given.model]
-    about: dict[str, Any] = {"networks": networks, "posteriors": [p and _described(p) for p in fitted]}
+    about: dict[str, Any] = {"networks": networks, "posteriors": [p and described(p) for p in fitted]}
     about |= {"data": names[0], "ood": names[1], "draws": draws, "seed": seed, "augment": augment}
     scores = score(found)
     names_of = subjects[0].classes or known.classes
@@ -187,13 +180,10 @@ def evaluate(
     reading = None if fitted[0] is None else compared(subjects[0], fitted[0], stream_of(subjects[0], data), seed=seed)
     if report_file is not None:
         title = f"{', '.join(dict.fromkeys(subject.name for subject in subjects))} on {names[0]}"
-        described = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
+        told = facts(about, seconds, shlex.join(["stochbn", *sys.argv[1:]]), about_data(fitted[0], reading))
         drawn = [one for one in fitted if one is not None]
-        cost = _cost(subjects[0], fitted[0], known, draws, changes)
-        head = chosen(fitted, draws, augment, cost)
-        made = page_of(
-            title, found, scores, shown, names, shown_objects, names_of, described, posteriors=drawn, head=head
-        )
+        head = chosen(fitted, draws, augment, cost(subjects[0], fitted[0], known, draws, changes))
+        made = page_of(title, found, scores, shown, names, shown_objects, names_of, told, posteriors=drawn, head=head)
         write_page(report_file, made)
         say(f"The report is {report_file}; open it in a browser.", report_file)
     if folder is not None:
@@ -203,27 +193,6 @@ def evaluate(
     if fitted[0] is not None and (about_them := about_sets(fitted[0])):
         say(about_them)
     say(after_evaluating(given, made_worse(scores), fitted, named, augment))
-
-
-def _cost(subject: Subject, posterior: Posterior | None, data: Any, draws: int, changes: Any) -> str:
-    """What a prediction costs, as 'stochbn predict' makes it, in words."""
-    import torch
-
-    from stochbn import Predictive
-    from stochbn.measuring.timing import median_seconds
-    from stochbn.report.chosen import cost_words
-
-    inputs, labels = next(iter(data.batches(COSTED)))
-    inputs, count = (
-        (inputs[:COSTED], min(COSTED, len(labels))) if isinstance(inputs, torch.Tensor) else (inputs, len(labels))
-    )
-    works: dict[str, Any] = {"plain": Predictive(subject.model, **subject.settings)}
-    if posterior is not None:
-        works["SBN"] = Predictive(subject.model, posterior, draws, augment=changes, **subject.settings)
-    seconds = median_seconds({name: functools.partial(one, inputs) for name, one in works.items()}, 3)
-    device = next(subject.model.parameters()).device.type
-    place = device if device != "cpu" else f"{torch.get_num_threads()} threads of a CPU"
-    return cost_words({name: 1000 * one / count for name, one in seconds.items()}, count, place)
 
 
 def _covered(
@@ -240,148 +209,3 @@ def _covered(
     coverage.add(Prediction(method.known, method.known), method.labels, groups)
     rows = coverages(coverage.joined(), thresholds.sets, names, thresholds.by)
     return rows, coverage_table(rows, thresholds)
-
-
-def _evaluate_task(
-    subject: Subject,
-    posterior: Posterior | None,
-    data: str | None,
-    ranks: Ranks,
-    changes: Any,
-    asked: dict[str, Any],
-    folder: Path | None,
-    report_file: Path | None,
-) -> list[str]:
-    """Evaluate a network that gives more or less than one class for each example.
-
-    Returns:
-        A sentence about SBN if that made it worse.
-    """
-    from stochbn.cli.comparing import compare, tabulate
-    from stochbn.files import write_bytes, write_json
-    from stochbn.posteriors.thresholds import compare_draws
-    from stochbn.report.chosen import chosen
-    from stochbn.report.coverage import Coverage, coverage_table, coverages
-    from stochbn.report.facts import facts
-    from stochbn.report.labels import SeenLabels
-    from stochbn.report.page import Page, curves_of, write_page
-    from stochbn.report.places import SeenPlaces
-    from stochbn.report.words import mend, worsened
-    from stochbn.tasks import TASKS, Classification, Multilabel
-
-    task = subject.task
-    if not task.score_columns:
-        takes = ", ".join(name for name, one in TASKS.items() if one.score_columns)
-        raise ValueError(f"--task {task.name} has no scores: evaluate takes --task {takes}")
-    started = time.perf_counter()
-    thresholds = None if posterior is None else posterior.thresholds
-    data, ignore = data or subject.data, asked["ignore"]
-    known = subject.load(data, "test", group=group_of(posterior))
-    names = subject.classes or known.classes
-    collected: SeenLabels | SeenPlaces | None = None
-    if report_file is not None and isinstance(task, Multilabel):
-        collected = SeenLabels(names)
-    elif report_file is not None and isinstance(task, Classification):
-        collected = SeenPlaces(names, ignore)
-    share = _Share(known, ranks).objects
-    coverage = None if thresholds is None else Coverage(thresholds, ignore)
-    seen = 0
-
-    def watch(method: str, prediction: Any, labels: Tensor) -> None:
-        nonlocal seen
-        if collected is not None:
-            collected.add(method, prediction.probs.movedim(prediction.class_axis, 1), labels)
-        if method == "SBN" and coverage is not None and thresholds is not None:
-            groups = None if thresholds.by is None else share.groups[seen : seen + len(labels)]
-            coverage.add(prediction, labels, groups)
-            seen += len(labels)
-
-    with progress_bars() as bars:
-        found = compare(
-            subject, posterior, share, ranks, draws=asked["draws"], seed=asked["seed"], augment=changes, ignore=ignore,
-            progress=follow(bars, "predicting"), watch=watch,
-        )  # fmt: skip
-    shown, rows = tabulate(found, known.name), list[Any]()
-    if coverage is not None and thresholds is not None:
-        compare_draws(posterior, asked["draws"], asked["augment"])
-        rows = coverages(coverage.joined(ranks.joined), thresholds.sets, names, thresholds.by)
-        shown = [*shown, coverage_table(rows, thresholds)]
-    show(shown)
-    worse = []
-    caveat = task.caveat(posterior, [name for one in found.scores.values() for name in one.values])
-    if caveat:
-        say(caveat)
-    change, error = found.change, found.change_se
-    if change is not None and error is not None and change > 2 * error:
-        worse.append(worsened(f"the mean {found.loss}", change, error))
-    parts = None if collected is None else collected.finish(ranks.joined)
-    if ranks.rank:
-        return worse
-    described = posterior and _described(posterior)
-    if report_file is not None:
-        reading = (
-            None if posterior is None else compared(subject, posterior, stream_of(subject, data), seed=asked["seed"])
-        )
-        made = {"networks": [subject.name], "posteriors": [described], "data": known.name, "ood": None, **asked}
-        told = facts(
-            made, time.perf_counter() - started, shlex.join(["stochbn", *sys.argv[1:]]), about_data(posterior, reading)
-        )
-        head = chosen(
-            [posterior], asked["draws"], asked["augment"], _cost(subject, posterior, known, asked["draws"], changes)
-        )
-        sections, curves, said = parts or ([], curves_of(task.panels(found.scores)), [found.summary()])
-        said = [*said, *filter(None, [caveat]), *worse, *([mend([posterior])] if worse and posterior else [])]
-        title = f"{subject.name} on {known.name}"
-        write_page(report_file, Page(title, said, shown, curves, "", (), (), told, head, sections))
-        say(f"The report is {report_file}; open it in a browser.", report_file)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"network": subject.name, "posterior": described, "data": known.name, "task": task.name, **asked}
-        about |= {"sets": rows} if rows else {}
-        write_json(folder / "results.json", {**about, **found.description()})
-        write_bytes(folder / "results.md", "\n\n".join(table.markdown() for table in shown).encode() + b"\n")
-        say(f"Results are in {folder}.", folder)
-    return worse
-
-
-class _Share:
-    """The share of the examples of a data set that is this rank's.
-
-    Args:
-        whole: all of them.
-        ranks: the ranks that share them.
-
-    Attributes:
-        objects: those of this rank.
-
-    Raises:
-        ValueError: there is not one batch for each rank.
-    """
-
-    def __init__(self, whole: Any, ranks: Ranks) -> None:
-        from stochbn.evaluation.predicting import PREDICT_BATCH
-
-        self.objects, self._ranks = whole, ranks
-        if ranks.count == 1:
-            return
-        if len(whole) < ranks.count:
-            raise ValueError(f"{whole.name} has {len(whole)} examples for {ranks.count} ranks; start fewer")
-        shard = ranks.rank, ranks.count, min(PREDICT_BATCH, len(whole) // ranks.count)
-        self.objects, self._positions = whole.shard(*shard), whole.shard_positions(*shard)
-        if not len(self._positions):  # of a user's own loader
-            raise ValueError(f"{whole.name} gives fewer batches than the {ranks.count} ranks; start fewer")
-
-    def joined(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the ranks have of their examples, ``[n, ...]``, as one process has it: in the order of all examples."""
-        if self._ranks.count == 1:
-            return tensors
-        joined = self._ranks.joined({**tensors, "positions": self._positions})
-        order = joined.pop("positions").argsort()
-        return {name: values[order] for name, values in joined.items()}
-
-
-def _described(posterior: Posterior) -> dict[str, Any]:
-    """A posterior's settings as JSON, which has no infinity."""
-    size = "inf" if posterior.batch_size == math.inf else posterior.batch_size
-    about = {"kind": posterior.kind, "batch_size": size, "temperature": posterior.temperature}
-    return {**about, "centre": posterior.centre, "choice": posterior.choice}

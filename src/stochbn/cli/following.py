@@ -12,6 +12,8 @@ from stochbn.report.words import mend
 
 if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
+    from stochbn.posteriors.thresholds import Thresholds
+    from stochbn.tasks import Task
 
 __all__ = ["after_adapting", "after_calibrating", "after_evaluating", "after_fitting", "command"]
 
@@ -28,6 +30,8 @@ def command(name: str, given: Given, *, network: Path | None = None, **options: 
     networks = [network] if network is not None else given.networks or []
     words = ["stochbn", name, *map(str, networks)]
     shared = {} if networks else {field: getattr(given, field) for field in SHARED if field not in ANEW}
+    if shared.get("label") and shared["label"][0].endswith(".json"):  # a file about other pictures
+        shared["label"] = ["BOXES.json"] if name == "evaluate" else None
     for field, value in {**shared, **options}.items():
         option = f"--{field.replace('_', '-')}"
         if value is True:
@@ -88,22 +92,41 @@ def after_calibrating(
     return f"Next: {command('evaluate', given, **options, dense=dense, ignore=ignore)}"
 
 
-def after_adapting(given: Given, data: str | None, path: Path, *, sets: bool = False) -> str:
+def after_adapting(given: Given, data: str | None, path: Path, sets: Thresholds | None = None) -> str:
     """What to run on a posterior that was adapted.
 
     Args:
         given: the options about the network.
         data: what it was adapted to, if it was named.
         path: where it is.
-        sets: whether it has thresholds of prediction sets, from before.
+        sets: its thresholds of prediction sets from before, if it has any.
     """
     predict = command("predict", given, data=data, split=given.split, out="predictions.parquet", posterior=path)
     evaluate = command("evaluate", given, data="LABELLED-NEW-DATA", posterior=path)
     said = f"Next: {predict}\nOr, if some of the new data has labels: {evaluate}"
-    if sets:
-        again = command("conformal", given, held_out="LABELLED-NEW-DATA", posterior=path)
+    if sets is not None:
+        made = _as_asked(sets, task_given(given))
+        again = command("conformal", given, held_out="LABELLED-NEW-DATA", posterior=path, **made)
         said += f"\nWith labels, compute the thresholds of prediction sets again: {again}"
     return said
+
+
+def _as_asked(sets: Thresholds, task: Task) -> dict[str, Any]:
+    """The options of 'stochbn conformal' that thresholds were made with; a label to ignore is not kept with them."""
+    rule: Any = sets.sets
+    dense = rule.kind == "labels" and task.one_class
+    methods = {"labels": None, "quantiles": "cqr", "intervals": None if getattr(rule, "scaled", True) else "absolute"}
+    asked = {
+        "coverage": f"{rule.coverage:g}",
+        "by": "class" if getattr(rule, "by_class", False) else sets.by,
+        "method": methods.get(rule.kind, getattr(rule, "method", None)),
+        "dense": dense,
+        "mask": getattr(rule, "mask", None),
+        "draws": sets.draws,
+        "augment": sets.augment,
+    }
+    usual = {"coverage": "0.9", "method": "lac", "draws": 50}
+    return {name: None if value == usual.get(name) else value for name, value in asked.items()}
 
 
 def after_evaluating(

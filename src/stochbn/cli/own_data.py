@@ -33,12 +33,13 @@ class OwnData:
         given: the options.
         built: the network.
         held: the schema that the posterior was fitted with; options override it.
+        whole: resized images are padded and not cropped, so that no box is cut.
 
     Raises:
         ValueError: an option is invalid.
     """
 
-    def __init__(self, given: Given, built: Built, held: Schema | None) -> None:
+    def __init__(self, given: Given, built: Built, held: Schema | None, *, whole: bool = False) -> None:
         from stochbn.schema import Schema
         from stochbn.sources import Columns, Decoding, prepared
 
@@ -46,13 +47,13 @@ class OwnData:
         size = size_of(given.size) or held.size
         mean = held.mean if given.mean is None else numbers_of("--mean", given.mean)
         std = held.std if given.std is None else numbers_of("--std", given.std)
-        self.built = prepared(built, size, mean, std)
+        self.built = prepared(built, size, mean, std, whole=whole)
         self.columns = Columns(tuple(given.input or ()), tuple(given.label or ()), given.key, held)
         exif = held.exif if given.exif is None else given.exif
         page = held.page if given.page is None else given.page
         self.decoding = Decoding(exif, page)
         own = any(value is not None for value in (size, mean, std))
-        own_told = [f"--size {size[0]}x{size[1]}"] if size else []
+        own_told = [f"--size {size[0]}x{size[1]}{' (padded)' if whole else ''}"] if size else []
         own_told += [
             f"{option} {','.join(map(str, values))}" for option, values in (("--mean", mean), ("--std", std)) if values
         ]

@@ -174,7 +174,8 @@ def predict(
     if least:
         columns = [column for column in least[0] if column != "error"]
         cells = [[_shown(row[column]) for column in columns] for row in least]
-        show([Table("least certain", [column.replace("_", " ") for column in columns], cells)])
+        title = f"least certain, by {str(found.ranked_by).replace('_', ' ')}"
+        show([Table(title, [column.replace("_", " ") for column in columns], cells)])
     if fitted.noiseless and fitted.choice and changes is None:
         nothing = ", so mutual information is 0" if least and "mutual_information" in least[0] else ""
         say(f"One pass without draws{nothing}. {fitted.choice}")

@@ -190,7 +190,9 @@ class Subject:
     @property
     def task(self) -> Task:
         """What the network's output means."""
-        return _task_of(self.settings)
+        from stochbn.interface import Interface
+
+        return Interface.among(self.model, self.settings).task
 
     @classmethod
     def of(cls, given: Given, network: Path | None = None, held: Path | None = None) -> Subject:
@@ -250,7 +252,7 @@ class Subject:
         from stochbn.interface import Interface
         from stochbn.posteriors import load
         from stochbn.sources import build, load_weights, parse_arguments
-        from stochbn.tasks import Classification
+        from stochbn.tasks import Classification, Detection
 
         assert given.model is not None
         built = build(given.model, parse_arguments(given.model_arg or ()), weights_follow=given.weights is not None)
@@ -259,11 +261,13 @@ class Subject:
             if told:
                 say(f"{given.weights}: {told}.", given.weights)
         settings = settings_of(given)
-        if given.task is None and (task := Interface.of(built.model).task.name) != Classification.name:
-            settings["task"] = task
-            say(f"{given.model}: --task {task}, as its config says.")
+        task = Interface.among(built.model, settings).task
+        if given.task is None and task.name != Classification.name:
+            settings["task"] = task.name
+            say(f"{given.model}: --task {task.name}, as the network says.")
         fitted = None if held_by is None else (held_by, load(held_by))
-        data = OwnData(given, built, None if fitted is None else fitted[1].schema)
+        held = None if fitted is None else fitted[1].schema
+        data = OwnData(given, built, held, whole=isinstance(task, Detection))
         return cls(
             model=built.model,
             name=given.model,

@@ -18,6 +18,7 @@ from torch import Tensor
 from stochbn.arrays import as_array
 from stochbn.conformal.base import group_names
 from stochbn.execution import Draw, Passes
+from stochbn.interface import Interface
 from stochbn.posteriors import load
 from stochbn.posteriors.thresholds import compare_draws
 from stochbn.predictive import Predictive
@@ -27,6 +28,7 @@ from stochbn.shift import Monitor, Reading
 from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, prepared
 from stochbn.sources.pictures import decode
 from stochbn.table_files import Columns
+from stochbn.tasks import Detection
 
 __all__ = ["Scorer"]
 
@@ -126,7 +128,8 @@ class Scorer:
             load_weights(built.model, weights, weights_key)
         fitted = None if posterior is None else load(Path(posterior))
         held = (None if fitted is None else fitted.schema) or Schema()
-        built = prepared(built, size or held.size, mean or held.mean, std or held.std)
+        whole = isinstance(Interface.among(built.model, settings or {}).task, Detection)
+        built = prepared(built, size or held.size, mean or held.mean, std or held.std, whole=whole)
         self.preprocess, self.prepared_by, self.classes = built.preprocess, built.prepared_by, built.classes or ()
         self.inputs, self.top, self.seed, self.pixels = inputs, top, seed, pixels
         self.schema, self._decoding = held, Decoding(held.exif, held.page)
@@ -275,6 +278,7 @@ class _Columns:
 
     key_name = " row"  # no column's name
     classes: tuple[str, ...] = ()
+    has_boxes = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from stochbn.predictions import entropy
 from stochbn.sources.pictures import Preprocessing
 
-__all__ = ["Shown", "Source", "extremes", "source_of"]
+__all__ = ["Shown", "Source", "address", "extremes", "source_of"]
 
 TOP = 3
 """Classes that are shown of an example."""
@@ -117,14 +117,14 @@ def extremes(
             int(index[0]) == label,
             total[position].item(),
             None if expected_entropy is None else min(expected_entropy[position].item(), total[position].item()),
-            _address(source.picture(position)),
+            address(source.picture(position)),
         )
 
     return [show(i) for i in order[:count]], [show(i) for i in order[::-1][:count]]
 
 
-def _address(picture: Any) -> str | None:
-    """A picture as an address that holds all of it."""
+def address(picture: Any, side: int = LONGEST_SIDE) -> str | None:
+    """A picture as an address that holds all of it, with a longer side of at most so many pixels; None for others."""
     if not isinstance(picture, Tensor) and getattr(picture, "mode", "L") not in ("L", "RGB", "RGBA"):
         try:
             picture = Preprocessing()(picture)
@@ -134,7 +134,7 @@ def _address(picture: Any) -> str | None:
     if image is None:
         return None
     small = max(image.size) <= SMALL
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((side, side))
     kind = "png" if small or image.mode == "RGBA" else "jpeg"
     file = io.BytesIO()
     image.save(file, kind)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stochbn.posteriors import Posterior
     from stochbn.tasks.base import Panel
 
-__all__ = ["Curve", "Page", "Section", "curves_of", "page_of", "write_page"]
+__all__ = ["Boxed", "Curve", "Page", "Rectangle", "Section", "curves_of", "page_of", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,36 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Rectangle:
+    """A box on a picture: left, top, right and bottom in pixels; it is right, wrong, or a true one that was missed."""
+
+    sides: Sequence[float]
+    kind: str
+    opacity: float
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """A picture with boxes.
+
+    Attributes:
+        name: what it is called.
+        picture: an address that holds all of it.
+        width: pixels in which boxes are measured.
+        height: likewise.
+        boxes: the boxes.
+        lines: what is said of them.
+    """
+
+    name: str
+    picture: str
+    width: int
+    height: int
+    boxes: Sequence[Rectangle]
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page with tables of its own.
 
@@ -49,6 +79,7 @@ class Section:
         note: how it is read, in sentences.
         tables: its numbers.
         matrix: a matrix of confusions, if it has one.
+        pictures: pictures with boxes.
     """
 
     key: str
@@ -56,6 +87,7 @@ class Section:
     note: str
     tables: Sequence[Table]
     matrix: Matrix | None = None
+    pictures: Sequence[Boxed] = ()
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,7 @@ def _example_table(each: Tensor, label: str) -> Table:
     """The mean share of wrong places among the examples whose places are surest on average."""
     ordered = each[each[:, 0].argsort()].double()
     body = []
-    for share in SHARES:
-        count = max(round(share * len(ordered)), 1)
+    for count in dict.fromkeys(max(round(share * len(ordered)), 1) for share in SHARES):
         error = (ordered[:count, 1].std() / count**0.5).item() if count > 1 else float("nan")
         body.append(
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from stochbn.conformal.base import group_names
 from stochbn.schema import counted, listing
+from stochbn.sources.boxes import are_boxes, read_coco
 from stochbn.sources.files import Listing
 from stochbn.sources.hub import DataError
 from stochbn.sources.inside import open_regular
 from stochbn.sources.labels import as_labels, labels_of_columns, usual_label
 from stochbn.sources.pictures import Decoding, decode
+from stochbn.tasks.boxes import padded
 from stochbn.texts import unambiguous
 
 __all__ = ["METADATA", "FolderRows"]
@@ -28,17 +31,20 @@ FILE = "file_name"
 class FolderRows:
     """The pictures of a folder, in the order of their paths.
 
-    Where a file of metadata has a column of labels, these are the labels. Otherwise, where all pictures lie in folders
+    Where the label is a file of COCO's form, its boxes are the labels. Where a file of metadata has a column of labels,
+    these are. Otherwise, where all pictures lie in folders
     of their own, these are the classes, in alphabetical order.
 
     Args:
         found: the pictures, and what is left out.
         metadata: files of metadata that are about some of them.
-        label: the column of labels in the metadata; None is the one that is called as labels usually are.
+        label: the column of labels in the metadata, or a file that ends in ``.json``; none is the column that is called
+            as labels usually are.
         group: the column of groups in the metadata; None where none was asked for.
         decoding: how pictures are read.
 
     Attributes:
+        has_boxes: whether labels are true boxes.
         notes: what is to be told of the labels.
         left_out: pictures that are not taken, and why.
 
@@ -70,7 +76,12 @@ class FolderRows:
                 f"{str(self.folder)!r} has no column {group!r}: groups of pictures are in a file metadata.csv or "
                 "metadata.jsonl"
             )
-        if metadata:
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        self.has_boxes = False
+        if len(label) == 1 and label[0].lower().endswith(".json"):
+            self._read_boxes(Path(label[0]))
+            label = ()
+        elif metadata:
             self._read_metadata(metadata, label, group)
         if self._labels is None and self.files and all(len(file.parts) > 1 for file in self.files):
             empty = [name for name in found.folders if not any(file.parts[0] == name for file in self.files)]
@@ -95,11 +106,53 @@ class FolderRows:
         if file in self._missing:
             raise ValueError("is named by a file of metadata, and is not in the folder")
         with open_regular(self.folder / file) as stream:
-            return decode(stream, decoding=self.decoding)
+            found = decode(stream, decoding=self.decoding)
+        size = self._sizes.get(file)
+        if size is not None and size != (found.height, found.width):
+            raise ValueError(
+                f"has {found.height}x{found.width} pixels (height x width), and {self.label[0]} says "
+                f"{size[0]}x{size[1]}"
+                + ("; if its boxes are of photos as they are stored, take --no-exif" if size[0] == found.width else "")
+            )
+        return found
 
     def labels(self) -> Tensor | None:
         """The numbers of the classes."""
         return self._labels
+
+    def _read_boxes(self, path: Path) -> None:
+        """Take boxes from a file of COCO's form, and the pictures that it names and that are there."""
+        coco = read_coco(path)
+        by_name = {file.as_posix(): file for file in self.files}
+        if not coco.boxes.keys() & by_name.keys():  # as where the file names pictures with their folder
+            by_name = {file.name: file for file in self.files}
+            short = {name.rsplit("/", 1)[-1] for name in coco.boxes}
+            if len(by_name) < len(self.files) or len(short) < len(coco.boxes):
+                raise DataError(
+                    f"{str(path)!r} names pictures by other folders than {str(self.folder)!r} has, and several are "
+                    "called alike: name the folder that its names begin in"
+                )
+            coco = replace(
+                coco,
+                boxes={name.rsplit("/", 1)[-1]: one for name, one in coco.boxes.items()},
+                sizes={name.rsplit("/", 1)[-1]: one for name, one in coco.sizes.items()},
+            )
+        there = {file: name for name, file in by_name.items() if name in coco.boxes}
+        if not there:
+            raise DataError(
+                f"{str(path)!r} names no picture of {str(self.folder)!r}: it names {listing(coco.boxes, 2)}, and there "
+                f"are {listing((file.as_posix() for file in self.files), 2)}"
+            )
+        if unnamed := len(self.files) - len(there):
+            self.left_out.append(f"{counted(unnamed, 'pictures')} that {path.name} does not name")
+        if absent := len(coco.boxes) - len(there):
+            self.notes.append(f"Not in the folder: {counted(absent, 'pictures')} that {path.name} names.")
+        self.files = sorted(there)
+        self._sizes = {file: coco.sizes[name] for file, name in there.items() if name in coco.sizes}
+        boxes = [coco.boxes[there[file]] for file in self.files]
+        self.has_boxes = True
+        self._labels, self.classes, self.label = padded(boxes), coco.classes, (str(path),)
+        self.notes.append(f"{counted(sum(map(len, boxes)), 'boxes')} in {path.name}.")
 
     def _read_metadata(self, metadata: tuple[Path, ...], label: tuple[str, ...], group: str | None) -> None:
         """Take labels from files of metadata, and the pictures that they name."""
@@ -132,6 +185,7 @@ class FolderRows:
         self._take_groups(about, group)
         values = {name: [about[file].get(name) for file in self.files] for name in label}
         self._labels, self.classes = labels_of_columns(values, f"{names} of {str(self.folder)!r}")
+        self.has_boxes = len(label) == 1 and are_boxes(values[label[0]])
         self.label = label
         self.notes.append(f"Labels are those of {names}; folders are no classes.")
         if self._missing:

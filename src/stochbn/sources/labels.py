@@ -63,15 +63,19 @@ def as_labels(values: Any, where: str, order: Sequence[str] | None = None) -> tu
 
 
 def labels_of_columns(columns: Mapping[str, Any], name: str) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels of one column, as `as_labels` has them, or ``[N, columns]`` of several columns of numbers.
+    """The labels of one column, as `as_labels` has them, ``[N, M, 6]`` of boxes, or ``[N, columns]`` of several.
 
     Args:
         columns: what each column holds, by its name.
         name: of the data, in messages.
 
     Raises:
-        ValueError: they are neither numbers nor names, or, of several columns, not all numbers.
+        ValueError: they are neither numbers, names nor boxes, or, of several columns, not all numbers.
     """
+    from stochbn.sources.boxes import are_boxes, boxes_of_cells
+
+    if len(columns) == 1 and are_boxes(values := next(iter(columns.values()))):
+        return boxes_of_cells(values, f"the column {next(iter(columns))!r} of {name}")
     found = {column: as_labels(values, f"the column {column!r} of {name}") for column, values in columns.items()}
     if len(found) == 1:
         return next(iter(found.values()))

@@ -15,6 +15,7 @@ from stochbn.arrays import as_array
 from stochbn.schema import Schema
 from stochbn.sources.labels import as_labels
 from stochbn.sources.objects import Chunk, ahead
+from stochbn.tasks.boxes import boxes_of_targets
 
 __all__ = ["LoaderObjects"]
 
@@ -132,6 +133,8 @@ def _parts(batch: Any, name: str) -> tuple[Any, Tensor]:
             f"{name} gives a {type(batch).__name__} of {type(first).__name__}; expected tensors, (input, label) tuples "
             "or mappings of tensors"
         )
+    if isinstance(labels, (list, tuple)) and labels and all(isinstance(one, Mapping) for one in labels):
+        return inputs, boxes_of_targets(labels)
     labels = as_array(labels)
     if isinstance(labels, (list, tuple)) and len(labels) == len(first) and not any(map(torch.is_tensor, labels)):
         labels = np.asarray(labels)

@@ -19,6 +19,8 @@ from stochbn.sources.pictures import Preprocessing, channels_of
 
 __all__ = ["Built", "build", "find", "parse_arguments", "prepared"]
 
+GREY = 114 / 255
+"""What pictures are padded with for detectors, as those of the YOLO family are trained."""
 HOW = "name a network as package.module:function, timm:NAME or hf:PATH"
 
 
@@ -111,10 +113,13 @@ def prepared(
     size: tuple[int, int] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    *,
+    whole: bool = False,
 ) -> Built:
     """The same with a preprocess: by these numbers where any are given, else its own, else what images need alone.
 
-    Where its own is a `Preprocessing`, as of timm, it keeps what is not given.
+    Where its own is a `Preprocessing`, as of timm, it keeps what is not given. With `whole`, pictures that are brought
+    to a size are padded, so that no box is cut.
 
     Raises:
         ValueError: as `Preprocessing`.
@@ -122,6 +127,8 @@ def prepared(
     channels = channels_of(built.model)
     if size is not None or mean is not None or std is not None:
         own = built.preprocess if isinstance(built.preprocess, Preprocessing) else Preprocessing(channels=channels)
+        if whole and size is not None and not own.squash:
+            own = replace(own, pad=GREY if own.pad is None else own.pad, crop=1.0)
         return replace(built, preprocess=replace(own, size=size or own.size, mean=mean or own.mean, std=std or own.std))
     if built.preprocess is not None:
         return built

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stochbn.schema import Schema
+from stochbn.sources.boxes import moved
 
 __all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
 
@@ -73,12 +74,14 @@ class Chunk:
         errors: why it cannot be read; None where it can.
         inputs: a batch of those that can be read, in their order; None if there are none.
         groups: the group of each, for prediction sets by group; None where there are no groups.
+        labels: of those that can be read; None where they were not asked for.
     """
 
     keys: list[str | int]
     errors: list[str | None]
     inputs: Any
     groups: list[str] | None = None
+    labels: Tensor | None = None
 
 
 class Stream(Protocol):
@@ -102,6 +105,11 @@ class Rows(Protocol):
     """Examples that can be read by position."""
 
     key_name: str
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether labels are true boxes, see `stochbn.tasks.boxes.LABELS`, in pixels of the picture as it is read."""
+        ...
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -212,7 +220,7 @@ class RowObjects:
         def read() -> Iterator[tuple[Any, Tensor]]:
             told = False
             for index in torch.split(order, size) if len(order) else ():
-                chunk = self._chunk(index.tolist())
+                chunk = self._chunk(index.tolist(), labels)
                 for key, error in zip(chunk.keys, chunk.errors, strict=True):
                     if error is not None:
                         raise ValueError(f"{self.name}: {key} {error}")
@@ -223,7 +231,7 @@ class RowObjects:
                         "network does not take them",
                         stacklevel=2,
                     )
-                yield chunk.inputs, torch.full((len(index),), -1) if labels is None else labels[index]
+                yield chunk.inputs, torch.full((len(index),), -1) if chunk.labels is None else chunk.labels
 
         with contextlib.closing(ahead(read())) as batches:
             yield from batches
@@ -234,35 +242,49 @@ class RowObjects:
         for index in torch.split(order[start:], size) if start < len(self) else ():
             yield self._chunk(index.tolist())
 
-    def _chunk(self, positions: Sequence[int]) -> Chunk:
+    def _chunk(self, positions: Sequence[int], labels: Tensor | None = None) -> Chunk:
         errors: list[str | None] = []
         inputs: list[Tensor] = []
+        given: list[Tensor] = []
         for position in positions:
-            found = self._input(position, inputs[0].shape if inputs else None)
-            errors.append(found if isinstance(found, str) else None)
-            if not isinstance(found, str):
-                inputs.append(found)
+            label = None if labels is None else labels[position]
+            try:
+                found, label = self._example(position, label)
+                if inputs and found.shape != inputs[0].shape:
+                    raise ValueError(
+                        f"is {list(found.shape)}, others are {list(inputs[0].shape)}: bring them to one size, with "
+                        "--size"
+                    )
+            except (ValueError, OSError) as error:
+                errors.append(" ".join(str(error).split()))
+                continue
+            errors.append(None)
+            inputs.append(found)
+            given += [] if label is None else [label]
         known = self.rows.groups
         groups = None if known is None else [known[i] for i in positions]
-        return Chunk([self.rows.key(i) for i in positions], errors, torch.stack(inputs) if inputs else None, groups)
+        keys = [self.rows.key(i) for i in positions]
+        stacked = torch.stack(inputs) if inputs else None
+        return Chunk(keys, errors, stacked, groups, torch.stack(given) if given else None)
 
-    def _input(self, position: int, shape: torch.Size | None) -> Tensor | str:
-        """An example as the network's input, or why it is none."""
+    def _example(self, position: int, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """An example as the network's input, and its label.
+
+        Raises:
+            ValueError, OSError: it is none; the message says why.
+        """
+        given = self.rows.read(position)
         try:
-            found = self.rows.read(position)
-        except (ValueError, OSError) as error:
-            return " ".join(str(error).split())
-        try:
-            found = found if self.preprocess is None else self.preprocess(found)
+            found = given if self.preprocess is None else self.preprocess(given)
         except Exception as error:  # a user's function may raise anything
-            return " ".join(f"cannot be preprocessed: {error or type(error).__name__}".split())
+            raise ValueError(f"cannot be preprocessed: {error or type(error).__name__}") from error
         if isinstance(found, np.ndarray):
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):
-            return f"became {type(found).__name__} by preprocessing; expected a tensor"
-        if shape is not None and found.shape != shape:
-            return f"is {list(found.shape)}, others are {list(shape)}: bring them to one size, with --size"
-        return found
+            raise ValueError(f"became {type(found).__name__} by preprocessing; expected a tensor")
+        if label is not None and self.rows.has_boxes and not isinstance(given, Tensor):
+            label = moved(label, self.preprocess, (given.height, given.width), (found.shape[-2], found.shape[-1]))
+        return found, label
 
 
 def shard_index(length: int, rank: int, count: int, size: int) -> Tensor:

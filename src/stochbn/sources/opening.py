@@ -337,6 +337,7 @@ class _Renumbered:
     def __init__(self, rows: Rows, numbers: Tensor, classes: tuple[str, ...]) -> None:
         self.rows, self.numbers, self.classes = rows, numbers, classes
         self.key_name, self.key, self.read, self.groups = rows.key_name, rows.key, rows.read, rows.groups
+        self.has_boxes = rows.has_boxes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -344,4 +345,8 @@ class _Renumbered:
     def labels(self) -> Tensor | None:
         """The new numbers."""
         found = self.rows.labels()
-        return None if found is None else self.numbers[found]
+        if found is None or not self.has_boxes:
+            return None if found is None else self.numbers[found]
+        there, found = ~found[:, :, 4].isnan(), found.clone()
+        found[:, :, 4][there] = self.numbers[found[:, :, 4][there].long()].double()
+        return found

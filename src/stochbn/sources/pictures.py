@@ -52,6 +52,8 @@ class Preprocessing:
         crop: the share of the resized image that the crop leaves, of each side.
         interpolation: how the image is resized: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
         squash: whether the image is resized to the shape of `size`, whatever its own, and nothing but the share is cut.
+        pad: the image is resized to fit into `size`, and lies in the middle of this grey (0 to 1), so that nothing is
+            cut, as detectors of the YOLO family have it with 114 / 255; None is none of this.
 
     Raises:
         ValueError: numbers that fit no image.
@@ -64,6 +66,7 @@ class Preprocessing:
     crop: float = 1.0
     interpolation: str = "bilinear"
     squash: bool = False
+    pad: float | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in OF_CHANNELS:
@@ -79,6 +82,8 @@ class Preprocessing:
             raise ValueError(f"there is no interpolation {self.interpolation!r}; expected bilinear or bicubic")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
+        if self.pad is not None and (not 0 <= self.pad <= 1 or self.squash or self.crop != 1):
+            raise ValueError(f"pad must lie from 0 to 1, without squash and crop, got {self.pad}")
 
     def __call__(self, given: Any) -> Tensor:
         """``[C, H, W]`` from an image, or from a tensor of that shape, which is only normalised.
@@ -109,6 +114,8 @@ class Preprocessing:
             image = self._fitted(image, self.size)
         values = torch.from_numpy(np.array(image, dtype=np.float32)) / depth
         values = values[None] if values.ndim == 2 else values.movedim(-1, 0)
+        if self.pad is not None and self.size is not None:
+            values = self._padded(values, self.size)
         if len(values) == self.channels:
             return values
         if self.channels == 4:  # grey of 16 bits, opaque
@@ -120,7 +127,9 @@ class Preprocessing:
 
         cover = math.floor(size[0] / self.crop), math.floor(size[1] / self.crop)
         short, long = sorted(image.size)
-        if self.squash:
+        if self.pad is not None:
+            tall, wide = self._inside((image.height, image.width), size)
+        elif self.squash:
             tall, wide = cover
         elif cover[0] == cover[1]:
             longer = int(cover[0] * long / short)
@@ -130,8 +139,45 @@ class Preprocessing:
             tall, wide = round(image.height / ratio), round(image.width / ratio)
         if (wide, tall) != image.size:
             image = image.resize((wide, tall), Resampling[self.interpolation.upper()])
+        if self.pad is not None:
+            return image
         left, top = round((wide - size[1]) / 2), round((tall - size[0]) / 2)
         return image.crop((left, top, left + size[1], top + size[0]))
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where boxes ``[M, 4]`` (left, top, right, bottom) of an image lie in what becomes of it.
+
+        Args:
+            boxes: in pixels of the image.
+            size: its height and width.
+
+        Raises:
+            ValueError: the image is cropped, so that boxes would be cut.
+        """
+        if self.size is None:
+            return boxes
+        if self.pad is None and (
+            self.crop != 1 or not (self.squash or size[0] * self.size[1] == size[1] * self.size[0])
+        ):
+            raise ValueError(
+                "the preprocessing crops pictures, so boxes would be cut: give Preprocessing a pad or squash"
+            )
+        tall, wide = self.size if self.pad is None else self._inside(size, self.size)
+        top, left = ((whole - part) // 2 for whole, part in zip(self.size, (tall, wide), strict=True))
+        scale, shift = (wide / size[1], tall / size[0]), (left, top)
+        return boxes * boxes.new_tensor(scale * 2) + boxes.new_tensor(shift * 2)
+
+    @staticmethod
+    def _inside(size: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int]:
+        """The largest height and width of the image's shape that fit into the whole."""
+        ratio = min(whole[0] / size[0], whole[1] / size[1])
+        return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
+
+    def _padded(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        (tall, wide), found = values.shape[1:], values.new_full((len(values), *size), self.pad or 0.0)
+        top, left = (size[0] - tall) // 2, (size[1] - wide) // 2
+        found[:, top : top + tall, left : left + wide] = values
+        return found
 
 
 def channels_of(model: nn.Module) -> int:

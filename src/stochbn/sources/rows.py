@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stochbn.conformal.base import group_names
+from stochbn.sources.boxes import are_boxes, class_feature
 from stochbn.sources.columns import Columns, Roles, choose
 from stochbn.sources.labels import as_labels, labels_of_columns
 from stochbn.sources.pictures import Decoding, stored_picture
@@ -106,6 +107,11 @@ class TableRows:
         name = self.roles.group
         return None if name is None else group_names(self.table.select_columns([name])[:][name], len(self))
 
+    @cached_property
+    def has_boxes(self) -> bool:
+        """Whether labels are true boxes."""
+        return len(self.label) == 1 and are_boxes(self.table.select_columns(list(self.label))[:][self.label[0]])
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; none where labels are numbers."""
@@ -127,7 +133,9 @@ class TableRows:
             return None, ()
         columns = self.table.select_columns(list(self.label))[:]
         labels, classes = labels_of_columns({name: columns[name] for name in self.label}, self.name)
-        feature = self.table.features[self.label[0]]
+        feature = (
+            class_feature(self.table.features[self.label[0]]) if self.has_boxes else self.table.features[self.label[0]]
+        )
         return labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else classes
 
 
@@ -144,6 +152,8 @@ class ArrayRows:
     Raises:
         ValueError: the arrays disagree in N, or hold no numbers.
     """
+
+    has_boxes = False
 
     def __init__(
         self,

@@ -43,8 +43,10 @@ def named(task: Task) -> bool:
     return type(task) is TASKS.get(task.name)
 
 
-def make_task(name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None) -> Task:
-    """Make the task of a name, or a task with other places or axes.
+def make_task(
+    name: Task | str, place: Any = None, class_axis: int | None = None, output: str | None = None, **fields: Any
+) -> Task:
+    """Make the task of a name, or a task with other places or axes; `fields` are those that the task has alone.
 
     >>> import torch
     >>> make_task("binary", "score").raw({"score": torch.tensor([1.5, -2.0])})
@@ -55,7 +57,7 @@ def make_task(name: Task | str, place: Any = None, class_axis: int | None = None
         ValueError: there is no such task, or `class_axis` or `output` is given for a task without classes.
         TypeError: an argument is of the wrong type.
     """
-    given = {"place": place, "class_axis": class_axis, "output": output}
+    given = {"place": place, "class_axis": class_axis, "output": output, **fields}
     if isinstance(name, Task):
         return replace(name, **{key: value for key, value in given.items() if value is not None})
     if not isinstance(name, str) or name not in TASKS:

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from stochbn.tasks.draw_scores import DrawScore
 
-__all__ = ["Join", "Panel", "Predictions", "Scores", "Task", "floating", "joined", "ratio_error", "standard_error"]
+__all__ = [
+    "Change",
+    "Join",
+    "Panel",
+    "Predictions",
+    "Scores",
+    "Task",
+    "floating",
+    "joined",
+    "ratio_error",
+    "standard_error",
+]
 
 Predictions = Iterable[tuple[Any, Tensor]]
 """Predictions and labels, batch by batch."""
@@ -39,6 +50,9 @@ class Scores:
             have.
         weights: the weight of each example, such as its number of pixels, ``[N]``; None: equal weights.
         evidence: the data of the report's figures.
+        resampled: scores that are no means over examples, ``[1 + B]``, by name: of all examples, and of B samples of
+            them with replacement, which are the same for all methods. Methods are compared by the first, where higher
+            is better.
     """
 
     values: Mapping[str, float]
@@ -46,6 +60,51 @@ class Scores:
     losses: Mapping[str, Tensor]
     weights: Tensor | None = None
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    resampled: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return len(next(iter(self.losses.values())) if self.weights is None else self.weights)
+
+    def change(self, other: Scores) -> Change:
+        """What changes from this method to another one that was scored on the same examples."""
+        if self.resampled:
+            name = next(iter(self.resampled))
+            sample = other.resampled[name] - self.resampled[name]
+            return Change(name, sample[0].item(), spread_of(sample[1:]), higher_is_better=True)
+        name = next(name for name in other.losses if name in self.losses)
+        change = other.losses[name] - self.losses[name]
+        weights = torch.ones_like(change) if self.weights is None else self.weights
+        mean = ((weights * change).sum() / weights.sum()).item()
+        return Change(name, mean, ratio_error(change, weights))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changes from one method to another.
+
+    Attributes:
+        name: what was compared, such as a loss.
+        change: how much higher it is, of a loss in the mean.
+        error: the standard error of that, paired over examples; NaN where it is not known.
+        higher_is_better: whether more of it is better.
+    """
+
+    name: str
+    change: float
+    error: float
+    higher_is_better: bool = False
+
+    @property
+    def what(self) -> str:
+        """What was compared, in words."""
+        return self.name if self.higher_is_better else f"mean {self.name}"
+
+    @property
+    def worse(self) -> bool:
+        """Whether the other method is worse, by more than twice the standard error."""
+        return (-self.change if self.higher_is_better else self.change) > 2 * self.error
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,6 +373,12 @@ def joined(batches: Sequence[Mapping[str, Tensor]], join: Join) -> dict[str, Ten
 def standard_error(values: Tensor) -> float:
     """The standard error of the mean of ``[N]`` values; NaN for a single one."""
     return (values.double().var() / len(values)).sqrt().item() if len(values) > 1 else math.nan
+
+
+def spread_of(samples: Tensor) -> float:
+    """The standard deviation of those of ``[B]`` values that are no NaN; NaN for fewer than two."""
+    known = samples[~samples.isnan()]
+    return known.std().item() if len(known) > 1 else math.nan
 
 
 def ratio_error(values: Tensor, weights: Tensor) -> float:

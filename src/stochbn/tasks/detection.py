@@ -15,13 +15,23 @@ from stochbn.caller import warn
 from stochbn.metrics.entropies import entropy
 from stochbn.network.calling import read_output
 from stochbn.tasks.answers import Answer
-from stochbn.tasks.base import Task, floating
+from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating
 from stochbn.tasks.binary import logit
+from stochbn.tasks.boxes import LABELS, boxes_of_targets, checked_boxes
 
 __all__ = ["Detection", "DetectionPrediction", "Objects", "suppressed"]
 
 CANDIDATES = 1000
 """Anchors of an image, those with the highest scores, that suppression looks at."""
+SELECTED = "enc_topk_logits"
+"""What the output of Transformers' detectors has whose queries are selected by their scores."""
+
+ORDERS = (
+    "Anchors come last: transpose [N, A, 4 + K]. If these are detections, or queries, that the network has selected by "
+    "their scores (300 of them, say), then others are selected in every draw, and they cannot be averaged: give the "
+    "head's output from before the selection (of Ultralytics' networks with two heads, model.model[-1].end2end = False)"
+)
+"""What to do where the axes cannot be those of a dense head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +179,8 @@ class Detection(Task):
     scores, such as RT-DETR's, has to give the scores from before the selection. `stochbn.tasks.heads` reads the
     detectors of torchvision.
 
-    Every example gets all draws. There are no scores for `calibrate` and `evaluate`.
+    Every example gets all draws. Labels are true boxes: `stochbn.tasks.boxes.LABELS`, or one mapping for each image
+    with ``boxes`` and ``labels``. `calibrate` does not take them.
 
     Attributes:
         box_format: ``"xyxy"`` (left, top, right, bottom) or ``"cxcywh"`` (centre, width, height); None is the second
@@ -187,6 +198,15 @@ class Detection(Task):
     early: ClassVar[bool] = False
     spread: ClassVar[bool] = True
     uncertainty: ClassVar[tuple[str, ...]] = ("mutual_information",)
+    labels_expected: ClassVar[str] = LABELS
+    score_columns: ClassVar[Mapping[str, tuple[str, int, float]]] = {
+        "AP %": ("ap", 2, 100),
+        "AP50 %": ("ap50", 2, 100),
+        "ECE %": ("ece", 2, 100),
+        "NLL": ("nll", 4, 1),
+        "calibrated NLL": ("calibrated_nll", 4, 1),
+        "box correlation": ("box_correlation", 3, 1),
+    }
 
     box_format: str | None = None
     background: int | None = None
@@ -219,6 +239,11 @@ class Detection(Task):
                     f"{list(found.shape)}; name boxes [N, A, 4] and scores [N, A, K] with logits=(BOXES, SCORES), or "
                     "wrap a detector of torchvision with stochbn.tasks.heads.DenseHead"
                 )
+            if found.shape[2] < found.shape[1]:
+                raise ValueError(
+                    f"found {list(found.shape)}, which as [N, 4 + K, A] would be {found.shape[2]} anchors of "
+                    f"{found.shape[1] - 4} classes. {ORDERS}"
+                )
             boxes, scores = found[:, :4], found[:, 4:]
         else:
             boxes, scores = (floating(values, "boxes and class scores") for values in pair)
@@ -237,11 +262,28 @@ class Detection(Task):
         return torch.cat([boxes, scores], 1)
 
     def _pair(self, output: Any) -> Sequence[Any] | None:
+        """Boxes and scores, where they are two tensors.
+
+        Raises:
+            ValueError: they are of queries that others may take the place of in the next draw.
+        """
+        selects = output.get(SELECTED) if isinstance(output, Mapping) else getattr(output, SELECTED, None)
+        if selects is not None:
+            raise ValueError(
+                "this detector selects the queries of its decoder by their scores, as RT-DETR does: query 5 of one "
+                "draw is another object than query 5 of the next, so their average would mean nothing. What can be "
+                "averaged is the encoder's own detection, of every place of its feature maps: take "
+                "stochbn.tasks.heads.EncoderHead(model)"
+            )
         if isinstance(self.place, tuple):
             return [read_output(output, place) for place in self.place]
         pair = self.place is None and isinstance(output, (tuple, list)) and len(output) == 2
         shapes = [value.shape for value in output if isinstance(value, Tensor) and value.ndim == 3] if pair else []
         return list(output) if len(shapes) == 2 and shapes[0][2] == 4 and shapes[0][:2] == shapes[1][:2] else None
+
+    def description(self) -> dict[str, Any]:
+        """What a file keeps of the task, with what the probabilities depend on."""
+        return {**super().description(), "box_format": self.box_format, "background": self.background}
 
     def _is(self, kind: str, *, single: bool) -> bool:
         return (self.output or ("probs" if single else "logits")) == kind
@@ -290,6 +332,28 @@ class Detection(Task):
     ) -> DetectionPrediction:
         """Boxes and probabilities of each anchor, of which objects are chosen where they are asked for."""
         return DetectionPrediction(mean, torch.zeros_like(mean) if variance is None else variance, second, self, kept)
+
+    def scores(self, predictions: Predictions, join: Join = dict, ignore: int | None = None) -> Scores:
+        """Average precision, and whether scores and box deviations tell the truth: `detection_scores.score`.
+
+        The detections of an image are its `objects`, so average precision is that of scores from `threshold` on.
+        """
+        from stochbn.tasks.detection_scores import evidence_of, score
+
+        if ignore is not None:
+            raise ValueError("detections have no label that could be ignored: mark true boxes as crowds instead")
+        batches = []
+        for prediction, given in predictions:
+            classes = prediction.anchors.shape[1] - 4
+            truths = checked_boxes(given if isinstance(given, Tensor) else boxes_of_targets(given), classes)
+            batches.append(evidence_of(prediction.objects, truths, classes, self.most))
+        return score(batches, join)
+
+    def panels(self, scores: Mapping[str, Scores]) -> Sequence[Panel]:
+        """Precision by recall, and the errors of boxes by their standard deviation."""
+        from stochbn.tasks.detection_scores import panels
+
+        return panels({name: one.evidence for name, one in scores.items()})
 
 
 def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, task: Detection) -> Tensor:

@@ -1,4 +1,4 @@
-"""Detectors of torchvision as networks that give the boxes and class scores of every anchor, for `Detection`."""
+"""Detectors of torchvision and Transformers as networks that give boxes and scores of every anchor, for `Detection`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stochbn.tasks.binary import logit
 from stochbn.tasks.detection import Detection
 
-__all__ = ["DenseHead"]
+__all__ = ["DenseHead", "EncoderHead"]
 
 PARTS = "backbone", "head", "anchor_generator", "box_coder"
 """What a one-stage detector of torchvision consists of."""
@@ -76,3 +76,49 @@ class DenseHead(nn.Module):
         """What images are normalised by."""
         transform: Any = getattr(self.detector, "transform", None)
         return list(getattr(transform, "image_mean", [0.0])), list(getattr(transform, "image_std", [1.0]))
+
+
+class EncoderHead(nn.Module):
+    """A detector of Transformers that selects queries (RT-DETR, D-FINE), up to the detection that it selects them by.
+
+    The decoder refines those places of the encoder's feature maps that have the highest scores. They are others in
+    every draw, so what the decoder gives cannot be averaged. The boxes and scores by which they are selected can: there
+    is one for every place, and they are trained as detections. They are coarser than the decoder's::
+
+        head = EncoderHead(transformers.RTDetrForObjectDetection.from_pretrained(...))
+        posterior = stochbn.fit(head, loader)
+
+    It takes images ``[N, 3, H, W]``, and gives boxes ``[N, A, 4]`` (left, top, right and bottom, in pixels) and logits
+    ``[N, A, K]``.
+
+    Args:
+        detector: the detector.
+
+    Attributes:
+        detector: the detector, which stays as it is.
+        task: what the output means.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        self.task = Detection(place=("boxes", "scores"), output="logits")
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Boxes and logits of every place.
+
+        Raises:
+            TypeError: the detector's output has no scores of all places.
+        """
+        found = self.detector(images)
+        codes, scores = (getattr(found, name, None) for name in ("enc_outputs_coord_logits", "enc_outputs_class"))
+        if not isinstance(codes, Tensor) or not isinstance(scores, Tensor):
+            raise TypeError(
+                f"{type(self.detector).__name__} gives no enc_outputs_class and enc_outputs_coord_logits: expected a "
+                "detector of Transformers that selects queries, such as RTDetrForObjectDetection"
+            )
+        height, width = images.shape[-2:]
+        centre, half = torch.split(codes.sigmoid(), 2, -1)
+        half = half / 2
+        corners = torch.cat([centre - half, centre + half], -1)
+        return {"boxes": corners * corners.new_tensor([width, height, width, height]), "scores": scores}

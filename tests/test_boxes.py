@@ -1,0 +1,269 @@
+"""True boxes from files and columns, moved with their pictures, and detectors evaluated by them at the command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import stochbn
+from conftest import command_output as run
+from conftest import seeded, settled
+from stochbn.sources import Columns, DataError, Preprocessing, RowObjects, build, load_weights, open_objects
+from stochbn.sources.boxes import boxes_of_cells, read_coco
+from stochbn.tasks import Detection
+from test_own_network import told  # noqa: F401 - a fixture
+
+NUMBER = itertools.count()
+MODULE = """
+import torch
+from torch import nn
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1))
+
+    def forward(self, x):
+        found = self.body(x)
+        places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in found.shape[2:]), indexing="ij"))
+        centre = 4 * places.flip(0).to(x) + 4 * found[:, :2].sigmoid()
+        size = 6 + 10 * found[:, 2:4].sigmoid()
+        return torch.cat([centre, size, (2 * found[:, 4:]).sigmoid()], 1).flatten(2)
+
+def head():
+    return Head()
+"""
+PADDED = Preprocessing((64, 80), pad=0.5)
+CATEGORIES = [{"id": 7, "name": "square"}, {"id": 3, "name": "disc"}]  # numbered by their ids: disc is 0
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"own_head_{next(NUMBER)}"
+    Path(f"{name}.py").write_text(MODULE)
+    return name
+
+
+def make_pictures(count: int, folder: str = "pictures") -> dict[str, Any]:
+    """Pictures of several sizes with one bright rectangle or more, and what COCO's files say of them."""
+    generator = np.random.default_rng(0)
+    Path(folder).mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for i in range(count):
+        height, width = (32, 48) if i % 2 else (40, 32)
+        pixels = generator.integers(0, 60, (height, width, 3), dtype=np.uint8)
+        images.append({"id": 10 + i, "file_name": f"{i:03}.png", "height": height, "width": width})
+        for _ in range(i % 3):
+            side, left, top = 10, int(generator.integers(0, width - 10)), int(generator.integers(0, height - 10))
+            kind = CATEGORIES[int(generator.integers(2))]
+            pixels[top : top + side, left : left + side] = (220, 40, 40) if kind["name"] == "disc" else (40, 220, 40)
+            annotations.append(
+                {"id": len(annotations), "image_id": 10 + i, "category_id": kind["id"], "bbox": [left, top, side, side],
+                 "iscrowd": int(i == 5)}
+            )  # fmt: skip
+        Image.fromarray(pixels).save(f"{folder}/{i:03}.png")
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def opened(source: str = "pictures", label: str = "boxes.json", **given: Any) -> Any:
+    return open_objects(source, columns=Columns(label=(label,)), **given)
+
+
+def boxes(objects: Any, size: int = 4) -> list[Tensor]:
+    rows = [row for _, labels in objects.batches(size) for row in labels]
+    return [row[~row[:, 0].isnan()] for row in rows]
+
+
+def fitting(coco: Any, size: tuple[int, int]) -> list[list[list[float]]]:
+    """Boxes in pictures that are resized to fit into a size, and lie in its middle."""
+    found = []
+    for image in coco["images"]:
+        ratio = min(size[0] / image["height"], size[1] / image["width"])
+        tall, wide = round(image["height"] * ratio), round(image["width"] * ratio)
+        x, y = wide / image["width"], tall / image["height"]
+        left, top = (size[1] - wide) // 2, (size[0] - tall) // 2
+        rows = []
+        for one in coco["annotations"]:
+            if one["image_id"] == image["id"]:
+                a, b, w, h = one["bbox"]
+                sides = [left + a * x, top + b * y, left + (a + w) * x, top + (b + h) * y]
+                rows.append([*sides, float(one["category_id"] == 7), float(one["iscrowd"])])
+        found.append(rows)
+    return found
+
+
+def test_boxes_of_a_file_move_with_their_pictures(module: str) -> None:
+    coco = make_pictures(9)
+    Path("boxes.json").write_text(json.dumps(coco))
+    objects = opened(preprocess=PADDED)
+    assert objects.classes == ("disc", "square")
+    assert "9 boxes in boxes.json" in str(objects.schema)
+    for row, wanted in zip(boxes(objects), fitting(coco, (64, 80)), strict=True):
+        torch.testing.assert_close(row, torch.tensor(wanted, dtype=torch.float64).view(-1, 6))
+    for (x, _), rows in zip(objects.batches(1), boxes(objects), strict=True):
+        for left, top, right, bottom, kind, _ in rows.tolist():  # the rectangle is where the box says
+            inside = x[0, :, int(top) + 2 : int(bottom) - 2, int(left) + 2 : int(right) - 2]
+            assert inside.mean((1, 2)).argmax() == kind
+    reordered = opened(preprocess=PADDED).shuffled(1)
+    assert [len(one) for one in boxes(reordered)] == [int(i) % 3 for i in reordered.order]
+    renamed = boxes(opened(classes=("x", "square", "disc"), preprocess=PADDED))
+    for one, other in zip(renamed, boxes(objects), strict=True):
+        assert one[:, :4].equal(other[:, :4])
+        assert one[:, 4].equal(2 - other[:, 4])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.booleans())
+def test_boxes_lie_where_pixels_go(height: int, width: int, tall: int, wide: int, squash: bool) -> None:
+    """A picture whose right lower quarter is white: so is that of its box."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[height // 2 :, width // 2 :] = 255
+    change = Preprocessing((tall, wide), interpolation="nearest", **({"squash": True} if squash else {"pad": 0.0}))
+    found = change(Image.fromarray(pixels))
+    box = torch.tensor([[width // 2, height // 2, width, height]], dtype=torch.float64)
+    (left, top, right, bottom) = change.boxes(box, (height, width))[0].tolist()
+    white = (found[0] > 0.5).nonzero()
+    if len(white):
+        low, high = white.amin(0).tolist(), (white.amax(0) + 1).tolist()
+        assert np.abs(np.array([left, top, right, bottom]) - [low[1], low[0], high[1], high[0]]).max() <= 1
+
+
+def test_a_preprocessing_that_crops_or_does_not_tell_is_refused(module: str) -> None:
+    Path("boxes.json").write_text(json.dumps(make_pictures(3)))
+    with pytest.raises(ValueError, match="crops pictures, so boxes would be cut"):
+        boxes(opened(preprocess=Preprocessing((32, 32))))
+
+    def shrink(image: Any) -> Tensor:
+        return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) / 255
+
+    with pytest.raises(ValueError, match="40x32 pixels, the preprocessing makes 16x16 of them, and nothing says where"):
+        boxes(opened(preprocess=shrink))
+    shrink.boxes = lambda sides, size: sides * torch.tensor([16 / size[1], 16 / size[0]] * 2)  # type: ignore[attr-defined]
+    assert boxes(opened(preprocess=shrink))[1][0, 2] <= 16
+    for bad in ({"pad": 2.0}, {"pad": 0.5, "squash": True}):
+        with pytest.raises(ValueError, match="pad must lie"):
+            Preprocessing((8, 8), **bad)  # type: ignore[arg-type]
+
+
+def test_pictures_and_files_that_do_not_fit_are_told(module: str) -> None:
+    coco = make_pictures(6)
+    named = {**coco, "images": [{**one, "file_name": f"val/{one['file_name']}"} for one in coco["images"]]}
+    Path("boxes.json").write_text(json.dumps(named))
+    Path("pictures/005.png").unlink()
+    Image.new("RGB", (8, 8)).save("pictures/more.png")
+    objects = opened(preprocess=Preprocessing((32, 32), pad=0))
+    assert len(objects) == 5
+    assert "1 picture that boxes.json does not name" in str(objects.schema)
+    assert "Not in the folder: 1 picture that boxes.json names" in str(objects.schema)
+    Path("other.json").write_text(json.dumps({**coco, "images": [], "annotations": []}))
+    with pytest.raises(DataError, match="names no picture of 'pictures'"):
+        opened(label="other.json")
+    turned = [{**one, "height": one["width"], "width": one["height"]} for one in coco["images"]]
+    Path("other.json").write_text(json.dumps({**coco, "images": turned}))
+    with pytest.raises(ValueError, match=r"has 40x32 pixels .*says 32x40; .*take --no-exif"):
+        boxes(opened(label="other.json", preprocess=Preprocessing((32, 32), pad=0)))
+    for wrong, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "must have the lists images, annotations, categories"),
+        (json.dumps({**coco, "categories": []}), "is no file of COCO's form"),
+        (json.dumps({**coco, "annotations": [{"image_id": 10}]}), "an entry has no 'bbox'"),
+        (json.dumps({**coco, "annotations": [{**coco["annotations"][0], "bbox": [1, 1, -1, 1]}]}), "negative width"),
+        (json.dumps({**coco, "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}), "of one name"),
+    ):
+        Path("other.json").write_text(wrong)
+        with pytest.raises(DataError, match=message):
+            read_coco(Path("other.json"))
+
+
+def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None:
+    make_pictures(3)
+    rows: list[dict[str, Any]] = [
+        {"file_name": "000.png", "objects": {"bbox": [], "category": []}},
+        {"file_name": "001.png", "objects": {"bbox": [[1, 2, 10, 20]], "category": ["b"]}},
+        {"file_name": "002.png", "objects": {"bbox": [[0, 0, 4, 4], [2, 2, 6, 6]], "category": ["a", "b"]}},
+    ]
+    Path("pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wanted = [[], [[1, 2, 11, 22, 1, 0]], [[0, 0, 4, 4, 0, 0], [2, 2, 8, 8, 1, 0]]]
+    objects = opened(label="objects", preprocess=Preprocessing())
+    assert objects.classes == ("a", "b")
+    assert [one.tolist() for one in boxes(objects, 1)] == wanted
+    kind = datasets.ClassLabel(names=["z", "a", "b"])
+    features = datasets.Features(
+        {"image": datasets.Image(), "objects": {"bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+         "category": datasets.List(kind)}}
+    )  # fmt: skip
+    cells = [
+        {**row["objects"], "category": [1 + ord(k) - ord("a") for k in row["objects"]["category"]]} for row in rows
+    ]
+    pictures = [f"pictures/{row['file_name']}" for row in rows]
+    datasets.Dataset.from_dict({"image": pictures, "objects": cells}, features).to_parquet("table.parquet")
+    table = opened("table.parquet", "objects", preprocess=Preprocessing())
+    assert isinstance(table, RowObjects)
+    assert table.classes == ("z", "a", "b")
+    assert [[[*row[:4], row[4] - 1, row[5]] for row in one.tolist()] for one in boxes(table, 1)] == wanted
+    several, names = boxes_of_cells([[{"bbox": [1, 2, 3, 4], "category_id": 5}], None], "it")
+    assert several[0, 0].tolist() == [1, 2, 4, 6, 5, 0]
+    assert several[1].isnan().all()
+    assert names == ()
+    for wrong in ([{"bbox": [[1, 2, 3, 4]]}], [{"bbox": [[1, 2, 3]], "label": [0]}], [{"bbox": [], "label": [1]}]):
+        with pytest.raises(ValueError, match="it has a cell without boxes"):
+            boxes_of_cells(wrong, "it")
+
+
+def given_network(module: str) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    model = settled(build(f"{module}:head", {}).model, 3, 48, 48)
+    save_file(model.state_dict(), "w.safetensors")
+    given = "--model", f"{module}:head", "--weights", "w.safetensors", "--task", "detection", "--size", "48"
+    run("fit", *given, "--data", "pictures", "--batch-size", 4)
+    return given
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of a network that has learnt nothing
+def test_a_detector_is_evaluated_at_the_command_line(module: str) -> None:
+    coco = make_pictures(24)
+    Path("boxes.json").write_text(json.dumps(coco))
+    given = given_network(module)
+    labelled = "--data", "pictures", "--label", "boxes.json"
+    text = run("evaluate", *given, *labelled, "--draws", 8, "--out", "r", "--report", "p.html")
+    found = json.loads(Path("r/results.json").read_text())
+    model = build(f"{module}:head", {}).model
+    load_weights(model, Path("w.safetensors"))
+    objects = opened(preprocess=Preprocessing((48, 48), pad=114 / 255))
+    task = Detection()
+    posterior = stochbn.load("w.sbn.safetensors")
+    predictives = {
+        "plain": stochbn.Predictive(model, task=task),
+        "SBN": stochbn.Predictive(model, posterior, 8, task=task),
+    }
+    for name, one in predictives.items():
+        scores = task.scores((one(x, generator=seeded()), y) for x, y in objects.batches(100))
+        assert found["scores"][name] == pytest.approx(scores.values, rel=1e-3, abs=1e-4)
+    assert "What SBN changes in the AP" in text
+    assert found["loss"] == "AP"
+    assert found["change"] == pytest.approx(found["scores"]["SBN"]["ap"] - found["scores"]["plain"]["ap"])
+    page = Path("p.html").read_text()
+    assert page.count('role="img"') == 24  # twelve pictures of each kind
+    assert "Which detections to take" in page
+    assert "disc" in page
+    assert 'class="missed"' in page
+    assert "--task detection" in text
+    Path(f"{module}_more.py").write_text(MODULE.replace("nn.Conv2d(8, 6, 1)", "nn.Conv2d(8, 7, 1)"))
+    with pytest.raises(ValueError, match=r"has 2 classes, numbered from 0 .*network has 3"):
+        run("evaluate", "--model", f"{module}_more:head", *given[4:], *labelled)
