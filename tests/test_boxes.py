@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import stochbn
 from conftest import command_output as run
-from conftest import seeded, settled
+from conftest import script, seeded, settled
 from stochbn.sources import Columns, DataError, Preprocessing, RowObjects, build, load_weights, open_objects
 from stochbn.sources.boxes import boxes_of_cells, read_coco
 from stochbn.tasks import Detection
@@ -142,6 +143,19 @@ def test_boxes_lie_where_pixels_go(height: int, width: int, tall: int, wide: int
     if len(white):
         low, high = white.amin(0).tolist(), (white.amax(0) + 1).tolist()
         assert np.abs(np.array([left, top, right, bottom]) - [low[1], low[0], high[1], high[0]]).max() <= 1
+
+
+@pytest.mark.parametrize("pad", [None, 0.25])
+def test_pictures_are_prepared_without_the_library_as_with_it(module: str, pad: float | None) -> None:
+    """By the script in examples/ that uses what an exported file says of its inputs."""
+    make_pictures(2)
+    change = Preprocessing((24, 30), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), pad=pad)
+    pytest.importorskip("onnxruntime")
+    without = script(Path(__file__).parents[1] / "examples" / "onnx_pictures.py")
+    for name in ("000", "001"):
+        found = without.prepared(f"pictures/{name}.png", **dataclasses.asdict(change), exif=True)
+        wanted = change(Image.open(f"pictures/{name}.png"))
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_preprocessing_that_crops_or_does_not_tell_is_refused(module: str) -> None:

@@ -262,7 +262,7 @@ def test_a_file_says_what_classes_there_are_and_how_pictures_become_inputs(endin
     about = metadata(path)
     assert about["classes"] == ["\u00e4", "b", "c"]
     wanted = {"size": [6, 5], "mean": [0.5], "std": None, "channels": 2, "crop": 1.0, "interpolation": "bilinear"}
-    assert about["preprocess"] == {**wanted, "squash": False, "exif": False}
+    assert about["preprocess"] == {**wanted, "squash": False, "pad": None, "exif": False}
 
 
 def test_the_temperature_is_applied_in_every_draw(tmp_path: Path) -> None:
