@@ -461,7 +461,8 @@ def stream_table(rows: Sequence[dict[str, Any]]) -> Table:
         ]
         for row in rows
     ]
-    columns = ["stream", "sets", "examples", "coverage %", "differs at most by", "in the last fifth %", "mean size"]
+    columns = ["stream", "sets", "examples", "coverage %", f"bound on the difference from {100 * COVERAGE:g} %, points"]
+    columns += ["in the last fifth %", "mean size"]
     return Table(f"Streams that drift, sets for {100 * COVERAGE:g} %", columns, body)
 
 
