@@ -46,6 +46,22 @@ def test_compiled_passes_give_the_same_predictions(counted: list[int]) -> None:
     before.check()
 
 
+def test_notes_on_the_network_are_no_change_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = functools.partial(torch.compile, backend="eager")
+
+    def noting(model: nn.Module) -> Any:
+        compiled = compile_(model)
+        model._compile_kwargs = {}  # type: ignore[assignment]  # as Lightning does from its import on
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", noting)
+    model, posterior, x = made()
+    explained = Predictive(model, posterior, 8, compile=True, settings=EXACT)
+    explained(x)
+    assert "compiled: taken" in explained.explain(x)
+    assert "shares its parameters." in explained.explain(x)
+
+
 def test_it_is_compiled_once_for_all_draws_and_numbers_of_examples(counted: list[int]) -> None:
     model, posterior, x = made()
     predictive = Predictive(model, posterior, 12, compile=True, tolerance=0, settings=EXACT)

@@ -39,8 +39,10 @@ class Compiled:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        before = set(vars(model))
         self._compiled = torch.compile(model)
-        vars(model).pop("_is_torch_compile", None)  # set on it; passes that change a network cost more
+        for name in vars(model).keys() - before:  # notes of PyTorch, and of Lightning, which would count as a change
+            del vars(model)[name]
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
