@@ -40,7 +40,10 @@ Where a version does not know an argument, the network is what the argument asks
 
 def measure(case: str, threads: int) -> dict[str, float]:
     """One process's figures, in units of a plain pass."""
-    from stochbn.sources.architectures import NETWORKS, build
+    try:
+        from stochbn.sources.architectures import NETWORKS, build
+    except ImportError:  # older versions
+        from stochbn.paper.networks import NETWORKS, build
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
