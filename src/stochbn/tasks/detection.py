@@ -18,8 +18,9 @@ from stochbn.tasks.answers import Answer
 from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating
 from stochbn.tasks.binary import logit
 from stochbn.tasks.boxes import LABELS, boxes_of_targets, checked_boxes
+from stochbn.tasks.objects import Objects
 
-__all__ = ["Detection", "DetectionPrediction", "Objects", "suppressed"]
+__all__ = ["Detection", "DetectionPrediction", "suppressed"]
 
 CANDIDATES = 1000
 """Anchors of an image, those with the highest scores, that suppression looks at."""
@@ -32,34 +33,6 @@ ORDERS = (
     "head's output from before the selection (of Ultralytics' networks with two heads, model.model[-1].end2end = False)"
 )
 """What to do where the axes cannot be those of a dense head."""
-
-
-@dataclass(frozen=True, eq=False)
-class Objects:
-    """The D objects that are detected in one image, from the most to the least probable.
-
-    Attributes:
-        boxes: ``[D, 4]``, the mean over draws: left, top, right and bottom.
-        scores: ``[D]``: the probability of the most probable class.
-        labels: ``[D]``: that class.
-        probs: ``[D, K]``: the probabilities of all classes, the mean over draws.
-        box_std: ``[D, 4]``: the standard deviation over draws of each side of the box.
-        entropy: ``[D]``, nats: of `probs`; the sum over classes where each class has a probability of its own.
-        mutual_information: ``[D]``, nats: the part of it that is due to the draws.
-        anchors: ``[D]``: which of the head's anchors, or queries, each is.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    probs: Tensor
-    box_std: Tensor
-    entropy: Tensor
-    mutual_information: Tensor
-    anchors: Tensor
-
-    def __len__(self) -> int:
-        return len(self.boxes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,7 +115,7 @@ class DetectionPrediction(Answer):
         if classes and len(classes) != count:
             raise ValueError(f"there are {len(classes)} names of classes, and the network has {count} classes")
         names = list(classes) or list(map(str, range(count)))
-        texts = [json.dumps([_described(one, i, names) for i in range(len(one))]) for one in self.objects]
+        texts = [json.dumps(one.described(names)) for one in self.objects]
         largest = [max(one.mutual_information.tolist(), default=0.0) for one in self.objects]
         return {"objects": [len(one) for one in self.objects], "detections": texts, "mutual_information": largest}
 
@@ -384,15 +357,3 @@ def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, task: Detection) -
             kept.append(i)
             gone |= rows[i]
     return order[torch.tensor(kept[: task.most], dtype=torch.long, device=order.device)]
-
-
-def _described(found: Objects, number: int, names: Sequence[str]) -> Mapping[str, Any]:
-    """An object, for JSON."""
-    return {
-        "class": names[int(found.labels[number])],
-        "score": round(float(found.scores[number]), 6),
-        "box": [round(side, 3) for side in found.boxes[number].tolist()],
-        "box_std": [round(side, 4) for side in found.box_std[number].tolist()],
-        "entropy": round(float(found.entropy[number]), 6),
-        "mutual_information": round(float(found.mutual_information[number]), 6),
-    }
