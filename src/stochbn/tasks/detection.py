@@ -17,7 +17,7 @@ from stochbn.network.calling import read_output
 from stochbn.tasks.answers import Answer
 from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating
 from stochbn.tasks.binary import logit
-from stochbn.tasks.boxes import LABELS, boxes_of_targets, checked_boxes
+from stochbn.tasks.boxes import LABELS, Placement, boxes_of_targets, checked_boxes
 from stochbn.tasks.objects import Objects
 
 __all__ = ["Detection", "DetectionPrediction", "suppressed"]
@@ -98,7 +98,7 @@ class DetectionPrediction(Answer):
         return {"objects": torch.tensor([float(len(one)) for one in self.objects])}
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table, a row for each image: as ``stochbn predict`` writes them.
+        """The prediction as columns of a table, a row for each image; boxes are in pixels of the network's input.
 
         Args:
             classes: the names of the classes; none are their numbers.
@@ -111,13 +111,23 @@ class DetectionPrediction(Answer):
         Raises:
             ValueError: there are other numbers of names.
         """
+        return self.picture_columns([None] * len(self.anchors), classes, top)
+
+    def picture_columns(
+        self, placements: Sequence[Placement | None], classes: Sequence[str] = (), top: int = 1
+    ) -> dict[str, list[Any]]:
+        """`columns`, with boxes and their standard deviations in pixels of the pictures whose placement is known."""
         count = self.anchors.shape[1] - 4
         if classes and len(classes) != count:
             raise ValueError(f"there are {len(classes)} names of classes, and the network has {count} classes")
         names = list(classes) or list(map(str, range(count)))
-        texts = [json.dumps(one.described(names)) for one in self.objects]
-        largest = [max(one.mutual_information.tolist(), default=0.0) for one in self.objects]
-        return {"objects": [len(one) for one in self.objects], "detections": texts, "mutual_information": largest}
+        found = [
+            one if placement is None else one.in_picture(placement)
+            for one, placement in zip(self.objects, placements, strict=True)
+        ]
+        texts = [json.dumps(one.described(names)) for one in found]
+        largest = [max(one.mutual_information.tolist(), default=0.0) for one in found]
+        return {"objects": [len(one) for one in found], "detections": texts, "mutual_information": largest}
 
     @property
     def averages(self) -> tuple[Tensor, ...]:

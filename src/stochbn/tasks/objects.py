@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+from stochbn.tasks.boxes import Placement
 
 __all__ = ["Objects"]
 
@@ -16,7 +18,7 @@ class Objects:
     """The D objects that are detected in one image, from the most to the least probable.
 
     Attributes:
-        boxes: ``[D, 4]``, the mean over draws: left, top, right and bottom.
+        boxes: ``[D, 4]``, the mean over draws: left, top, right and bottom, in pixels of the network's input.
         scores: ``[D]``: the probability of the most probable class.
         labels: ``[D]``: that class.
         probs: ``[D, K]``: the probabilities of all classes, the mean over draws.
@@ -37,6 +39,14 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def in_picture(self, placement: Placement) -> Objects:
+        """The same objects, with `boxes` and `box_std` in pixels of the picture.
+
+        Args:
+            placement: where the picture lies in the network's input: `stochbn.sources.Preprocessing.placement`.
+        """
+        return replace(self, boxes=placement.outward(self.boxes), box_std=placement.outward_std(self.box_std))
 
     def described(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Each object, for JSON.
