@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stochbn.deploy.batching import Batcher, FullError
+from stochbn.tasks.boxes import Placement
 
 
 class Network:
@@ -24,13 +25,14 @@ class Network:
         self.gate, self.began = threading.Event(), threading.Event()
         self.gate.set()
 
-    def __call__(self, inputs: Tensor) -> list[dict[str, Any]]:
+    def __call__(self, inputs: Tensor, placements: Sequence[Placement | None]) -> list[dict[str, Any]]:
         self.began.set()
         assert self.gate.wait(20)
         self.batches.append(list(inputs.shape))
         if bool((inputs < 0).any()):
             raise ValueError("there is a negative number")
-        return [{"sum": float(one.sum())} for one in inputs]
+        assert len(placements) == len(inputs)
+        return sums(inputs)
 
 
 def sums(inputs: Tensor) -> list[dict[str, Any]]:
@@ -38,7 +40,7 @@ def sums(inputs: Tensor) -> list[dict[str, Any]]:
 
 
 def asked(
-    network: Callable[[Tensor], Sequence[Any]], requests: Sequence[Tensor], size: int = 8, **options: Any
+    network: Callable[[Tensor, Sequence[Any]], Sequence[Any]], requests: Sequence[Tensor], size: int = 8, **options: Any
 ) -> list[Any]:
     """What each request gets, rows or an exception, where all come while the first is being predicted."""
 
@@ -84,6 +86,31 @@ def test_requests_that_wait_share_a_batch() -> None:
     assert network.batches == [[1, 2], [4, 2], [2, 2]]
 
 
+def test_placements_go_with_their_request_where_requests_share_a_batch() -> None:
+    def told(inputs: Tensor, placements: Sequence[Placement | None]) -> list[dict[str, Any]]:
+        assert began.wait(20)
+        batches.append(len(inputs))
+        return [{"left": None if one is None else one.shift[0]} for one in placements]
+
+    async def ask() -> list[Any]:
+        batcher = Batcher(told, 8, 100)
+        requests = [asyncio.ensure_future(batcher(torch.ones(1, 2), [Placement((1, 1), (9, 0))]))]
+        await asyncio.sleep(0.05)
+        for lefts in ([1, 2], [3], None):
+            placements = None if lefts is None else [Placement((1, 1), (left, 0)) for left in lefts]
+            requests.append(asyncio.ensure_future(batcher(torch.ones(len(lefts or [0]), 2), placements)))
+        await asyncio.sleep(0.05)
+        began.set()
+        try:
+            return [[row["left"] for row in rows] for rows in await asyncio.gather(*requests)]
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    began, batches = threading.Event(), list[int]()
+    assert asyncio.run(ask()) == [[9], [1, 2], [3], [None]]
+    assert sum(batches) == 5
+
+
 def test_a_request_fails_by_its_own_fault_alone() -> None:
     network = Network()
     requests = [torch.ones(1, 2), torch.ones(2, 2), -torch.ones(1, 2), 2 * torch.ones(1, 2)]
@@ -93,7 +120,7 @@ def test_a_request_fails_by_its_own_fault_alone() -> None:
 
 
 def test_predictions_of_another_number_are_an_error() -> None:
-    (found,) = asked(lambda inputs: [{}], [torch.ones(2, 2)])
+    (found,) = asked(lambda inputs, placements: [{}], [torch.ones(2, 2)])
     assert "there are 1 predictions" in str(found)
 
 

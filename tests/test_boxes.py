@@ -47,6 +47,7 @@ class Head(nn.Module):
 def head():
     return Head()
 """
+GEOMETRIES: list[dict[str, Any]] = [{"pad": 0.0}, {"squash": True}, {"squash": True, "crop": 0.8}, {}, {"crop": 0.8}]
 PADDED = Preprocessing((64, 80), pad=0.5)
 CATEGORIES = [{"id": 7, "name": "square"}, {"id": 3, "name": "disc"}]  # numbered by their ids: disc is 0
 
@@ -130,19 +131,25 @@ def test_boxes_of_a_file_move_with_their_pictures(module: str) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.booleans())
-def test_boxes_lie_where_pixels_go(height: int, width: int, tall: int, wide: int, squash: bool) -> None:
-    """A picture whose right lower quarter is white: so is that of its box."""
+@given(st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.integers(5, 40), st.sampled_from(GEOMETRIES))
+def test_boxes_lie_where_pixels_go(height: int, width: int, tall: int, wide: int, how: dict[str, Any]) -> None:
+    """A picture whose right lower quarter is white: so is that of its box, as far as it is not cropped."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[height // 2 :, width // 2 :] = 255
-    change = Preprocessing((tall, wide), interpolation="nearest", **({"squash": True} if squash else {"pad": 0.0}))
+    change = Preprocessing((tall, wide), interpolation="nearest", **how)
     found = change(Image.fromarray(pixels))
     box = torch.tensor([[width // 2, height // 2, width, height]], dtype=torch.float64)
-    (left, top, right, bottom) = change.boxes(box, (height, width))[0].tolist()
+    placement = change.placement((height, width))
+    inside = placement.inward(box)
+    if how.keys() & {"pad", "squash"} and "crop" not in how:
+        assert change.boxes(box, (height, width)).equal(inside)
+    torch.testing.assert_close(placement.outward(inside), box)
+    torch.testing.assert_close(placement.outward_std(torch.ones(1, 4)), placement.outward(inside + 1).sub(box).float())
+    sides = inside[0].clamp(min=0).minimum(torch.tensor([wide, tall] * 2)).numpy()
     white = (found[0] > 0.5).nonzero()
     if len(white):
         low, high = white.amin(0).tolist(), (white.amax(0) + 1).tolist()
-        assert np.abs(np.array([left, top, right, bottom]) - [low[1], low[0], high[1], high[0]]).max() <= 1
+        assert np.abs(sides - [low[1], low[0], high[1], high[0]]).max() <= 1
 
 
 @pytest.mark.parametrize("pad", [None, 0.25])

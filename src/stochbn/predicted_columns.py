@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from stochbn.dense_masks import Masks, write_masks
 from stochbn.posteriors.thresholds import Thresholds
 from stochbn.predictions import Answer
 from stochbn.sources.objects import Chunk
 from stochbn.table_files import Columns
+from stochbn.tasks.boxes import Placement
 from stochbn.texts import as_utf8
 
 __all__ = ["columns_of"]
+
+T = TypeVar("T")
 
 
 def columns_of(
@@ -33,12 +36,13 @@ def columns_of(
         ValueError: the prediction is dense, with no folder for masks, or not of as many examples as the chunk has; or
             sets are by group, and the chunk has no groups.
     """
-    keys = [key for key, error in zip(chunk.keys, chunk.errors, strict=True) if error is None]
+    keys = _readable(chunk.keys, chunk)
+    placements = [None] * len(keys) if chunk.placements is None else _readable(chunk.placements, chunk)
     found: Columns = {}
     if prediction is not None:
         groups = None if thresholds is None else _groups(chunk, thresholds)
         if masks is None:
-            found = _predicted(prediction, classes, top, thresholds, groups)
+            found = _predicted(prediction, placements, classes, top, thresholds, groups)
         else:
             sets = None if thresholds is None else thresholds.sets.of(prediction, groups)
             rows = write_masks(prediction, keys, masks.folder, masks.seen, sets)
@@ -69,15 +73,25 @@ def _groups(chunk: Chunk, thresholds: Thresholds) -> list[str] | None:
             f"the posterior's prediction sets are by {thresholds.by!r}, which this data does not have: give data with "
             "that column, or make sets again without --by"
         )
-    return [group for group, error in zip(chunk.groups, chunk.errors, strict=True) if error is None]
+    return _readable(chunk.groups, chunk)
+
+
+def _readable(values: Sequence[T], chunk: Chunk) -> list[T]:
+    """The values of the examples that can be read."""
+    return [value for value, error in zip(values, chunk.errors, strict=True) if error is None]
 
 
 def _predicted(
-    prediction: Any, classes: Sequence[str], top: int, thresholds: Thresholds | None, groups: list[str] | None
+    prediction: Any,
+    placements: Sequence[Placement | None],
+    classes: Sequence[str],
+    top: int,
+    thresholds: Thresholds | None,
+    groups: list[str] | None,
 ) -> Columns:
     if not isinstance(prediction, Answer):
         raise ValueError(f"expected one prediction for each example, got {type(prediction).__name__}")
-    found: Columns = prediction.columns(classes, top)
+    found: Columns = prediction.picture_columns(placements, classes, top)
     if thresholds is not None:
         probs = getattr(prediction, "probs", None)
         names = [as_utf8(name) for name in classes or map(str, range(0 if probs is None else probs.shape[1]))]

@@ -89,8 +89,10 @@ def predict(
 ) -> None:
     """Predict data of any length with SBN; write class, probability, entropy and mutual information of each example.
 
-    Regression writes mean and standard deviation. If the posterior has thresholds of 'stochbn conformal', there is also
-    a column 'set' of classes or labels, or columns 'low' and 'high' of numbers, and with --masks images of the sets.
+    Regression writes mean and standard deviation. Detection writes boxes in pixels of the pictures or, if the network
+    has a preprocess function of its own, of its input. If the posterior has thresholds of 'stochbn conformal', there is
+    also a column 'set' of classes or labels, or columns 'low' and 'high' of numbers, and with --masks images of the
+    sets.
 
     If it is stopped or killed, run it again to continue. Rows are kept in OUT.parts until all are written. Data (of
     Parquet) and OUT may be URLs, such as s3:// with the package s3fs; OUT.parts is then in the current folder.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochbn.tasks.boxes import Placement
+
 __all__ = ["Batcher", "FullError", "Row"]
 
 Row = dict[str, Any]
@@ -26,6 +28,7 @@ class FullError(Exception):
 @dataclass(eq=False)
 class _Waiting:
     inputs: Tensor
+    placements: Sequence[Placement | None]
     rows: Future[Sequence[Row]] = field(default_factory=Future)
 
 
@@ -37,14 +40,19 @@ class Batcher:
     one, so that a request fails by its own fault alone.
 
     Args:
-        predict: from inputs ``[N, ...]`` to N rows; only ever called by the batcher's thread.
+        predict: from inputs ``[N, ...]`` and the placements of their pictures to N rows; only ever called by the
+            batcher's thread.
         size: examples in a batch, unless one request has more.
         waiting: examples that may wait.
         together: whether several requests may share a batch.
     """
 
     def __init__(
-        self, predict: Callable[[Tensor], Sequence[Row]], size: int, waiting: int, together: bool = True
+        self,
+        predict: Callable[[Tensor, Sequence[Placement | None]], Sequence[Row]],
+        size: int,
+        waiting: int,
+        together: bool = True,
     ) -> None:
         self._predict, self._size, self._most, self._together = predict, size, waiting, together
         self._queue: deque[_Waiting] = deque()
@@ -53,17 +61,18 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="stochbn-batches", daemon=True)
         self._thread.start()
 
-    async def __call__(self, inputs: Tensor) -> Sequence[Row]:
+    async def __call__(self, inputs: Tensor, placements: Sequence[Placement | None] | None = None) -> Sequence[Row]:
         """The rows of one request. A caller that is cancelled gives up its place.
 
         Args:
             inputs: ``[N, ...]``.
+            placements: where the picture of each lies in its input, where that is known.
 
         Raises:
             FullError: too many examples wait, or the batcher is closed.
             Exception: whatever predicting this request alone raises.
         """
-        one = _Waiting(inputs)
+        one = _Waiting(inputs, [None] * len(inputs) if placements is None else placements)
         with self._changed:
             ahead = sum(len(other.inputs) for other in self._queue if not other.rows.cancelled())
             if not self._open or (ahead and ahead + len(inputs) > self._most):
@@ -111,7 +120,8 @@ class Batcher:
 
     def _answer(self, batch: Sequence[_Waiting]) -> None:
         try:
-            rows = self._predict(torch.cat([one.inputs for one in batch]))
+            placements = [placement for one in batch for placement in one.placements]
+            rows = self._predict(torch.cat([one.inputs for one in batch]), placements)
             if len(rows) != sum(len(one.inputs) for one in batch):
                 raise ValueError(f"there are {len(rows)} predictions")
         except BaseException as error:  # the callers get it

@@ -29,6 +29,7 @@ from stochbn.sources import Chunk, Decoding, RowObjects, build, load_weights, pr
 from stochbn.sources.pictures import decode
 from stochbn.table_files import Columns
 from stochbn.tasks import Detection
+from stochbn.tasks.boxes import Placement
 
 __all__ = ["Scorer"]
 
@@ -221,13 +222,17 @@ class Scorer:
         """
         return self._rows(self.read(objects))
 
-    def predict(self, inputs: Tensor) -> list[dict[str, Any]]:
-        """A row of predictions for each of the inputs ``[N, ...]`` that `read` gave.
+    def predict(self, inputs: Tensor, placements: Sequence[Placement | None] | None = None) -> list[dict[str, Any]]:
+        """A row of predictions for each of the inputs that `read` gave.
+
+        Args:
+            inputs: ``[N, ...]``.
+            placements: those of the chunk; without them, detected boxes are in pixels of the inputs.
 
         Raises:
             RuntimeError, ValueError: the network does not take them.
         """
-        return self._rows(Chunk(list(range(len(inputs))), [None] * len(inputs), inputs))
+        return self._rows(Chunk(list(range(len(inputs))), [None] * len(inputs), inputs, placements=placements))
 
     def _rows(self, chunk: Chunk) -> list[dict[str, Any]]:
         _, *names = found = self.columns(chunk, _Columns.key_name)

@@ -27,6 +27,7 @@ from stochbn.deploy.service import BodyLimit, Limits, Receive, RefusedError, Sco
 from stochbn.deploy.telemetry import Telemetry, prometheus
 from stochbn.files import finite
 from stochbn.sources.pictures import Preprocessing
+from stochbn.tasks.boxes import Placement
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -203,11 +204,11 @@ class _Service:
         scorer.monitor = monitor
         self.scorer = scorer
 
-    def _predicted(self, inputs: Tensor) -> Sequence[Row]:
+    def _predicted(self, inputs: Tensor, placements: Sequence[Placement | None]) -> Sequence[Row]:
         """The rows of a batch; called by the batcher's thread alone."""
         scorer = self._loaded
         start, before = time.perf_counter(), scorer.drawn
-        rows = scorer.predict(inputs)
+        rows = scorer.predict(inputs, placements)
         if self.scorer is not None:
             self.telemetry.batch(len(rows), time.perf_counter() - start, (scorer.drawn - before) / len(rows))
             if scorer.monitor is not None:
@@ -247,7 +248,7 @@ class _Service:
         if chunk.inputs is None:
             return JSONResponse({"predictions": []})
         try:
-            rows = await self.batcher(chunk.inputs)
+            rows = await self.batcher(chunk.inputs, chunk.placements)
         except FullError as error:
             raise RefusedError(503, f"{error}; ask again later") from error
         except torch.OutOfMemoryError as error:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from stochbn.schema import Schema
 from stochbn.sources.boxes import moved
+from stochbn.sources.pictures import Preprocessing
+from stochbn.tasks.boxes import Placement
 
 __all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
 
@@ -75,6 +77,8 @@ class Chunk:
         inputs: a batch of those that can be read, in their order; None if there are none.
         groups: the group of each, for prediction sets by group; None where there are no groups.
         labels: of those that can be read; None where they were not asked for.
+        placements: where the picture of each lies in its input: None for one that cannot be read, and where it is no
+            picture or the preprocessing is no `Preprocessing`. None instead of the list stands for all None.
     """
 
     keys: list[str | int]
@@ -82,6 +86,7 @@ class Chunk:
     inputs: Any
     groups: list[str] | None = None
     labels: Tensor | None = None
+    placements: Sequence[Placement | None] | None = None
 
 
 class Stream(Protocol):
@@ -246,10 +251,11 @@ class RowObjects:
         errors: list[str | None] = []
         inputs: list[Tensor] = []
         given: list[Tensor] = []
+        placements: list[Placement | None] = []
         for position in positions:
             label = None if labels is None else labels[position]
             try:
-                found, label = self._example(position, label)
+                found, label, placement = self._example(position, label)
                 if inputs and found.shape != inputs[0].shape:
                     raise ValueError(
                         f"is {list(found.shape)}, others are {list(inputs[0].shape)}: bring them to one size, with "
@@ -257,18 +263,20 @@ class RowObjects:
                     )
             except (ValueError, OSError) as error:
                 errors.append(" ".join(str(error).split()))
+                placements.append(None)
                 continue
             errors.append(None)
+            placements.append(placement)
             inputs.append(found)
             given += [] if label is None else [label]
         known = self.rows.groups
         groups = None if known is None else [known[i] for i in positions]
         keys = [self.rows.key(i) for i in positions]
         stacked = torch.stack(inputs) if inputs else None
-        return Chunk(keys, errors, stacked, groups, torch.stack(given) if given else None)
+        return Chunk(keys, errors, stacked, groups, torch.stack(given) if given else None, placements)
 
-    def _example(self, position: int, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """An example as the network's input, and its label.
+    def _example(self, position: int, label: Tensor | None) -> tuple[Tensor, Tensor | None, Placement | None]:
+        """An example as the network's input, its label, and where its picture lies in the input.
 
         Raises:
             ValueError, OSError: it is none; the message says why.
@@ -282,9 +290,13 @@ class RowObjects:
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):
             raise ValueError(f"became {type(found).__name__} by preprocessing; expected a tensor")
-        if label is not None and self.rows.has_boxes and not isinstance(given, Tensor):
-            label = moved(label, self.preprocess, (given.height, given.width), (found.shape[-2], found.shape[-1]))
-        return found, label
+        placement = None
+        if not isinstance(given, Tensor):
+            if label is not None and self.rows.has_boxes:
+                label = moved(label, self.preprocess, (given.height, given.width), (found.shape[-2], found.shape[-1]))
+            if isinstance(self.preprocess, Preprocessing):
+                placement = self.preprocess.placement((given.height, given.width))
+        return found, label, placement
 
 
 def shard_index(length: int, rank: int, count: int, size: int) -> Tensor:

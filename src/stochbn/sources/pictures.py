@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.sources.inside import open_inside
+from stochbn.tasks.boxes import Placement
 
 __all__ = ["Decoding", "Preprocessing", "channels_of", "check_range", "decode", "endings", "stored_picture"]
 
@@ -125,24 +126,38 @@ class Preprocessing:
     def _fitted(self, image: Any, size: tuple[int, int]) -> Any:
         from PIL.Image import Resampling
 
-        cover = math.floor(size[0] / self.crop), math.floor(size[1] / self.crop)
-        short, long = sorted(image.size)
-        if self.pad is not None:
-            tall, wide = self._inside((image.height, image.width), size)
-        elif self.squash:
-            tall, wide = cover
-        elif cover[0] == cover[1]:
-            longer = int(cover[0] * long / short)
-            wide, tall = (cover[0], longer) if image.width <= image.height else (longer, cover[0])
-        else:
-            ratio = min(image.height / cover[0], image.width / cover[1])
-            tall, wide = round(image.height / ratio), round(image.width / ratio)
+        tall, wide, top, left = self._fit((image.height, image.width), size)
         if (wide, tall) != image.size:
             image = image.resize((wide, tall), Resampling[self.interpolation.upper()])
+        return image if self.pad is not None else image.crop((-left, -top, size[1] - left, size[0] - top))
+
+    def _fit(self, size: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The height and width that an image of a size is resized to, and its top and left in the network's input."""
         if self.pad is not None:
-            return image
-        left, top = round((wide - size[1]) / 2), round((tall - size[0]) / 2)
-        return image.crop((left, top, left + size[1], top + size[0]))
+            ratio = min(whole[0] / size[0], whole[1] / size[1])
+            tall, wide = max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
+            return tall, wide, (whole[0] - tall) // 2, (whole[1] - wide) // 2
+        cover = math.floor(whole[0] / self.crop), math.floor(whole[1] / self.crop)
+        if self.squash:
+            tall, wide = cover
+        elif cover[0] == cover[1]:
+            longer = int(cover[0] * max(size) / min(size))
+            tall, wide = (longer, cover[0]) if size[1] <= size[0] else (cover[0], longer)
+        else:
+            ratio = min(size[0] / cover[0], size[1] / cover[1])
+            tall, wide = round(size[0] / ratio), round(size[1] / ratio)
+        return tall, wide, -round((tall - whole[0]) / 2), -round((wide - whole[1]) / 2)
+
+    def placement(self, size: tuple[int, int]) -> Placement:
+        """Where an image of a height and width lies in the network's input.
+
+        >>> Preprocessing((64, 64), pad=0.5).placement((16, 32))
+        Placement(scale=(2.0, 2.0), shift=(0, 16))
+        """
+        if self.size is None:
+            return Placement((1.0, 1.0), (0, 0))
+        tall, wide, top, left = self._fit(size, self.size)
+        return Placement((wide / size[1], tall / size[0]), (left, top))
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Where boxes ``[M, 4]`` (left, top, right, bottom) of an image lie in what becomes of it.
@@ -154,24 +169,15 @@ class Preprocessing:
         Raises:
             ValueError: the image is cropped, so that boxes would be cut.
         """
-        if self.size is None:
-            return boxes
-        if self.pad is None and (
-            self.crop != 1 or not (self.squash or size[0] * self.size[1] == size[1] * self.size[0])
+        if (
+            self.size is not None
+            and self.pad is None
+            and (self.crop != 1 or not (self.squash or size[0] * self.size[1] == size[1] * self.size[0]))
         ):
             raise ValueError(
                 "the preprocessing crops pictures, so boxes would be cut: give Preprocessing a pad or squash"
             )
-        tall, wide = self.size if self.pad is None else self._inside(size, self.size)
-        top, left = ((whole - part) // 2 for whole, part in zip(self.size, (tall, wide), strict=True))
-        scale, shift = (wide / size[1], tall / size[0]), (left, top)
-        return boxes * boxes.new_tensor(scale * 2) + boxes.new_tensor(shift * 2)
-
-    @staticmethod
-    def _inside(size: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int]:
-        """The largest height and width of the image's shape that fit into the whole."""
-        ratio = min(whole[0] / size[0], whole[1] / size[1])
-        return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
+        return self.placement(size).inward(boxes)
 
     def _padded(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         (tall, wide), found = values.shape[1:], values.new_full((len(values), *size), self.pad or 0.0)

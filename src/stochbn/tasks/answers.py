@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stochbn.tasks.boxes import Placement
+
 if TYPE_CHECKING:
     from pandas import DataFrame
     from typing_extensions import Self
@@ -49,6 +51,22 @@ class Answer(ABC):
         Raises:
             ValueError: the output is dense, or the number of names is wrong.
         """
+
+    def picture_columns(
+        self, placements: Sequence[Placement | None], classes: Sequence[str] = (), top: int = 1
+    ) -> dict[str, list[Any]]:
+        """Return `columns`, with positions in pixels of the pictures.
+
+        Args:
+            placements: where the picture of each example lies in its input; None leaves its positions as they are, in
+                pixels of the input.
+            classes: as for `columns`.
+            top: as for `columns`.
+
+        Raises:
+            ValueError: as `columns`.
+        """
+        return self.columns(classes, top)
 
     @property
     def measures(self) -> Mapping[str, Tensor]:

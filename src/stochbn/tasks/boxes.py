@@ -1,20 +1,52 @@
-"""True boxes of pictures, as labels for detection: one tensor for a batch."""
+"""True boxes of pictures, as labels for detection, and where pictures lie in the input of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LABELS", "boxes_of_targets", "checked_boxes", "padded"]
+__all__ = ["LABELS", "Placement", "boxes_of_targets", "checked_boxes", "padded"]
 
 LABELS = (
     "[N, M, 5] or [N, M, 6]: left, top, right, bottom, class and, if there are six, 1 for a crowd; rows of NaN where a "
     "picture has fewer than M boxes"
 )
 """What labels of a batch are."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in the network's input, after it was resized, and padded or cropped.
+
+    Attributes:
+        scale: pixels of the input for each pixel of the picture, along its width and along its height.
+        shift: left and top of the picture, in pixels of the input; negative where it is cropped.
+
+    >>> placement = Placement((2.0, 2.0), (0.0, 10.0))
+    >>> placement.inward(torch.tensor([[1.0, 1.0, 3.0, 4.0]]))
+    tensor([[ 2., 12.,  6., 18.]])
+    >>> placement.outward(torch.tensor([[2.0, 12.0, 6.0, 18.0]]))
+    tensor([[1., 1., 3., 4.]])
+    """
+
+    scale: tuple[float, float]
+    shift: tuple[float, float]
+
+    def inward(self, boxes: Tensor) -> Tensor:
+        """Boxes ``[M, 4]`` (left, top, right, bottom) of the picture, in pixels of the input."""
+        return boxes * boxes.new_tensor(self.scale * 2) + boxes.new_tensor(self.shift * 2)
+
+    def outward(self, boxes: Tensor) -> Tensor:
+        """Boxes ``[M, 4]`` of the input, in pixels of the picture."""
+        return (boxes - boxes.new_tensor(self.shift * 2)) / boxes.new_tensor(self.scale * 2)
+
+    def outward_std(self, std: Tensor) -> Tensor:
+        """Standard deviations ``[M, 4]`` of the sides of boxes of the input, in pixels of the picture."""
+        return std / std.new_tensor(self.scale * 2)
 
 
 def padded(boxes: Sequence[Tensor]) -> Tensor:

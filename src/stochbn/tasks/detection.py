@@ -17,9 +17,10 @@ from stochbn.network.calling import read_output
 from stochbn.tasks.answers import Answer
 from stochbn.tasks.base import Join, Panel, Predictions, Scores, Task, floating
 from stochbn.tasks.binary import logit
-from stochbn.tasks.boxes import LABELS, boxes_of_targets, checked_boxes
+from stochbn.tasks.boxes import LABELS, Placement, boxes_of_targets, checked_boxes
+from stochbn.tasks.objects import Objects
 
-__all__ = ["Detection", "DetectionPrediction", "Objects", "suppressed"]
+__all__ = ["Detection", "DetectionPrediction", "suppressed"]
 
 CANDIDATES = 1000
 """Anchors of an image, those with the highest scores, that suppression looks at."""
@@ -32,34 +33,6 @@ ORDERS = (
     "head's output from before the selection (of Ultralytics' networks with two heads, model.model[-1].end2end = False)"
 )
 """What to do where the axes cannot be those of a dense head."""
-
-
-@dataclass(frozen=True, eq=False)
-class Objects:
-    """The D objects that are detected in one image, from the most to the least probable.
-
-    Attributes:
-        boxes: ``[D, 4]``, the mean over draws: left, top, right and bottom.
-        scores: ``[D]``: the probability of the most probable class.
-        labels: ``[D]``: that class.
-        probs: ``[D, K]``: the probabilities of all classes, the mean over draws.
-        box_std: ``[D, 4]``: the standard deviation over draws of each side of the box.
-        entropy: ``[D]``, nats: of `probs`; the sum over classes where each class has a probability of its own.
-        mutual_information: ``[D]``, nats: the part of it that is due to the draws.
-        anchors: ``[D]``: which of the head's anchors, or queries, each is.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    probs: Tensor
-    box_std: Tensor
-    entropy: Tensor
-    mutual_information: Tensor
-    anchors: Tensor
-
-    def __len__(self) -> int:
-        return len(self.boxes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +98,7 @@ class DetectionPrediction(Answer):
         return {"objects": torch.tensor([float(len(one)) for one in self.objects])}
 
     def columns(self, classes: Sequence[str] = (), top: int = 1) -> dict[str, list[Any]]:
-        """The prediction as columns of a table, a row for each image: as ``stochbn predict`` writes them.
+        """The prediction as columns of a table, a row for each image; boxes are in pixels of the network's input.
 
         Args:
             classes: the names of the classes; none are their numbers.
@@ -138,13 +111,23 @@ class DetectionPrediction(Answer):
         Raises:
             ValueError: there are other numbers of names.
         """
+        return self.picture_columns([None] * len(self.anchors), classes, top)
+
+    def picture_columns(
+        self, placements: Sequence[Placement | None], classes: Sequence[str] = (), top: int = 1
+    ) -> dict[str, list[Any]]:
+        """`columns`, with boxes and their standard deviations in pixels of the pictures whose placement is known."""
         count = self.anchors.shape[1] - 4
         if classes and len(classes) != count:
             raise ValueError(f"there are {len(classes)} names of classes, and the network has {count} classes")
         names = list(classes) or list(map(str, range(count)))
-        texts = [json.dumps([_described(one, i, names) for i in range(len(one))]) for one in self.objects]
-        largest = [max(one.mutual_information.tolist(), default=0.0) for one in self.objects]
-        return {"objects": [len(one) for one in self.objects], "detections": texts, "mutual_information": largest}
+        found = [
+            one if placement is None else one.in_picture(placement)
+            for one, placement in zip(self.objects, placements, strict=True)
+        ]
+        texts = [json.dumps(one.described(names)) for one in found]
+        largest = [max(one.mutual_information.tolist(), default=0.0) for one in found]
+        return {"objects": [len(one) for one in found], "detections": texts, "mutual_information": largest}
 
     @property
     def averages(self) -> tuple[Tensor, ...]:
@@ -384,15 +367,3 @@ def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, task: Detection) -
             kept.append(i)
             gone |= rows[i]
     return order[torch.tensor(kept[: task.most], dtype=torch.long, device=order.device)]
-
-
-def _described(found: Objects, number: int, names: Sequence[str]) -> Mapping[str, Any]:
-    """An object, for JSON."""
-    return {
-        "class": names[int(found.labels[number])],
-        "score": round(float(found.scores[number]), 6),
-        "box": [round(side, 3) for side in found.boxes[number].tolist()],
-        "box_std": [round(side, 4) for side in found.box_std[number].tolist()],
-        "entropy": round(float(found.entropy[number]), 6),
-        "mutual_information": round(float(found.mutual_information[number]), 6),
-    }

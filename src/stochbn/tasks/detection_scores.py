@@ -22,7 +22,7 @@ from stochbn.tasks.classification import calibration_error, confidence_bins
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from stochbn.tasks.detection import Objects
+    from stochbn.tasks.objects import Objects
 
 __all__ = ["evidence_of", "panels", "score"]
 
