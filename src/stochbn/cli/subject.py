@@ -65,7 +65,10 @@ class Given:
         Override("--label", help="The column (or array) of labels; repeat it, in order, for a task with several."),
     ] = None
     key: Annotated[str | None, Override("--key", help="The column (or array) that names the rows.")] = None
-    size: Annotated[str | None, Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH.")] = None
+    size: Annotated[
+        str | None,
+        Override("--size", help="Resize and crop images to SIZE or HEIGHTxWIDTH; detection pads them instead."),
+    ] = None
     mean: Annotated[
         str | None, Override("--mean", help="Mean to subtract from images in [0, 1]: 0.5 or 0.5,0.4,0.4.")
     ] = None

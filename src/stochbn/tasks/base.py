@@ -185,7 +185,8 @@ class Task(ABC):
         if isinstance(self.place, (tuple, list)):
             if not self.takes_pair:
                 raise ValueError(
-                    f'a pair of places is for task="regression" alone, got {self.place!r} for {self.name!r}'
+                    f"the task {self.name!r} reads one place of the output, got the pair {self.place!r}; the tasks "
+                    "'regression' and 'detection' read two"
                 )
             if len(self.place) != 2:
                 raise ValueError(f"expected two places, of the mean and of the log-variance, got {self.place!r}")
