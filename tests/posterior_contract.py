@@ -431,7 +431,7 @@ class PosteriorContract:
 
     def accumulated(self, rows: list[dict[str, Tensor]], most: int = 512, rank: int = 0) -> Accumulator[Any]:
         found = self.accumulator(most)
-        found.rank = rank
+        found.process = rank
         for row in rows:
             found.update(row)
         return found

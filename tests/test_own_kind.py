@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,40 @@ def test_a_kind_checks_its_options_and_no_kind_takes_unknown_ones() -> None:
     for kind in KINDS:
         with pytest.raises(TypeError, match="unexpected keyword argument 'shrnk'"):
             stochbn.fit(model, data, 8, kind, shrnk=0.5)
+
+
+def test_an_option_named_rank_keeps_its_value() -> None:
+    class Ranked(Shrinking):
+        def __init__(self, rank: int = 3) -> None:
+            super().__init__()
+            self.rank = rank
+
+        def settings(self) -> dict[str, Any]:
+            return {"rank": self.rank}
+
+        def _posterior(self, **about: Any) -> Empirical:
+            assert self.rank == 7
+            return super()._posterior(**about)
+
+    class WithRank(Shrunken):
+        kind = "ranked"
+        accumulator = Ranked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cast(dict[str, Any], KINDS), "ranked", WithRank)
+        assert isinstance(stochbn.fit(settled(mlp(), 4), [normal(240, 4)], 8, "ranked", rank=7), Shrunken)
+
+
+@pytest.mark.parametrize("name", ["seen", "process", "update", "layers"])
+def test_options_that_every_accumulator_has_are_refused_where_the_kind_is_defined(name: str) -> None:
+    def init(self: Any, **options: Any) -> None:
+        raise AssertionError
+
+    init.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=1) for one in ("self", name)]
+    )
+    with pytest.raises(TypeError, match=f"the option '{name}' of Odd has the name of an attribute"):
+        type("Odd", (Shrinking,), {"__init__": init})
 
 
 def test_what_a_kind_was_told_is_in_its_file_and_goes_through_calibration_and_predictions(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def fit(
             raise ValueError(f"centre must be 'running' or 'observed', got {centre!r:.40}")
         read = {name: options.pop(name) for name in InterfaceOptions.__annotations__ if name in options}
         accumulator = make_accumulator(kind, **options)
-        accumulator.rank = ranks.rank
+        accumulator.process = ranks.rank
         limit = most_batches(accumulator, batches)
         layers = batch_norms(model)
         refuse_sharded(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from operator import attrgetter
@@ -38,15 +39,31 @@ class Accumulator(ABC, Generic[P]):
 
     Attributes:
         seen: how many mini-batches were added.
-        rank: the process that they are added in, if there are several.
+        process: the number of the process that they are added in, if there are several.
         enough: how many to add unless a user says otherwise.
+
+    The arguments of a subclass are options of its kind. They cannot have the names of what this class has.
     """
 
     enough: int
 
     def __init__(self) -> None:
         self.seen = 0
-        self.rank = 0
+        self.process = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse options that would overwrite what every accumulator has.
+
+        Raises:
+            TypeError: an option has the name of an attribute or method of this class.
+        """
+        super().__init_subclass__(**options)
+        taken = inspect.signature(cls).parameters.keys() & {"seen", "process", *dir(Accumulator)}
+        if taken:
+            raise TypeError(
+                f"the option {min(taken)!r} of {cls.__name__} has the name of an attribute of every accumulator; give "
+                "it another name"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The options that it was made with, which are those of its kind."""
@@ -142,7 +159,7 @@ class Sample(Accumulator[P]):
             self._check_layers(layers)
         else:
             self._layers = layers
-        place = self.seen, self.rank
+        place = self.seen, self.process
         self.seen += 1
         if not layers:
             return
@@ -191,8 +208,8 @@ class Sample(Accumulator[P]):
         hashes = [int.from_bytes(bytes(row.tolist()), "big") for row in tensors["hashes"]]
         # A clone for each row: a view would keep the memory of dropped rows.
         found._rows = [
-            _Row((index, rank), number, row.clone())
-            for (index, rank), number, row in zip(tensors["places"].tolist(), hashes, tensors["rows"], strict=True)
+            _Row((index, process), number, row.clone())
+            for (index, process), number, row in zip(tensors["places"].tolist(), hashes, tensors["rows"], strict=True)
         ]
         return found
 
