@@ -917,7 +917,7 @@ DRAWN = Option("running", 16, 8, 1.1, 0.28, -0.02, 0.004)
     ],
 )
 def test_a_choice_is_one_sentence_that_decides(options: tuple[Option, ...], chosen: int, said: str) -> None:
-    assert str(Choice("nll", 4000, "examples", options, options[chosen])) == said
+    assert str(Choice("nll", "NLL", "nats", 4000, "examples", options, options[chosen])) == said
 
 
 def test_one_example_tells_nothing_apart(model: nn.Module) -> None:

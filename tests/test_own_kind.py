@@ -91,7 +91,7 @@ def test_an_option_named_rank_keeps_its_value() -> None:
 
     class WithRank(Shrunken):
         kind = "ranked"
-        accumulator = Ranked
+        accumulator = Ranked  # type: ignore[assignment]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cast(dict[str, Any], KINDS), "ranked", WithRank)

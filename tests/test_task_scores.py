@@ -13,9 +13,11 @@ from torch import Tensor
 import stochbn
 from conftest import mlp, normal, seeded, settled
 from stochbn import Prediction, metrics
+from stochbn.calibration_report import Choice
 from stochbn.predictions import Estimate, MultilabelPrediction
 from stochbn.tasks import Classification, Embedding, Multilabel, Regression, make_task
 from stochbn.tasks.base import Task, ratio_error, standard_error
+from stochbn.tasks.draw_scores import DrawScore
 
 
 def jackknife(score: Any, n: int) -> float:
@@ -123,6 +125,65 @@ def test_a_task_of_ones_own_serves_everywhere(tmp_path: Any) -> None:
     calibrated = stochbn.calibrate(model, posterior, [(x, labels)], task=task, draws=2)
     assert calibrated.choice
     assert found.columns()["class"]
+
+
+class RankedProbability(DrawScore):
+    """The ranked probability score: squared distances of cumulative probabilities, at each temperature."""
+
+    name = "RPS"
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        each = torch.stack([(logits / t).softmax(1) for t in self.temperatures.tolist()]).double()
+        self.total = each if self.total is None else self.total + each
+        self.draws += 1
+
+    def of_each(self, labels: Tensor) -> Tensor:
+        assert self.total is not None
+        truth = torch.nn.functional.one_hot(labels, self.total.shape[2])
+        return ((self.total / self.draws - truth).cumsum(2) ** 2).sum(2)
+
+
+class Nameless(RankedProbability):
+    name = ""
+
+
+@dataclass(frozen=True)
+class Ranked(Ordinal):
+    """Ordered classes that are calibrated by a score of their own."""
+
+    calibrated_by: ClassVar[tuple[str, ...]] = ("rps", "nameless", "nll")
+
+    def draw_score(self, name: str, temperatures: Tensor) -> DrawScore:
+        own = {"rps": RankedProbability, "nameless": Nameless}
+        return own[name](temperatures) if name in own else super().draw_score(name, temperatures)
+
+
+def test_a_task_is_calibrated_by_a_score_of_its_own_and_by_its_first_unless_told() -> None:
+    model = settled(mlp(classes=3), 4)
+    x, labels = normal(300, 4, seed=5), torch.randint(0, 4, (300,), generator=seeded())
+    with pytest.warns(UserWarning, match="is no task of stochbn's own"):
+        posterior = stochbn.fit(model, [x], 8, task=Ranked(), reference=[x])
+    choices: list[Choice] = []
+
+    def calibrated(**options: Any) -> stochbn.Posterior:
+        return stochbn.calibrate(
+            model, posterior, [(x, labels)], task=Ranked(), draws=2, report=choices.append, **options
+        )
+
+    found = calibrated()
+    probs = stochbn.Predictive(model, task=Ranked())(x).probs.double()
+    wanted = ((probs - torch.nn.functional.one_hot(labels, 4)).cumsum(1) ** 2).sum(1).mean().item()
+    assert choices[0].score == "rps"
+    assert choices[0].options[0].mean == pytest.approx(wanted, rel=1e-5)
+    assert "the RPS by" in str(choices[0])
+    assert found.choice == str(choices[0])
+    calibrated(score="nameless")
+    assert str(choices[1]) == str(choices[0]).replace("RPS", "nameless")
+    calibrated(score="nll")
+    assert "the NLL by" in str(choices[2])
+    assert " nats" in str(choices[2])
+    with pytest.raises(ValueError, match="score must be one of 'rps', 'nameless', 'nll', got 'brier'"):
+        calibrated(score="brier")
 
 
 def test_arguments_take_the_place_of_what_a_task_says() -> None:

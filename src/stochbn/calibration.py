@@ -52,7 +52,7 @@ def calibrate(
     check: Literal["weights", "shape"] = "weights",
     augment: Augment | None = None,
     clean: bool = True,
-    score: Literal["nll", "brier"] = "nll",
+    score: str | None = None,
     progress: Callable[[int], None] = lambda objects: None,
     report: Callable[[Choice], object] = lambda choice: None,
     seed: int = 0,
@@ -101,7 +101,8 @@ def calibrate(
             temperature are chosen for averages over both. Such averages are less sure than those over one alone, so
             choose the temperature too.
         clean: whether the first draw sees the inputs as they are, as for `Predictive`.
-        score: what is to be lowest, ``"nll"`` or the ``"brier"`` score.
+        score: what is to be lowest: ``"nll"``, ``"brier"``, or another score of the task, among its `calibrated_by`.
+            None is the first of these, ``"nll"`` for all tasks of stochbn.
         progress: called with the number of examples that are done.
         report: called with how the options compare, and how sure the choice is; ``report=print`` shows it in words.
         seed: where the draws come from.
@@ -125,6 +126,8 @@ def calibrate(
     with ranks.failing_together():
         read, inputs = Interface.of(model, **interface)
         _check(model, posterior, draws, read, score, augment, check)
+        score = score or read.calibrated_by[0]
+        scored = read.draw_score(score, TEMPERATURES)
         sizes = None if batch_sizes is None else _sizes(batch_sizes)
         posterior = replace(dropped(posterior), residual_variance=None)
         base = posterior.fitted() if posterior.choice or posterior.noiseless else posterior
@@ -191,7 +194,8 @@ def calibrate(
     options = totals.options(tried, temperatures)
     number = totals.choose(tried)
     beyond = "a temperature" if tempered else "the plain network, both with a residual variance,"
-    choice = Choice(score, totals.units, units, options, options[number], beyond)
+    words = scored.name or score, scored.unit
+    choice = Choice(score, *words, totals.units, units, options, options[number], beyond)
     _warn_of_ends(choice, temperature and tempered)
     report(choice)
     chosen, _ = ways[tried[number].row]
@@ -204,7 +208,7 @@ def _check(
     posterior: Posterior,
     draws: int,
     task: Task,
-    score: str,
+    score: str | None,
     augment: Augment | None,
     check: str,
 ) -> None:
@@ -222,7 +226,7 @@ def _check(
             f"noise is chosen by labels, which {known} have, got task={task.name!r:.40}; choose it with the batch size "
             "of fit"
         )
-    if score not in task.calibrated_by:
+    if score is not None and score not in task.calibrated_by:
         raise ValueError(f"score must be one of {', '.join(map(repr, task.calibrated_by))}, got {score!r:.40}")
 
 

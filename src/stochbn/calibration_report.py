@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from stochbn.distributed import Ranks
-from stochbn.tasks.draw_scores import NAMES
 
 __all__ = ["Choice", "Option", "Totals", "Tried"]
 
@@ -96,7 +95,9 @@ class Choice:
     """The options of `calibrate`, and which one it chose. ``str(choice)`` is a sentence with the reason.
 
     Attributes:
-        score: ``"nll"`` or ``"brier"``.
+        score: ``"nll"``, ``"brier"``, or another of the task's `calibrated_by`.
+        score_name: its name in words, such as ``"NLL"``.
+        score_unit: its unit, such as ``"nats"``; empty if it has none.
         objects: the number of held-out examples that were scored, or of their parts.
         units: what was counted: ``"examples"``, their ``"labels"`` or ``"numbers"``, or ``"places"`` of dense outputs.
         options: all options; the plain network and the plain network with a temperature are the first two.
@@ -105,6 +106,8 @@ class Choice:
     """
 
     score: str
+    score_name: str
+    score_unit: str
     objects: int
     units: str
     options: tuple[Option, ...]
@@ -123,7 +126,7 @@ class Choice:
         return self.chosen if self.chosen.drawing else min(drawing, key=lambda one: one.mean, default=self.chosen)
 
     def __str__(self) -> str:
-        name, unit = NAMES[self.score]
+        name, unit = self.score_name, self.score_unit
         best, plain = self.drawing, self.options[0]
         on = f"beyond {self.beyond} on {self.objects:,} held-out {self.units}"
         if best.drawing and self.chosen is best:

@@ -163,7 +163,12 @@ def calibrate(
         ),
     ] = 0,
     ignore: Ignored = None,
-    score: Annotated[str, typer.Option(help="Score to minimise: nll or brier.")] = "nll",
+    score: Annotated[
+        str | None,
+        Override(
+            "--score", help="Score to minimise: nll, brier, or one of your own task. (default: the task's first, nll)"
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Choose between the plain network, a temperature and draws on held-out data; write the new posterior.
@@ -196,7 +201,7 @@ def calibrate(
                 f"calibrate needs labels, and --task {task.name} has none: set the noise with 'stochbn fit "
                 "--batch-size' (more examples, less noise)"
             )
-        if score not in task.calibrated_by:
+        if score is not None and score not in task.calibrated_by:
             raise ValueError(f"--score must be {' or '.join(task.calibrated_by)}, got {score!r}")
         if choose and type(task) is not Classification:
             raise ValueError(f"--choose is for --task {Classification.name}, got --task {task.name}")
@@ -229,7 +234,7 @@ def calibrate(
 
             new = stochbn.calibrate(
                 subject.model, old, batches(), temperature=temperature, augment=changes, seed=seed,
-                score=score,  # type: ignore[arg-type]
+                score=score,
                 ignore_index=ignore,
                 report=choices.append,
                 group=ranks.group, **subject.settings,
@@ -286,11 +291,9 @@ def _table(choice: Choice, ends: bool) -> Table:
     """The options of the choice, a row each; `ends` marks temperatures at an end of their range."""
     from stochbn.calibration import TEMPERATURES
     from stochbn.report.tables import Table
-    from stochbn.tasks.draw_scores import NAMES
 
     lowest, highest = TEMPERATURES[0].item(), TEMPERATURES[-1].item()
     signs = {lowest: "\u2264 ", highest: "\u2265 "} if ends else {}
-    name, _ = NAMES[choice.score]
     rows = []
     for one in choice.options:
         sizes = {math.inf: "none"}
@@ -306,9 +309,11 @@ def _table(choice: Choice, ends: bool) -> Table:
                 "chosen" if one is choice.chosen else "" if one.selectable else "for comparison",
             ]
         )
-    title = f"{name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
+    title = (
+        f"{choice.score_name} of {choice.objects:,} held-out {choice.units}, differences with paired standard errors"
+    )
     columns = ["predictions", "noise of", "passes", *(["temperature"] if choice.tempered else [])]
-    columns += [name, f"beyond {choice.beyond.partition(',')[0]}", "choice"]
+    columns += [choice.score_name, f"beyond {choice.beyond.partition(',')[0]}", "choice"]
     return Table(title, columns, rows)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CLASS_SCORES", "NAMES", "DrawScore", "check_labels"]
-
-NAMES = {"nll": ("NLL", "nats"), "brier": ("Brier score", "")}
-"""The names of scores, and their units."""
+__all__ = ["CLASS_SCORES", "DrawScore", "check_labels"]
 
 
 class DrawScore(ABC):
@@ -19,7 +17,14 @@ class DrawScore(ABC):
 
     Args:
         temperatures: what raw values are divided by, ``[T]``.
+
+    Attributes:
+        name: the name of the score in reports; empty is its name in `Task.calibrated_by`.
+        unit: its unit in reports; empty if it has none.
     """
+
+    name: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures
@@ -37,6 +42,9 @@ class DrawScore(ABC):
 
 class NLL(DrawScore):
     """The negative log-likelihood of classes, of logits ``[N, K, ...]``."""
+
+    name = "NLL"
+    unit = "nats"
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         each = self.log_likelihoods(logits, labels)
@@ -60,6 +68,8 @@ class NLL(DrawScore):
 
 class Brier(DrawScore):
     """The Brier score of classes: the squared distance of the probabilities from those of certainty of the label."""
+
+    name = "Brier score"
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         check_labels(logits, labels)

@@ -113,6 +113,9 @@ class Moments(DrawScore):
     `fit_residual` fits a residual variance to these.
     """
 
+    name = "NLL"
+    unit = "nats"
+
     def __init__(self, temperatures: Tensor) -> None:
         super().__init__(temperatures)
         self._squares: Tensor | None = None
