@@ -19,6 +19,7 @@ from conftest import mlp, normal, settled
 from stochbn import conformal
 from stochbn.posteriors.thresholds import compare_draws, sums_of_centre
 from stochbn.predictions import MultilabelPrediction, Prediction
+from stochbn.tasks import Classification
 from stochbn.tasks.residual import Residual
 from test_export import fitted, run_onnx
 
@@ -75,6 +76,35 @@ def test_sets_of_classes_are_an_output(method: str, kind: str, tmp_path: Path) -
     assert (told["kind"], told["method"], told["coverage"]) == ("sets", rule.method, 0.7)
     threshold = torch.as_tensor(rule.threshold)
     assert np.allclose(np.array(told["threshold"], dtype=float), threshold)
+
+
+class Graded(Prediction):
+    """A prediction of a task of the user's own."""
+
+
+class Grades(Classification):
+    name = "grades"
+
+    def prediction(self, mean: Tensor, second: Tensor, variance: Tensor | None, kept: Tensor | None) -> Graded:
+        return Graded(mean, second, kept)
+
+
+def test_sets_of_classes_are_also_of_predictions_of_ones_own(tmp_path: Path) -> None:
+    def make(prediction: Any) -> Any:
+        return conformal.lac(prediction.probs, LABELS, 0.7)
+
+    model, task = network(), Grades()
+    posterior = with_sets(model, task, make, 4)
+    prediction = stochbn.Predictive(model, posterior, 3, task=task)(NEW)
+    assert isinstance(prediction, Graded)
+    assert posterior.thresholds is not None
+    rule: Any = posterior.thresholds.sets
+    assert torch.equal(rule.of(prediction), rule(prediction.probs))
+    found, *_ = exported("pt2", model, posterior, tmp_path / "n", NEW, task)
+    assert torch.equal(found["set"], rule(found["probs"]))
+    several = MultilabelPrediction(prediction.probs, prediction.expected_entropy)
+    with pytest.raises(TypeError, match="one class for each example, got a MultilabelPrediction"):
+        rule.of(several)
 
 
 def places() -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stochbn.arrays import as_tensor
 from stochbn.conformal.base import ROUNDING, Rule, by_group, is_number, quantile
 from stochbn.metrics import checked_predictions, checked_probabilities
-from stochbn.predictions import Prediction
+from stochbn.predictions import MultilabelPrediction, Prediction
 
 __all__ = ["METHODS", "Method", "Sets", "fitted", "named", "probabilities", "sorted_probabilities"]
 
@@ -85,7 +85,7 @@ class Sets(Rule):
 
     def of(self, prediction: Any, groups: Any = None) -> Tensor:
         """The sets ``[N, K]`` of a `stochbn.Prediction`."""
-        if type(prediction) is not Prediction:
+        if not isinstance(prediction, Prediction) or isinstance(prediction, MultilabelPrediction):
             raise TypeError(f"these sets are of one class for each example, got a {type(prediction).__name__}")
         return self(prediction.probs, groups)
 
