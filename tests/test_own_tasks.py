@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -297,3 +298,26 @@ def test_a_single_object_has_scores_without_errors(module: str) -> None:
     stochbn_("evaluate", *given, "--task", "regression", "--data", "test.npz", "--out", "r")
     assert scores()["scores"]["plain"]["rmse"] >= 0
     assert set(scores()["errors"]["plain"].values()) == {None}
+
+
+def test_labels_have_the_numbers_of_the_fits_classes_in_every_command(module: str) -> None:
+    """Of held-out data with the second of two classes alone, which is still the second."""
+    given = *options(module, "one", X), "--task", "binary"
+    columns = {f"f{i}": X[:, i] for i in range(4)}
+    names = np.where(X[:, 0] > 0, "yes", "no")
+    every = pd.DataFrame({**columns, "label": names})
+    every.to_csv("train.csv", index=False)
+    every[names == "yes"].to_csv("yes.csv", index=False)
+    np.savez("yes.npz", inputs=X[names == "yes"], labels=np.ones((names == "yes").sum(), dtype=int))
+    stochbn_("fit", *given, "--data", "train.csv", "--label", "label", "--batch-size", 4)
+    found = {}
+    for name in ("yes.csv", "yes.npz"):
+        columns_of = ("--label", "labels", "--input", "inputs") if name == "yes.npz" else ()
+        stochbn_("calibrate", *given, "--held-out", name, *columns_of, "--out", "c.sbn.safetensors")
+        stochbn_("conformal", *given, "--held-out", name, *columns_of, "--draws", 8, "--out", "s.sbn.safetensors")
+        stochbn_("evaluate", *given, "--data", name, *columns_of, "--draws", 8, "--out", "r")
+        sets = stochbn.load("s.sbn.safetensors").thresholds
+        assert sets is not None
+        rule: Any = sets.sets
+        found[name] = stochbn.load("c.sbn.safetensors").choice, rule.threshold, scores()["scores"][0]["nll"]
+    assert found["yes.csv"] == found["yes.npz"]

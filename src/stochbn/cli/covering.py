@@ -13,7 +13,7 @@ from stochbn.cli.console import follow, progress_bars, say
 from stochbn.cli.following import command
 from stochbn.cli.inputs import default_posterior
 from stochbn.cli.options import Augmentation, Draws, Ignored, Override, PosteriorFile, Seed
-from stochbn.cli.subject import Given, Subject, about_networks, needs, task_given
+from stochbn.cli.subject import Given, Subject, about_networks, needs
 from stochbn.files import check_file
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ def conformal(
         raise ValueError(f"--coverage must lie between 0 and 1, such as 0.9, got {coverage:g}")
     if new_mix and by is not None:
         raise ValueError("--new-mix and --by cannot be given together: sets by class hold for every mix")
-    sort = _sort(task_given(given), dense=dense, asked=method, classes_only=by == "class" or new_mix)
     if not dense and (mask is not None or ignore is not None):
         raise ValueError("--mask and --ignore are for --dense")
     changes = named(augment) if augment is not None else None
@@ -109,10 +108,11 @@ def conformal(
         raise ValueError(needs("--out"))
     check_file(target, [*given.files, held_out])
     subject = Subject.held(given, posterior)
+    sort = _sort(subject.task, dense=dense, asked=method, classes_only=by == "class" or new_mix)
     fitted = subject.need_posterior(posterior)
     weights = _weights(fitted) if new_mix else None
     column = None if by == "class" else by
-    objects = subject.load(held_out, "held-out", "--held-out", labelled=sort == "classes", group=column)
+    objects = subject.load(held_out, "held-out", "--held-out", labelled=not dense, group=column)
     schema = getattr(objects, "schema", None)
     if column is not None and schema is not None and column in schema.label:
         raise ValueError(f"--by {column} is the column of labels, which new data does not have: take --by class")

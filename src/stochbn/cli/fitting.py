@@ -206,8 +206,8 @@ def calibrate(
         if choose and type(task) is not Classification:
             raise ValueError(f"--choose is for --task {Classification.name}, got --task {task.name}")
         old = subject.need_posterior(posterior)
-        classes = type(task) is Classification and ignore is None
-        data = subject.load(held_out, "held-out", "--held-out", labelled=classes).shuffled(seed).first(objects)
+        data = subject.load(held_out, "held-out", "--held-out", labelled=True, ignore=ignore)
+        data = data.shuffled(seed).first(objects)
         if choose and isinstance(changes, turns):
             if ranks.count > 1:
                 raise ValueError("--choose needs all data in one process: run it without torchrun")

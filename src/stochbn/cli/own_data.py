@@ -63,9 +63,16 @@ class OwnData:
         self.told: set[str] = set()
 
     def open(
-        self, source: str, need: str, labelled: bool = False, group: str | None = None
+        self, source: str, need: str, labelled: bool = False, group: str | None = None, ignore: int | None = None
     ) -> RowObjects | LoaderObjects:
-        """Open data for what a command needs; `group` is the column with the groups of prediction sets.
+        """Open data for what a command needs.
+
+        Args:
+            source: the data.
+            need: what for, among the keys of `PREFERRED`.
+            labelled: whether labels are classes: they get the numbers of the posterior's classes, and are checked.
+            group: the column with the groups of prediction sets.
+            ignore: a label to ignore; labels are not checked then.
 
         Raises:
             ValueError: it cannot be opened, or has labels that are not classes where it needs them.
@@ -89,7 +96,7 @@ class OwnData:
             by = {**self.prepared, **({"prepared_by": "train_preprocess of the module"} if train else {})}
             found = replace(found, schema=found.schema.described(**by))
         self._tell(found.schema)
-        if labelled:
+        if labelled and ignore is None:
             self._check_labels(found.labels, source, found.classes)
         return found
 
@@ -125,7 +132,8 @@ class OwnData:
                     f"classes in its module, as classes = [{', '.join(map(repr, by_value[:3]))}, ...]",
                     stacklevel=2,
                 )
-        if labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all()):
+        several = labels.ndim == 2 and labels.shape[1] > 1
+        if several and bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all()):
             raise ValueError(
                 f"{source} has one-hot labels {list(labels.shape)}; store the number of the class of each row, as by "
                 "labels.argmax(1)"

@@ -231,7 +231,9 @@ class Subject:
 
         checkpoint = checkpoints.load(network)
 
-        def opened(source: str, need: str, labelled: bool = False, group: str | None = None) -> Images:
+        def opened(
+            source: str, need: str, labelled: bool = False, group: str | None = None, ignore: int | None = None
+        ) -> Images:
             if group is not None:
                 raise ValueError(f"{source} has pictures and labels alone, and no column {group!r}")
             images = load_images(source, given.split or need)
@@ -294,11 +296,13 @@ class Subject:
         *,
         labelled: bool = False,
         group: str | None = None,
+        ignore: int | None = None,
     ) -> Any:
         """Open data, or what the network was trained on; needs it ``train``, ``test`` or ``held-out``.
 
-        What is needed as a ``reference`` is that of ``train``, shown as at test time. The group is the column that
-        prediction sets are by.
+        What is needed as a ``reference`` is that of ``train``, shown as at test time. Of `labelled` data for a task of
+        one class an example, labels get the numbers of the fit's classes, and are checked unless some are to `ignore`.
+        The group is the column that prediction sets are by.
 
         Raises:
             ValueError: none is named and none is known.
@@ -306,7 +310,7 @@ class Subject:
         source = source or (self.data if option == "--data" else None)
         if source is None:
             raise ValueError(needs(option))
-        return self.open(source, need, labelled, group)
+        return self.open(source, need, labelled and self.task.one_class, group, ignore)
 
     def find_posterior(self, path: Path | None) -> Posterior | None:
         """The posterior in a file or, if none is named, in the default place, if there is one."""
