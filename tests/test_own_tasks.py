@@ -25,7 +25,12 @@ from test_own_network import NUMBER, settled, told  # noqa: F401 - a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of these networks, which have learnt nothing
 
 MODULE = """
+from dataclasses import dataclass
+
 import torch
+from stochbn.tasks import Classification
+from stochbn.tasks.base import Panel, Scores, standard_error
+from stochbn.tasks.draw_scores import DrawScore
 from torch import nn
 
 class Pair(nn.Module):
@@ -46,6 +51,44 @@ def labels():
 
 def places():
     return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+@dataclass(frozen=True)
+class Ordinal(Classification):
+    name = "ordinal"
+    score_columns = {"steps": ("steps", 3, 1)}
+    calibrated_by = ("rps",)
+
+    def scores(self, predictions, join=dict, ignore=None):
+        rows = [(p.probs.argmax(1).cpu() - y).abs().double() for p, y in predictions]
+        steps = join({"steps": torch.cat(rows).flatten(1).mean(1) if rows[0].ndim > 1 else torch.cat(rows)})["steps"]
+        error = {"steps": standard_error(steps)}
+        return Scores({"steps": steps.mean().item()}, error, {"steps": steps})
+
+    def panels(self, scores):
+        return [Panel("How many steps off?", "Of each method.", lambda axes, colors: axes.bar(list(scores), 1))]
+
+    def draw_score(self, name, temperatures):
+        return RankedProbability(temperatures)
+
+class RankedProbability(DrawScore):
+    def add(self, logits, labels):
+        each = torch.stack([(logits / t).softmax(1) for t in self.temperatures.tolist()]).double()
+        self.total = each if self.total is None else self.total + each
+        self.draws += 1
+
+    def of_each(self, labels):
+        truth = torch.nn.functional.one_hot(labels, self.total.shape[2])
+        return ((self.total / self.draws - truth).cumsum(2) ** 2).sum(2)
+
+def ordered():
+    network = labels()
+    network.task = Ordinal()
+    return network
+
+def ordered_places():
+    network = places()
+    network.task = Ordinal()
+    return network
 
 class Last(nn.Module):
     def __init__(self):
@@ -321,3 +364,40 @@ def test_labels_have_the_numbers_of_the_fits_classes_in_every_command(module: st
         rule: Any = sets.sets
         found[name] = stochbn.load("c.sbn.safetensors").choice, rule.threshold, scores()["scores"][0]["nll"]
     assert found["yes.csv"] == found["yes.npz"]
+
+
+def test_a_task_of_ones_own_is_evaluated_by_its_own_scores_and_figures(module: str, told: Any) -> None:  # noqa: F811
+    given = options(module, "ordered", X)
+    truth = X[:, :3].argmax(1)
+    np.savez("test.npz", inputs=X, labels=truth)
+    data = "--data", "test.npz", "--draws", 8
+    text = stochbn_("evaluate", *given, *data, "--out", "r", "--report", "r.html")
+    plain = Predictive(network(given))(torch.from_numpy(X)).probs
+    steps = np.abs(plain.argmax(1).numpy() - truth)
+    assert scores()["scores"]["plain"] == {"steps": pytest.approx(steps.mean())}
+    assert scores()["errors"]["plain"]["steps"] == pytest.approx(steps.std(ddof=1) / np.sqrt(len(X)))
+    assert "What SBN changes in the mean steps" in text
+    page = Path("r.html").read_text()
+    assert "How many steps off?" in page
+    assert "places" not in page
+    assert "without scores of their task's own" in told("evaluate", *given, *data, "--ood", "test.npz")
+
+
+def test_a_score_of_ones_own_is_in_what_calibrate_prints(module: str, told: Any) -> None:  # noqa: F811
+    given = options(module, "ordered", X)
+    np.savez("test.npz", inputs=X, labels=X[:, :3].argmax(1))
+    text = stochbn_("calibrate", *given, "--held-out", "test.npz", "--out", "c.sbn.safetensors")
+    assert "rps of 60 held-out examples" in text
+    choice = stochbn.load("c.sbn.safetensors").choice
+    assert choice in text.replace("\n", " ")
+    assert " rps " in choice
+    assert "--score must be rps, got 'nll'" in told("calibrate", *given, "--held-out", "test.npz", "--score", "nll")
+
+
+def test_the_figures_of_a_task_of_ones_own_are_in_the_report_about_places(module: str) -> None:
+    given = options(module, "ordered_places", PLACES)
+    np.savez("test.npz", inputs=PLACES, labels=TRUTH)
+    stochbn_("evaluate", *given, "--dense", "--data", "test.npz", "--draws", 8, "--report", "r.html")
+    page = Path("r.html").read_text()
+    assert "How many steps off?" in page
+    assert "places" in page

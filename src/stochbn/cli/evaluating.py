@@ -15,7 +15,7 @@ import typer
 from stochbn.cli.console import follow, progress_bars, say, show
 from stochbn.cli.drift import about_data, about_sets, alarm, compared, group_of
 from stochbn.cli.evaluated import Share, cost, described
-from stochbn.cli.evaluating_tasks import evaluate_task
+from stochbn.cli.evaluating_tasks import evaluate_task, scored_by_task
 from stochbn.cli.following import after_evaluating
 from stochbn.cli.job import job
 from stochbn.cli.options import Augmentation, Data, Draws, Ignored, Override, Seed
@@ -100,12 +100,17 @@ def evaluate(
         raise ValueError(f"got {len(named)} posteriors for {len(paths)} networks; name one for each, or none")
     with job() as ranks, ranks.failing_together():
         subjects = Subject.all_of(given, held_by(given, named[0]))
-        if dense or not all(one.task.one_class for one in subjects):
+        if dense or any(scored_by_task(one.task) for one in subjects):
             if len(subjects) > 1 or ood is not None:
-                raise ValueError("several networks, and --ood, need networks that predict one class for each example")
+                raise ValueError(
+                    "several networks, and --ood, need networks that predict one class for each example, without "
+                    "scores of their task's own"
+                )
             fitted_one = subjects[0].find_posterior(named[0])
             asked = {"draws": draws, "seed": seed, "augment": augment, "ignore": ignore}
-            worse = evaluate_task(subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file)
+            worse = evaluate_task(
+                subjects[0], fitted_one, data, ranks, changes, asked, folder, report_file, dense=dense
+            )
             say(after_evaluating(given, worse, [fitted_one], named, augment, ignore, dense=dense))
             return
         if ignore is not None:

@@ -1,4 +1,4 @@
-"""The evaluation of networks that give more or less than one class for each example."""
+"""The evaluation by the scores of a task, and not by those of one class for each example."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from stochbn.distributed import Ranks
     from stochbn.posteriors import Posterior
     from stochbn.report.page import Curve, Section
-    from stochbn.tasks import Detection
+    from stochbn.tasks import Detection, Task
 
-__all__ = ["evaluate_task"]
+__all__ = ["evaluate_task", "scored_by_task"]
+
+
+def scored_by_task(task: Task) -> bool:
+    """Whether a task has scores or figures of its own, beside those of one class for each example."""
+    from stochbn.tasks import Classification
+
+    own = ("scores", "score_columns", "panels")
+    return not task.one_class or any(getattr(type(task), name) is not getattr(Classification, name) for name in own)
 
 
 def evaluate_task(
@@ -34,8 +42,10 @@ def evaluate_task(
     asked: dict[str, Any],
     folder: Path | None,
     report_file: Path | None,
+    *,
+    dense: bool,
 ) -> list[str]:
-    """Evaluate a network that gives more or less than one class for each example.
+    """Evaluate a network by the scores of its task.
 
     Returns:
         A sentence about SBN if that made it worse.
@@ -52,7 +62,7 @@ def evaluate_task(
     from stochbn.report.page import Page, curves_of, write_page
     from stochbn.report.places import SeenPlaces
     from stochbn.report.words import mend, worsened
-    from stochbn.tasks import TASKS, Classification, Detection, Multilabel
+    from stochbn.tasks import TASKS, Detection, Multilabel
 
     task = subject.task
     if not task.score_columns:
@@ -61,13 +71,13 @@ def evaluate_task(
     started = time.perf_counter()
     thresholds = None if posterior is None else posterior.thresholds
     data, ignore = data or subject.data, asked["ignore"]
-    known = subject.load(data, "test", group=group_of(posterior))
+    known = subject.load(data, "test", labelled=not dense, group=group_of(posterior))
     names = subject.classes or known.classes
     share = Share(known, ranks).objects
     collected: SeenLabels | SeenPlaces | SeenPictures | None = None
     if report_file is not None and isinstance(task, Multilabel):
         collected = SeenLabels(names)
-    elif report_file is not None and isinstance(task, Classification):
+    elif report_file is not None and dense and task.one_class:
         collected = SeenPlaces(names, ignore)
     elif report_file is not None and isinstance(task, Detection):
         collected = SeenPictures(source_of(share), names)
@@ -123,7 +133,9 @@ def evaluate_task(
         head = chosen(
             [posterior], asked["draws"], asked["augment"], cost(subject, posterior, known, asked["draws"], changes)
         )
-        sections, curves, said = parts or ([], curves_of(task.panels(found.scores)), [])
+        sections, curves, said = parts or ([], [], [])
+        if not isinstance(collected, SeenPictures):  # whose parts have the task's own figures
+            curves = [*curves, *curves_of(task.panels(found.scores))]
         said = [
             found.summary(),
             *said,

@@ -184,7 +184,7 @@ def curves_of(panels: Sequence[Panel]) -> list[Curve]:
     for number, one in enumerate(panels):
         figure, axes = curves.panel()
         one.draw(axes, colors)
-        drawn.append(Curve(one.title, one.caption, inline(figure, f"f{number}")))
+        drawn.append(Curve(one.title, one.caption, inline(figure, f"task{number}")))
     return drawn
 
 
