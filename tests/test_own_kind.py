@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 import stochbn
 from conftest import mlp, normal, settled
 from posterior_contract import PosteriorContract, same
+from stochbn.evaluation.predicting import predict_member
 from stochbn.posteriors import KINDS
 from stochbn.posteriors.empirical import Empirical, Replayed
+from stochbn.sources import LoaderObjects
 
 
 class Shrinking(Replayed):
@@ -108,6 +111,18 @@ def test_options_that_every_accumulator_has_are_refused_where_the_kind_is_define
     )
     with pytest.raises(TypeError, match=f"the option '{name}' of Odd has the name of an attribute"):
         type("Odd", (Shrinking,), {"__init__": init})
+
+
+def test_a_kind_with_medians_is_also_evaluated_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = settled(mlp(), 4), normal(240, 4)
+    posterior = stochbn.fit(model, [x], 8, "shrunken")
+    known = LoaderObjects("known", [(x[:20], torch.arange(20) % 3)])
+    assert posterior.median() is None
+    assert "median.known" not in predict_member(model, posterior, known, None, 2, 0)
+    monkeypatch.setattr(Shrunken, "median", lambda self: self.rescale(math.inf))
+    found = predict_member(model, posterior, known, None, 2, 0)
+    torch.testing.assert_close(found["median.known"], found["plain.known"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found["median.known"], found["sbn.known"])
 
 
 def test_what_a_kind_was_told_is_in_its_file_and_goes_through_calibration_and_predictions(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochbn.augment import Augment
-from stochbn.posteriors import FactorizedLog, Posterior
+from stochbn.posteriors import Posterior
 from stochbn.predictions import Prediction
 from stochbn.predictive import MCDropout, Predictive, Predictor
 from stochbn.sources.objects import Objects
@@ -43,11 +43,11 @@ def predict_member(
 
     Returns:
         ``labels`` ``[N]`` of the known examples, and ``[N, K]`` log-probabilities under ``plain.known``,
-        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior of the kind factorized-log also
-        ``median.known`` and ``median.unknown``, with every statistic at its median. Those of known examples also have
-        ``.expected_entropy`` ``[N]`` in nats, the mean over draws, as ``sbn.known.expected_entropy``. With `keep_draws`
-        also those of every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without dropout
-        has one.
+        ``plain.unknown``, ``sbn.known`` and ``sbn.unknown``; for a posterior with a `median`, such as factorized-log,
+        also ``median.known`` and ``median.unknown``, with every statistic at its median. Those of known examples also
+        have ``.expected_entropy`` ``[N]`` in nats, the mean over draws, as ``sbn.known.expected_entropy``. With
+        `keep_draws` also those of every draw, as ``sbn.known.draws``: ``[S, N, K]`` in float16; a plain network without
+        dropout has one.
     """
     # Every draw is made, so that all methods take as many.
     dropout = has_dropout(model) if dropout is None else dropout
@@ -56,8 +56,8 @@ def predict_member(
     predictors = {"plain": kind(model, posterior=None, draws=draws)}
     if posterior is not None:
         predictors["sbn"] = kind(model, posterior=posterior, draws=draws, augment=augment)
-    if isinstance(posterior, FactorizedLog):
-        predictors["median"] = kind(model, posterior=posterior.median(), draws=draws if dropout else 1)
+        if (median := posterior.median()) is not None:
+            predictors["median"] = kind(model, posterior=median, draws=draws if dropout else 1)
     parts = {"known": known} | ({"unknown": unknown} if unknown is not None else {})
     total = len(predictors) * sum(map(len, parts.values()))
     tensors, before = {"labels": known.labels}, 0

@@ -240,6 +240,10 @@ class Posterior(ABC):
             unscaled = replace(unscaled, batch_size=None)
         return replace(unscaled, temperature=1.0, choice="")
 
+    def median(self) -> Self | None:
+        """Return a posterior without noise, with every statistic at its median; None for kinds that have no medians."""
+        return None
+
     def recentre(self, model: nn.Module, *, weights: bool = True) -> Self:
         """Return the same noise about the network's own running statistics, as with ``fit(centre="running")``.
 
