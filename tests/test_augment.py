@@ -486,7 +486,7 @@ def test_noise_and_temperature_are_the_best_of_a_slow_grid(score: str, fn: augme
     done: list[int] = []
     choices: list[Choice] = []
     stochbn.calibrate(
-        model, given, [(x, labels)], batch_sizes=sizes, augment=fn, score=score,  # type: ignore[arg-type]
+        model, given, [(x, labels)], batch_sizes=sizes, augment=fn, score=score,
         progress=done.append, report=choices.append,
     )  # fmt: skip
     assert done == [60]
@@ -539,6 +539,6 @@ def test_what_cannot_be_calibrated_by_is_refused() -> None:
     given = posterior(model)
     labelled = [(images(), torch.zeros(12, dtype=torch.int64))]
     with pytest.raises(ValueError, match="score must be one of 'nll', 'brier'"):
-        stochbn.calibrate(model, given, labelled, score="accuracy")  # type: ignore[arg-type]
+        stochbn.calibrate(model, given, labelled, score="accuracy")
     with pytest.raises(TypeError, match="augment must be a function"):
         stochbn.calibrate(model, given, labelled, augment=3)  # type: ignore[arg-type]
