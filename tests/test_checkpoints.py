@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_posterior, normal, settled
-from stochbn.files import write_tensors
+from stochbn.files import read_tensors, write_tensors
 from stochbn.sources import checkpoints
 from stochbn.sources.architectures import build
 from stochbn.sources.checkpoints import Checkpoint
@@ -77,6 +78,60 @@ def test_a_channel_of_zeros_stays_one_in_less_space(tmp_path: Path) -> None:
     large = [value for value in checkpoints.load(tmp_path / "n.safetensors").model.parameters() if value.numel() >= 5e4]
     assert large[0][3].equal(torch.zeros_like(large[0][3]))
     assert large[0][4].abs().sum() > 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda codes, scales: (codes[: len(codes) // 2], scales),
+    lambda codes, scales: (codes[:-1], scales),
+    lambda codes, scales: (torch.cat([codes, codes[:1]]), scales),
+    lambda codes, scales: (codes.float(), scales),
+    lambda codes, scales: (codes, scales[:1]),
+    lambda codes, scales: (codes, scales[:, 0]),
+    lambda codes, scales: (codes, scales.T.contiguous()),
+    lambda codes, scales: (codes, scales.int()),
+    lambda codes, scales: (codes, -scales),
+    lambda codes, scales: (codes, 0 * scales),
+    lambda codes, scales: (codes, scales * torch.inf),
+    lambda codes, scales: (codes, scales * torch.nan),
+    lambda codes, scales: (None, scales),
+], ids=["half the codes", "a byte less", "a byte more", "codes of floats", "one scale", "flat scales", "a row",
+        "whole scales", "negative scales", "scales of 0", "infinite scales", "scales of NaN", "no codes"])  # fmt: skip
+def test_codes_and_scales_that_do_not_fit_are_refused(damage: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "n.safetensors"
+    checkpoints.save(path, checkpoint("vgg11", width=0.25), small=True)
+    tensors, described = read_tensors(path, checkpoints.FORMAT)
+    key = next(name for name in tensors if name.startswith(checkpoints.SCALE))
+    name = key.removeprefix(checkpoints.SCALE)
+    codes, scales = damage(tensors.pop(name), tensors.pop(key))
+    write_tensors(
+        path, checkpoints.FORMAT, tensors | {key: scales} | ({} if codes is None else {name: codes}), described
+    )
+    with pytest.raises(ValueError, match=rf"does not hold a network of this release: .*{name}'"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("kind", ["large", "small", "flat"])
+def test_what_is_not_finite_is_not_rounded(value: float, kind: str, tmp_path: Path) -> None:
+    saved = checkpoint("vgg11", width=0.25)
+    chosen = {
+        ("flat" if one.ndim < 2 else "large" if one.numel() >= checkpoints.LARGE else "small"): one
+        for one in saved.model.parameters()
+    }[kind]
+    with torch.no_grad():
+        chosen[(0,) * chosen.ndim] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        checkpoints.save(tmp_path / "n.safetensors", saved, small=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    saved = checkpoint()
+    with torch.no_grad():
+        next(one for one in saved.model.parameters() if one.ndim > 1)[0, 0] = -70000
+    with pytest.raises(ValueError, match="of size 70000; half precision ends at 65504"):
+        checkpoints.save(tmp_path / "n.safetensors", saved, small=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("network", "older"), [("resnet18-final-bn", "resnet18"), ("vgg11", "vgg11")])

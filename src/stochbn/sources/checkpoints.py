@@ -56,6 +56,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, *, small: bool = 
             precision. Batch norms and biases stay as they are.
 
     Raises:
+        ValueError: with `small`, a number is not finite, or too large for half precision.
         OSError: the file cannot be written.
     """
     about = {
@@ -72,8 +73,13 @@ def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in less space."""
     found = {}
     for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name!r} has numbers that are NaN or infinite, so the network cannot be rounded")
         if value.ndim < 2 or value.numel() < LARGE:
             found[name] = value.half() if value.ndim > 1 else value
+            if not found[name].isfinite().all():
+                size = value.abs().max().item()
+                raise ValueError(f"{name!r} has a weight of size {size:g}; half precision ends at 65504")
             continue
         rows = value.detach().flatten(1)
         largest = 2 ** (BITS - 1) - 1
@@ -87,10 +93,18 @@ def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _unrounded(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Tensors of these shapes, from those that `_rounded` gave."""
     found = {name: value for name, value in tensors.items() if not name.startswith(SCALE)}
-    for name, scales in ((name, tensors.get(f"{SCALE}{name}")) for name in found):
-        if scales is None:
-            continue
-        bits = np.unpackbits(found[name].numpy(), count=BITS * shapes[name].numel()).reshape(-1, BITS)
+    for name in (key.removeprefix(SCALE) for key in tensors if key.startswith(SCALE)):
+        if name not in found or name not in shapes:
+            raise ValueError(f"it has scales of {name!r}, and no such weight")
+        packed, scales, count = found[name], tensors[f"{SCALE}{name}"], shapes[name].numel()
+        size, rows = -(-BITS * count // 8), shapes[name][0] if shapes[name] else 1
+        if packed.dtype != torch.uint8 or packed.shape != (size,):
+            raise ValueError(f"{name!r} is {packed.dtype} of shape {list(packed.shape)}, not {size} bytes of codes")
+        if not scales.is_floating_point() or scales.shape != (rows, 1):
+            raise ValueError(f"scales of {name!r} are {scales.dtype} of shape {list(scales.shape)}, not [{rows}, 1]")
+        if not (scales.isfinite() & (scales > 0)).all():
+            raise ValueError(f"scales of {name!r} are not all finite and positive")
+        bits = np.unpackbits(packed.numpy(), count=BITS * count).reshape(-1, BITS)
         codes = torch.from_numpy(np.packbits(bits, axis=1) >> (8 - BITS)).float() - (2 ** (BITS - 1) - 1)
         found[name] = (codes.view(len(scales), -1) * scales).view(shapes[name])
     return found
