@@ -112,6 +112,15 @@ def test_folders_without_networks_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_two_runs_of_one_network_are_refused_before_any_work(claimed: Path, tmp_path: Path) -> None:
+    shutil.copytree(claimed / "trained", tmp_path / "other")
+    out, runs = tmp_path / "results", tmp_path / "runs"
+    with pytest.raises(ValueError, match="have the network 'lenet5', so results of one would replace the other's"):
+        command_output("paper", "claims", claimed / "trained", tmp_path / "other", "--out", out, "--runs", runs)
+    assert not out.exists()
+    assert not runs.exists()
+
+
 def test_no_results_make_no_page(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no results of claims"):
         page(tmp_path)

@@ -45,16 +45,16 @@ def claims(
     Posteriors are fitted, test images predicted and all methods compared. The page in --out has every network whose
     results are there. What was stopped continues where it was.
     """
-    from stochbn.paper.report import read_recipe
+    from stochbn.paper.storing import read_stored
     from stochbn.paper.verdicts import claim, page
 
     folders = [folder for folder in folders if not folder.is_file()]  # results/trained/* has a page, too
-    recipes = {folder: read_recipe(folder) for folder in folders}  # refused before the work, not after it
-    for folder, recipe in recipes.items():
+    for folder, recipe in read_stored(folders).items():  # all are read before the work, not after it
+        name = folder.resolve().name
         say(f"{folder}: {len(recipe.all_members())} networks, {recipe.draws} draws.", folder)
         many = jobs or side_by_side(len(recipe.all_members()))
         with progress_bars() as bars:
-            claim(folder, runs / folder.name, out, jobs=many, progress=_told(bars, folder.name))
+            claim(folder, runs / name, out, jobs=many, progress=_told(bars, name))
     show([page(out)])
     say(f"Everything is in {out}: claims.md, claims.png, and a folder for each run.", out)
 
