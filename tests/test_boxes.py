@@ -202,14 +202,65 @@ def test_pictures_and_files_that_do_not_fit_are_told(module: str) -> None:
     for wrong, message in (
         ("{", "cannot be read as JSON"),
         ("[]", "must have the lists images, annotations, categories"),
-        (json.dumps({**coco, "categories": []}), "is no file of COCO's form"),
-        (json.dumps({**coco, "annotations": [{"image_id": 10}]}), "an entry has no 'bbox'"),
-        (json.dumps({**coco, "annotations": [{**coco["annotations"][0], "bbox": [1, 1, -1, 1]}]}), "negative width"),
-        (json.dumps({**coco, "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}), "of one name"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (json.dumps({**coco, "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}), "of one name: 'a'"),
     ):
         Path("other.json").write_text(wrong)
         with pytest.raises(DataError, match=message):
             read_coco(Path("other.json"))
+
+
+def test_ids_that_repeat_are_refused(module: str) -> None:
+    coco = make_pictures(6)
+    merged = [{**one, "id": one["id"] % 3} for one in coco["images"]]  # two files, each numbered from 0
+    for change, message in (
+        ({"images": merged}, r"images\[3\] of 'other.json' has the id 1, as '000.png' has: ids must differ"),
+        ({"categories": [{"id": 3, "name": "x"}, *CATEGORIES]}, r"categories\[2\] .* has the id 3, as 'x' has"),
+        ({"categories": [*CATEGORIES, {"id": 7.0, "name": "x"}]}, r"categories\[2\] .* has the id 7, as 'square' has"),
+    ):
+        Path("other.json").write_text(json.dumps({**coco, **change}))
+        with pytest.raises(DataError, match=message):
+            opened(label="other.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("category_id", float("inf"), "'category_id': inf; expected a whole number"),
+        ("category_id", True, "'category_id': True; expected a whole number"),
+        ("category_id", 5, "'category_id': 5; expected an id of categories"),
+        ("image_id", "10", "'image_id': '10'; expected an id of images"),
+        ("image_id", [10], r"'image_id': \[10\]; expected a whole number or a text"),
+        ("image_id", None, "'image_id': None; expected a whole number or a text"),
+        ("bbox", None, "'bbox': None; expected a list"),
+        ("bbox", "1111", "'bbox': '1111'; expected a list"),
+        ("bbox", [1, 1, 2], r"'bbox': \[1, 1, 2\]; expected finite left, top, width and height"),
+        ("bbox", [1, 1, -1, 1], r"'bbox': \[1, 1, -1, 1\]; expected finite left, top"),
+        ("bbox", [float("nan"), 1, 1, 1], r"'bbox': \[nan, 1, 1, 1\]; expected finite left, top"),
+        ("bbox", [10**400, 1, 1, 1], "'bbox': .*; expected finite left, top"),
+        ("iscrowd", "0", "'iscrowd': '0'; expected 0, 1, true or false"),
+        ("iscrowd", 2, "'iscrowd': 2; expected 0, 1, true or false"),
+        ("iscrowd", None, "'iscrowd': None; expected 0, 1, true or false"),
+    ],
+)
+def test_a_wrong_annotation_is_named(module: str, field: str, value: Any, message: str) -> None:
+    coco = make_pictures(4)
+    wrong = [coco["annotations"][0], {**coco["annotations"][1], field: value}]
+    Path("other.json").write_text(json.dumps({**coco, "annotations": wrong}))
+    with pytest.raises(DataError, match=r"annotations\[1\] of 'other.json' has " + message):
+        read_coco(Path("other.json"))
+    del wrong[1][field]
+    Path("other.json").write_text(json.dumps({**coco, "annotations": wrong}))
+    if field == "iscrowd":
+        assert read_coco(Path("other.json")).boxes["001.png"].shape == (1, 6)
+    else:
+        with pytest.raises(DataError, match=rf"annotations\[1\] of 'other.json' has no '{field}'; it has id"):
+            read_coco(Path("other.json"))
+    for crowd, number in ((True, 1), (False, 0), (1, 1), (0, 0)):
+        Path("other.json").write_text(
+            json.dumps({**coco, "annotations": [{**coco["annotations"][0], "iscrowd": crowd}]})
+        )
+        assert read_coco(Path("other.json")).boxes["001.png"][0, 5] == number
 
 
 def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None:
@@ -242,9 +293,22 @@ def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None
     assert several[0, 0].tolist() == [1, 2, 4, 6, 5, 0]
     assert several[1].isnan().all()
     assert names == ()
-    for wrong in ([{"bbox": [[1, 2, 3, 4]]}], [{"bbox": [[1, 2, 3]], "label": [0]}], [{"bbox": [], "label": [1]}]):
+    for wrong in (
+        [{"bbox": [[1, 2, 3, 4]]}],
+        [{"bbox": [[1, 2, 3]], "label": [0]}],
+        [{"bbox": [], "label": [1]}],
+        [{"bbox": [[float("inf"), 2, 3, 4]], "label": [0]}],
+        [{"bbox": [[10**400, 2, 3, 4]], "label": [0]}],
+        [{"bbox": [[1, 2, 3, 4]], "label": [[0]]}],
+    ):
         with pytest.raises(ValueError, match="it has a cell without boxes"):
             boxes_of_cells(wrong, "it")
+    for kind in (float("inf"), 10**400, None):
+        with pytest.raises(ValueError, match="it has classes that are neither whole numbers nor names"):
+            boxes_of_cells([{"bbox": [[1, 2, 3, 4]], "label": [kind]}], "it")
+    Path("pictures/metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata\.jsonl' cannot be read"):
+        opened(label="objects")
 
 
 def given_network(module: str) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             if path.suffix == ".csv":
                 return list(csv.DictReader(lines))
             found = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from error
     if not all(isinstance(row, dict) for row in found):
         raise DataError(f"{str(path)!r} has a line that is no mapping of names to values")
