@@ -24,6 +24,7 @@ from conftest import command_output as run
 from conftest import script, seeded, settled
 from stochbn.sources import Columns, DataError, Preprocessing, RowObjects, build, load_weights, open_objects
 from stochbn.sources.boxes import boxes_of_cells, read_coco
+from stochbn.sources.pictures import Decoding
 from stochbn.tasks import Detection
 from test_own_network import told  # noqa: F401 - a fixture
 
@@ -261,6 +262,65 @@ def test_a_wrong_annotation_is_named(module: str, field: str, value: Any, messag
             json.dumps({**coco, "annotations": [{**coco["annotations"][0], "iscrowd": crowd}]})
         )
         assert read_coco(Path("other.json")).boxes["001.png"][0, 5] == number
+
+
+def turned(path: str, orientation: int) -> None:
+    """Have a picture say that it is stored in another orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("way", ["sizes", "none", "column", "table"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_boxes_of_photos_that_are_turned_upright_need_a_word(module: str, way: str, orientation: int) -> None:
+    coco = make_pictures(3)
+    turned("pictures/000.png", 3)  # no box, so that nothing is unclear
+    turned("pictures/001.png", orientation)  # 32x48 as it is stored
+    bare = [{"id": one["id"], "file_name": one["file_name"]} for one in coco["images"]]
+    Path("boxes.json").write_text(json.dumps(coco if way == "sizes" else {**coco, "images": bare}))
+    cells: list[dict[str, Any]] = [
+        {
+            "bbox": [one["bbox"] for one in coco["annotations"] if one["image_id"] == 10 + i],
+            "category": [one["category_id"] for one in coco["annotations"] if one["image_id"] == 10 + i],
+        }
+        for i in range(3)
+    ]
+    if way == "column":
+        rows = [{"file_name": f"{i:03}.png", "objects": cell} for i, cell in enumerate(cells)]
+        Path("pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if way == "table":
+        pictures = [{"bytes": Path(f"pictures/{i:03}.png").read_bytes()} for i in range(3)]
+        datasets.Dataset.from_dict({"image": pictures, "objects": cells}).cast_column(
+            "image", datasets.Image()
+        ).to_parquet("table.parquet")
+    source = "table.parquet" if way == "table" else "pictures"
+    label = "objects" if way in ("column", "table") else "boxes.json"
+    place = Preprocessing((64, 64), pad=0)
+
+    def found(exif: bool | None) -> list[Tensor]:
+        return boxes(opened(source, label, preprocess=place, decoding=Decoding(exif)))
+
+    stored = found(False)
+    assert [len(one) for one in stored] == [0, 1, 2]
+    if orientation == 1:
+        assert all(map(torch.equal, found(None), stored))
+        return
+    by_size = way == "sizes" and orientation == 6
+    message = "says 32x48; .*take --no-exif" if by_size else rf"orientation \({orientation}\).*--no-exif.* --exif"
+    with pytest.raises(ValueError, match=rf"(1|001\.png) .*{message}"):
+        found(None)
+    objects = opened(source, label, preprocess=place)
+    assert isinstance(objects, RowObjects)
+    if way != "sizes":
+        assert next(iter(objects.chunks(3))).errors == [None] * 3  # nothing is asked where boxes are not needed
+        assert len(found(True)[1]) == 1
+    if by_size:
+        coco["images"][1] |= {"height": 48, "width": 32}  # of the upright picture alone
+        Path("boxes.json").write_text(json.dumps(coco))
+        assert all(map(torch.equal, found(None), found(True)))
+        with pytest.raises(ValueError, match=r"says 48x32; .*turned upright, take --exif"):
+            found(False)
 
 
 def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None:

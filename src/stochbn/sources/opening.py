@@ -84,7 +84,12 @@ def open_objects(
     except ValueError as error:  # of labels, which not everyone needs
         known, notes = (), (*schema.notes, f"Its labels cannot be used: {error}.")
     about = schema.described(
-        name=schema.name or source, count=len(rows), classes=known, notes=notes, exif=decoding.exif, page=decoding.page
+        name=schema.name or source,
+        count=len(rows),
+        classes=known,
+        notes=notes,
+        exif=decoding.upright,
+        page=decoding.page,
     )
     opened = RowObjects(about.name, rows, preprocess, schema=about)
     return renumbered(opened, classes) if classes and known else opened
