@@ -211,6 +211,26 @@ def test_pictures_and_files_that_do_not_fit_are_told(module: str) -> None:
             read_coco(Path("other.json"))
 
 
+def test_boxes_of_classes_that_the_network_lacks_are_left_out_and_counted(module: str) -> None:
+    coco = make_pictures(9)
+    Path("boxes.json").write_text(json.dumps(coco))
+    whole = boxes(opened(preprocess=PADDED))
+    count = sum(int((one[:, 4] == 1).sum()) for one in whole)
+    assert 0 < count < 9
+    objects = opened(classes=("x", "disc"), preprocess=PADDED)
+    assert objects.classes == ("x", "disc")
+    assert f"Left out: {count} boxes of classes that the network does not have: square." in str(objects.schema)
+    for one, other in zip(boxes(objects), whole, strict=True):
+        kept = other[other[:, 4] == 0]
+        assert one[:, [0, 1, 2, 3, 5]].equal(kept[:, [0, 1, 2, 3, 5]])
+        assert (one[:, 4] == 1).all()
+    assert "Left out" not in str(opened(classes=("square", "y", "disc"), preprocess=PADDED).schema)
+    assert "9 boxes of classes that the network does not have: " in str(opened(classes=("x", "y")).schema)
+    unused = [*CATEGORIES, {"id": 1, "name": "star"}]  # a category of which there is no box
+    Path("boxes.json").write_text(json.dumps({**coco, "categories": unused}))
+    assert "Left out" not in str(opened(classes=("disc", "square"), preprocess=PADDED).schema)
+
+
 def test_ids_that_repeat_are_refused(module: str) -> None:
     coco = make_pictures(6)
     merged = [{**one, "id": one["id"] % 3} for one in coco["images"]]  # two files, each numbered from 0
@@ -412,3 +432,9 @@ def test_a_detector_is_evaluated_at_the_command_line(module: str) -> None:
     Path(f"{module}_more.py").write_text(MODULE.replace("nn.Conv2d(8, 6, 1)", "nn.Conv2d(8, 7, 1)"))
     with pytest.raises(ValueError, match=r"has 2 classes, numbered from 0 .*network has 3"):
         run("evaluate", "--model", f"{module}_more:head", *given[4:], *labelled)
+    for names in (["disc", "x"], ["x", "y"]):
+        Path(f"{module}_{names[0]}.py").write_text(f"classes = {names}\n{MODULE}")
+    words = run("evaluate", "--model", f"{module}_disc:head", *given[2:], *labelled).split()
+    assert "boxes of classes that the network does not have: square." in " ".join(words)
+    with pytest.raises(ValueError, match="no picture has a box of the network's classes"):
+        run("evaluate", "--model", f"{module}_x:head", *given[2:], *labelled)
