@@ -24,6 +24,7 @@ from conftest import command_output as run
 from conftest import script, seeded, settled
 from stochbn.sources import Columns, DataError, Preprocessing, RowObjects, build, load_weights, open_objects
 from stochbn.sources.boxes import boxes_of_cells, read_coco
+from stochbn.sources.pictures import Decoding
 from stochbn.tasks import Detection
 from test_own_network import told  # noqa: F401 - a fixture
 
@@ -202,14 +203,144 @@ def test_pictures_and_files_that_do_not_fit_are_told(module: str) -> None:
     for wrong, message in (
         ("{", "cannot be read as JSON"),
         ("[]", "must have the lists images, annotations, categories"),
-        (json.dumps({**coco, "categories": []}), "is no file of COCO's form"),
-        (json.dumps({**coco, "annotations": [{"image_id": 10}]}), "an entry has no 'bbox'"),
-        (json.dumps({**coco, "annotations": [{**coco["annotations"][0], "bbox": [1, 1, -1, 1]}]}), "negative width"),
-        (json.dumps({**coco, "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}), "of one name"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (json.dumps({**coco, "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}), "of one name: 'a'"),
     ):
         Path("other.json").write_text(wrong)
         with pytest.raises(DataError, match=message):
             read_coco(Path("other.json"))
+
+
+def test_boxes_of_classes_that_the_network_lacks_are_left_out_and_counted(module: str) -> None:
+    coco = make_pictures(9)
+    Path("boxes.json").write_text(json.dumps(coco))
+    whole = boxes(opened(preprocess=PADDED))
+    count = sum(int((one[:, 4] == 1).sum()) for one in whole)
+    assert 0 < count < 9
+    objects = opened(classes=("x", "disc"), preprocess=PADDED)
+    assert objects.classes == ("x", "disc")
+    assert f"Left out: {count} boxes of classes that the network does not have: square." in str(objects.schema)
+    for one, other in zip(boxes(objects), whole, strict=True):
+        kept = other[other[:, 4] == 0]
+        assert one[:, [0, 1, 2, 3, 5]].equal(kept[:, [0, 1, 2, 3, 5]])
+        assert (one[:, 4] == 1).all()
+    assert "Left out" not in str(opened(classes=("square", "y", "disc"), preprocess=PADDED).schema)
+    assert "9 boxes of classes that the network does not have: " in str(opened(classes=("x", "y")).schema)
+    unused = [*CATEGORIES, {"id": 1, "name": "star"}]  # a category of which there is no box
+    Path("boxes.json").write_text(json.dumps({**coco, "categories": unused}))
+    assert "Left out" not in str(opened(classes=("disc", "square"), preprocess=PADDED).schema)
+
+
+def test_ids_that_repeat_are_refused(module: str) -> None:
+    coco = make_pictures(6)
+    merged = [{**one, "id": one["id"] % 3} for one in coco["images"]]  # two files, each numbered from 0
+    for change, message in (
+        ({"images": merged}, r"images\[3\] of 'other.json' has the id 1, as '000.png' has: ids must differ"),
+        ({"categories": [{"id": 3, "name": "x"}, *CATEGORIES]}, r"categories\[2\] .* has the id 3, as 'x' has"),
+        ({"categories": [*CATEGORIES, {"id": 7.0, "name": "x"}]}, r"categories\[2\] .* has the id 7, as 'square' has"),
+    ):
+        Path("other.json").write_text(json.dumps({**coco, **change}))
+        with pytest.raises(DataError, match=message):
+            opened(label="other.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("category_id", float("inf"), "'category_id': inf; expected a whole number"),
+        ("category_id", True, "'category_id': True; expected a whole number"),
+        ("category_id", 5, "'category_id': 5; expected an id of categories"),
+        ("image_id", "10", "'image_id': '10'; expected an id of images"),
+        ("image_id", [10], r"'image_id': \[10\]; expected a whole number or a text"),
+        ("image_id", None, "'image_id': None; expected a whole number or a text"),
+        ("bbox", None, "'bbox': None; expected a list"),
+        ("bbox", "1111", "'bbox': '1111'; expected a list"),
+        ("bbox", [1, 1, 2], r"'bbox': \[1, 1, 2\]; expected finite left, top, width and height"),
+        ("bbox", [1, 1, -1, 1], r"'bbox': \[1, 1, -1, 1\]; expected finite left, top"),
+        ("bbox", [float("nan"), 1, 1, 1], r"'bbox': \[nan, 1, 1, 1\]; expected finite left, top"),
+        ("bbox", [10**400, 1, 1, 1], "'bbox': .*; expected finite left, top"),
+        ("iscrowd", "0", "'iscrowd': '0'; expected 0, 1, true or false"),
+        ("iscrowd", 2, "'iscrowd': 2; expected 0, 1, true or false"),
+        ("iscrowd", None, "'iscrowd': None; expected 0, 1, true or false"),
+    ],
+)
+def test_a_wrong_annotation_is_named(module: str, field: str, value: Any, message: str) -> None:
+    coco = make_pictures(4)
+    wrong = [coco["annotations"][0], {**coco["annotations"][1], field: value}]
+    Path("other.json").write_text(json.dumps({**coco, "annotations": wrong}))
+    with pytest.raises(DataError, match=r"annotations\[1\] of 'other.json' has " + message):
+        read_coco(Path("other.json"))
+    del wrong[1][field]
+    Path("other.json").write_text(json.dumps({**coco, "annotations": wrong}))
+    if field == "iscrowd":
+        assert read_coco(Path("other.json")).boxes["001.png"].shape == (1, 6)
+    else:
+        with pytest.raises(DataError, match=rf"annotations\[1\] of 'other.json' has no '{field}'; it has id"):
+            read_coco(Path("other.json"))
+    for crowd, number in ((True, 1), (False, 0), (1, 1), (0, 0)):
+        Path("other.json").write_text(
+            json.dumps({**coco, "annotations": [{**coco["annotations"][0], "iscrowd": crowd}]})
+        )
+        assert read_coco(Path("other.json")).boxes["001.png"][0, 5] == number
+
+
+def turned(path: str, orientation: int) -> None:
+    """Have a picture say that it is stored in another orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("way", ["sizes", "none", "column", "table"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_boxes_of_photos_that_are_turned_upright_need_a_word(module: str, way: str, orientation: int) -> None:
+    coco = make_pictures(3)
+    turned("pictures/000.png", 3)  # no box, so that nothing is unclear
+    turned("pictures/001.png", orientation)  # 32x48 as it is stored
+    bare = [{"id": one["id"], "file_name": one["file_name"]} for one in coco["images"]]
+    Path("boxes.json").write_text(json.dumps(coco if way == "sizes" else {**coco, "images": bare}))
+    cells: list[dict[str, Any]] = [
+        {
+            "bbox": [one["bbox"] for one in coco["annotations"] if one["image_id"] == 10 + i],
+            "category": [one["category_id"] for one in coco["annotations"] if one["image_id"] == 10 + i],
+        }
+        for i in range(3)
+    ]
+    if way == "column":
+        rows = [{"file_name": f"{i:03}.png", "objects": cell} for i, cell in enumerate(cells)]
+        Path("pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if way == "table":
+        pictures = [{"bytes": Path(f"pictures/{i:03}.png").read_bytes()} for i in range(3)]
+        datasets.Dataset.from_dict({"image": pictures, "objects": cells}).cast_column(
+            "image", datasets.Image()
+        ).to_parquet("table.parquet")
+    source = "table.parquet" if way == "table" else "pictures"
+    label = "objects" if way in ("column", "table") else "boxes.json"
+    place = Preprocessing((64, 64), pad=0)
+
+    def found(exif: bool | None) -> list[Tensor]:
+        return boxes(opened(source, label, preprocess=place, decoding=Decoding(exif)))
+
+    stored = found(False)
+    assert [len(one) for one in stored] == [0, 1, 2]
+    if orientation == 1:
+        assert all(map(torch.equal, found(None), stored))
+        return
+    by_size = way == "sizes" and orientation == 6
+    message = "says 32x48; .*take --no-exif" if by_size else rf"orientation \({orientation}\).*--no-exif.* --exif"
+    with pytest.raises(ValueError, match=rf"(1|001\.png) .*{message}"):
+        found(None)
+    objects = opened(source, label, preprocess=place)
+    assert isinstance(objects, RowObjects)
+    if way != "sizes":
+        assert next(iter(objects.chunks(3))).errors == [None] * 3  # nothing is asked where boxes are not needed
+        assert len(found(True)[1]) == 1
+    if by_size:
+        coco["images"][1] |= {"height": 48, "width": 32}  # of the upright picture alone
+        Path("boxes.json").write_text(json.dumps(coco))
+        assert all(map(torch.equal, found(None), found(True)))
+        with pytest.raises(ValueError, match=r"says 48x32; .*turned upright, take --exif"):
+            found(False)
 
 
 def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None:
@@ -242,9 +373,22 @@ def test_columns_of_boxes_are_read_from_metadata_and_tables(module: str) -> None
     assert several[0, 0].tolist() == [1, 2, 4, 6, 5, 0]
     assert several[1].isnan().all()
     assert names == ()
-    for wrong in ([{"bbox": [[1, 2, 3, 4]]}], [{"bbox": [[1, 2, 3]], "label": [0]}], [{"bbox": [], "label": [1]}]):
+    for wrong in (
+        [{"bbox": [[1, 2, 3, 4]]}],
+        [{"bbox": [[1, 2, 3]], "label": [0]}],
+        [{"bbox": [], "label": [1]}],
+        [{"bbox": [[float("inf"), 2, 3, 4]], "label": [0]}],
+        [{"bbox": [[10**400, 2, 3, 4]], "label": [0]}],
+        [{"bbox": [[1, 2, 3, 4]], "label": [[0]]}],
+    ):
         with pytest.raises(ValueError, match="it has a cell without boxes"):
             boxes_of_cells(wrong, "it")
+    for kind in (float("inf"), 10**400, None):
+        with pytest.raises(ValueError, match="it has classes that are neither whole numbers nor names"):
+            boxes_of_cells([{"bbox": [[1, 2, 3, 4]], "label": [kind]}], "it")
+    Path("pictures/metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata\.jsonl' cannot be read"):
+        opened(label="objects")
 
 
 def given_network(module: str) -> tuple[str, ...]:
@@ -288,3 +432,9 @@ def test_a_detector_is_evaluated_at_the_command_line(module: str) -> None:
     Path(f"{module}_more.py").write_text(MODULE.replace("nn.Conv2d(8, 6, 1)", "nn.Conv2d(8, 7, 1)"))
     with pytest.raises(ValueError, match=r"has 2 classes, numbered from 0 .*network has 3"):
         run("evaluate", "--model", f"{module}_more:head", *given[4:], *labelled)
+    for names in (["disc", "x"], ["x", "y"]):
+        Path(f"{module}_{names[0]}.py").write_text(f"classes = {names}\n{MODULE}")
+    words = run("evaluate", "--model", f"{module}_disc:head", *given[2:], *labelled).split()
+    assert "boxes of classes that the network does not have: square." in " ".join(words)
+    with pytest.raises(ValueError, match="no picture has a box of the network's classes"):
+        run("evaluate", "--model", f"{module}_x:head", *given[2:], *labelled)

@@ -49,7 +49,7 @@ class OwnData:
         std = held.std if given.std is None else numbers_of("--std", given.std)
         self.built = prepared(built, size, mean, std, whole=whole)
         self.columns = Columns(tuple(given.input or ()), tuple(given.label or ()), given.key, held)
-        exif = held.exif if given.exif is None else given.exif
+        exif = False if given.exif is None and not held.exif else given.exif
         page = held.page if given.page is None else given.page
         self.decoding = Decoding(exif, page)
         own = any(value is not None for value in (size, mean, std))

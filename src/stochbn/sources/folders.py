@@ -17,7 +17,7 @@ from stochbn.sources.files import Listing
 from stochbn.sources.hub import DataError
 from stochbn.sources.inside import open_regular
 from stochbn.sources.labels import as_labels, labels_of_columns, usual_label
-from stochbn.sources.pictures import Decoding, decode
+from stochbn.sources.pictures import SWAPPED, TURNED, Decoding, decode
 from stochbn.tasks.boxes import padded
 from stochbn.texts import unambiguous
 
@@ -108,12 +108,17 @@ class FolderRows:
         with open_regular(self.folder / file) as stream:
             found = decode(stream, decoding=self.decoding)
         size = self._sizes.get(file)
-        if size is not None and size != (found.height, found.width):
+        if size is None:
+            return found
+        if size != (found.height, found.width):
+            other = ("--no-exif", "as they are stored") if self.decoding.upright else ("--exif", "turned upright")
+            advice = f"; if its boxes are of photos {other[1]}, take {other[0]}" if size[0] == found.width else ""
             raise ValueError(
                 f"has {found.height}x{found.width} pixels (height x width), and {self.label[0]} says "
-                f"{size[0]}x{size[1]}"
-                + ("; if its boxes are of photos as they are stored, take --no-exif" if size[0] == found.width else "")
+                f"{size[0]}x{size[1]}{advice}"
             )
+        if found.info.get(TURNED, 0) in SWAPPED and size[0] != size[1]:  # so the file is about the upright picture
+            del found.info[TURNED]
         return found
 
     def labels(self) -> Tensor | None:
@@ -204,7 +209,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             if path.suffix == ".csv":
                 return list(csv.DictReader(lines))
             found = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from error
     if not all(isinstance(row, dict) for row in found):
         raise DataError(f"{str(path)!r} has a line that is no mapping of names to values")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stochbn.schema import Schema
 from stochbn.sources.boxes import moved
-from stochbn.sources.pictures import Preprocessing
+from stochbn.sources.pictures import Preprocessing, check_not_turned
 from stochbn.tasks.boxes import Placement
 
 __all__ = ["Chunk", "Objects", "RowObjects", "Rows", "Stream", "ahead", "shard_index"]
@@ -293,6 +293,8 @@ class RowObjects:
         placement = None
         if not isinstance(given, Tensor):
             if label is not None and self.rows.has_boxes:
+                if not label.isnan().all():
+                    check_not_turned(given)
                 label = moved(label, self.preprocess, (given.height, given.width), (found.shape[-2], found.shape[-1]))
             if isinstance(self.preprocess, Preprocessing):
                 placement = self.preprocess.placement((given.height, given.width))

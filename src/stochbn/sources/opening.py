@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochbn.schema import Schema, counted
+from stochbn.schema import Schema, counted, listing
 from stochbn.sources.columns import Columns
 from stochbn.sources.files import Listing, listed, of_split
 from stochbn.sources.folders import METADATA, FolderRows
@@ -84,7 +85,12 @@ def open_objects(
     except ValueError as error:  # of labels, which not everyone needs
         known, notes = (), (*schema.notes, f"Its labels cannot be used: {error}.")
     about = schema.described(
-        name=schema.name or source, count=len(rows), classes=known, notes=notes, exif=decoding.exif, page=decoding.page
+        name=schema.name or source,
+        count=len(rows),
+        classes=known,
+        notes=notes,
+        exif=decoding.upright,
+        page=decoding.page,
     )
     opened = RowObjects(about.name, rows, preprocess, schema=about)
     return renumbered(opened, classes) if classes and known else opened
@@ -316,13 +322,29 @@ def _chosen(splits: list[str], split: str | None, prefer: Sequence[str], locatio
 
 
 def renumbered(opened: RowObjects, classes: tuple[str, ...]) -> RowObjects:
-    """With labels that count the network's classes, -1 for others, where the data's classes have names."""
+    """With labels that count the network's classes, -1 for others, where the data's classes have names.
+
+    True boxes of other classes are left out, and the schema says how many.
+    """
     own = opened.classes
     if not own or own == classes or (all(name.isdigit() for name in own) and not set(own) <= set(classes)):
         return opened
     numbers = torch.tensor([*(classes.index(name) if name in classes else -1 for name in own), -1])
     schema = None if opened.schema is None else opened.schema.described(classes=classes)
+    if schema is not None and opened.rows.has_boxes and (told := _boxes_of_others(opened.rows, classes)):
+        schema = schema.described(left_out=(*schema.left_out, told))
     return replace(opened, rows=_Renumbered(opened.rows, numbers, classes), schema=schema)
+
+
+def _boxes_of_others(rows: Rows, classes: tuple[str, ...]) -> str:
+    """How many boxes are of classes that a network does not have, and of which; empty if there are none."""
+    labels = rows.labels()
+    kinds = [] if labels is None else labels[:, :, 4][~labels[:, :, 4].isnan()].long().tolist()
+    own = rows.classes
+    others = Counter(own[kind] if 0 <= kind < len(own) else str(kind) for kind in kinds)
+    others = Counter({name: count for name, count in others.items() if name not in classes})
+    told = f"{counted(others.total(), 'boxes')} of classes that the network does not have: "
+    return told + listing(name for name, _ in others.most_common()) if others else ""
 
 
 class _Renumbered:
@@ -330,7 +352,7 @@ class _Renumbered:
 
     Args:
         rows: the rows.
-        numbers: the new number of each class, and -1 for a label that is missing.
+        numbers: the new number of each class, and -1 for a label that is missing. Boxes of number -1 are left out.
         classes: the names for the new numbers.
     """
 
@@ -348,5 +370,7 @@ class _Renumbered:
         if found is None or not self.has_boxes:
             return None if found is None else self.numbers[found]
         there, found = ~found[:, :, 4].isnan(), found.clone()
-        found[:, :, 4][there] = self.numbers[found[:, :, 4][there].long()].double()
+        kinds = found[:, :, 4][there].long().clamp(-1, len(self.numbers) - 1)  # those at the ends have no name
+        found[:, :, 4][there] = self.numbers[kinds].double()
+        found[found[:, :, 4] < 0] = torch.nan
         return found

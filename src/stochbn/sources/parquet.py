@@ -112,7 +112,7 @@ class ParquetObjects:
             label=roles.label,
             key=roles.key,
             left_out=(*about.left_out, *roles.left_out),
-            exif=decoding.exif,
+            exif=decoding.upright,
             page=decoding.page,
         )
         return replace(opened, roles=roles, schema=schema)

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from stochbn.sources.inside import open_inside
 from stochbn.tasks.boxes import Placement
 
-__all__ = ["Decoding", "Preprocessing", "channels_of", "check_range", "decode", "endings", "stored_picture"]
+__all__ = [
+    "SWAPPED",
+    "TURNED",
+    "Decoding",
+    "Preprocessing",
+    "channels_of",
+    "check_not_turned",
+    "check_range",
+    "decode",
+    "endings",
+    "stored_picture",
+]
 
 PROGRAMS = ("EPS",)
 """Formats that Pillow starts another program for. They are not read."""
@@ -27,6 +38,10 @@ OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 ORIENTATION = 0x0112
 """EXIF's tag of the orientation."""
+TURNED = "turned_by_orientation"
+"""In the ``info`` of an image: the orientation by which it was turned upright, where `Decoding` did not ask for it."""
+SWAPPED = range(5, 9)
+"""Orientations that swap height and width."""
 
 OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 OF_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -197,12 +212,18 @@ class Decoding:
     """How an image is read from its file.
 
     Attributes:
-        exif: turn it upright by its EXIF orientation, as browsers and `datasets` do.
+        exif: turn it upright by its EXIF orientation, as browsers and `datasets` do. None does so too, and marks the
+            image, as its true boxes may be of the image as it is stored; see `check_not_turned`.
         page: which page to read of an image with several, from 0; None refuses such images.
     """
 
-    exif: bool = True
+    exif: bool | None = None
     page: int | None = None
+
+    @property
+    def upright(self) -> bool:
+        """Whether images are turned upright."""
+        return self.exif is not False
 
 
 def decode(source: Any, most: int | None = None, decoding: Decoding | None = None) -> Any:
@@ -242,7 +263,7 @@ def decode(source: Any, most: int | None = None, decoding: Decoding | None = Non
         raise ValueError(f"cannot be read as an image: {error}") from error
     if limits and pixels > min(limits):
         raise ValueError(_too_large(str(pixels), min(limits)))
-    return _upright(image) if decoding.exif else image
+    return _upright(image, mark=decoding.exif is None) if decoding.upright else image
 
 
 class _PagesError(ValueError):
@@ -260,15 +281,34 @@ def _turn_to(image: Any, page: int | None) -> None:
         image.seek(page)
 
 
-def _upright(image: Any) -> Any:
+def _upright(image: Any, *, mark: bool) -> Any:
     """An image turned by its EXIF orientation; one whose EXIF cannot be read stays as it is."""
     from PIL import ImageOps
 
     try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises errors of many kinds for damaged EXIF
         return image
-    return ImageOps.exif_transpose(image) if turned else image
+    if orientation not in range(2, 9):  # 1 is upright, and others mean nothing
+        return image
+    turned = ImageOps.exif_transpose(image)
+    if mark:
+        turned.info[TURNED] = orientation
+    return turned
+
+
+def check_not_turned(image: Any) -> None:
+    """Refuse true boxes of an image that was turned upright where nobody asked for it.
+
+    Raises:
+        ValueError: it was turned, so that its boxes may be of other pixels.
+    """
+    if orientation := image.info.get(TURNED):
+        raise ValueError(
+            f"was turned upright by its EXIF orientation ({orientation}), and its boxes may be of the picture before "
+            "or after: give --no-exif where boxes are in pixels of pictures as they are stored, and --exif where they "
+            "are in pixels of upright pictures"
+        )
 
 
 def _too_large(pixels: str, most: int) -> str:

@@ -88,7 +88,7 @@ def score(batches: Sequence[Mapping[str, Tensor]], join: Join) -> Scores:
     found = joined(batches, join)
     truths, there = found["truths"], ~found["score"].isnan()
     if not truths.any():
-        raise ValueError("there is nothing to evaluate: no picture has a box")
+        raise ValueError("there is nothing to evaluate: no picture has a box of the network's classes")
     count, picture = len(truths), there.nonzero()[:, 0]
     flat = {name: values[there] for name, values in found.items() if name != "truths"}
     weights = resamples(count)
