@@ -110,7 +110,7 @@ def _networks(folder: Path, recipe: Recipe) -> dict[str, checkpoints.Checkpoint]
         for key, value in wanted.items():
             if there[key] != value:
                 raise ValueError(
-                    f"{str(file)!r} is of {key} {there[key]!r}, and {RUN} beside it says {value!r}; get a fresh copy"
+                    f"{str(file)!r} is of {key} {there[key]!r}, and {str(folder / RUN)!r} says {value!r}; copy it again"
                 )
     return found
 
