@@ -114,10 +114,8 @@ def evaluate_task(
         say(caveat)
     if (one := found.changed) is not None and one.worse:
         worse.append(worsened(f"the {one.what}", abs(one.change), one.error))
-    parts: tuple[list[Section], list[Curve], list[str]] | None = None
-    if isinstance(collected, SeenPictures):
-        parts = detection_parts(found.scores, curves_of(task.panels(found.scores)), names, collected)
-    elif collected is not None:
+    parts: tuple[list[Section], list[Curve], list[str]] = [], [], []
+    if isinstance(collected, (SeenLabels, SeenPlaces)):
         parts = collected.finish(ranks.joined)
     if ranks.rank:
         return worse
@@ -133,9 +131,10 @@ def evaluate_task(
         head = chosen(
             [posterior], asked["draws"], asked["augment"], cost(subject, posterior, known, asked["draws"], changes)
         )
-        sections, curves, said = parts or ([], [], [])
-        if not isinstance(collected, SeenPictures):  # whose parts have the task's own figures
-            curves = [*curves, *curves_of(task.panels(found.scores))]
+        if isinstance(collected, SeenPictures):
+            parts = detection_parts(found.scores, names, collected)
+        sections, curves, said = parts
+        curves = [*curves, *curves_of(task.panels(found.scores))]
         said = [
             found.summary(),
             *said,

@@ -81,10 +81,8 @@ def resamples(count: int) -> Tensor:
     They are the same whenever N is, so that methods can be compared by the same samples.
     """
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(1, dtype=torch.float64).expand(RESAMPLES, count)
-    )
-    return torch.cat([torch.ones(1, count, dtype=torch.float64), times])
+    times = torch.stack([sample.bincount(minlength=count) for sample in drawn])
+    return torch.cat([torch.ones(1, count, dtype=torch.float64), times.double()])
 
 
 def average_precision(

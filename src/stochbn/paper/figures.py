@@ -115,7 +115,7 @@ def save_equivalents(
 
 
 def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> list[Path]:
-    """Draw what methods change in the NLL and in the calibrated NLL of each network: PNG and SVG.
+    """Draw what methods change in the NLL and in the calibrated NLL of each network: PNG.
 
     Bars are two standard errors, and a row is one network, an ensemble or a network with dropout.
 
@@ -123,6 +123,9 @@ def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Ma
         path: where to, without an ending.
         networks: by network, group and pair of methods as ``SBN - plain`` what `stochbn.metrics.differences.paired`
             gives.
+
+    Returns:
+        The file written.
     """
     from matplotlib.figure import Figure
 
@@ -147,7 +150,7 @@ def save_changes(path: Path, networks: Mapping[str, Mapping[str, Mapping[str, Ma
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside upper center")
     figure.supxlabel("bars: two standard errors, paired over test images; left of the line is better", fontsize=7)
-    return save(figure, path)
+    return save(figure, path, (".png",))
 
 
 def save_passes(path: Path, curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], *, title: str) -> list[Path]:

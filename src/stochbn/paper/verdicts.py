@@ -138,7 +138,7 @@ def claim(folder: Path, run: Path, out: Path, *, jobs: int, progress: Callable[.
 
 
 def page(out: Path) -> Table:
-    """Write ``claims.md``, ``claims.png`` and ``.svg`` into a folder of results, from all ``NETWORK-paper`` in it.
+    """Write ``claims.md`` and ``claims.png`` into a folder of results, from all ``NETWORK-paper`` in it.
 
     Raises:
         FileNotFoundError: there are none.
@@ -159,7 +159,6 @@ def page(out: Path) -> Table:
     texts += [claims.table(about).markdown() for about in found.values()]
     write_bytes(out / "claims.md", "\n\n".join(text.strip() for text in texts).encode() + b"\n")
     figures.save_changes(out / "claims", {NAMES[name]: about["changes"] for name, about in found.items()})
-    (out / "claims.svg").unlink()
     return table
 
 

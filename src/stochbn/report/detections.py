@@ -46,8 +46,8 @@ class SeenPictures:
     names: Sequence[str] = ()
     method: str = ""
     _seen: int = 0
-    _least: list[tuple[tuple[float, float], int, Boxed]] = field(default_factory=list)
-    _most: list[tuple[tuple[float, float], int, Boxed]] = field(default_factory=list)
+    _least: list[tuple[tuple[float, float], Boxed]] = field(default_factory=list)
+    _most: list[tuple[tuple[float, float], Boxed]] = field(default_factory=list)
 
     def add(self, method: str, inputs: Any, prediction: Any, labels: Any) -> None:
         """Look at some pictures ``[n, C, H, W]``; those of another method than before take the place of all before."""
@@ -58,17 +58,15 @@ class SeenPictures:
             self._seen += 1
             unsure = tuple(max(values.tolist(), default=0.0) for values in (one.mutual_information, one.entropy))
             key = unsure[0], unsure[1]
-            first, last = (len(kept) < COUNT for kept in (self._least, self._most))
-            first = first or key > self._least[-1][0]
-            last = len(one) > 0 and (last or key < self._most[-1][0])
-            if (first or last) and isinstance(inputs, Tensor):
-                shown = self._boxed(self._seen - 1, inputs[row], one, truth)
-                if shown is not None and first:
-                    self._least = sorted([*self._least, (key, self._seen, shown)], key=lambda kept: kept[0])[::-1][
-                        :COUNT
-                    ]
-                if shown is not None and last:
-                    self._most = sorted([*self._most, (key, self._seen, shown)], key=lambda kept: kept[0])[:COUNT]
+            least = len(self._least) < COUNT or key > self._least[-1][0]
+            most = len(one) > 0 and (len(self._most) < COUNT or key < self._most[-1][0])
+            if not (least or most) or not isinstance(inputs, Tensor):
+                continue
+            shown = self._boxed(self._seen - 1, inputs[row], one, truth)
+            if shown is not None and least:
+                self._least = sorted([*self._least, (key, shown)], key=_unsure)[::-1][:COUNT]
+            if shown is not None and most:
+                self._most = sorted([*self._most, (key, shown)], key=_unsure)[:COUNT]
 
     def _boxed(self, number: int, picture: Tensor, found: Any, truth: Tensor) -> Boxed | None:
         """A picture with its boxes; None where the input is no picture."""
@@ -110,20 +108,23 @@ class SeenPictures:
         )
         parts = (("least", "Least certain", "highest", self._least), ("most", "Most certain", "lowest", self._most))
         return [
-            Section(key, title, note.format(key, extreme), [], pictures=[shown for _, _, shown in kept])
+            Section(key, title, note.format(key, extreme), [], pictures=[shown for _, shown in kept])
             for key, title, extreme, kept in parts
             if kept
         ]
 
 
+def _unsure(kept: tuple[tuple[float, float], Boxed]) -> tuple[float, float]:
+    return kept[0]
+
+
 def detection_parts(
-    scores: Mapping[str, Scores], drawn: Sequence[Curve], names: Sequence[str], seen: SeenPictures
+    scores: Mapping[str, Scores], names: Sequence[str], seen: SeenPictures
 ) -> tuple[list[Section], list[Curve], list[str]]:
     """Sections, figures and sentences about detections.
 
     Args:
         scores: of ``plain`` and, where there is a posterior, ``SBN``.
-        drawn: the task's own figures.
         names: of the classes; none are numbers.
         seen: pictures to show.
     """
@@ -151,7 +152,7 @@ def detection_parts(
     )
     values = scores[last].values
     said = f"AP is {100 * values['ap']:.2f} %, and at an overlap of 0.5 {100 * values['ap50']:.2f} %."
-    return [answering, classes, *seen.sections()], [reliable, *drawn], [said]
+    return [answering, classes, *seen.sections()], [reliable], [said]
 
 
 def score_table(evidence: Mapping[str, Tensor], label: str) -> Table:

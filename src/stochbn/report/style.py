@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,12 +53,13 @@ def line_of(method: str, sbn: bool) -> Line:
     return Line(f"{method} + SBN", COLORS[method], "--") if sbn else Line(method, COLORS[method], "-")
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path, endings: Sequence[str] = (".png", ".svg")) -> list[Path]:
     """Write a figure as PNG and SVG; the same figure becomes the same files.
 
     Args:
         figure: the figure.
         path: where to, without an ending.
+        endings: of the files to write.
 
     Returns:
         The files written.
@@ -65,7 +67,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     import matplotlib as mpl
 
     _show_names_as_they_are(figure)
-    files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
+    files = [path.with_name(path.name + ending) for ending in endings]
     with mpl.rc_context({"svg.hashsalt": "stochbn"}):
         for file in files:
             metadata = {"Date": None} if file.suffix == ".svg" else None

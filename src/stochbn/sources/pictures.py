@@ -195,8 +195,8 @@ class Preprocessing:
         return self.placement(size).inward(boxes)
 
     def _padded(self, values: Tensor, size: tuple[int, int]) -> Tensor:
-        (tall, wide), found = values.shape[1:], values.new_full((len(values), *size), self.pad or 0.0)
-        top, left = (size[0] - tall) // 2, (size[1] - wide) // 2
+        found = values.new_full((len(values), *size), self.pad or 0.0)
+        tall, wide, top, left = self._fit((values.shape[1], values.shape[2]), size)
         found[:, top : top + tall, left : left + wide] = values
         return found
 

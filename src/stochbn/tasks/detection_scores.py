@@ -102,7 +102,7 @@ def score(batches: Sequence[Mapping[str, Tensor]], join: Join) -> Scores:
 
     forecast = counts[0]  # those matched with a crowd are neither right nor wrong
     p, hit, of = flat["score"][forecast], right[0][forecast], picture[forecast]
-    number = torch.zeros(count, dtype=torch.float64).index_add_(0, of, torch.ones(len(of), dtype=torch.float64))
+    number = of.bincount(minlength=count).double()
     if len(p):
         each_picture = number.long().tolist()
         parts = zip(torch.split(p, each_picture), torch.split(hit.double(), each_picture), strict=True)
@@ -111,7 +111,7 @@ def score(batches: Sequence[Mapping[str, Tensor]], join: Join) -> Scores:
         losses = {"nll": -torch.where(hit, p, 1 - p).clamp(min=torch.finfo(torch.float32).tiny).log()}
         losses["calibrated_nll"] = calibrated_losses(p, hit, of, count)
         for name, each in losses.items():
-            sums = torch.zeros(count, dtype=torch.float64).index_add_(0, of, each)
+            sums = of.bincount(each, minlength=count)
             if not sums.isnan().any():
                 values[name] = (sums.sum() / number.sum()).item()
                 errors[name] = ratio_error(sums / number.clamp(min=1), number)
