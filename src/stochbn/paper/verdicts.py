@@ -22,9 +22,9 @@ NAMES = {"lenet5": "LeNet-5", "vgg11": "VGG-11", "resnet18": "ResNet-18"}
 KEPT = ("results.json", "results.md", "claims.json", "claims.md", "entropy-cdf.png", "statistics.png")
 """What is copied from a run's folder."""
 TOLD = 2.0
-"""Standard errors from which on a difference is told from none."""
+"""A difference of more standard errors than this is significant."""
 NOTHING = 0.002
-"""Nats up to which a difference that is not told from none counts as none."""
+"""An insignificant difference of at most so many nats counts as none."""
 FITTING = 0.05
 """Kolmogorov-Smirnov distance up to which a distribution counts as fitting."""
 HOLDS, OPPOSITE, NEITHER, OPEN = "holds", "opposite", "no difference", "open"
@@ -70,13 +70,14 @@ ABOUT = f"""\
 
 makes every number of this page again from the [committed networks](trained/README.md), without training. It fits
 posteriors, predicts and scores. SBN is the paper's factorised posterior, fitted as published, with 50 draws. The joint
-posterior is the library's default. Draws over the input change it as training did, or by a pixel where training changed
-nothing, in {claims.INPUTS} passes without noise in the statistics. Nothing is chosen on test data.
+posterior is the library's default. Draws over the input change the image as training did, or shift it by a pixel if training
+changed nothing, in {claims.INPUTS} passes without noise in the statistics. Nothing is chosen on test data.
 
-Each cell has a verdict and a difference with its standard error, paired over the test images. For one network both are
-means over the networks. A claim **holds** beyond two standard errors in the claimed direction; that the error does not
-suffer holds unless it rises by more than two. **Opposite** is beyond two in the other direction. The rest is **no
-difference**, unless an NLL is farther than {NOTHING} nats from none: that is **open**.
+Each cell has a verdict and a difference with its standard error, paired over the test images. For one network, both
+are means over the networks. A claim **holds** if the difference is more than two standard errors in the claimed
+direction, and is **opposite** if it is more than two in the other direction. The claim about the error holds unless the
+error rises by more than two. In all other cases there is **no difference**, but a claim about the NLL stays **open** if
+the difference is more than {NOTHING} nats.
 """
 AFTER = """\
 - **Where noise helps, it corrects how sure a network is.** After the best temperature little of the difference is left,
@@ -94,7 +95,7 @@ def verdict(change: float, error: float, sign: int, *, nats: bool) -> str:
         change: the difference.
         error: its standard error.
         sign: as in `Claim`.
-        nats: whether it is of likelihoods, which are told from none by their size too.
+        nats: whether it is a difference of NLLs, which leaves the claim open if it is insignificant and large.
 
     >>> verdict(-0.03, 0.01, -1, nats=True), verdict(-0.01, 0.01, -1, nats=True), verdict(0.01, 0.01, -2, nats=False)
     ('holds', 'open', 'holds')
