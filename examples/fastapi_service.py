@@ -26,7 +26,7 @@ web = application(
 if __name__ == "__main__":
     import uvicorn
 
-    from stochbn.deploy.heads import heads_within
+    from stochbn.deploy.headers import headers_within
 
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
-    uvicorn.run(web, host=host, port=port, http=heads_within(limits.seconds))
+    uvicorn.run(web, host=host, port=port, http=headers_within(limits.seconds))

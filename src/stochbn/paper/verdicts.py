@@ -70,8 +70,8 @@ ABOUT = f"""\
 
 makes every number of this page again from the [committed networks](trained/README.md), without training. It fits
 posteriors, predicts and scores. SBN is the paper's factorised posterior, fitted as published, with 50 draws. The joint
-posterior is the library's default. Draws over the input change the image as training did, or shift it by a pixel if training
-changed nothing, in {claims.INPUTS} passes without noise in the statistics. Nothing is chosen on test data.
+posterior is the library's default. Draws over the input change the image as training did, or shift it by a pixel if
+training changed nothing, in {claims.INPUTS} passes without noise in the statistics. Nothing is chosen on test data.
 
 Each cell has a verdict and a difference with its standard error, paired over the test images. For one network, both
 are means over the networks. A claim **holds** if the difference is more than two standard errors in the claimed

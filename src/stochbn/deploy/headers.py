@@ -1,4 +1,4 @@
-"""A limit on how long the head of a request may take to arrive, for uvicorn, which has none of its own."""
+"""A limit on how long the headers of a request may take to arrive, for uvicorn, which has none of its own."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-__all__ = ["heads_within"]
+__all__ = ["headers_within"]
 
 
-def heads_within(seconds: float) -> type[asyncio.Protocol]:
-    """The protocol for ``uvicorn.run(application, http=...)`` that closes connections whose next head comes too slowly.
+def headers_within(seconds: float) -> type[asyncio.Protocol]:
+    """The protocol for ``uvicorn.run(application, http=...)`` that closes connections whose headers come too slowly.
 
     The time begins with the connection, and after an answer with the first byte of the next request. It ends when the
     request line and all headers are there; the body has a limit of its own, see `stochbn.deploy.Limits`.
 
     Args:
-        seconds: for a head, more than 0.
+        seconds: for the headers of a request, more than 0.
 
     Raises:
-        ValueError: there is no time.
+        ValueError: `seconds` is not above 0.
     """
     if not seconds > 0:
-        raise ValueError(f"heads need some time to arrive, got {seconds} seconds")
+        raise ValueError(f"headers need some time to arrive, got {seconds} seconds")
 
-    class TimedHeads(AutoHTTPProtocol):  # type: ignore[valid-type,misc]  # one of two classes, by what is installed
+    class TimedHeaders(AutoHTTPProtocol):  # type: ignore[valid-type,misc]  # one of two classes, by what is installed
         _clock: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -54,4 +54,4 @@ def heads_within(seconds: float) -> type[asyncio.Protocol]:
         def _close(self) -> None:
             self.transport.close()
 
-    return TimedHeads
+    return TimedHeaders

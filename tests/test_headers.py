@@ -26,17 +26,17 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(params=["h11", "httptools"])
 def port(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A service whose heads have half a second, with each of uvicorn's two ways to read HTTP."""
+    """A service whose headers have half a second, with each of uvicorn's two ways to read HTTP."""
     import importlib
 
-    from stochbn.deploy import heads
+    from stochbn.deploy import headers
 
     name = {"h11": "H11Protocol", "httptools": "HttpToolsProtocol"}[request.param]
     module = pytest.importorskip(f"uvicorn.protocols.http.{request.param}_impl")
     monkeypatch.setattr(
         importlib.import_module("uvicorn.protocols.http.auto"), "AutoHTTPProtocol", getattr(module, name)
     )
-    made = importlib.reload(heads).heads_within(0.5)
+    made = importlib.reload(headers).headers_within(0.5)
     config = uvicorn.Config(answer, port=0, http=made, log_level="error", lifespan="off", timeout_keep_alive=60)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -93,8 +93,8 @@ def test_a_body_may_take_longer(port: int) -> None:
         assert read(client).endswith(b"   5")
 
 
-def test_heads_without_time_are_refused() -> None:
-    from stochbn.deploy.heads import heads_within
+def test_headers_without_time_are_refused() -> None:
+    from stochbn.deploy.headers import headers_within
 
     with pytest.raises(ValueError, match="need some time"):
-        heads_within(0)
+        headers_within(0)
