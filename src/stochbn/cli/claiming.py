@@ -38,7 +38,7 @@ def claims(
     ],
     out: Annotated[Path, typer.Option(help="Folder for claims.md and, for each run, NETWORK-paper.")] = Path("results"),
     runs: Annotated[Path, typer.Option(help="Folder for predictions, to continue from.")] = Path("runs/claims"),
-    jobs: Jobs = 0,
+    jobs: Jobs = 1,
 ) -> None:
     """Put the paper's claims to the test on stored networks, without training.
 

@@ -1,6 +1,8 @@
 """The paper's claims on the networks of a finished run, with the joint posterior and draws over the input beside them.
 
-Predictions that a run lacks are made for each of its networks, one file a method; `tabulate` reads these alone.
+The paper's methods make every draw, in full precision. The library's own are made with its defaults, as users get
+them, and their passes are counted. Predictions that a run lacks are made for each of its networks, one file a method;
+`tabulate` reads these alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import stochbn.augment as augment
 import stochbn.metrics as metrics
 from stochbn.evaluation.fitting import fit_posterior
 from stochbn.evaluation.predicting import predict_all
+from stochbn.execution import Draw, Passes
 from stochbn.files import read_tensors
 from stochbn.metrics.differences import paired
 from stochbn.paper.recipes import Member, Recipe
@@ -26,7 +29,7 @@ from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import PREDICTIONS
 from stochbn.paper.study import Made, Probs, Study, divergence_of_each, mixture, score
 from stochbn.paper.training import augmented
-from stochbn.predictive import Exact, MCDropout, Predictive, Predictor
+from stochbn.predictive import Exact, Predictive, Predictor
 from stochbn.report.facts import surroundings
 from stochbn.report.tables import Table, write_tables
 from stochbn.sources.named import Images
@@ -34,13 +37,14 @@ from stochbn.sources.named import Images
 __all__ = ["DROPOUT", "ENSEMBLE", "ONE", "predict", "settings_of", "tabulate"]
 
 INPUTS = 8
-"""Passes with the input changed at random."""
+"""Draws with the input changed at random, of which the defaults make as many as are worth so many."""
 EXACT = 200
 """Test images for exact inference, which takes ``draws`` mini-batches for each."""
 PLAIN, CENTRE, SBN = "plain", "centre alone", "SBN"
 """The network as it is; the paper's posterior with every statistic at its median, "no SBN" as published; its draws."""
 JOINT, INPUT, BOTH = "joint", "input", "joint and input"
 """What is drawn beside that: statistics from the joint posterior, the input, or both."""
+OWN = JOINT, INPUT, BOTH
 EXACTLY, OBSERVED = "exact", "joint, observed centre"
 """Exact inference on a few images, and the joint posterior about the centre that it has: that of mini-batches."""
 RUN = {PLAIN: "plain", CENTRE: "median", SBN: "sbn"}
@@ -75,8 +79,7 @@ def predict(folder: Path, *, jobs: int = 1, progress: Callable[[int, int], None]
     study = _study(folder)
     first = study.members[0]
     few = EXACTLY, OBSERVED
-    methods = {member: (JOINT, INPUT, BOTH, *(few if member == first else ())) for member in study.members}
-    methods |= {member: (JOINT,) for member in study.recipe.all_members() if member.kind == "dropout"}
+    methods = {member: (*OWN, *(few if member == first else ())) for member in study.members}
     study.make(methods, _predict, jobs=jobs, progress=progress)
 
 
@@ -89,33 +92,43 @@ def _relevant(settings: Mapping[str, Any], method: str) -> Mapping[str, Any]:
     return settings
 
 
+class _Counting(Predictive):
+    """A predictive that counts the passes of examples."""
+
+    passes = 0
+
+    def _pass(self, made: Passes, block: Sequence[Draw]) -> Tensor:
+        values = super()._pass(made, block)
+        self.passes += len(values) * values.shape[1]
+        return values
+
+
 def _predict(study: Study, member: Member, methods: Sequence[str], parts: Mapping[str, Images]) -> Iterator[Made]:
     recipe, settings = study.recipe, study.settings
     model, seed = study.network(member), recipe.schedule(member).seed
     shown = augmented(parts["train"], seed) if recipe.augment_fit else parts["train"]
     changes = augment.named(settings["augment"])
-    batch = recipe.statistics_batch
+    batch, few = recipe.statistics_batch, {"known": parts["known"].first(settings["exact"])}
+    every = {part: parts[part] for part in ("known", "unknown") if part in parts}
     joint = functools.partial(fit_posterior, model, shown, batch, seed, kind="joint", batches=None)
     running = joint(centre="running")
-    draws: Callable[..., Predictor] = functools.partial(Predictive, model, tolerance=0)
-    if member.kind == "dropout":
-        draws = functools.partial(MCDropout, model)
     for method in methods:
-        images = {part: parts[part] for part in ("known", "unknown") if part in parts}
-        predictor: Predictor
-        if method in (EXACTLY, OBSERVED):
-            images = {"known": parts["known"].first(settings["exact"])}
-        if method == EXACTLY:
-            others = (inputs for inputs, _ in shown.shuffled(seed).batches(64 * (batch - 1)))
-            predictor = Exact(model, others, batch, recipe.draws)
-        elif method in (JOINT, OBSERVED):
-            posterior = running if method == JOINT else joint(centre="observed")
-            predictor = draws(posterior=posterior, draws=recipe.draws)
-        else:
-            posterior = running if method == BOTH else running.rescale(math.inf)
-            predictor = draws(posterior=posterior, draws=settings["inputs"], augment=changes)
         generator = torch.Generator().manual_seed(seed)
-        yield method, {k: predict_all(predictor, i, generator).probs.log().cpu() for k, i in images.items()}, {}
+        if method in OWN:
+            posterior = None if method == INPUT else running
+            drawn = {"draws": recipe.draws} if method == JOINT else {"draws": settings["inputs"], "augment": changes}
+            counting = _Counting(model, posterior, **drawn)
+            yield method, _logs(counting, every, generator), {"passes": counting.passes / sum(map(len, every.values()))}
+        elif method == EXACTLY:
+            others = (inputs for inputs, _ in shown.shuffled(seed).batches(64 * (batch - 1)))
+            yield method, _logs(Exact(model, others, batch, recipe.draws), few, generator), {}
+        else:
+            observed = Predictive(model, joint(centre="observed"), recipe.draws, tolerance=0)
+            yield method, _logs(observed, few, generator), {}
+
+
+def _logs(predictor: Predictor, parts: Mapping[str, Images], generator: torch.Generator) -> dict[str, Tensor]:
+    return {part: predict_all(predictor, images, generator).probs.log().cpu() for part, images in parts.items()}
 
 
 def tabulate(folder: Path) -> dict[str, Any]:
@@ -126,7 +139,8 @@ def tabulate(folder: Path) -> dict[str, Any]:
 
     Returns:
         What ``claims.json`` holds: ``scores`` by group and method, ``changes`` by group and pair of methods,
-        ``exact``, the divergence (nats) of two posteriors from exact inference on some images, and the ``recipe``.
+        ``exact``, the divergence (nats) of two posteriors from exact inference on some images, ``passes`` of an image
+        with one network by method, and the ``recipe``.
 
     Raises:
         FileNotFoundError, ValueError: predictions are missing, damaged or of other settings.
@@ -153,6 +167,7 @@ def tabulate(folder: Path) -> dict[str, Any]:
     farther = divergences[SBN] - divergences[OBSERVED]
     about = {
         "recipe": recipe.as_dict(), "settings": dict(study.settings), "images": len(labels), **surroundings(),
+        "passes": {SBN: recipe.draws, **{method: _passes(study, method) for method in OWN}},
         "scores": {name: {m: _mean([score(p, labels) for p in each]) for m, each in group.items()}
                    for name, group in groups.items()},
         "changes": {name: _changes(group, labels) for name, group in groups.items()},
@@ -174,9 +189,15 @@ def _read(study: Study, members: Sequence[Member]) -> tuple[dict[str, list[Probs
         for method, key in RUN.items():
             if f"{key}.known" in tensors:
                 found.setdefault(method, []).append({part: tensors[f"{key}.{part}"].exp() for part in parts})
-        for method in (JOINT,) if member.kind == "dropout" else (JOINT, INPUT, BOTH):
+        for method in OWN if member.kind == "plain" else ():
             found.setdefault(method, []).append(study.read(member, method))
     return found, labels
+
+
+def _passes(study: Study, method: str) -> float:
+    """The mean number of passes of an image with one network."""
+    every = [study.stored(member, method) for member in study.members]
+    return statistics.mean(float(one[1]["passes"]) for one in every if one is not None)
 
 
 def _changes(group: Mapping[str, Sequence[Probs]], labels: Tensor) -> dict[str, dict[str, float]]:
@@ -201,15 +222,15 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def table(about: Mapping[str, Any]) -> Table:
     """The scores of every method, with what it changes from the plain network and its passes for a prediction."""
     recipe, settings = about["recipe"], about["settings"]
-    passes = {SBN: recipe["draws"], JOINT: recipe["draws"], INPUT: settings["inputs"], BOTH: settings["inputs"]}
     rows = []
     for group, scores in about["scores"].items():
         size = int(group.removeprefix(ENSEMBLE)) if group.startswith(ENSEMBLE) else 1
         for method, row in scores.items():
             change = about["changes"][group].get(f"{method} - {PLAIN}")
-            cost = size * (recipe["draws"] if group == DROPOUT else passes.get(method, 1))
+            cost = size * (recipe["draws"] if group == DROPOUT else about["passes"].get(method, 1))
             rows.append([
-                f"{group}: {method}", str(cost), f"{row['error']:.2f}", f"{row['nll']:.4f}", difference(change, "nll"),
+                f"{group}: {method}", f"{cost:.1f}".removesuffix(".0"), f"{row['error']:.2f}",
+                f"{row['nll']:.4f}", difference(change, "nll"),
                 f"{row['calibrated_nll']:.4f}", difference(change, "calibrated_nll"), f"{100 * row['ece']:.2f}",
                 f"{row['auroc']:.4f}" if "auroc" in row else "-",
             ])  # fmt: skip
