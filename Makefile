@@ -100,17 +100,10 @@ lint: $(VENV)/.installed  ## style, spelling and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Networks to measure; the first run trains them, for about half an hour.
-RUNS := runs/bench
-REPRODUCE := $(BIN)/stochbn paper reproduce --preset reduced --members 1 --dropout 0 --jobs 1 --held-out 0.1
-
-bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the plain network
-	$(REPRODUCE) --out $(RUNS)/lenet5 lenet5
-	$(REPRODUCE) --precision bf16-mixed --out $(RUNS)/vgg11 vgg11
-	$(REPRODUCE) --precision bf16-mixed --out $(RUNS)/resnet18 resnet18
-	$(BIN)/stochbn bench $(RUNS)/lenet5/plain-0/network.safetensors --batch 100 --batch 1000 --out results/lenet5-cost
-	$(BIN)/stochbn bench $(RUNS)/vgg11/plain-0/network.safetensors --out results/vgg11-cost
-	$(BIN)/stochbn bench $(RUNS)/resnet18/plain-0/network.safetensors --batch 32 --out results/resnet18-cost
+bench: $(VENV)/.installed  ## what uncertainty costs, in forward passes of the plain network (needs STOCHBN_DATA)
+	$(BIN)/stochbn bench results/trained/lenet5/plain-0/network.safetensors --batch 100 --batch 1000 --out results/lenet5-cost
+	$(BIN)/stochbn bench results/trained/vgg11/plain-0/network.safetensors --out results/vgg11-cost
+	$(BIN)/stochbn bench results/trained/resnet18/plain-0/network.safetensors --batch 32 --out results/resnet18-cost
 
 clean:  ## remove the environment
 	rm -rf $(VENV) $(OTHER) $(OLDEST) build docs/gallery

@@ -3,7 +3,7 @@
 Each version runs in processes of its own, which take turns: ``python benchmarks/versions.py OLD/src NEW/src``, where
 each is the ``src`` folder of a checkout. Networks have random weights and random images, so the figures compare the two
 versions and are no measure of what predictions cost on trained networks. With ``--trained FILE``, a network that both
-versions can read (``make bench`` leaves some in ``runs/bench``), the case is that network with its own data, or local
+versions can read (such as those of ``results/trained``), the case is that network with its own data, or local
 copies of it in the folder that ``STOCHBN_DATA`` names, in batches of 100 and 1,000.
 """
 

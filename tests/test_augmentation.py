@@ -24,6 +24,7 @@ from stochbn.paper.augmentation import (
     draw_over_inputs,
     tabulate,
 )
+from stochbn.paper.redrawing import redraw
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, run
 from stochbn.paper.snapshotting import Cycles, Shuffled
 from stochbn.sources import checkpoints
@@ -37,6 +38,7 @@ SETTINGS = Settings(
     snapshots=CYCLES,
 )  # fmt: skip
 EVERY = (*METHODS, CHOSEN, *SNAPSHOT_METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore:the")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,6 @@ def stored(folder: Path, member: str, method: str) -> dict[str, Tensor]:
     )[0]
 
 
-@pytest.mark.filterwarnings("ignore:the")
 def test_predictions_are_those_made_by_hand(finished: Path) -> None:
     parts = load_parts(RECIPE)
     model = checkpoints.load(finished / "plain-1" / "network.safetensors").model
@@ -136,6 +137,12 @@ def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
     assert found["statistics_add"]["4"]["as_it_is_nll_se"] == pytest.approx(change.std().item() / 40**0.5)
     assert all(one["batch_size"] == "inf" for one in found["chosen"]["input, calibrated"])
     assert (finished / "augmentation.png").stat().st_size > 5000
+
+
+def test_the_figure_is_drawn_again_from_its_numbers(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "augmentation.json", tmp_path)
+    png, _ = redraw(tmp_path)
+    assert png.read_bytes() == (finished / "augmentation.png").read_bytes()
 
 
 def test_it_continues_and_refuses_other_settings(finished: Path, tmp_path: Path) -> None:

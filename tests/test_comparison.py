@@ -15,6 +15,7 @@ import stochbn
 from stochbn import augment, metrics
 from stochbn.files import read_tensors
 from stochbn.paper.comparison import METHODS, Settings, compare, tabulate
+from stochbn.paper.redrawing import redraw
 from stochbn.paper.runner import PREDICTIONS, fit_posterior, load_parts, predict_all, run
 from stochbn.sources import checkpoints
 from test_runner import TINY, contents, interrupted
@@ -103,6 +104,12 @@ def test_tables_are_of_the_stored_predictions(finished: Path) -> None:
     equivalent = metrics.deep_ensemble_equivalent(mean, reached)
     assert joint[0]["dee"] == (None if math.isinf(equivalent) else pytest.approx(equivalent))
     assert found["methods"]["plain"][0]["dee"] == 1
+
+
+def test_the_figure_is_drawn_again_from_its_numbers(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "comparison.json", tmp_path)
+    png, _ = redraw(tmp_path)
+    assert png.read_bytes() == (finished / "comparison.png").read_bytes()
 
 
 def test_the_distance_of_exact_inference_to_itself_is_zero_and_that_of_others_is_not(finished: Path) -> None:

@@ -294,9 +294,8 @@ def test_with_one_network_no_difference_is_told(tmp_path: Path, drawn: list[Any]
     assert line.get_markerfacecolor() == "white"
 
 
-@pytest.mark.parametrize("name", ["lenet5-cost", "vgg11-posteriors", "vgg11-inputs"])
-def test_figures_of_stored_results_are_drawn_again_from_their_numbers(tmp_path: Path, name: str) -> None:
-    stored = Path(__file__).parent.parent / "results" / name
+def test_figures_of_stored_results_are_drawn_again_from_their_numbers(tmp_path: Path) -> None:
+    stored = Path(__file__).parent.parent / "results" / "lenet5-cost"
     for file in stored.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     png, _ = redraw(tmp_path)
