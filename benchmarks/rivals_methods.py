@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ GRID = 9
 """Prior precisions in the grid search of laplace-torch, powers of ten; its own default is 100 in the same range."""
 AUGMENTED = 8
 """Draws over the input."""
+MASKS = 50
+"""Passes with dropout."""
 PLAIN, DEFAULT = "plain network", "stochbn: fit, calibrate"
 Predict = Callable[[Tensor], Tensor]
 """From inputs ``[N, C, H, W]`` to probabilities ``[N, K]``."""
@@ -34,7 +36,7 @@ class Subject:
     """What a method is given.
 
     Attributes:
-        models: the trained networks, in evaluation mode; all methods but the ensemble use one.
+        models: the trained networks that a method uses, in evaluation mode: one, or all.
         train: the images that they were trained on.
         augmented: the same images, each augmented once as in training.
         held_out: images that they were not trained on.
@@ -60,14 +62,14 @@ class Method:
         fit: from a subject to a function that predicts, and what was chosen in words.
         modules: what must be importable beside stochbn.
         packages: whose versions are named.
-        ensemble: whether it uses all networks at once.
+        uses: each network by itself, all of them as an ensemble, or the one that was trained with dropout.
     """
 
     about: str
     fit: Callable[[Subject], tuple[Predict, str]]
     modules: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
-    ensemble: bool = False
+    uses: Literal["each", "ensemble", "dropout"] = "each"
 
 
 def plain(subject: Subject) -> tuple[Predict, str]:
@@ -177,6 +179,15 @@ def ensemble(subject: Subject) -> tuple[Predict, str]:
     return lambda x: torch.stack([model(x).softmax(1) for model in subject.models]).mean(0), ""
 
 
+def dropout(subject: Subject) -> tuple[Predict, str]:
+    """Monte Carlo dropout: the mean of passes with all dropout layers in training mode."""
+    model = copy.deepcopy(subject.model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    return lambda x: torch.stack([model(x).softmax(1) for _ in range(MASKS)]).mean(0), ""
+
+
 METHODS: dict[str, Method] = {
     PLAIN: Method("as it is", plain),
     "temperature (stochbn)": Method("`fit`, then `calibrate(..., batch_sizes=[math.inf])`: no draws", temperature),
@@ -207,7 +218,12 @@ METHODS: dict[str, Method] = {
             ("marginal likelihood, probit", "marglik", "probit", ""),
         )
     },
-    "deep ensemble of 3": Method("the mean probabilities of the three networks", ensemble, ensemble=True),
+    "MC dropout": Method(
+        f"the mean probabilities of {MASKS} passes with dropout, of a network that was trained with it",
+        dropout,
+        uses="dropout",
+    ),
+    "deep ensemble of 3": Method("the mean probabilities of the three networks", ensemble, uses="ensemble"),
 }
 
 

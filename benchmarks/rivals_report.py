@@ -15,11 +15,9 @@ from stochbn.metrics.differences import paired
 from stochbn.predictions import entropy
 from stochbn.report.tables import Table
 
-KNOWN, UNKNOWN = "cifar10:0-4", "cifar10:5-9"
+TITLES = {"resnet18": "ResNet-18", "vgg11": "VGG-11"}
 TRAINED = 3
 """Networks of the ensemble."""
-EPOCHS = 60
-"""For how long each of the networks was trained."""
 BATCH = 100
 """Test images in a call."""
 LIMIT = 2.0
@@ -29,8 +27,8 @@ SCORES = {"error": 2, "nll": 4, "calibrated_nll": 4, "ece": 2, "auroc": 4}
 NAMES = {"error": "error", "nll": "NLL", "calibrated_nll": "calibrated NLL", "auroc": "AUROC"}
 """The scores that are compared in pairs."""
 ABOUT = f"""\
-Three networks ([ResNet-18](../results/trained/README.md), trained on nine tenths of `{KNOWN}` with flips and shifts),
-and all test images: those of the five known classes, and those of `{UNKNOWN}`, which the networks do not know. Each
+Three networks ([{{title}}](../results/trained/README.md), trained on nine tenths of `cifar10:0-4` with flips and
+shifts), and all test images: those of the five known classes, and those of `cifar10:5-9`, which they do not know. Each
 method is used as its own documentation says. What it fits sees the training images, each augmented once as in training;
 what it chooses is chosen on the held-out tenth. Nothing is chosen on test data. All methods see the same batches.
 
@@ -42,11 +40,12 @@ what it chooses is chosen on the held-out tenth. Nothing is chosen on test data.
   images. Reading batches from memory counts.
 - Scores are means over the three networks. Differences are from the plain network on the same images. Behind ± is the
   paired standard error of one network, the mean of three, which is at least that of their mean. In brackets is the
-  standard deviation over the networks. The ensemble is compared with each network.
+  standard deviation over the networks. A method that uses other networks, such as the ensemble, is compared with each.
 """
 LEFT_OUT = """\
-Not in the table: **MC dropout**, as no network with dropout is committed; **ABNN** (`ABNN` in TorchUncertainty), which
-trains several copies of each network further, and whose learning rate, prior and numbers of models have no defaults.
+Not in the table:{without}
+**ABNN** (`ABNN` in TorchUncertainty), which trains several copies of each network further, and whose learning rate,
+prior and numbers of models have no defaults.
 
 Augmented draws are test-time augmentation, by the flips and shifts of training; it could be combined with every other
 method. MCBatchNorm, Laplace and the ensemble are as they come, without a temperature: compare them by the calibrated
@@ -103,23 +102,25 @@ def merged(earlier: Mapping[str, Any], new: Mapping[str, Any], order: Sequence[s
     return {name: new.get(name, earlier.get(name)) for name in order if name in new or name in earlier}
 
 
-def scores_table(rows: Mapping[str, Any]) -> Table:
+def scores_table(found: Mapping[str, Any]) -> Table:
     """The means over networks, and what they cost."""
-    body = []
+    rows, body = found["methods"], []
     for name, row in rows.items():
         each = row["networks"]
         cells = [f"{statistics.mean(one[key] for one in each):.{digits}f}" for key, digits in SCORES.items()]
         passes = f"{statistics.mean(one['passes'] for one in each):.1f}"
-        body.append([name, *cells, passes, _fitting(row)])
+        body.append([name, *cells, passes, _fitting(row, found["epochs"])])
     columns = ["method", "error %", "NLL", "calibrated NLL", "ECE %", "AUROC", "plain passes", "fitting"]
     number = max(len(row["networks"]) for row in rows.values())
-    title = f"ResNet-18 on five classes of CIFAR-10: means over {number} network{'s' if number > 1 else ''}"
+    title = f"{TITLES[found['network']]} on five classes of CIFAR-10: means over {number} network{'s' * (number > 1)}"
     return Table(title, columns, body)
 
 
-def _fitting(row: Mapping[str, Any]) -> str:
-    if row["ensemble"]:
-        return f"{TRAINED - 1} trainings of {EPOCHS} epochs"
+def _fitting(row: Mapping[str, Any], epochs: int) -> str:
+    if row["uses"] == "ensemble":
+        return f"{TRAINED - 1} trainings of {epochs} epochs"
+    if row["uses"] == "dropout":
+        return f"a training of {epochs} epochs"
     mean = statistics.mean(one["fitting"] for one in row["networks"])
     return "0" if row["free"] else f"{mean:.1f}"
 
@@ -155,7 +156,7 @@ def verdicts(rows: Mapping[str, Any]) -> str:
         worse = [NAMES[key] for key, verdict in found.items() if verdict < 0]
         for key, words in (("passes", "passes"), ("fitting", "fitting")):
             mean = statistics.mean(one[key] for one in row["networks"])
-            mean = mean if key == "passes" or not row["ensemble"] else float("inf")
+            mean = mean if key == "passes" or row["uses"] == "each" else float("inf")
             if mean < own[key] / 1.1:
                 better.append(words)
             elif mean > own[key] * 1.1:
@@ -181,10 +182,13 @@ def page(found: Mapping[str, Any]) -> str:
     """The whole of rivals.md."""
     rows = found["methods"]
     tables = [
-        scores_table(rows).markdown(),
+        scores_table(found).markdown(),
         changes_table(rows, "from_plain", "the plain network", PLAIN).markdown(),
         verdicts(rows),
         changes_table(rows, "from_default", f"`{DEFAULT}`", DEFAULT).markdown(),
     ]
-    run = "    STOCHBN_DATA=... python benchmarks/rivals.py --threads 1"
-    return "\n\n".join([ABOUT.strip(), run, f"{found['about']}.", *tables, methods_list(rows), LEFT_OUT.strip()]) + "\n"
+    run = f"    STOCHBN_DATA=... python benchmarks/rivals.py --network {found['network']} --threads 1"
+    about = ABOUT.format(title=TITLES[found["network"]]).strip()
+    without = "" if "MC dropout" in rows else " **MC dropout**, as no such network with dropout is committed;"
+    left_out = LEFT_OUT.format(without=without).strip()
+    return "\n\n".join([about, run, f"{found['about']}.", *tables, methods_list(rows), left_out]) + "\n"

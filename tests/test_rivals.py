@@ -13,7 +13,7 @@ import torch
 from conftest import script
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-COMMITTED = FOLDER / "rivals.json"
+COMMITTED = sorted(FOLDER.glob("rivals-*.json"))
 
 methods, _, rivals = (script(FOLDER / f"rivals_{name}.py") for name in ("methods", "measure", "report"))
 
@@ -28,7 +28,7 @@ def changes(*values: float, error: float = 1.0) -> list[dict[str, float]]:
 def row(error: float, passes: float = 1.0, **more: Any) -> dict[str, Any]:
     """A row of the table with one network."""
     scores = dict.fromkeys(rivals.SCORES, 0.5) | {"error": error, "passes": passes, "fitting": 1.0, "chosen": "this"}
-    row = {"about": "how", "version": "1.0", "ensemble": False, "free": False, "networks": [scores]}
+    row = {"about": "how", "version": "1.0", "uses": "each", "free": False, "networks": [scores]}
     return row | {"from_plain": changes(0.0), "from_default": changes(0.0)} | more
 
 
@@ -54,7 +54,7 @@ def test_verdicts_name_scores_and_costs() -> None:
         methods.PLAIN: row(9.0, from_default=changes(3.0)),
         methods.DEFAULT: row(9.0, passes=4.0),
         "level": row(9.0, passes=4.2),
-        "ensemble": row(8.0, passes=3.0, ensemble=True, from_default=changes(-3.0)),
+        "ensemble": row(8.0, passes=3.0, uses="ensemble", from_default=changes(-3.0)),
     }
     lines = rivals.verdicts(rows).splitlines()[2:]
     assert lines == [
@@ -79,5 +79,16 @@ def test_what_is_missing_is_named() -> None:
     assert not methods.missing(methods.METHODS[methods.PLAIN])
 
 
-def test_the_committed_page_has_the_numbers_of_the_committed_file() -> None:
-    assert rivals.page(json.loads(COMMITTED.read_text())) == COMMITTED.with_suffix(".md").read_text()
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda path: path.stem)
+def test_the_committed_page_has_the_numbers_of_the_committed_file(committed: Path) -> None:
+    assert rivals.page(json.loads(committed.read_text())) == committed.with_suffix(".md").read_text()
+
+
+def test_dropout_is_on_in_every_pass() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Flatten()).eval()
+    x = torch.ones(4, 3)
+    predict, _ = methods.dropout(methods.Subject([model], *[None] * 3))
+    torch.manual_seed(0)
+    wanted = torch.stack([torch.nn.functional.dropout(x).softmax(1) for _ in range(methods.MASKS)]).mean(0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(predict(x), wanted)
