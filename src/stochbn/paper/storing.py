@@ -6,16 +6,17 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import stochbn.metrics as metrics
-from stochbn.evaluation.predicting import predict_all
+from stochbn.evaluation.predicting import has_dropout, predict_all
 from stochbn.files import check_folder, write_bytes
 from stochbn.metrics.differences import paired
 from stochbn.paper.recipes import Recipe
 from stochbn.paper.report import read_recipe
 from stochbn.paper.runner import load_parts
-from stochbn.predictive import Predictive
+from stochbn.predictive import MCDropout, Predictive, Predictor
 from stochbn.report.tables import Table, write_tables
 from stochbn.sources import checkpoints
 from stochbn.sources.named import Images
@@ -32,8 +33,9 @@ def store(run: Path, folder: Path) -> Table:
     """Keep the networks of a finished run in little space, with the logs of their training.
 
     Weights are rounded, see `stochbn.sources.checkpoints.save`. What that does to the networks is measured on the
-    images that the run held out; the table is also written to ``stored.json`` and ``stored.md``. The folder appears
-    when all of it is written; what was stored of the same recipe before stays until then.
+    images that the run held out, with dropout on where there is any. The table is also written to ``stored.json`` and
+    ``stored.md``. The folder appears when all of it is written; what was stored of the same recipe before stays until
+    then.
 
     Args:
         run: the folder of a run that held images out.
@@ -142,7 +144,9 @@ def _write(
 
 
 def _probs(network: checkpoints.Checkpoint, images: Images) -> Tensor:
-    probs: Tensor = predict_all(Predictive(network.model), images).probs
+    """What a network predicts as it is, or with its dropout on, by the same masks every time."""
+    predictor: Predictor = MCDropout(network.model) if has_dropout(network.model) else Predictive(network.model)
+    probs: Tensor = predict_all(predictor, images, torch.Generator().manual_seed(0)).probs
     return probs
 
 
