@@ -1,7 +1,7 @@
 """The paper's claims on the networks of a finished run, with the joint posterior and draws over the input beside them.
 
-The paper's methods make every draw, in full precision. The library's own are made with its defaults, as users get
-them, and their passes are counted. Predictions that a run lacks are made for each of its networks, one file a method;
+Every method makes all its draws, but one: the joint posterior with the defaults of the library, where sampling stops
+early. Its passes are counted. Predictions that a run lacks are made for each of its networks, one file a method;
 `tabulate` reads these alone.
 """
 
@@ -37,22 +37,22 @@ from stochbn.sources.named import Images
 __all__ = ["DROPOUT", "ENSEMBLE", "ONE", "predict", "settings_of", "tabulate"]
 
 INPUTS = 8
-"""Draws with the input changed at random, of which the defaults make as many as are worth so many."""
+"""Draws with the input changed at random."""
 EXACT = 200
 """Test images for exact inference, which takes ``draws`` mini-batches for each."""
 PLAIN, CENTRE, SBN = "plain", "centre alone", "SBN"
 """The network as it is; the paper's posterior with every statistic at its median, "no SBN" as published; its draws."""
-JOINT, INPUT, BOTH = "joint", "input", "joint and input"
-"""What is drawn beside that: statistics from the joint posterior, the input, or both."""
-OWN = JOINT, INPUT, BOTH
+JOINT, DEFAULTS, INPUT = "joint", "joint, defaults", "input"
+"""Beside that: all draws from the joint posterior, those after which sampling stops by default, and of the input."""
+OWN = JOINT, DEFAULTS, INPUT
 EXACTLY, OBSERVED = "exact", "joint, observed centre"
 """Exact inference on a few images, and the joint posterior about the centre that it has: that of mini-batches."""
 RUN = {PLAIN: "plain", CENTRE: "median", SBN: "sbn"}
 """What a run itself predicts, and the names in its files."""
 ONE, ENSEMBLE, DROPOUT = "one network", "ensemble of", "Dropout"
 COMPARED = (
-    (CENTRE, PLAIN), (SBN, CENTRE), (SBN, PLAIN), (JOINT, PLAIN), (INPUT, PLAIN), (BOTH, PLAIN), (JOINT, SBN),
-    (INPUT, SBN),
+    (CENTRE, PLAIN), (SBN, CENTRE), (SBN, PLAIN), (JOINT, PLAIN), (DEFAULTS, PLAIN), (INPUT, PLAIN), (JOINT, SBN),
+    (DEFAULTS, JOINT), (INPUT, SBN),
 )  # fmt: skip
 """Pairs of methods whose difference, the first less the second, is computed."""
 
@@ -114,11 +114,14 @@ def _predict(study: Study, member: Member, methods: Sequence[str], parts: Mappin
     running = joint(centre="running")
     for method in methods:
         generator = torch.Generator().manual_seed(seed)
-        if method in OWN:
-            posterior = None if method == INPUT else running
-            drawn = {"draws": recipe.draws} if method == JOINT else {"draws": settings["inputs"], "augment": changes}
-            counting = _Counting(model, posterior, **drawn)
+        if method == DEFAULTS:
+            counting = _Counting(model, running, recipe.draws)
             yield method, _logs(counting, every, generator), {"passes": counting.passes / sum(map(len, every.values()))}
+        elif method == JOINT:
+            yield method, _logs(Predictive(model, running, recipe.draws, tolerance=0), every, generator), {}
+        elif method == INPUT:
+            drawn = Predictive(model, None, settings["inputs"], tolerance=0, augment=changes)
+            yield method, _logs(drawn, every, generator), {}
         elif method == EXACTLY:
             others = (inputs for inputs, _ in shown.shuffled(seed).batches(64 * (batch - 1)))
             yield method, _logs(Exact(model, others, batch, recipe.draws), few, generator), {}
@@ -167,7 +170,7 @@ def tabulate(folder: Path) -> dict[str, Any]:
     farther = divergences[SBN] - divergences[OBSERVED]
     about = {
         "recipe": recipe.as_dict(), "settings": dict(study.settings), "images": len(labels), **surroundings(),
-        "passes": {SBN: recipe.draws, **{method: _passes(study, method) for method in OWN}},
+        "passes": {SBN: recipe.draws, JOINT: recipe.draws, DEFAULTS: _passes(study), INPUT: study.settings["inputs"]},
         "scores": {name: {m: _mean([score(p, labels) for p in each]) for m, each in group.items()}
                    for name, group in groups.items()},
         "changes": {name: _changes(group, labels) for name, group in groups.items()},
@@ -194,10 +197,10 @@ def _read(study: Study, members: Sequence[Member]) -> tuple[dict[str, list[Probs
     return found, labels
 
 
-def _passes(study: Study, method: str) -> float:
-    """The mean number of passes of an image with one network."""
-    every = [study.stored(member, method) for member in study.members]
-    return statistics.mean(float(one[1]["passes"]) for one in every if one is not None)
+def _passes(study: Study) -> float:
+    """The mean number of passes of an image with one network, by the defaults."""
+    stored = [study.stored(member, DEFAULTS) for member in study.members]
+    return statistics.mean(float(one[1]["passes"]) for one in stored if one is not None)
 
 
 def _changes(group: Mapping[str, Sequence[Probs]], labels: Tensor) -> dict[str, dict[str, float]]:
