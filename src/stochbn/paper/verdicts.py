@@ -87,6 +87,8 @@ AFTER = """\
   and the error stays as it is.
 - The factorised form leaves out that the statistics of a mini-batch move together. The joint form keeps that, and has
   more noise for the same mini-batches.
+- Sampling that stops early makes few draws where they agree. A few confident errors make much of the NLL of an
+  overconfident network, and their draws may agree at first.
 - Unknown examples get more entropy, and so do known ones. The paper shows curves of unknown ones alone.
 """
 
