@@ -21,6 +21,7 @@ from conftest import command_output as run
 from stochbn import cli
 from stochbn.cli import drift
 from stochbn.conformal import Sets
+from stochbn.evaluation.predicting import PREDICT_BATCH
 from stochbn.posteriors.thresholds import Thresholds
 from stochbn.report.coverage import coverage_table, coverages, held_by
 from test_cli_adapt import fitted, network, own, pictures  # noqa: F401 - fixtures
@@ -53,14 +54,16 @@ def sets_in_python(
 ) -> torch.Tensor:
     """The sets of some data, with thresholds from held-out data, made without the command line.
 
-    The tolerance is that of the data's predictions: evaluate makes all draws.
+    The tolerance is that of the data's predictions: evaluate makes all draws, in batches of its own.
     """
     model, posterior = network(own), stochbn.load(FILE)
 
     def probs(name: str, tolerance: float | None = None) -> Any:
         inputs = torch.from_numpy(np.load(name)["inputs"]).float() / 255
         predictive = stochbn.Predictive(model, posterior, 20, tolerance=tolerance)
-        return predictive(inputs, generator=torch.Generator().manual_seed(0)).probs
+        generator = torch.Generator().manual_seed(0)
+        parts = [inputs] if tolerance is None else inputs.split(PREDICT_BATCH)
+        return torch.cat([predictive(part, generator=generator).probs for part in parts])
 
     labels = torch.from_numpy(np.load("held.npz")["labels"])
     sets = stochbn.conformal.lac(probs("held.npz"), labels, 0.8, by_class=by_class)
