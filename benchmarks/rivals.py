@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -57,19 +59,27 @@ def predictions(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A method's predictions with the network of a number, and its costs; made, or read where they were made before."""
     method = METHODS[name]
-    key = re.sub(r"[^a-z0-9]+", "-", f"{name} {version_of(method)} {number}".lower())
+    used = [models["each"][number]] if method.uses == "each" else models[method.uses]
+    key = re.sub(r"[^a-z0-9]+", "-", f"{name} {version_of(method)} {number} {weights(used)}".lower())
     file = folder / f"{key}.safetensors"
     if not file.exists():
         known, unknown = ([x.contiguous() for x, _ in data[part].batches(BATCH)] for part in ("known", "unknown"))
         torch.manual_seed(number)
         for loader in batches.values():
             loader.generator.manual_seed(number)
-        used = [models["each"][number]] if method.uses == "each" else models[method.uses]
         made = measure(method, Subject(used, **batches), known, unknown)
         tensors = {part: made.pop(part) for part in ("known", "unknown")}
         write_tensors(file, FORMAT, tensors, made)
         print(f"{name}, network {number}: {made}", flush=True)
     return read_tensors(file, FORMAT)
+
+
+def weights(models: Sequence[nn.Module]) -> str:
+    """A checksum of the networks' tensors: predictions of other weights must not be read for these."""
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(*(model.state_dict().values() for model in models)):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def summarised(

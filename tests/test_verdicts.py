@@ -22,6 +22,7 @@ from stochbn.posteriors import FactorizedLog
 from stochbn.predictions import entropy
 from stochbn.predictive import Predictive
 from stochbn.sources import checkpoints
+from stochbn.sources.architectures import batch_norms_of_linear_layers
 from test_claims import RECIPE
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -154,7 +155,10 @@ def test_stored_networks_give_the_committed_numbers_again(folder: Path) -> None:
     model = checkpoints.load(folder / "plain-0" / "network.safetensors").model
     seed = recipe.schedule(Member("plain", 0)).seed
     shown = augmented(parts["train"], seed) if recipe.augment_fit else parts["train"]
-    posterior = fit_posterior(model, shown, recipe.statistics_batch, seed, kind="factorized-log")
+    ordinary = batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
+    posterior = fit_posterior(
+        model, shown, recipe.statistics_batch, seed, kind="factorized-log", deterministic=ordinary
+    )
     assert isinstance(posterior, FactorizedLog)
     for wanted, predictive, prefix in (
         (committed[False], Predictive(model), ""),
