@@ -107,7 +107,7 @@ def summarised(
 
 
 def main() -> None:
-    """Measure, print, and write rivals.json and rivals.md."""
+    """Measure, print, and write the numbers and the page of the networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=TITLES, default="resnet18", help="which networks (default: resnet18)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: all processors)")

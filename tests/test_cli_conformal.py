@@ -62,7 +62,7 @@ def sets_in_python(
         inputs = torch.from_numpy(np.load(name)["inputs"]).float() / 255
         predictive = stochbn.Predictive(model, posterior, 20, tolerance=tolerance)
         generator = torch.Generator().manual_seed(0)
-        parts = [inputs] if tolerance is None else inputs.split(PREDICT_BATCH)  # type: ignore[no-untyped-call]
+        parts = torch.split(inputs, len(inputs) if tolerance is None else PREDICT_BATCH)
         return torch.cat([predictive(part, generator=generator).probs for part in parts])
 
     labels = torch.from_numpy(np.load("held.npz")["labels"])

@@ -15,14 +15,12 @@ from stochbn.evaluation.predicting import predict_all
 from stochbn.metrics import evaluate, ood
 from stochbn.paper.recipes import Member
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import fit_posterior, load_parts, run
-from stochbn.paper.training import augmented
+from stochbn.paper.runner import fit_images, fit_member, load_parts, run
 from stochbn.paper.verdicts import KEPT, NAMES, page, verdict
 from stochbn.posteriors import FactorizedLog
 from stochbn.predictions import entropy
 from stochbn.predictive import Predictive
 from stochbn.sources import checkpoints
-from stochbn.sources.architectures import batch_norms_of_linear_layers
 from test_claims import RECIPE
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -153,12 +151,8 @@ def test_stored_networks_give_the_committed_numbers_again(folder: Path) -> None:
     about = json.loads((RESULTS / f"{recipe.network}-paper" / "results.json").read_text())
     committed = {row["sbn"]: row for row in about["scores"] if row["method"] == "plain"}
     model = checkpoints.load(folder / "plain-0" / "network.safetensors").model
-    seed = recipe.schedule(Member("plain", 0)).seed
-    shown = augmented(parts["train"], seed) if recipe.augment_fit else parts["train"]
-    ordinary = batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
-    posterior = fit_posterior(
-        model, shown, recipe.statistics_batch, seed, kind="factorized-log", deterministic=ordinary
-    )
+    member = Member("plain", 0)
+    posterior = fit_member(recipe, member, model, fit_images(recipe, member, parts["train"]))
     assert isinstance(posterior, FactorizedLog)
     for wanted, predictive, prefix in (
         (committed[False], Predictive(model), ""),

@@ -26,9 +26,8 @@ from stochbn.files import read_tensors
 from stochbn.metrics.differences import paired
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.report import read_recipe
-from stochbn.paper.runner import PREDICTIONS
+from stochbn.paper.runner import PREDICTIONS, fit_images
 from stochbn.paper.study import Made, Probs, Study, divergence_of_each, mixture, score
-from stochbn.paper.training import augmented
 from stochbn.predictive import Exact, Predictive, Predictor
 from stochbn.report.facts import surroundings
 from stochbn.report.tables import Table, write_tables
@@ -106,32 +105,28 @@ class _Counting(Predictive):
 def _predict(study: Study, member: Member, methods: Sequence[str], parts: Mapping[str, Images]) -> Iterator[Made]:
     recipe, settings = study.recipe, study.settings
     model, seed = study.network(member), recipe.schedule(member).seed
-    shown = augmented(parts["train"], seed) if recipe.augment_fit else parts["train"]
+    shown = fit_images(recipe, member, parts["train"])
     changes = augment.named(settings["augment"])
     batch, few = recipe.statistics_batch, {"known": parts["known"].first(settings["exact"])}
     every = {part: parts[part] for part in ("known", "unknown") if part in parts}
     joint = functools.partial(fit_posterior, model, shown, batch, seed, kind="joint", batches=None)
     running = joint(centre="running")
     for method in methods:
-        generator = torch.Generator().manual_seed(seed)
-        if method == DEFAULTS:
-            counting = _Counting(model, running, recipe.draws)
-            yield method, _logs(counting, every, generator), {"passes": counting.passes / sum(map(len, every.values()))}
-        elif method == JOINT:
-            yield method, _logs(Predictive(model, running, recipe.draws, tolerance=0), every, generator), {}
-        elif method == INPUT:
-            drawn = Predictive(model, None, settings["inputs"], tolerance=0, augment=changes)
-            yield method, _logs(drawn, every, generator), {}
-        elif method == EXACTLY:
+        predictor: Predictor
+        if method == EXACTLY:
             others = (inputs for inputs, _ in shown.shuffled(seed).batches(64 * (batch - 1)))
-            yield method, _logs(Exact(model, others, batch, recipe.draws), few, generator), {}
+            predictor = Exact(model, others, batch, recipe.draws)
+        elif method == INPUT:
+            predictor = Predictive(model, None, settings["inputs"], tolerance=0, augment=changes)
+        elif method == DEFAULTS:
+            predictor = _Counting(model, running, recipe.draws)
         else:
-            observed = Predictive(model, joint(centre="observed"), recipe.draws, tolerance=0)
-            yield method, _logs(observed, few, generator), {}
-
-
-def _logs(predictor: Predictor, parts: Mapping[str, Images], generator: torch.Generator) -> dict[str, Tensor]:
-    return {part: predict_all(predictor, images, generator).probs.log().cpu() for part, images in parts.items()}
+            posterior = running if method == JOINT else joint(centre="observed")
+            predictor = Predictive(model, posterior, recipe.draws, tolerance=0)
+        images, generator = every if method in OWN else few, torch.Generator().manual_seed(seed)
+        logs = {part: predict_all(predictor, some, generator).probs.log().cpu() for part, some in images.items()}
+        total = sum(map(len, images.values()))
+        yield method, logs, {"passes": predictor.passes / total} if isinstance(predictor, _Counting) else {}
 
 
 def tabulate(folder: Path) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from torch import nn
 import stochbn
 from stochbn.distributed import Ranks
 from stochbn.evaluation.fitting import fit_posterior
-from stochbn.evaluation.predicting import on_accelerator, predict_all, predict_member
+from stochbn.evaluation.predicting import Report, on_accelerator, predict_all, predict_member
 from stochbn.files import write_tensors
 from stochbn.measuring.goodness import observe
 from stochbn.paper import folders
 from stochbn.paper.recipes import Member, Recipe
 from stochbn.paper.training import TOGETHER, augmented, train, train_together
+from stochbn.posteriors import Posterior
 from stochbn.processes import side_by_side
 from stochbn.sources import architectures, checkpoints, named
 from stochbn.sources.checkpoints import Checkpoint
@@ -36,6 +37,8 @@ __all__ = [
     "DRAWS",
     "PREDICTIONS",
     "STATISTICS",
+    "fit_images",
+    "fit_member",
     "fit_posterior",
     "load_parts",
     "packed",
@@ -231,22 +234,12 @@ def _run_member(
         )
         _save(recipe, member, model, images, home)
     model = on_accelerator(checkpoints.load(network).model)
-    if recipe.augment_fit:
-        images = augmented(images, recipe.schedule(member).seed)
+    images = fit_images(recipe, member, images)
 
     posterior = home / "network.sbn.safetensors"
     if not posterior.exists():
         follow = lambda done, total: progress(member.name, "fit", done, total)  # noqa: E731
-        ordinary = architectures.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
-        fit_posterior(
-            model,
-            images,
-            recipe.statistics_batch,
-            recipe.schedule(member).seed,
-            follow,
-            kind=recipe.posterior,
-            deterministic=ordinary,
-        ).save(posterior)
+        fit_member(recipe, member, model, images, follow).save(posterior)
     predictions, *statistics = _outputs(folder, member)
     for path in statistics:
         if not path.exists():
@@ -279,6 +272,26 @@ def _run_member(
     means = {key: value for key, value in tensors.items() if not key.endswith(".draws")}
     about = {"member": member.name, "seconds": round(time.perf_counter() - started, 1)}
     write_tensors(predictions, PREDICTIONS, means, about)
+
+
+def fit_images(recipe: Recipe, member: Member, images: Images) -> Images:
+    """The training images as posteriors are fitted to them: each augmented once, if the recipe says so."""
+    return augmented(images, recipe.schedule(member).seed) if recipe.augment_fit else images
+
+
+def fit_member(
+    recipe: Recipe,
+    member: Member,
+    model: nn.Module,
+    images: Images,
+    report: Report = lambda done, total: None,
+) -> Posterior:
+    """The posterior that a recipe says, fitted to what `fit_images` gave."""
+    ordinary = architectures.batch_norms_of_linear_layers(model) if recipe.drawn == "convolutions" else []
+    seed = recipe.schedule(member).seed
+    return fit_posterior(
+        model, images, recipe.statistics_batch, seed, report, kind=recipe.posterior, deterministic=ordinary
+    )
 
 
 def load_parts(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Images]:
