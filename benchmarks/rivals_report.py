@@ -43,9 +43,10 @@ what it chooses is chosen on the held-out tenth. Nothing is chosen on test data.
   standard deviation over the networks. A method that uses other networks, such as the ensemble, is compared with each.
 """
 LEFT_OUT = """\
-Not in the table:{without}
-**ABNN** (`ABNN` in TorchUncertainty), which trains several copies of each network further, and whose learning rate,
-prior and numbers of models have no defaults.
+Not in the table:
+
+{without}- **ABNN** (`ABNN` in TorchUncertainty). It trains several copies of each network further, and its
+  learning rate, prior and numbers of models have no defaults.
 
 Augmented draws are test-time augmentation, by the flips and shifts of training; it could be combined with every other
 method. MCBatchNorm, Laplace and the ensemble are as they come, without a temperature: compare them by the calibrated
@@ -189,6 +190,6 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     run = f"    STOCHBN_DATA=... python benchmarks/rivals.py --network {found['network']} --threads 1"
     about = ABOUT.format(title=TITLES[found["network"]]).strip()
-    without = "" if "MC dropout" in rows else " **MC dropout**, as no such network with dropout is committed;"
+    without = "" if "MC dropout" in rows else "- **MC dropout**. No network of this kind with dropout is committed.\n"
     left_out = LEFT_OUT.format(without=without).strip()
     return "\n\n".join([about, run, f"{found['about']}.", *tables, methods_list(rows), left_out]) + "\n"

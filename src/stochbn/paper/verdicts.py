@@ -75,8 +75,10 @@ methods are the library's. "Joint" is its default posterior with 50 draws. "Join
 default `tolerance`: sampling stops when mean probabilities are about as accurate as those of 50 independent draws.
 Draws over the input change the image as training did, or shift it by a pixel if training changed nothing, in
 {claims.INPUTS} passes without noise in the statistics. Nothing is chosen on test data, except the temperature of the
-calibrated NLL, by cross-validation. SBN and "joint" differ in more than their form: "joint" is centred on the running
-statistics, and on LeNet-5 SBN draws those of convolutions alone, as published, where "joint" draws all.
+calibrated NLL, by cross-validation.
+
+SBN and "joint" do not differ in their form alone. "Joint" is centred on the running statistics, SBN on those of
+mini-batches. On LeNet-5, SBN draws the statistics of the convolutions, as published, and "joint" those of all layers.
 
 Each cell has a verdict and a difference with its standard error, paired over the test images. For one network, both
 are means over the networks. A claim **holds** if the difference is more than two standard errors in the claimed
